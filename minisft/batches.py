@@ -1,0 +1,46 @@
+"""Collation: what the model really receives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minisft.labels import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class PadRight:
+    """Pads a micro-batch to its longest row, not to the maximum length.
+
+    Returns `input_ids`, `attention_mask` and `labels`, int64 tensors of shape [rows, longest]. The labels are
+    carried over, never rebuilt from the ids: that is the bug of `DataCollatorForLanguageModeling(mlm=False)`.
+    Padding is found by length, so a pad id that equals EOS hides no EOS.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
+        import torch
+
+        longest = max(len(row["input_ids"]) for row in rows)
+        shape = (len(rows), longest)
+        input_ids = torch.full(shape, self.pad_id)
+        labels = torch.full(shape, IGNORE_INDEX)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            length = len(row["input_ids"])
+            input_ids[i, :length] = torch.as_tensor(row["input_ids"])
+            labels[i, :length] = torch.as_tensor(row["labels"])
+            attention_mask[i, :length] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def pad_left(rows: Sequence[list[int]], pad_id: int) -> dict[str, Any]:
+    """Prompts for generation, int64 [rows, longest]: padded on the left, so that all answers start together."""
+    import torch
+
+    longest = max(map(len, rows))
+    input_ids = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in rows])
+    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows])
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

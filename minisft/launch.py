@@ -1,0 +1,308 @@
+"""From a `RunConfig` to a prepared run folder, to one exact command, to a finished run.
+
+    run = prepare(RunConfig.course("zero2"))
+    launch(run)
+
+Everything that can be wrong with the input is found in `prepare`, before any process starts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from minisft import assets
+from minisft.conversations import Conversation, Ledger, read, select, split
+from minisft.errors import UserError
+from minisft.labels import Row, encode_all
+from minisft.mistral import MistralTemplate
+from minisft.runs import Run, RunConfig, outputs_root, project_root, write_json
+from minisft.tokens import HuggingFaceTokenizer
+from minisft.zero_config import deepspeed_config, zero_stage
+
+Say = Callable[[str], None]
+SAY = "[minisft] "  # what a worker wants the person to see; its other output goes to the log alone
+
+
+class RunFailed(RuntimeError):
+    """A run that started and did not finish. The message names the rank, the reason and the log."""
+
+
+# --- preparing ---------------------------------------------------------------------------------------------
+
+
+def prepare(config: RunConfig, *, overwrite: bool = False, say: Say = print) -> Run:
+    """Make the run folder: data split and encoded, the DeepSpeed configuration, and the command.
+
+    A finished run with the same settings is returned as it is. An unfinished one is started afresh. Any other
+    run of this name is only replaced with `overwrite`. The folder appears whole, by one rename. Raises `UserError`.
+    """
+    folder = outputs_root() / "model" / config.name
+    if (folder / "run.json").exists() and not overwrite:
+        old = Run(folder)
+        if old.config != config and (old.status == "done" or old.checkpoints):
+            raise UserError(
+                f"{_shown(folder)} holds a run with other settings ({_difference(old.config, config)}): "
+                "give this run another --name, or replace the old one with --overwrite"
+            )
+        if old.config == config and old.status == "done":
+            return old
+
+    model = assets.find_model(config.model, say)
+    ledger = Ledger()
+    tokenizer = HuggingFaceTokenizer(model.path)
+    train, test = load_conversations(config, ledger, say)
+    rows = encode_all(train, MistralTemplate.for_tokenizer(tokenizer, config.template), tokenizer, config.max_length, ledger)
+    if not rows:
+        raise UserError(
+            f"no training row is left of {config.data} (max length {config.max_length}, max characters "
+            f"{config.max_characters}): allow more, or give more data"
+        )
+    shapes = assets.parameter_shapes(model.path)
+    _require_space(config, len(rows), sum(map(math.prod, shapes.values())))
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}.preparing")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    _write_data(scratch, rows, test)
+    precision, on_gpu = resolve_precision(config.precision)
+    write_json(scratch / "ledger.json", ledger.to_dict())
+    about = {
+        "config": config.to_dict(),
+        "model_folder": str(model.path.absolute()),
+        "model_source": model.source,
+        "precision": precision,
+        "on_gpu": on_gpu,
+        "versions": _versions(),
+    }
+    write_json(scratch / "run.json", about)
+    deepspeed = deepspeed_config(
+        config.strategy,
+        micro_batch=config.batch_size,
+        accumulation=config.accumulation,
+        ranks=config.ranks,
+        max_grad_norm=config.max_grad_norm,
+        precision=precision,
+        largest_tensor=max(map(math.prod, shapes.values())),
+        on_gpu=on_gpu,
+    )
+    if deepspeed:
+        write_json(scratch / "deepspeed.json", deepspeed)
+    (scratch / "command.txt").write_text(shlex.join(command_line(config, folder)) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+    return Run(folder)
+
+
+def load_conversations(
+    config: RunConfig, ledger: Ledger, say: Say = print
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Read, split into train and test, and only then choose among them, as `config` says."""
+    train, test = split(read(assets.find_data(config.data, say).path, ledger), config.test_fraction, config.seed)
+    ledger.stages |= {"train side of the split": len(train), "test side of the split": len(test)}
+    test = select(test, "test", ledger, config.max_characters, None)
+    return select(train, "train", ledger, config.max_characters, config.max_rows), test
+
+
+def resolve_precision(asked: str) -> tuple[str, bool]:
+    """(`fp32`, `bf16` or `fp16`; whether there is a GPU). `auto` takes what the device computes fast."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if asked == "fp16" and not on_gpu:
+        raise UserError("fp16 needs a GPU: use --precision bf16 or fp32 on a CPU")
+    if asked != "auto":
+        return asked, on_gpu
+    if on_gpu:
+        return ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"), True
+    able = torch.cpu.get_capabilities()
+    return ("bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"), False
+
+
+def command_line(config: RunConfig, folder: Path) -> list[str]:
+    """The command that trains the run in `folder`, as an argument list. Every start gets a free port."""
+    run = _shown(folder)
+    port = str(_free_port())
+    ranks = str(config.ranks)
+    if config.strategy == "vanilla":
+        return ["python", "-m", "minisft.train", run]
+    if config.strategy == "ddp":
+        return ["torchrun", "--nproc_per_node", ranks, "--master_port", port, "--module", "minisft.train", run]
+    # An explicit empty hostfile keeps DeepSpeed on this machine, whatever /job/hostfile may hold.
+    return [
+        *("deepspeed", "--hostfile", "", "--num_accelerators", ranks, "--master_port", port),
+        *("--module", "minisft.train", run),
+    ]
+
+
+def _write_data(folder: Path, rows: list[Row], test: list[Conversation]) -> None:
+    import json
+
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    columns = {name: [getattr(row, name) for row in rows] for name in ("id", "input_ids", "labels")}
+    Dataset.from_dict(columns).save_to_disk(folder / "data" / "train")
+    lines = [json.dumps(c.to_sharegpt(), ensure_ascii=False) + "\n" for c in test]
+    (folder / "data" / "test.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _require_space(config: RunConfig, rows: int, parameters: int) -> None:
+    """Refuse at once what could only fail at the first save."""
+    per_epoch = max(1, math.ceil(rows / config.global_batch))
+    steps = config.max_steps or math.ceil(per_epoch * config.epochs)
+    saves = math.ceil(steps / (config.save_steps or per_epoch))
+    each = parameters * (16 if config.resumable else 4)
+    need = each * min(saves, config.keep_checkpoints or saves)
+    place = outputs_root()
+    place.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(place).free) < need:
+        raise UserError(
+            f"no space left for {saves} checkpoints: they need {need / 1e9:.1f} GB and {_shown(place)} has "
+            f"{free / 1e9:.1f} GB free; free some, save less often (--save-steps), or keep fewer (--keep-checkpoints)"
+        )
+
+
+def _difference(old: RunConfig, new: RunConfig) -> str:
+    a, b = old.to_dict(), new.to_dict()
+    return ", ".join(f"{key.replace('_', ' ')} {a[key]} -> {b[key]}" for key in a if a[key] != b[key])
+
+
+def _versions() -> dict[str, str]:
+    packages = ("minisft", "torch", "transformers", "accelerate", "deepspeed", "datasets")
+    return {"python": ".".join(map(str, sys.version_info[:3]))} | {name: version(name) for name in packages}
+
+
+def _shown(path: Path) -> str:
+    """A path as a person types it: relative to the project where it lies inside."""
+    root = project_root()
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# --- running -----------------------------------------------------------------------------------------------
+
+
+def launch(run: Run, say: Say = print) -> Run:
+    """Run the prepared command to its end; returns when it is done.
+
+    The processes live in a session of their own and are all ended if this one is interrupted or loses its
+    parent. Success is exit code 0 and the `DONE` marker. Raises `RunFailed`, or `UserError` if the run is live.
+    """
+    if run.status == "done":
+        say(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
+        return run
+    with _only_one(run):
+        command = command_line(run.config, run.folder)
+        (run.folder / "command.txt").write_text(shlex.join(command) + "\n")
+        (run.folder / "logs").mkdir(exist_ok=True)
+        say(run.command)
+        code, reason = _supervise(command, run.folder / "logs" / "launcher.log", say)
+    if code == 0 and run.status == "done":
+        return run
+    if run.failure is None:
+        write_json(run.folder / "FAILED", {"rank": None, "step": None, "reason": reason or f"exit code {code}"})
+    failure = run.failure
+    where = "" if failure["rank"] is None else f" on rank {failure['rank']}, step {failure['step']}"
+    log = run.folder / "logs" / ("launcher.log" if failure["rank"] is None else f"rank{failure['rank']}.log")
+    raise RunFailed(f"{run.name} failed{where}: {failure['reason']} (see {_shown(log)})")
+
+
+def _supervise(command: list[str], log: Path, say: Say) -> tuple[int, str]:
+    """Run `command`, its output to `log`; returns its exit code and, if it was stopped, why."""
+    # The environment of this interpreter, even if nobody activated it.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    parent = os.getppid()
+    stop: list[int] = []
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        old = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    process = subprocess.Popen(
+        command,
+        cwd=project_root(),
+        env=os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    reader = threading.Thread(target=_copy_output, args=(process.stdout, log, say), daemon=True)
+    reader.start()
+    reason = ""
+    try:
+        while process.poll() is None:
+            if stop:
+                reason = f"stopped by {signal.Signals(stop[0]).name}"
+            elif os.getppid() != parent:
+                reason = "stopped because the process that started it is gone"
+            if reason:
+                break
+            time.sleep(0.1)
+    finally:
+        _end_all(process)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    reader.join(timeout=5)
+    return process.returncode, reason
+
+
+def _copy_output(stream: Any, log: Path, say: Say) -> None:
+    with log.open("wb", buffering=0) as out:
+        for line in stream:
+            out.write(line)
+            text = line.decode(errors="replace").rstrip()
+            if text.startswith(SAY):
+                say(text.removeprefix(SAY))
+
+
+def _end_all(process: subprocess.Popen) -> None:
+    """End a launcher and everything below it, wherever a launcher has put it: first politely, then surely."""
+    import psutil
+
+    if process.poll() is not None:
+        return
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=3)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for child in family:
+        if child.is_running():
+            child.kill()
+    psutil.wait_procs(family, timeout=3)
+
+
+@contextmanager
+def _only_one(run: Run) -> Iterator[None]:
+    """Hold the run for this process; the kernel lets go of the lock however the process ends."""
+    with (run.folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run.name} is being trained right now: wait for it, or give another --name") from None
+        yield

@@ -1,0 +1,233 @@
+"""`RunConfig`, and the run folder: the only thing that the notebook and the training process share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minisft.errors import UserError
+from minisft.zero_config import STRATEGIES
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run. The defaults are the original work's hyperparameters.
+
+    `batch_size` is rows per rank and micro-batch. `max_steps` None means all of `epochs`. `save_steps` None saves
+    once per epoch. `max_characters` and `max_rows` choose among the conversations after the split.
+    `resumable` saves optimizer states with each checkpoint (three times its size).
+    """
+
+    name: str = ""
+    strategy: str = "vanilla"
+    ranks: int = 1
+    model: str = "smollm2"
+    data: str = "sharegpt"
+    template: str = "v1"
+    max_length: int = 2048
+    max_characters: int | None = None
+    max_rows: int | None = None
+    test_fraction: float = 0.1
+    epochs: float = 8
+    max_steps: int | None = None
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 8e-6
+    warmup: float = 0.1
+    weight_decay: float = 1e-5
+    max_grad_norm: float = 2.0
+    precision: str = "auto"
+    save_steps: int | None = None
+    keep_checkpoints: int | None = None
+    resumable: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", self.strategy)
+        if self.strategy not in STRATEGIES:
+            raise UserError(f"unknown strategy {self.strategy!r}: use one of {', '.join(STRATEGIES)}")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"unknown precision {self.precision!r}: use one of {', '.join(PRECISIONS)}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+            raise UserError(f"run name {self.name!r} cannot be a folder: use letters, digits, dots, dashes, underscores")
+        for field in ("ranks", "batch_size", "accumulation", "max_steps", "save_steps", "max_rows", "keep_checkpoints"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise UserError(f"{field.replace('_', ' ')} is {value}: give at least 1")
+        if self.strategy == "vanilla" and self.ranks != 1:
+            raise UserError(f"vanilla is one process, but {self.ranks} ranks were asked for: use ddp or a ZeRO stage")
+        for field in ("epochs", "learning_rate"):
+            if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
+                raise UserError(f"{field.replace('_', ' ')} is {getattr(self, field)}: give a positive number")
+        for field, top in (("warmup", 1), ("test_fraction", 1)):
+            if not 0 <= getattr(self, field) < top:
+                raise UserError(f"{field.replace('_', ' ')} is {getattr(self, field)}: give a fraction from 0 to 1")
+        if self.max_length < 2:
+            raise UserError(f"max length is {self.max_length}: give at least 2 tokens")
+
+    @classmethod
+    def course(cls, strategy: str = "vanilla", **changes: Any) -> RunConfig:
+        """The small preset: two cores train it in about a minute per strategy.
+
+        Short conversations, few steps, and a larger learning rate, since 8e-6 moves little in so few steps; fp32,
+        so that the strategies' losses can be compared digit by digit. The global batch is 8 for every strategy.
+        """
+        ranks = changes.pop("ranks", None) or (1 if strategy == "vanilla" else 2)
+        preset = {
+            "max_length": 160,
+            "max_characters": 400,
+            "max_steps": 12,
+            "learning_rate": 5e-5,
+            "batch_size": max(1, 8 // ranks),
+            "save_steps": 6,
+            "precision": "fp32",
+            "resumable": False,
+        }
+        return cls(**(preset | changes), strategy=strategy, ranks=ranks)
+
+    @property
+    def global_batch(self) -> int:
+        """Rows per optimizer step, over all ranks."""
+        return self.batch_size * self.accumulation * self.ranks
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := set(values) - known:
+            raise UserError(f"unknown run settings {', '.join(sorted(unknown))}: use {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def project_root() -> Path:
+    """The nearest folder at or above the current one that holds the launchers; else the current folder."""
+    here = Path.cwd()
+    return next((p for p in (here, *here.parents) if (p / "launchers" / "run_zero.sh").exists()), here)
+
+
+def outputs_root() -> Path:
+    """Where runs and evaluations go: `MINISFT_OUTPUTS`, else `outputs` in the project."""
+    own = os.environ.get("MINISFT_OUTPUTS")
+    return Path(own).expanduser().absolute() if own else project_root() / "outputs"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. Nothing is cached: every property reads what is on disk now."""
+
+    folder: Path
+
+    @classmethod
+    def load(cls, name: str | Path) -> Run:
+        """A run by its name under `outputs/model`, or by its folder. Raises `UserError` if there is none."""
+        by_name = outputs_root() / "model" / str(name)
+        folder = by_name if (by_name / "run.json").exists() else Path(name)
+        if not (folder / "run.json").exists():
+            known = ", ".join(run.name for run in all_runs()) or "none yet"
+            raise UserError(f"no run {str(name)!r}: give a run's name or folder (runs in outputs/model: {known})")
+        return cls(folder.absolute())
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def config(self) -> RunConfig:
+        return RunConfig.from_dict(self._about()["config"])
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return self._about()["versions"]
+
+    @property
+    def model_folder(self) -> Path:
+        return Path(self._about()["model_folder"])
+
+    @property
+    def precision(self) -> str:
+        """What `auto` became on this machine."""
+        return self._about()["precision"]
+
+    @property
+    def command(self) -> str:
+        return (self.folder / "command.txt").read_text().strip()
+
+    @property
+    def deepspeed(self) -> dict[str, Any] | None:
+        return read_json(self.folder / "deepspeed.json")
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        return read_json(self.folder / "ledger.json")
+
+    @property
+    def memory(self) -> list[dict[str, Any]]:
+        """Measured bytes, one entry per rank; empty until the run has measured."""
+        return read_json(self.folder / "memory.json") or []
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One entry per logged step; a line that is still being written is left out."""
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
+        return [json.loads(line) for line in lines]
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoint folders, in step order."""
+        found = [p for p in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+        return sorted(found, key=checkpoint_step)
+
+    @property
+    def failure(self) -> dict[str, Any] | None:
+        return read_json(self.folder / "FAILED")
+
+    @property
+    def status(self) -> str:
+        """`done`, `failed`, `unfinished` (started, no marker), or `prepared`."""
+        for marker in ("DONE", "FAILED"):
+            if (self.folder / marker).exists():
+                return marker.lower()
+        return "unfinished" if (self.folder / "logs").exists() else "prepared"
+
+    def _about(self) -> dict[str, Any]:
+        return read_json(self.folder / "run.json")
+
+
+def all_runs() -> list[Run]:
+    """Every run under `outputs/model`, in the strategies' order and then by name."""
+    runs = [Run(p.parent.absolute()) for p in (outputs_root() / "model").glob("*/run.json")]
+    order = {strategy: i for i, strategy in enumerate(STRATEGIES)}
+    return sorted(runs, key=lambda run: (order.get(run.name, len(order)), run.name))
+
+
+def checkpoint_step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def read_json(file: Path) -> Any:
+    """The file's JSON, or None if there is no such file. Raises `UserError` if it is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}): the run folder is damaged, start the run again") from error
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write whole or not at all: a reader never sees half a file."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    scratch.replace(file)

@@ -1,0 +1,83 @@
+"""Strategy -> DeepSpeed configuration, every key with a reason.
+
+Strategies: `vanilla` (one process, no DeepSpeed), `ddp` (plain data parallel under torchrun), `zero0` (DeepSpeed's
+own data parallel), `zero1` (optimizer states split), `zero2` (and gradients), `zero3` (and parameters).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+STRATEGIES = ("vanilla", "ddp", "zero0", "zero1", "zero2", "zero3")
+
+# The numbers are written out, not "auto": what is in the file is what runs, and Trainer checks that they agree.
+REASONS = {
+    "train_batch_size": "rows per optimizer step over all ranks: micro-batch x accumulation x ranks",
+    "train_micro_batch_size_per_gpu": "rows that one rank puts through the model at once",
+    "gradient_accumulation_steps": "micro-batches per optimizer step",
+    "gradient_clipping": "the global gradient norm is scaled down to this",
+    "fp16": "half-precision compute with dynamic loss scaling; masters stay fp32",
+    "bf16": "bfloat16 compute; masters stay fp32",
+    "zero_optimization.stage": "0 splits nothing, 1 optimizer states, 2 and gradients, 3 and parameters",
+    "zero_optimization.reduce_bucket_size": "elements reduced together; holds the model's largest tensor",
+    "zero_optimization.allgather_bucket_size": "elements gathered together after the step (stages 1 and 2)",
+    "zero_optimization.overlap_comm": "reduce during backward: pays where a GPU has a second stream",
+    "zero_optimization.contiguous_gradients": "copy gradients into the bucket at once: less fragmentation",
+    "zero_optimization.stage3_param_persistence_threshold": "smaller tensors (norms) stay whole: not worth a gather",
+    "zero_optimization.stage3_prefetch_bucket_size": "elements gathered ahead of use",
+    "zero_optimization.stage3_max_live_parameters": "gathered elements held at once; the default 1e9 holds all of "
+    "a small model and so undoes stage 3",
+    "zero_optimization.stage3_max_reuse_distance": "keep a gathered tensor if it is used again within this many "
+    "elements; the default 1e9 never lets go",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "without it a stage-3 checkpoint has no "
+    "model.safetensors",
+}
+
+
+def zero_stage(strategy: str) -> int | None:
+    """The ZeRO stage of a strategy, or None for those that do not use DeepSpeed."""
+    return int(strategy.removeprefix("zero")) if strategy.startswith("zero") else None
+
+
+def deepspeed_config(
+    strategy: str,
+    *,
+    micro_batch: int,
+    accumulation: int,
+    ranks: int,
+    max_grad_norm: float,
+    precision: str,
+    largest_tensor: int,
+    on_gpu: bool,
+) -> dict[str, Any] | None:
+    """The DeepSpeed JSON for one strategy, or None for `vanilla` and `ddp`.
+
+    `precision` is `fp32`, `bf16` or `fp16`; `largest_tensor` is the number of elements of the model's largest
+    parameter, to which the buckets are sized.
+    """
+    stage = zero_stage(strategy)
+    if stage is None:
+        return None
+    bucket = -(-largest_tensor // 1_000_000) * 1_000_000
+    zero: dict[str, Any] = {"stage": stage}
+    if stage >= 1:
+        zero |= {"reduce_bucket_size": bucket, "overlap_comm": on_gpu, "contiguous_gradients": True}
+    if stage in (1, 2):
+        zero |= {"allgather_bucket_size": bucket}
+    if stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": 10_000,
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": 2 * bucket,
+            "stage3_max_reuse_distance": bucket,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    return {
+        "train_batch_size": micro_batch * accumulation * ranks,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+        "fp16": {"enabled": precision == "fp16"},
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_optimization": zero,
+    }
