@@ -274,7 +274,9 @@ def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
             folder = Path(snapshot_download(**options))
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"could not fetch {source} from the hub ({reason}): check the id and your access") from error
+            raise UserError(
+                f"could not fetch {source} from the hub ({reason}): check the id and your access"
+            ) from error
     if kind == "model":
         _local_model(folder)  # refuses a repository without safetensors in the same words
     return Asset(source, folder, f"the hub, {source}", _size(folder), _card_licence(folder))

@@ -334,7 +334,11 @@ def origin(conversation_id: str) -> str:
 
 
 def select(
-    conversations: Iterable[Conversation], stage: str, ledger: Ledger, max_characters: int | None, max_rows: int | None
+    conversations: Iterable[Conversation],
+    stage: str,
+    ledger: Ledger,
+    max_characters: int | None,
+    max_rows: int | None,
 ) -> list[Conversation]:
     """The first `max_rows` conversations of at most `max_characters`; the rest is counted in the ledger."""
     kept = []

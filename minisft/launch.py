@@ -32,7 +32,7 @@ from minisft.labels import Row, encode_all
 from minisft.mistral import MistralTemplate
 from minisft.runs import Run, RunConfig, outputs_root, project_root, write_json
 from minisft.tokens import HuggingFaceTokenizer
-from minisft.zero_config import deepspeed_config, zero_stage
+from minisft.zero_config import deepspeed_config
 
 Say = Callable[[str], None]
 SAY = "[minisft] "  # what a worker wants the person to see; its other output goes to the log alone
@@ -66,7 +66,9 @@ def prepare(config: RunConfig, *, overwrite: bool = False, say: Say = print) -> 
     ledger = Ledger()
     tokenizer = HuggingFaceTokenizer(model.path)
     train, test = load_conversations(config, ledger, say)
-    rows = encode_all(train, MistralTemplate.for_tokenizer(tokenizer, config.template), tokenizer, config.max_length, ledger)
+    rows = encode_all(
+        train, MistralTemplate.for_tokenizer(tokenizer, config.template), tokenizer, config.max_length, ledger
+    )
     if not rows:
         raise UserError(
             f"no training row is left of {config.data} (max length {config.max_length}, max characters "
@@ -142,7 +144,16 @@ def command_line(config: RunConfig, folder: Path) -> list[str]:
     if config.strategy == "vanilla":
         return ["python", "-m", "minisft.train", run]
     if config.strategy == "ddp":
-        return ["torchrun", "--nproc_per_node", ranks, "--master_port", port, "--module", "minisft.train", run]
+        return [
+            "torchrun",
+            "--nproc_per_node",
+            ranks,
+            "--master_port",
+            port,
+            "--module",
+            "minisft.train",
+            run,
+        ]
     # An explicit empty hostfile keeps DeepSpeed on this machine, whatever /job/hostfile may hold.
     return [
         *("deepspeed", "--hostfile", "", "--num_accelerators", ranks, "--master_port", port),

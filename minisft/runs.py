@@ -58,8 +58,18 @@ class RunConfig:
         if self.precision not in PRECISIONS:
             raise UserError(f"unknown precision {self.precision!r}: use one of {', '.join(PRECISIONS)}")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
-            raise UserError(f"run name {self.name!r} cannot be a folder: use letters, digits, dots, dashes, underscores")
-        for field in ("ranks", "batch_size", "accumulation", "max_steps", "save_steps", "max_rows", "keep_checkpoints"):
+            raise UserError(
+                f"run name {self.name!r} cannot be a folder: use letters, digits, dots, dashes, underscores"
+            )
+        for field in (
+            "ranks",
+            "batch_size",
+            "accumulation",
+            "max_steps",
+            "save_steps",
+            "max_rows",
+            "keep_checkpoints",
+        ):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise UserError(f"{field.replace('_', ' ')} is {value}: give at least 1")
@@ -83,12 +93,12 @@ class RunConfig:
         """
         ranks = changes.pop("ranks", None) or (1 if strategy == "vanilla" else 2)
         preset = {
-            "max_length": 160,
-            "max_characters": 400,
-            "max_steps": 12,
-            "learning_rate": 5e-5,
+            "max_length": 128,
+            "max_characters": 300,
+            "max_steps": 8,
+            "learning_rate": 1e-4,
             "batch_size": max(1, 8 // ranks),
-            "save_steps": 6,
+            "save_steps": 4,
             "precision": "fp32",
             "resumable": False,
         }
@@ -223,7 +233,9 @@ def read_json(file: Path) -> Any:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}): the run folder is damaged, start the run again") from error
+        raise UserError(
+            f"{file} is not valid JSON ({error}): the run folder is damaged, start the run again"
+        ) from error
 
 
 def write_json(file: Path, value: Any) -> None:

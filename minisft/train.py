@@ -184,7 +184,11 @@ def _trainer_class() -> type:
             if logs["loss"] != logs["loss"]:
                 raise FloatingPointError(f"the loss is NaN at step {self.state.global_step}")
             device_type = self.args.device.type
-            mine = {"tokens": self.counts[0], "trained_tokens": self.counts[1], "bytes": held_bytes(device_type)}
+            mine = {
+                "tokens": self.counts[0],
+                "trained_tokens": self.counts[1],
+                "bytes": held_bytes(device_type),
+            }
             self.counts = [0, 0]
             ranks = _gather(mine)
             if not self.is_world_process_zero():

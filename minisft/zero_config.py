@@ -21,6 +21,8 @@ REASONS = {
     "zero_optimization.stage": "0 splits nothing, 1 optimizer states, 2 and gradients, 3 and parameters",
     "zero_optimization.reduce_bucket_size": "elements reduced together; holds the model's largest tensor",
     "zero_optimization.allgather_bucket_size": "elements gathered together after the step (stages 1 and 2)",
+    "zero_optimization.use_multi_rank_bucket_allreduce": "false sends each gradient only to the rank that owns it: "
+    "two thirds of the default's traffic",
     "zero_optimization.overlap_comm": "reduce during backward: pays where a GPU has a second stream",
     "zero_optimization.contiguous_gradients": "copy gradients into the bucket at once: less fragmentation",
     "zero_optimization.stage3_param_persistence_threshold": "smaller tensors (norms) stay whole: not worth a gather",
@@ -63,7 +65,7 @@ def deepspeed_config(
     if stage >= 1:
         zero |= {"reduce_bucket_size": bucket, "overlap_comm": on_gpu, "contiguous_gradients": True}
     if stage in (1, 2):
-        zero |= {"allgather_bucket_size": bucket}
+        zero |= {"allgather_bucket_size": bucket, "use_multi_rank_bucket_allreduce": False}
     if stage == 3:
         zero |= {
             "stage3_param_persistence_threshold": 10_000,

@@ -38,6 +38,10 @@ def measure(model: Any, optimizer: Any, device_type: str) -> dict[str, int]:
     inner = optimizer
     while hasattr(inner, "optimizer"):  # Trainer's and DeepSpeed's wrappers, outermost first
         inner = inner.optimizer
+        # Stage 3 lends its masters to the inner optimizer only while it steps, and keeps its gradients allocated.
+        for tensor in getattr(inner, "fp32_partitioned_groups_flat", []):
+            claim("fp32 masters", tensor)
+        claim("gradients", getattr(inner, "grad_partitions_flat_buffer", None))
     for group in inner.param_groups:
         for parameter in group["params"]:
             claim("fp32 masters", parameter)

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Usage: launchers/lab.sh [jupyter options]
+#
+# Opens the course's first notebook in JupyterLab, after launchers/setup.sh where that is needed.
+#
+# All options go to `jupyter lab`, for instance --no-browser --port 8889 on a machine that you reach through an ssh
+# tunnel, or --allow-root in a container.
+#
+#   -h, --help              print this
+#   MINISFT_SKIP_SETUP=1    take the environment as it is
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
+
+case "${1:-}" in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+esac
+
+use_environment
+cd -- "$ROOT"
+# As the default address, not as the file to open: that one --no-browser ignores, and the file browser could then not
+# leave notebooks/ for outputs/.
+exec jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb "$@"

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Usage: launchers/run_tests.sh [pytest options]
+#
+# Runs all tests, after launchers/setup.sh where that is needed: style, the quick tests, the ones that start several
+# processes, and the notebooks, each executed from top to bottom.
+#
+# With options, only pytest runs, with them: launchers/run_tests.sh -m "not distributed and not notebook" is the
+# quick part; -k NAME picks tests by name.
+#
+#   -h, --help    print this
+#
+# Exit codes: 0 all passed; 1 something failed; 2 the set-up failed or bad usage.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
+
+case "${1:-}" in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+esac
+
+use_environment
+cd -- "$ROOT"
+if (($# == 0)); then
+    ruff check .
+    ruff format --check .
+fi
+exec pytest "$@"

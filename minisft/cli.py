@@ -1,0 +1,312 @@
+"""`minisft …`: a thin layer over the package. Exit code 0 is success, 1 a failed run, 2 bad usage or bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minisft.errors import UserError
+
+app = typer.Typer(
+    help="Supervised fine-tuning and ZeRO, small enough to read. Start with: minisft doctor",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="smollm2, a model folder, or a hub id")]
+Data = Annotated[str, typer.Option("--data", "-d", help="sharegpt, a file or folder, or a hub id")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+MaxLength = Annotated[int, typer.Option(help="longest row, in tokens")]
+
+
+def main() -> None:
+    """Run the command line; every mistake a user can mend ends in one sentence and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        _stop(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        _stop(f"{error.strerror.lower()}{place}: free some space, or point MINISFT_CACHE and MINISFT_OUTPUTS elsewhere")
+
+
+def _stop(reason: object) -> None:
+    print(f"minisft: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _note(line: str) -> None:
+    """Progress goes to stderr, so that stdout can be piped."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.command()
+def doctor(
+    as_json: AsJson = False,
+    brief: Annotated[bool, typer.Option("--brief", help="only what is missing, and a summary")] = False,
+) -> None:
+    """What this machine can run, what is missing, and what works without it."""
+    from minisft.doctor import examine
+
+    report = examine()
+    _print_json(report.to_dict()) if as_json else print(report.text(brief=brief))
+
+
+@app.command()
+def fetch(model: Model = "smollm2", data: Data = "sharegpt", as_json: AsJson = False) -> None:
+    """Put model and data into the cache; says from where, how large, and under which licence."""
+    from minisft import assets
+
+    found = [assets.find_model(model, _note), assets.find_data(data, _note)]
+    if as_json:
+        _print_json([{**vars(asset), "path": str(asset.path)} for asset in found])
+    else:
+        for asset in found:
+            print(f"{asset}\n  in {asset.path}")
+
+
+@app.command()
+def encode(
+    data: Annotated[str, typer.Argument(help="sharegpt, a file or folder, or a hub id")],
+    out: Annotated[Path, typer.Option(help="the JSON lines to write: id, input_ids, labels")],
+    tokenizer: Annotated[str, typer.Option(help="smollm2, mistral:v1, a folder, or a hub id")] = "smollm2",
+    template: Annotated[str, typer.Option(help="template version")] = "v1",
+    max_length: MaxLength = 2048,
+    ledger: Annotated[Path | None, typer.Option(help="write what was dropped, where and why, as JSON")] = None,
+) -> None:
+    """Turn conversations into token ids and labels, one JSON line each."""
+    from minisft.conversations import Ledger
+    from minisft.labels import encode_all
+    from minisft.mistral import MistralTemplate
+    from minisft.runs import write_json
+    from minisft.tokens import load_tokenizer
+
+    book = Ledger()
+    conversations = _read(data, book)
+    using = load_tokenizer(tokenizer)
+    rows = encode_all(conversations, MistralTemplate.for_tokenizer(using, template), using, max_length, book)
+    scratch = out.with_name(f".{out.name}.partial")
+    with scratch.open("w") as stream:
+        for row in rows:
+            stream.write(json.dumps({"id": row.id, "input_ids": row.input_ids, "labels": row.labels}) + "\n")
+    scratch.replace(out)
+    if ledger:
+        write_json(ledger, book.to_dict())
+    _note(str(book))
+
+
+@app.command()
+def show(
+    data: Annotated[str, typer.Argument(help="sharegpt, a file or folder, or a hub id")] = "sharegpt",
+    row: Annotated[int, typer.Option(help="which usable conversation, from 0")] = 0,
+    tokenizer: Annotated[str, typer.Option(help="smollm2, mistral:v1, a folder, or a hub id")] = "smollm2",
+    template: Annotated[str, typer.Option(help="template version")] = "v1",
+    max_length: MaxLength = 256,
+) -> None:
+    """The token lens: every token of one conversation with its label."""
+    from minisft.conversations import Ledger
+    from minisft.labels import encode
+    from minisft.lens import Lens
+    from minisft.mistral import MistralTemplate
+    from minisft.tokens import load_tokenizer
+
+    conversations = _read(data, Ledger())
+    if not 0 <= row < len(conversations):
+        raise UserError(f"--row {row} is outside {data}, which has {len(conversations)} usable conversations")
+    using = load_tokenizer(tokenizer)
+    print(
+        Lens(
+            encode(conversations[row], MistralTemplate.for_tokenizer(using, template), using, max_length),
+            using,
+        )
+    )
+
+
+def _read(data: str, ledger: Any) -> list[Any]:
+    from minisft.assets import find_data
+    from minisft.conversations import read
+
+    return read(find_data(data, _note).path, ledger)
+
+
+def _config(
+    strategy: Annotated[str, typer.Option("--strategy", "-s", help="vanilla, ddp, zero0, zero1, zero2 or zero3")],
+    ranks: Annotated[int | None, typer.Option(help="processes; 1 for vanilla, else 2 or the number of GPUs")] = None,
+    preset: Annotated[
+        str, typer.Option(help="course (a minute on two cores) or full (the original settings)")
+    ] = "course",
+    name: Annotated[str | None, typer.Option(help="name of the run folder; the strategy if not given")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="smollm2, a model folder, or a hub id")] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="sharegpt, a file or folder, or a hub id")] = None,
+    max_length: Annotated[int | None, typer.Option(help="longest row, in tokens")] = None,
+    max_characters: Annotated[int | None, typer.Option(help="leave out longer conversations")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="train on the first so many conversations")] = None,
+    epochs: Annotated[float | None, typer.Option(help="passes over the training rows")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="stop after so many optimizer steps")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="rows per rank and micro-batch")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="micro-batches per optimizer step")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="peak learning rate")] = None,
+    warmup: Annotated[float | None, typer.Option(help="share of the steps that warm up")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="gradient clipping")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16")] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="steps between checkpoints; once per epoch if not given")
+    ] = None,
+    keep_checkpoints: Annotated[int | None, typer.Option(help="keep the last so many; all if not given")] = None,
+    resumable: Annotated[
+        bool | None,
+        typer.Option("--resumable/--weights-only", help="save optimizer states with each checkpoint"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="of the split and of the order of rows")] = None,
+) -> dict[str, Any]:
+    """The options of a run, shared by `command` and `launch`; only those given are in the result."""
+    return {key: value for key, value in locals().items() if value is not None}
+
+
+def _run_config(options: dict[str, Any]) -> Any:
+    from minisft.runs import RunConfig
+
+    preset = options.pop("preset")
+    if preset == "course":
+        return RunConfig.course(**options)
+    if preset != "full":
+        raise UserError(f"unknown preset {preset!r}: use course or full")
+    if options["strategy"] != "vanilla":
+        options.setdefault("ranks", _devices())
+    return RunConfig(**options)
+
+
+def _devices() -> int:
+    import torch
+
+    return torch.cuda.device_count() or 2
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a run of this name")]
+
+
+def _with_run_options(function: Any) -> Any:
+    """Give a command the options of `_config`, plus its own."""
+    import functools
+    import inspect
+
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "options"]
+    shared = list(inspect.signature(_config, eval_str=True).parameters.values())
+    names = [p.name for p in shared]
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        options = _config(**{name: values.pop(name) for name in names})
+        function(options=options, **values)
+
+    command.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared + own])
+    command.__annotations__ = {p.name: p.annotation for p in shared + own}
+    del command.__wrapped__
+    return command
+
+
+@app.command()
+@_with_run_options
+def command(options: dict[str, Any], overwrite: Overwrite = False) -> None:
+    """Write a run folder and print the command that trains it."""
+    from minisft.launch import prepare
+
+    run = prepare(_run_config(options), overwrite=overwrite, say=_note)
+    print(run.command)
+
+
+@app.command()
+@_with_run_options
+def launch(options: dict[str, Any], overwrite: Overwrite = False) -> None:
+    """Write a run folder, train it, and follow it to its end."""
+    from minisft.launch import prepare
+
+    _launch(prepare(_run_config(options), overwrite=overwrite, say=_note))
+
+
+@app.command()
+def train(
+    run: Annotated[str, typer.Argument(help="a run's name or folder, made by `minisft command`")],
+) -> None:
+    """Train a prepared run."""
+    from minisft.runs import Run
+
+    _launch(Run.load(run))
+
+
+def _launch(run: Any) -> None:
+    from minisft.launch import RunFailed, launch
+
+    try:
+        launch(run, say=lambda line: print(line, flush=True))
+    except RunFailed as error:
+        print(f"minisft: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(f"done: {os.path.relpath(run.folder)}")
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="runs by name or folder; all finished ones if not given")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="test conversations to answer")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 48,
+    batch_size: Annotated[int, typer.Option(help="conversations answered at once")] = 16,
+) -> None:
+    """BLEU and three example answers for every checkpoint, and for the model before training."""
+    from minisft.evaluate import Settings, evaluate_runs
+    from minisft.runs import Run, all_runs
+
+    chosen = [Run.load(name) for name in runs] if runs else [run for run in all_runs() if run.checkpoints]
+    if not chosen:
+        raise UserError(
+            "no run in outputs/model has a checkpoint: train one first, e.g. ./launchers/run_zero.sh vanilla"
+        )
+    settings = Settings(rows=rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    evaluate_runs(chosen, settings, say=lambda line: print(line, flush=True))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str] | None, typer.Argument(help="runs by name or folder; all if not given")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Losses, speed and memory of several runs, side by side."""
+    from minisft.compare import summary_rows, table
+    from minisft.runs import Run, all_runs
+
+    rows = summary_rows([Run.load(name) for name in runs] if runs else all_runs())
+    _print_json(rows) if as_json else print(table(rows))
+
+
+@app.command()
+def notebooks(
+    paths: Annotated[list[Path] | None, typer.Argument(help="notebooks; all of the course if not given")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="also refresh the committed outputs")] = False,
+    timeout: Annotated[float | None, typer.Option(help="seconds for each notebook")] = None,
+) -> None:
+    """Execute notebooks; writes executed copies and an HTML book under outputs/notebooks."""
+    from minisft.book import execute
+    from minisft.runs import project_root
+
+    sys.exit(execute(project_root(), paths, in_place=in_place, timeout=timeout))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""What this machine can run, what is missing, what that costs, and how to mend it.
+
+    minisft doctor
+
+Only what every part of the course needs is required. All else may be missing: `ABOUT` says what still works.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from minisft import assets
+from minisft.runs import outputs_root
+
+MODEL_PARAMETERS = 134_515_008  # SmolLM2-135M, whose embedding is also its output layer
+CHECKPOINT = MODEL_PARAMETERS * 4  # bytes: fp32 weights
+ONE_RANK = MODEL_PARAMETERS * 16  # bytes: fp32 weights and gradients, and Adam's two moments
+SHARED_PER_RANK = 2 * (1 << 20) + 2 * (32 << 20)  # bytes: the buffers in DeepSpeed's csrc/cpu/comm/shm.cpp
+EPOCHS = 8  # the default run keeps a checkpoint of each
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. `consequence` and `remedy` are empty where nothing is missing."""
+
+    name: str
+    ok: bool
+    detail: str
+    consequence: str = ""
+    remedy: str = ""
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that every part of the course needs is there."""
+        return all(check.ok for check in self.checks if check.required)
+
+    @property
+    def exit_code(self) -> int:
+        """0, also where only optional things are missing; else 1."""
+        return 0 if self.ok else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: `ok`, and `checks` with every field of each."""
+        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+
+    def text(self, brief: bool = False) -> str:
+        """A line for each check; under one that failed, its consequence and remedy. `brief`: only those."""
+        width = max((len(check.name) for check in self.checks), default=0) + 2
+        lines = []
+        for check in self.checks:
+            if brief and check.ok:
+                continue
+            lines.append(f"{'✓' if check.ok else '✗'} {check.name:<{width}}{check.detail}")
+            for note in (check.consequence, check.remedy):
+                indent = " " * (width + 2)
+                lines += textwrap.wrap(note, 110, initial_indent=indent, subsequent_indent=indent)
+        passed = sum(check.ok for check in self.checks)
+        verdict = "this machine can run the course" if self.ok else "the course cannot run yet"
+        return "\n".join([*lines, f"{passed} of {len(self.checks)} checks passed: {verdict}"])
+
+
+def examine() -> Report:
+    """Look at the machine and its environment. Changes nothing; imports torch (seconds), never deepspeed."""
+    checks = []
+    for name, look in LOOK.items():
+        ok, detail = look()
+        consequence, remedy = ABOUT[name]
+        missing = ("", "") if ok else (" ".join(consequence.split()), " ".join(remedy.split()))
+        checks.append(Check(name, ok, detail, *missing, required=name in REQUIRED))
+    return Report(tuple(checks))
+
+
+# --- looking: each returns whether all is well, and what was found ------------------------------------------
+
+Found = tuple[bool, str]
+
+
+def _python() -> Found:
+    return sys.version_info >= (3, 11), f"{platform.python_version()} ({sys.executable})"
+
+
+def _platform() -> Found:
+    return sys.platform == "linux" and platform.machine() == "x86_64", platform.platform()
+
+
+def _packages() -> Found:
+    """Everything that minisft's own metadata names, the notebooks' packages included."""
+    try:
+        lines = requires("minisft") or []
+    except PackageNotFoundError:
+        return False, "minisft is not installed"
+    from packaging.requirements import Requirement
+
+    wanted = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": "notebooks"})]
+    missing = [r.name for r in wanted if _version(r.name) is None]
+    return not missing, f"missing: {', '.join(missing)}" if missing else f"all {len(wanted)} are installed"
+
+
+def _torch() -> Found:
+    try:
+        import torch
+    except Exception as error:  # a broken installation is a finding, whatever it raises
+        return False, f"cannot be imported ({type(error).__name__}: {error})".replace("\n", " ")
+    able = torch.cpu.get_capabilities()
+    fast = [label for key, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if able.get(key)]
+    bf16 = f"fast bf16 by {' and '.join(fast)}" if fast else "no fast bf16"
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    return (
+        True,
+        f"{torch.__version__} ({build}); on the CPU {torch.backends.cpu.get_cpu_capability()}, {bf16}",
+    )
+
+
+def _gpus() -> Found:
+    try:
+        import torch
+
+        found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    except Exception:  # the check of PyTorch tells why
+        found = []
+    if not found:
+        return False, "none that PyTorch can use, though nvidia-smi is here" if shutil.which("nvidia-smi") else "none"
+    # bf16 arithmetic came with compute capability 8.0 (Ampere).
+    each = [f"{p.name}, {_gib(p.total_memory)}, {'bf16' if p.major >= 8 else 'fp16, no bf16'}" for p in found]
+    return True, f"{len(found)}: {'; '.join(each)}"
+
+
+def _deepspeed() -> Found:
+    found = _version("deepspeed")
+    return found is not None, found or "not installed"
+
+
+def _cores() -> Found:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    if quota.isdigit():  # a container's share of time, in whole cores
+        usable = min(usable, max(1, int(quota) // int(period)))
+    return usable >= 2, f"{usable} usable of {os.cpu_count()}"
+
+
+def _memory() -> Found:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    limit = _read("/sys/fs/cgroup/memory.max")  # a container's own, or "max"
+    total = min(memory.total, int(limit)) if limit.isdigit() else memory.total
+    return total >= 7 << 30, f"{_gib(total)}, {_gib(min(memory.available, total))} of it available"
+
+
+def _outputs_disk() -> Found:
+    return _disk(outputs_root(), EPOCHS * CHECKPOINT)
+
+
+def _cache_disk() -> Found:
+    fetched = len(list(assets.cache_dir().glob("*/asset.json"))) >= 2  # the model and the data
+    ok, detail = _disk(assets.cache_dir(), 0 if fetched else assets.SMOLLM2.space + assets.SHAREGPT.space)
+    return ok, f"{detail}; model and data {'are here' if fetched else 'not fetched yet'}"
+
+
+def _disk(place: Path, need: int) -> Found:
+    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK):
+        return False, f"{place} cannot be written to"
+    free = shutil.disk_usage(there).free
+    return free >= need, f"{_gib(free)} free at {place}"
+
+
+def _shared_memory() -> Found:
+    place = Path("/dev/shm")  # noqa: S108 (looked at, never written)
+    free = shutil.disk_usage(place).free if place.is_dir() else 0
+    return free >= 2 * SHARED_PER_RANK, f"{_gib(free)} free in {place}"
+
+
+def _loopback() -> Found:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=2).close()
+    except OSError as error:
+        return False, str(error)
+    return True, "ranks can reach each other on 127.0.0.1"
+
+
+def _compiler() -> Found:
+    wanted = os.environ.get("CXX") or "c++"  # as torch.utils.cpp_extension chooses
+    return _program(wanted, os.environ.get("PATH", ""))
+
+
+def _python_headers() -> Found:
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return header.exists(), f"{'' if header.exists() else 'no '}{header}"
+
+
+def _ninja() -> Found:
+    # A run gets this interpreter's folder first on PATH, so a ninja beside it serves with nothing activated.
+    return _program("ninja", os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+def _environment_path() -> Found:
+    # torch.utils.cpp_extension does not quote the folder of its libraries when it links.
+    return not any(map(str.isspace, sys.prefix)), sys.prefix
+
+
+def _program(name: str, path: str) -> Found:
+    program = shutil.which(name, path=path)
+    if program is None:
+        return False, f"no {name} on PATH"
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return False, f"{program} does not run ({error})"
+    return True, f"{done.stdout.partition(chr(10))[0]} ({program})"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
+
+
+# --- what to look at, and what it means if it is missing: (consequence, remedy) -----------------------------
+
+LOOK = {
+    "Python": _python,
+    "platform": _platform,
+    "packages": _packages,
+    "PyTorch": _torch,
+    "DeepSpeed": _deepspeed,
+    "GPUs": _gpus,
+    "CPU cores": _cores,
+    "memory": _memory,
+    "disk, outputs": _outputs_disk,
+    "disk, cache": _cache_disk,
+    "C++ compiler": _compiler,
+    "Python headers": _python_headers,
+    "ninja": _ninja,
+    "environment path": _environment_path,
+    "shared memory": _shared_memory,
+    "loopback port": _loopback,
+}
+REQUIRED = {"Python", "packages", "PyTorch"}
+
+NO_OP = """DeepSpeed builds a small C++ op at its first run on a CPU (about 30 s): zero0 to zero3 do not
+run there, nor do the offload strategies on a GPU. Vanilla, ddp, evaluation and the notebooks' reading
+parts still work."""
+
+ABOUT = {
+    "Python": (
+        "minisft is written for Python 3.11 and newer.",
+        "Make the environment with such a Python: MINISFT_PYTHON=python3.11 launchers/setup.sh",
+    ),
+    "platform": (
+        """DeepSpeed and the locked versions are tested on Linux x86-64 alone. Vanilla, evaluation and
+        the notebooks' reading parts should work wherever PyTorch does.""",
+        "Use a Linux x86-64 machine, virtual machine or container for the distributed parts.",
+    ),
+    "packages": (
+        "Whatever imports them does not run.",
+        "Run launchers/setup.sh, or activate the environment that it made.",
+    ),
+    "PyTorch": ("No model can be loaded.", "Run launchers/setup.sh."),
+    "DeepSpeed": (
+        "zero0 to zero3 do not run. Vanilla, ddp and evaluation still work.",
+        "Run launchers/setup.sh.",
+    ),
+    "GPUs": (
+        """Training runs on the CPU, which the course's own short runs are made for. fp16, the offload
+        strategies and runs of full size want a GPU. All else works.""",
+        "Where there is an NVIDIA GPU: see that nvidia-smi lists it and that PyTorch is a CUDA build.",
+    ),
+    "CPU cores": (
+        "Ranks share one core: distributed runs work, and take about twice as long.",
+        "Give the container or virtual machine two cores.",
+    ),
+    "memory": (
+        f"""Each rank of SmolLM2-135M holds {_gib(ONE_RANK)} of weights, gradients and optimizer states
+        before any activation, so runs of two ranks may be killed. One rank, and the notebooks' toys,
+        still work.""",
+        "Close other programs, or use a machine with 8 GiB.",
+    ),
+    "disk, outputs": (
+        f"""A default run keeps {EPOCHS} checkpoints of {_gib(CHECKPOINT)} for SmolLM2-135M. The
+        course's short runs need less, and a run refuses to start if its own do not fit.""",
+        "Free some space, or set MINISFT_OUTPUTS to a folder on another disk.",
+    ),
+    "disk, cache": (
+        "The model and the data do not fit: what uses them does not run. The notebooks' toys still work.",
+        "Free some space, or set MINISFT_CACHE to a folder on another disk.",
+    ),
+    "C++ compiler": (
+        NO_OP,
+        "Install one (Debian, Ubuntu: apt install g++; conda: gxx_linux-64), or name yours in CXX.",
+    ),
+    "Python headers": (
+        NO_OP,
+        "Install them (Debian, Ubuntu: apt install python3-dev), or use a Python that has them.",
+    ),
+    "ninja": (NO_OP, "Run launchers/setup.sh: it is one of the locked packages."),
+    "environment path": (
+        f"PyTorch's build tool stumbles over the space in this path. {NO_OP}",
+        """Move the repository to a path without spaces and run launchers/setup.sh again, or run it while a
+        virtual environment at such a path is active.""",
+    ),
+    "shared memory": (
+        f"""DeepSpeed's C++ op takes {SHARED_PER_RANK >> 20} MiB for each rank: zero0 to zero3 on a CPU
+        may die of a bus error. Vanilla and ddp still work.""",
+        "Give the container more, for instance --shm-size=1g.",
+    ),
+    "loopback port": (
+        "The ranks of a run cannot meet: ddp and zero0 to zero3 do not start. Vanilla still works.",
+        "Let the sandbox or firewall that runs this allow connections to 127.0.0.1.",
+    ),
+}
