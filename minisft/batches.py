@@ -36,6 +36,31 @@ class PadRight:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+@dataclass(frozen=True)
+class PaddingFree:
+    """Lays the rows of a micro-batch end to end, without one token of padding.
+
+    Returns `input_ids`, `position_ids` (restarting with each row) and `labels`, int64 tensors of shape [1, tokens],
+    and `cu_seq_lens_q`, int32 of shape [rows + 1]: where each row begins, by transformers' own name for it.
+    It needs an attention that keeps the rows apart, `minisft.attention.PER_DOCUMENT`.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
+        import torch
+
+        lengths = [len(row["input_ids"]) for row in rows]
+        labels: list[int] = []
+        for row in rows:
+            # A row's first token has nothing before it: it must not be predicted from the end of the row before.
+            labels += [IGNORE_INDEX, *row["labels"][1:]]
+        return {
+            "input_ids": torch.tensor([[i for row in rows for i in row["input_ids"]]]),
+            "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+            "labels": torch.tensor([labels]),
+            "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        }
+
+
 def pad_left(rows: Sequence[list[int]], pad_id: int) -> dict[str, Any]:
     """Prompts for generation, int64 [rows, longest]: padded on the left, so that all answers start together."""
     import torch

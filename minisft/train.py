@@ -72,7 +72,8 @@ def _train(run: Run, rank: int, position: dict[str, int]) -> None:
     from datasets import load_from_disk
     from transformers import AutoModelForCausalLM
 
-    from minisft.batches import PadRight
+    from minisft.attention import PER_DOCUMENT, supports_padding_free
+    from minisft.batches import PaddingFree, PadRight
     from minisft.mistral import MistralTemplate
     from minisft.tokens import HuggingFaceTokenizer
 
@@ -83,13 +84,17 @@ def _train(run: Run, rank: int, position: dict[str, int]) -> None:
     model.config.use_cache = False
     model.generation_config.eos_token_id = tokenizer.eos_id
     model.generation_config.pad_token_id = tokenizer.pad_id
+    padding_free = supports_padding_free(model)
+    if padding_free:
+        model.set_attn_implementation(PER_DOCUMENT)
     trainer = _trainer_class()(
         run=run,
         position=position,
+        padding_free=padding_free,
         model=model,
         args=arguments,
         train_dataset=load_from_disk(run.folder / "data" / "train").remove_columns("id"),
-        data_collator=PadRight(tokenizer.pad_id),
+        data_collator=PaddingFree() if padding_free else PadRight(tokenizer.pad_id),
         processing_class=tokenizer.hf,
     )
     trainer.train()
@@ -161,19 +166,34 @@ def _trainer_class() -> type:
                 self.trainer.write_memory()
 
     class RunTrainer(Trainer):
-        """Trainer whose loss is the mean over the trained tokens of the global batch (transformers' own default)."""
+        """Trainer whose loss is the mean over the trained tokens of the global batch, logits made for those alone."""
 
-        def __init__(self, run: Run, position: dict[str, int], **options: Any):
+        def __init__(self, run: Run, position: dict[str, int], padding_free: bool, **options: Any):
             super().__init__(**options)
-            self.run, self.position = run, position
+            self.run, self.position, self.padding_free = run, position, padding_free
             self.began = self.seconds = 0.0
             self.counts = [0, 0]  # tokens and trained tokens of this rank since the last log
             self.add_callback(Clock(self))
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-            self.counts[0] += int(inputs["attention_mask"].sum())
+            mask = inputs.get("attention_mask")
+            self.counts[0] += inputs["input_ids"].numel() if mask is None else int(mask.sum())
             self.counts[1] += int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
             return super().training_step(model, inputs, num_items_in_batch)
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            if not self.padding_free:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            inputs = dict(inputs)
+            targets = inputs.pop("labels")[0, 1:]
+            trained = (targets != IGNORE_INDEX).nonzero()[:, 0]
+            logits = model(**inputs, logits_to_keep=trained).logits[0]
+            total = torch.nn.functional.cross_entropy(logits.float(), targets[trained], reduction="sum")
+            # `num_items_in_batch` counts the trained tokens of all ranks and micro-batches; data parallelism then
+            # averages over ranks, so each rank's share is scaled back up.
+            return total / num_items_in_batch * self.accelerator.num_processes
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             if "loss" in logs:

@@ -82,13 +82,18 @@ def test_success_writes_the_copy_the_page_and_the_index(tmp_path, capsys, monkey
     assert "  cell 2/2 " in printed
 
 
-def test_an_exception_names_its_cell_and_the_next_notebook_still_runs(tmp_path, capsys):
+def test_an_exception_names_its_cell_spares_the_source_and_the_next_notebook_still_runs(tmp_path, capsys):
     bad = write(
         tmp_path, "00_bad", "x = 1", "", "def f():\n    raise ValueError('\\x1b[31mred\\x1b[0m herring')\nf()", "x = 2"
     )
     good = write(tmp_path, "01_good", "print('ran')")
 
-    assert book.execute(tmp_path, [bad, good]) == 1
+    before = bad.read_bytes()
+
+    assert book.execute(tmp_path, [bad, good], in_place=True) == 1
+
+    assert bad.read_bytes() == before
+    assert nbformat.read(good, as_version=4).cells[0].execution_count == 1
 
     out = tmp_path / "outputs" / "notebooks"
     copy = nbformat.read(out / "00_bad.ipynb", as_version=4)
@@ -138,14 +143,6 @@ def test_a_dead_kernel_is_reported_and_leaves_nothing(tmp_path, death, why):
     assert not is_running(int(pid.read_text()))
 
 
-def test_nothing_is_left_at_the_normal_end(tmp_path):
-    pid = tmp_path / "child.pid"
-    result, _, _ = run_one(tmp_path, write(tmp_path, "fine", sleeper(pid)))
-
-    assert result.ok
-    assert not is_running(int(pid.read_text()))
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_runner_leaves_nothing(tmp_path, number):
     pid = tmp_path / "child.pid"
@@ -167,16 +164,6 @@ def test_an_interrupted_runner_leaves_nothing(tmp_path, number):
     assert kernels
     assert not any(is_running(kernel.pid) for kernel in kernels)
     assert not is_running(int(pid.read_text()))
-
-
-def test_in_place_leaves_the_source_of_a_failed_notebook_alone(tmp_path):
-    path = write(tmp_path, "bad", "print('x')", "1 / 0")
-    before = path.read_bytes()
-
-    result, _, _ = run_one(tmp_path, path, in_place=True)
-
-    assert not result.ok
-    assert path.read_bytes() == before
 
 
 def test_in_place_gives_the_same_bytes_twice_and_no_trace_of_the_machine(tmp_path):
@@ -246,8 +233,9 @@ def test_images_carry_their_alt_text_into_the_copy_and_the_page(tmp_path):
     assert 'href="01_next.html#top"' in page
 
 
-def test_cells_that_are_not_meant_to_run_keep_their_outputs(tmp_path):
-    path = write(tmp_path, "tags", "1 / 0", "2 / 0")
+def test_tags_are_respected_and_nothing_is_left_at_the_normal_end(tmp_path):
+    pid = tmp_path / "child.pid"
+    path = write(tmp_path, "tags", "1 / 0", "2 / 0", sleeper(pid))
     nb = nbformat.read(path, as_version=4)
     nb.cells[0].metadata["tags"] = ["skip-execution"]
     nb.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text="from a GPU\n")]
@@ -259,6 +247,7 @@ def test_cells_that_are_not_meant_to_run_keep_their_outputs(tmp_path):
     assert result.ok
     assert copy.cells[0].outputs[0].text == "from a GPU\n"
     assert copy.cells[1].outputs[0].ename == "ZeroDivisionError"
+    assert not is_running(int(pid.read_text()))
 
 
 @pytest.mark.parametrize(

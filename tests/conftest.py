@@ -1,0 +1,80 @@
+"""A tiny model and a small data set, made on the spot, so that most tests need no download."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+WORDS = "the cat sat on a mat and saw red rain over old stone walls while small birds sang new songs".split()
+
+
+def sharegpt_row(row_id: str, *turns: tuple[str, str]) -> dict:
+    return {"id": row_id, "conversations": [{"from": role, "value": value} for role, value in turns]}
+
+
+def write_sharegpt(path: Path, rows: int, seed: int = 0) -> Path:
+    """Conversations of unequal lengths, one to three exchanges each."""
+    chance = random.Random(seed)
+
+    def say() -> str:
+        return " ".join(chance.choices(WORDS, k=chance.randint(1, 12)))
+
+    made = []
+    for i in range(rows):
+        turns = [turn for _ in range(chance.randint(1, 3)) for turn in (("human", say()), ("gpt", say()))]
+        made.append(sharegpt_row(f"row{i:04d}", *turns))
+    path.write_text(json.dumps(made))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test writes its runs into its own folder."""
+    monkeypatch.setenv("MINISFT_OUTPUTS", str(tmp_path / "outputs"))
+    return tmp_path / "outputs"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of about 40,000 random parameters with a byte-level tokenizer, as a model folder."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = [AddedToken(name, special=True) for name in ("<|pad|>", "<s>", "</s>", "<|im_end|>")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS) + " [INST] [/INST]"] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<|pad|>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sharegpt(tmp_path_factory.mktemp("data") / "sharegpt.json", rows=120)

@@ -1,0 +1,201 @@
+"""Real runs of a tiny model under every strategy, through the launchers that users start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import write_sharegpt
+
+from minisft.launch import RunFailed, launch, prepare
+from minisft.runs import Run, RunConfig
+from minisft.zero_config import STRATEGIES
+
+pytestmark = pytest.mark.distributed
+STEPS = 6
+
+
+def tiny_run(strategy, tiny_model, data, **changes):
+    settings = {"max_steps": STEPS, "save_steps": 4, "max_characters": None, "learning_rate": 1e-3}
+    return RunConfig.course(strategy, model=str(tiny_model), data=str(data), **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, small_data, tmp_path_factory):
+    """One finished run per strategy: the same global batch of 8 rows of unequal lengths, fp32, two ranks but vanilla."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MINISFT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+    made = {}
+    for strategy in STRATEGIES:
+        made[strategy] = launch(prepare(tiny_run(strategy, tiny_model, small_data)), say=lambda line: None)
+    yield made
+    patch.undo()
+
+
+def weights(checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True).state_dict()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_loss_curves_agree_with_vanilla(runs, strategy):
+    expected = [m["loss"] for m in runs["vanilla"].metrics]
+    found = [m["loss"] for m in runs[strategy].metrics]
+    assert len(found) == STEPS
+    assert expected[-1] < expected[0]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_run_folder_is_complete(runs, strategy):
+    run = runs[strategy]
+    assert run.status == "done"
+    assert [p.name for p in run.checkpoints] == ["checkpoint-4", "checkpoint-6"]
+    assert [m["step"] for m in run.metrics] == list(range(1, STEPS + 1))
+    assert {m["tokens"] for m in run.metrics} == {m["tokens"] for m in runs["vanilla"].metrics}
+    assert all(m["tokens"] > m["trained_tokens"] > 0 and m["seconds"] > 0 for m in run.metrics)
+    assert len(run.memory) == len(run.metrics[0]["bytes"]) == run.config.ranks
+    assert (run.deepspeed is not None) == strategy.startswith("zero")
+    assert all((run.folder / "logs" / f"rank{r}.log").exists() for r in range(run.config.ranks))
+    assert run.command.split()[0] == {"vanilla": "python", "ddp": "torchrun"}.get(strategy, "deepspeed")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_checkpoint_loads_with_plain_transformers(runs, strategy):
+    from transformers import AutoTokenizer
+
+    expected = weights(runs["vanilla"].checkpoints[-1])
+    start = weights(runs["vanilla"].model_folder)
+    found = weights(runs[strategy].checkpoints[-1])
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(found[name], start[name]) for name in found), "training changed nothing"
+    for checkpoint in runs[strategy].checkpoints:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        assert text == "<s>[INST] Hi [/INST]"
+
+
+def test_measured_memory_falls_as_zero_splits_more(runs):
+    """Exact where nothing is padded: 12 bytes per parameter unsplit, and what each stage halves on two ranks."""
+    parameters = sum(t.numel() for name, t in weights(runs["vanilla"].model_folder).items() if name != "lm_head.weight")
+    held = {name: run.memory[0] for name, run in runs.items()}
+    assert held["vanilla"]["parameters"] == held["ddp"]["parameters"] == 4 * parameters
+    assert held["vanilla"]["optimizer states"] == pytest.approx(8 * parameters, rel=1e-2)
+    for strategy in ("zero1", "zero2", "zero3"):
+        assert held[strategy]["optimizer states"] == pytest.approx(4 * parameters, rel=1e-2)
+        assert held[strategy]["fp32 masters"] == pytest.approx(2 * parameters, rel=1e-2)
+    assert held["zero3"]["parameters"] == pytest.approx(2 * parameters, rel=1e-2)
+
+
+def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(runs, tiny_model, small_data, monkeypatch):
+    from minisft.errors import UserError
+
+    run = runs["vanilla"]
+    monkeypatch.setenv("MINISFT_OUTPUTS", str(run.folder.parents[1]))
+    before = (run.folder / "metrics.jsonl").stat().st_mtime_ns
+    launch(prepare(tiny_run("vanilla", tiny_model, small_data)), say=lambda line: None)
+    assert (run.folder / "metrics.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="max steps 6 -> 7.*--overwrite"):
+        prepare(tiny_run("vanilla", tiny_model, small_data, max_steps=7))
+    assert run.status == "done"
+
+
+def test_bf16_and_accumulation_train_too(tiny_model, small_data):
+    config = tiny_run("zero2", tiny_model, small_data, precision="bf16", accumulation=2, batch_size=2, max_steps=3)
+    run = launch(prepare(config), say=lambda line: None)
+    losses = [m["loss"] for m in run.metrics]
+    assert len(losses) == 3
+    assert all(0 < loss < 10 for loss in losses)
+    assert run.deepspeed["bf16"]["enabled"]
+
+
+# --- failing honestly --------------------------------------------------------------------------------------
+
+
+def started(tiny_model, tmp_path, strategy):
+    """A run of many steps, started as from a shell, after its first logged step."""
+    data = write_sharegpt(tmp_path / "many.json", 400)
+    command = [sys.executable, "-m", "minisft.cli", "launch", "--strategy", strategy, "--model", str(tiny_model)]
+    command += ["--data", str(data), "--max-steps", "100000", "--save-steps", "100000", "--ranks"]
+    command += ["1" if strategy == "vanilla" else "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = Run(tmp_path / "outputs" / "model" / strategy)
+    deadline = time.monotonic() + 120
+    while not (run.folder / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return process, run
+
+
+def workers_of(process):
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if "minisft.train" in " ".join(p.cmdline())]
+
+
+def test_killing_one_rank_fails_the_run_and_ends_the_others(tiny_model, tmp_path):
+    process, run = started(tiny_model, tmp_path, "zero2")
+    family = psutil.Process(process.pid).children(recursive=True)
+    ranks = [p for p in workers_of(process) if "--local_rank=1" in p.cmdline()]
+    ranks[0].kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "zero2 failed" in output.splitlines()[-1]
+    assert run.status == "failed"
+    assert not (run.folder / "DONE").exists()
+    assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+@pytest.mark.parametrize("strategy", ["vanilla", "zero2"])
+def test_interrupting_ends_every_process_and_says_so(tiny_model, tmp_path, strategy):
+    process, run = started(tiny_model, tmp_path, strategy)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "stopped by SIGINT" in output.splitlines()[-1]
+    assert json.loads((run.folder / "FAILED").read_text())["reason"] == "stopped by SIGINT"
+    assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+def test_killing_everything_at_once_leaves_no_done(tiny_model, tmp_path):
+    process, run = started(tiny_model, tmp_path, "vanilla")
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in family:
+        os.kill(one.pid, signal.SIGKILL)
+    process.wait()
+    assert run.status in ("failed", "unfinished")
+    assert not (run.folder / "DONE").exists()
+    # And an unfinished run starts afresh with the same command.
+    again = prepare(run.config)
+    assert again.status == "prepared"
+
+
+def test_a_live_run_cannot_be_started_twice(tiny_model, tmp_path):
+    from minisft.errors import UserError
+
+    process, run = started(tiny_model, tmp_path, "vanilla")
+    try:
+        with pytest.raises(UserError, match="being trained right now"):
+            prepare(run.config, overwrite=True)
+        with pytest.raises(UserError, match="being trained right now"):
+            launch(run, say=lambda line: None)
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def test_an_error_in_a_rank_is_reported_with_rank_step_and_reason(tiny_model, small_data):
+    run = prepare(tiny_run("vanilla", tiny_model, small_data, learning_rate=1e30, max_grad_norm=1e30))
+    with pytest.raises(RunFailed, match=r"vanilla failed on rank 0, step \d+: FloatingPointError: the loss is NaN"):
+        launch(run, say=lambda line: None)
+    assert run.status == "failed"
+    assert not (run.folder / "DONE").exists()
