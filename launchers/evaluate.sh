@@ -5,7 +5,7 @@
 # training: BLEU, chrF, loss, and three example answers, into outputs/evaluation/<run>/. What is scored already is
 # not scored again.
 #
-#   --rows N              test conversations to answer (default 16)
+#   --rows N              test conversations to answer (default 12)
 #   --max-new-tokens N    longest answer (default 48)
 #   --batch-size N        conversations answered at once (default 16)
 #   -h, --help            print this

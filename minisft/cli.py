@@ -265,7 +265,7 @@ def evaluate(
     runs: Annotated[
         list[str] | None, typer.Argument(help="runs by name or folder; all finished ones if not given")
     ] = None,
-    rows: Annotated[int, typer.Option(help="test conversations to answer")] = 16,
+    rows: Annotated[int, typer.Option(help="test conversations to answer")] = 12,
     max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 48,
     batch_size: Annotated[int, typer.Option(help="conversations answered at once")] = 16,
 ) -> None:

@@ -32,7 +32,7 @@ EXAMPLES = 3
 class Settings:
     """How to evaluate: `rows` test conversations, greedy answers of at most `max_new_tokens` tokens."""
 
-    rows: int = 16
+    rows: int = 12
     max_new_tokens: int = 48
     batch_size: int = 16
 
@@ -100,7 +100,9 @@ def evaluate_model(run: Run, folder: Path, conversations: list[Conversation], se
     import torch
     from sacrebleu.metrics import BLEU, CHRF
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading weights, which takes a second
     tokenizer, template = _tools(run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

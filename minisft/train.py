@@ -195,6 +195,12 @@ def _trainer_class() -> type:
             # averages over ranks, so each rank's share is scaled back up.
             return total / num_items_in_batch * self.accelerator.num_processes
 
+        def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+            """Write a tied tensor once: DeepSpeed hands over a copy of it under each of its names."""
+            for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict else ():
+                state_dict.pop(name, None)
+            super()._save(output_dir, state_dict)
+
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             if "loss" in logs:
                 self._write_metrics(logs)

@@ -1,0 +1,99 @@
+"""Preparing a run: everything that can be wrong is said here, before a process starts."""
+
+import json
+import shlex
+import shutil
+
+import pytest
+from conftest import sharegpt_row
+
+from minisft import launch as launching
+from minisft.errors import UserError
+from minisft.launch import command_line, prepare
+from minisft.runs import RunConfig
+
+
+@pytest.fixture
+def config(tiny_model, small_data):
+    def make(strategy="zero2", **changes):
+        return RunConfig.course(strategy, **({"model": str(tiny_model), "data": str(small_data)} | changes))
+
+    return make
+
+
+def test_the_run_folder_holds_what_the_worker_and_the_evaluation_need(config):
+    from datasets import load_from_disk
+
+    run = prepare(config(max_characters=None))
+    assert run.status == "prepared"
+    assert run.config == config(max_characters=None)
+    train = load_from_disk(run.folder / "data" / "train")
+    test = (run.folder / "data" / "test.jsonl").read_text().splitlines()
+    assert len(train) + len(test) == 120
+    assert len(test) == 12
+    assert {json.loads(line)["id"] for line in test}.isdisjoint(train["id"])
+    assert run.ledger["stages"]["read from the file"] == 120
+    assert run.ledger["stages"]["encoded rows"] == len(train)
+    assert run.versions["torch"]
+    zero = run.deepspeed["zero_optimization"]
+    assert zero["stage"] == 2
+    assert run.deepspeed["train_batch_size"] == 8
+
+
+@pytest.mark.parametrize("strategy", ["vanilla", "ddp", "zero0", "zero1", "zero2", "zero3"])
+def test_the_command_in_the_folder_is_the_strategys(config, strategy):
+    run = prepare(config(strategy))
+    words = shlex.split(run.command)
+    assert words[-1] == str(run.folder)
+    assert ("deepspeed" in words) == (run.deepspeed is not None) == strategy.startswith("zero")
+    assert command_line(run.config, run.folder)[-1] == words[-1]
+
+
+def test_two_commands_have_two_ports(config):
+    a, b = (command_line(config(), launching.outputs_root()) for _ in range(2))
+    port = a.index("--master_port") + 1
+    assert a[port] != b[port]
+
+
+def test_bad_data_leaves_an_existing_run_alone(config, tmp_path):
+    run = prepare(config())
+    (run.folder / "DONE").write_text("{}")
+    bad = tmp_path / "alpaca.json"
+    bad.write_text(json.dumps([{"instruction": "Add", "output": "3"}]))
+    with pytest.raises(UserError, match="Alpaca"):
+        prepare(config(data=str(bad)), overwrite=True)
+    assert run.status == "done"
+    assert not list(run.folder.parent.glob(".*preparing"))
+
+
+def test_conversations_that_all_are_too_long_are_refused(config, tmp_path):
+    file = tmp_path / "long.json"
+    rows = [sharegpt_row(f"r{i}", ("human", "word " * 500), ("gpt", "ok")) for i in range(3)]
+    file.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="no training row is left"):
+        prepare(config(data=str(file)))
+
+
+def test_too_little_disk_for_the_checkpoints_is_said_at_once(config, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(launching.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="no space left for 2 checkpoints"):
+        prepare(config())
+
+
+def test_fp16_without_a_gpu_is_refused(config):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        prepare(config(precision="fp16"))
+
+
+def test_importing_minisft_loads_neither_torch_nor_transformers():
+    import subprocess
+    import sys
+
+    code = "import sys, minisft, minisft.runs, minisft.cli; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

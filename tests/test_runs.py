@@ -1,0 +1,82 @@
+import json
+
+import pytest
+
+from minisft.errors import UserError
+from minisft.runs import Run, RunConfig, all_runs, write_json
+
+
+def test_the_defaults_are_the_original_hyperparameters():
+    config = RunConfig()
+    assert (config.learning_rate, config.epochs, config.batch_size) == (8e-6, 8, 8)
+    assert (config.weight_decay, config.max_grad_norm, config.max_length) == (1e-5, 2.0, 2048)
+
+
+@pytest.mark.parametrize("strategy", ["vanilla", "ddp", "zero0", "zero1", "zero2", "zero3"])
+def test_the_course_has_one_global_batch(strategy):
+    config = RunConfig.course(strategy)
+    assert config.global_batch == 8
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"strategy": "zero9"}, "unknown strategy 'zero9': use one of vanilla"),
+        ({"strategy": "zero2", "ranks": 0}, "ranks is 0: give at least 1"),
+        ({"strategy": "zero2", "ranks": -1}, "ranks is -1"),
+        ({"strategy": "vanilla", "ranks": 2}, "vanilla is one process"),
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"max_steps": 0}, "max steps is 0"),
+        ({"learning_rate": float("nan")}, "learning rate is nan"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"warmup": 1.5}, "warmup is 1.5"),
+        ({"max_length": 1}, "max length is 1"),
+        ({"precision": "int4"}, "unknown precision"),
+        ({"name": "../evil"}, "cannot be a folder"),
+        ({"name": "a b;rm"}, "cannot be a folder"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_sentence(changes, says):
+    with pytest.raises(UserError, match=says) as error:
+        RunConfig(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_settings_in_a_run_folder_are_named():
+    with pytest.raises(UserError, match="lerning_rate"):
+        RunConfig.from_dict({"lerning_rate": 1})
+
+
+def test_a_half_written_metrics_line_is_left_out(tmp_path):
+    run = Run(tmp_path)
+    assert run.metrics == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert run.metrics == [{"step": 1}, {"step": 2}]
+
+
+def test_status_follows_the_markers(tmp_path):
+    run = Run(tmp_path)
+    assert run.status == "prepared"
+    (tmp_path / "logs").mkdir()
+    assert run.status == "unfinished"
+    write_json(tmp_path / "FAILED", {"rank": 0})
+    assert run.status == "failed"
+    assert run.failure == {"rank": 0}
+
+
+def test_checkpoints_come_in_step_order(tmp_path):
+    for name in ("checkpoint-100", "checkpoint-20", "checkpoint-3", "checkpoint-x", "tmp-checkpoint-5"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in Run(tmp_path).checkpoints] == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+
+
+def test_a_missing_or_damaged_run_is_named(own_outputs):
+    with pytest.raises(UserError, match="no run 'nope'.*none yet"):
+        Run.load("nope")
+    folder = own_outputs / "model" / "broken"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{")
+    assert [run.name for run in all_runs()] == ["broken"]
+    with pytest.raises(UserError, match="damaged"):
+        _ = Run.load("broken").config
