@@ -260,13 +260,13 @@ def clean(row: Any, where: str, ledger: Ledger) -> Conversation | None:
             return ledger.drop(f"unknown role {turn['from'][:20]!r}", row_id)
         messages.append(Message(role, _whole_characters(turn["value"], row_id, ledger)))
 
-    system = [m for m in messages if m.role == "system" and m.content.strip()]
+    system = [m for m in messages if m.role == "system" and not _is_blank(m.content)]
     spoken = [m for m in messages if m.role != "system"]
     if spoken and spoken[0].role == "assistant":
         ledger.repair("answer before any question: removed", row_id)
         while spoken and spoken[0].role == "assistant":
             spoken.pop(0)
-    filled = list(itertools.takewhile(lambda m: m.content.strip(), spoken))
+    filled = list(itertools.takewhile(lambda m: not _is_blank(m.content), spoken))
     if len(filled) < len(spoken):
         ledger.repair("empty turn: cut there", row_id)
         spoken = filled
@@ -285,6 +285,11 @@ def clean(row: Any, where: str, ledger: Ledger) -> Conversation | None:
     if not joined:
         return ledger.drop("no question with an answer", row_id)
     return Conversation(row_id, (*system, *joined))
+
+
+def _is_blank(text: str) -> bool:
+    """Nothing to see: spaces, line ends, and such as the zero-width space, which ShareGPT has for answers."""
+    return not any(c.isprintable() and not c.isspace() for c in text)
 
 
 def _whole_characters(text: str, row_id: str, ledger: Ledger) -> str:

@@ -97,21 +97,10 @@ def test_rows(run: Run, rows: int) -> list[Conversation]:
 
 def evaluate_model(run: Run, folder: Path, conversations: list[Conversation], settings: Settings) -> dict[str, Any]:
     """Load one checkpoint with plain transformers and score its answers to the conversations' last questions."""
-    import torch
     from sacrebleu.metrics import BLEU, CHRF
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of loading weights, which takes a second
     tokenizer, template = _tools(run)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device).eval()
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} is no checkpoint that transformers can load ({reason})") from error
+    model = _load(folder)
     prompts = [prompt_ids(c, template, tokenizer) for c in conversations]
     answers = generate(model, prompts, tokenizer, settings.max_new_tokens, settings.batch_size)
     loss, trained_tokens = answer_loss(model, conversations, template, tokenizer, settings.batch_size)
@@ -200,6 +189,48 @@ def answer_loss(
             total += torch.nn.functional.cross_entropy(logits[kept].float(), labels[kept], reduction="sum").item()
         count += int(kept.sum())
     return total / count, count
+
+
+def ask(folder: Path, questions: Sequence[str], max_new_tokens: int = 40, template: str = "v1") -> list[Answer]:
+    """Greedy answers of the model in `folder` to questions, each asked alone, in the template of training."""
+    from minisft.conversations import Message
+
+    tokenizer = HuggingFaceTokenizer(folder)
+    form = MistralTemplate.for_tokenizer(tokenizer, template)
+    asked = [Conversation("asked", (Message("user", q), Message("assistant", ""))) for q in questions]
+    return generate(
+        _load(folder), [prompt_ids(c, form, tokenizer) for c in asked], tokenizer, max_new_tokens, len(asked)
+    )
+
+
+def side_by_side(questions: Sequence[str], before: Sequence[Answer], after: Sequence[Answer]) -> str:
+    """An HTML table of answers before and after training. What a model says is untrusted text too: all is escaped."""
+    from html import escape
+
+    def cell(answer: Answer) -> str:
+        mark = "" if answer.stopped else " <em>(cut: it did not stop)</em>"
+        return f"<td style='text-align:left'>{escape(answer.text)}{mark}</td>"
+
+    rows = "".join(
+        f"<tr><th scope='row' style='text-align:left'>{escape(q)}</th>{cell(b)}{cell(a)}</tr>"
+        for q, b, a in zip(questions, before, after, strict=True)
+    )
+    return f"<table><tr><th>question</th><th>before training</th><th>after training</th></tr>{rows}</table>"
+
+
+def _load(folder: Path) -> Any:
+    """A model for inference, by plain transformers, on the GPU if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading weights, which takes a second
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} is no checkpoint that transformers can load ({reason})") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _tools(run: Run) -> tuple[HuggingFaceTokenizer, MistralTemplate]:

@@ -99,8 +99,9 @@ def test_cleaning_repairs_and_counts():
     }
 
 
-def test_an_empty_answer_ends_the_conversation_before_it():
-    found = cleaned(("human", "A"), ("gpt", "B"), ("human", "C"), ("gpt", "  \n"), ("human", "D"), ("gpt", "E"))
+@pytest.mark.parametrize("blank", ["", "  \n", "\u200b", "\ufeff \x00"])
+def test_an_empty_answer_ends_the_conversation_before_it(blank):
+    found = cleaned(("human", "A"), ("gpt", "B"), ("human", "C"), ("gpt", blank), ("human", "D"), ("gpt", "E"))
     assert [m.content for m in found.messages] == ["A", "B"]
 
 
