@@ -5,6 +5,7 @@ Registered with transformers' attention interface, so the model's own code stays
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 PER_DOCUMENT = "minisft_per_document"
@@ -59,6 +60,6 @@ def per_document_attention(
             scale=scaling,
             enable_gqa=grouped,
         )
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in itertools.pairwise(bounds)
     ]
     return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None

@@ -62,7 +62,7 @@ class Result:
 
 def execute(root: Path, paths: list[Path] | None, in_place: bool = False, timeout: float | None = None) -> int:
     """Runs and reports; returns the exit code: 0, 1 if a notebook failed, 130 if interrupted."""
-    out = root / "outputs" / "notebooks"
+    out = Path(os.environ.get("MINISFT_OUTPUTS") or root / "outputs").absolute() / "notebooks"
     try:
         results = run_notebooks(paths, root=root, out=out, in_place=in_place, timeout=timeout)
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -209,7 +209,8 @@ async def _run_cell(client: Any, index: int, deadline: float, limit: float, at: 
     error = (await asyncio.gather(task, return_exceptions=True))[0]
     above = client.nb.cells[max(0, index - 1)]
     headings = re.findall("(?m)^#{1,6} +(.+)", above.source) if above.cell_type == "markdown" else []
-    say(f"{at} {time.monotonic() - started:6.1f} s  {(headings or cell.source.strip().splitlines())[0][:60]}")
+    first = next((line for line in cell.source.splitlines() if line.strip() and not line.startswith("%%")), "")
+    say(f"{at} {time.monotonic() - started:6.1f} s  {(headings or [first])[0][:60]}")
     if isinstance(error, DeadKernelError) and not why:
         code = client.km.provisioner.process.poll()
         why = f"The kernel died: {f'exit code {code}' if code >= 0 else f'signal {-code}'}."

@@ -30,14 +30,20 @@ MaxLength = Annotated[int, typer.Option(help="longest row, in tokens")]
 def main() -> None:
     """Run the command line; every mistake a user can mend ends in one sentence and exit code 2."""
     try:
-        app(standalone_mode=True)
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="minisft", standalone_mode=False))
     except UserError as error:
         _stop(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         place = f" at {error.filename}" if error.filename else ""
         _stop(f"{error.strerror.lower()}{place}: free some space, or point MINISFT_CACHE and MINISFT_OUTPUTS elsewhere")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what the option parser raises for a mistake in the call
+            raise
+        _stop(f"{error.format_message().rstrip('.')} (see minisft {' '.join(sys.argv[1:2])} --help)")
 
 
 def _stop(reason: object) -> None:

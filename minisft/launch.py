@@ -64,8 +64,8 @@ def prepare(config: RunConfig, *, overwrite: bool = False, say: Say = print) -> 
 
     model = assets.find_model(config.model, say)
     ledger = Ledger()
-    tokenizer = HuggingFaceTokenizer(model.path)
     train, test = load_conversations(config, ledger, say)
+    tokenizer = HuggingFaceTokenizer(model.path)
     rows = encode_all(
         train, MistralTemplate.for_tokenizer(tokenizer, config.template), tokenizer, config.max_length, ledger
     )

@@ -15,12 +15,15 @@ _STYLE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Lens:
     """Shows `row`: in a notebook as coloured tokens, in a terminal or as text as one line per token."""
 
     row: Row
     tokenizer: Tokenizer
+
+    def __repr__(self) -> str:
+        return f"{len(self.row.input_ids)} tokens, {self.row.trained} of them trained"
 
     def __str__(self) -> str:
         lines = [f"{'position':>8} {'id':>7} {'label':>7}  token"]
@@ -39,7 +42,7 @@ class Lens:
                 f'<span title="{escape(title)}" style="{_STYLE[trained]};padding:1px 3px;margin:1px;'
                 f'border-radius:3px;display:inline-block;white-space:pre">{token}</span>'
             )
-        summary = f"{len(self.row.input_ids)} tokens, {self.row.trained} of them trained"
+        summary = repr(self)
         legend = (
             f'<span style="{_STYLE[False]};padding:1px 4px">prompt: label -100</span> '
             f'<span style="{_STYLE[True]};padding:1px 4px">trained: label = id</span>'

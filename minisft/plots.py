@@ -79,8 +79,10 @@ def memory_bars(runs: Sequence[Run]) -> Picture:
         sizes = [rank[owner] / 1e9 for rank in ranks]
         axes.barh(names, sizes, left=left, color=colour, label=owner, edgecolor="white")
         left = [a + b for a, b in zip(left, sizes, strict=True)]
-    least = min(zip(runs, ranks, strict=True), key=lambda pair: model_states(pair[1]))[0]
-    axes.set(xlabel="GB on one rank between two steps (measured)", title=f"{least.name} leaves the least on each rank")
+    least = min(left)
+    lightest = " and ".join(run.name for run, total in zip(runs, left, strict=True) if total < 1.01 * least)
+    title = f"{lightest} hold {least:.2f} GB on each rank, {runs[0].name} {left[0]:.2f} GB"
+    axes.set(xlabel="GB on one rank between two steps (measured)", title=title)
     axes.invert_yaxis()
     axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.28))
     each = "; ".join(

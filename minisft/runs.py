@@ -90,15 +90,19 @@ class RunConfig:
 
         Short conversations, few steps, and a larger learning rate, since 8e-6 moves little in so few steps; fp32,
         so that the strategies' losses can be compared digit by digit. The global batch is 8 for every strategy.
+        `MINISFT_COURSE_STEPS` shortens it further, for trying whether everything runs.
         """
-        ranks = changes.pop("ranks", None) or (1 if strategy == "vanilla" else 2)
+        steps = int(os.environ.get("MINISFT_COURSE_STEPS") or 8)
+        ranks = changes.pop("ranks", None)
+        if ranks is None:
+            ranks = 1 if strategy == "vanilla" else 2
         preset = {
             "max_length": 128,
             "max_characters": 300,
-            "max_steps": 8,
+            "max_steps": steps,
             "learning_rate": 1e-4,
-            "batch_size": max(1, 8 // ranks),
-            "save_steps": 4,
+            "batch_size": max(1, 8 // max(1, ranks)),
+            "save_steps": max(2, steps // 2),
             "precision": "fp32",
             "resumable": False,
         }

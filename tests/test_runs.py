@@ -12,6 +12,11 @@ def test_the_defaults_are_the_original_hyperparameters():
     assert (config.weight_decay, config.max_grad_norm, config.max_length) == (1e-5, 2.0, 2048)
 
 
+def test_the_course_can_be_shortened(monkeypatch):
+    monkeypatch.setenv("MINISFT_COURSE_STEPS", "2")
+    assert (RunConfig.course().max_steps, RunConfig.course().save_steps) == (2, 2)
+
+
 @pytest.mark.parametrize("strategy", ["vanilla", "ddp", "zero0", "zero1", "zero2", "zero3"])
 def test_the_course_has_one_global_batch(strategy):
     config = RunConfig.course(strategy)
@@ -72,7 +77,7 @@ def test_checkpoints_come_in_step_order(tmp_path):
 
 
 def test_a_missing_or_damaged_run_is_named(own_outputs):
-    with pytest.raises(UserError, match="no run 'nope'.*none yet"):
+    with pytest.raises(UserError, match=r"no run 'nope'.*none yet"):
         Run.load("nope")
     folder = own_outputs / "model" / "broken"
     folder.mkdir(parents=True)

@@ -27,7 +27,7 @@ def tiny_run(strategy, tiny_model, data, **changes):
 
 @pytest.fixture(scope="module")
 def runs(tiny_model, small_data, tmp_path_factory):
-    """One finished run per strategy: the same global batch of 8 rows of unequal lengths, fp32, two ranks but vanilla."""
+    """One finished run per strategy: the same 8 rows of unequal lengths per step, fp32, two ranks but for vanilla."""
     patch = pytest.MonkeyPatch()
     patch.setenv("MINISFT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
     made = {}
@@ -103,7 +103,7 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(runs
     before = (run.folder / "metrics.jsonl").stat().st_mtime_ns
     launch(prepare(tiny_run("vanilla", tiny_model, small_data)), say=lambda line: None)
     assert (run.folder / "metrics.jsonl").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="max steps 6 -> 7.*--overwrite"):
+    with pytest.raises(UserError, match=r"max steps 6 -> 7.*--overwrite"):
         prepare(tiny_run("vanilla", tiny_model, small_data, max_steps=7))
     assert run.status == "done"
 

@@ -1,0 +1,62 @@
+"""The committed notebooks: their form, and that each runs from top to bottom."""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from minisft.runs import read_json
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@each_notebook
+def test_cells_are_short_and_prose_outweighs_code(path):
+    nb = nbformat.read(path, as_version=4)
+    nbformat.validate(nb)
+    code = [c.source.splitlines() for c in nb.cells if c.cell_type == "code"]
+    prose = [c.source for c in nb.cells if c.cell_type == "markdown"]
+    assert statistics.median(map(len, code)) <= 8
+    assert max(map(len, code)) <= 25
+    assert max(len(line) for cell in code for line in cell) <= 88
+    assert sum(map(len, prose)) >= sum(len(line) for cell in code for line in cell)
+
+
+@each_notebook
+def test_committed_outputs_are_whole_clean_and_small(path):
+    nb = nbformat.read(path, as_version=4)
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    assert all(c.execution_count for c in code), "refresh it: launchers/run_notebooks.sh --in-place"
+    outputs = [o for c in code for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == "error"]
+    for output in outputs:
+        if "image/png" in output.get("data", {}):
+            assert output.metadata["image/png"]["alt"]
+    assert path.stat().st_size < 500_000
+    text = json.dumps([{k: v for k, v in o.items() if k != "data"} for o in outputs])
+    assert not re.search(r"/(home|root|Users|work|tmp)/", text)
+
+
+@pytest.mark.notebook
+@pytest.mark.distributed
+@pytest.mark.model
+def test_the_course_runs_from_top_to_bottom(tmp_path):
+    """Every notebook, through the launcher, with two training steps in place of the preset's."""
+    outputs = tmp_path / "outputs"
+    env = os.environ | {"MINISFT_OUTPUTS": str(outputs), "MINISFT_COURSE_STEPS": "2", "MINISFT_SKIP_SETUP": "1"}
+    command = ["bash", str(ROOT / "launchers" / "run_notebooks.sh")]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("vanilla", "zero1", "zero2", "zero3"):
+        assert (outputs / "model" / name / "DONE").exists()
+        summary = read_json(outputs / "evaluation" / name / "summary.json")
+        assert [c["step"] for c in summary["checkpoints"]] == [0, 2]
+    assert (outputs / "notebooks" / "index.html").exists()
+    assert "without alt text" not in done.stdout

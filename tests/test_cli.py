@@ -1,0 +1,124 @@
+"""The command line as a user types it: exit codes, one sentence for a mistake, nothing lost."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import sharegpt_row
+
+
+def minisft(*arguments, **env):
+    command = [sys.executable, "-m", "minisft.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=120)
+
+
+def refused(done, *words):
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert all(word in last for word in words), last
+
+
+@pytest.mark.parametrize(
+    "verb", ["doctor", "fetch", "encode", "show", "command", "launch", "train", "evaluate", "compare", "notebooks"]
+)
+def test_every_verb_has_help(verb):
+    done = minisft(verb, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["launch", "--strategy", "zero9"], ["unknown strategy 'zero9'"]),
+        (["launch", "--strategy", "zero2", "--ranks", "0"], ["ranks is 0"]),
+        (["launch", "--strategy", "zero2", "--ranks", "two"], ["--ranks", "valid integer"]),
+        (["launch"], ["--strategy"]),
+        (["launch", "-s", "vanilla", "--preset", "huge"], ["unknown preset 'huge'"]),
+        (["launch", "-s", "vanilla", "--data", "nowhere.json"], ["nowhere.json", "does not exist"]),
+        (["launch", "-s", "vanilla", "--model", "./nowhere"], ["nowhere", "does not exist"]),
+        (["train", "nothing"], ["no run 'nothing'"]),
+        (["evaluate"], ["no run in outputs/model has a checkpoint"]),
+        (["evaluate", "--rows", "0"], ["no run in outputs/model"]),
+        (["nonsense"], ["nonsense"]),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_exit_2(arguments, words):
+    refused(minisft(*arguments), *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("", "is empty"),
+        ("no json", "not JSON"),
+        (json.dumps([{"instruction": "a", "output": "b"}]), "Alpaca"),
+        (json.dumps([{"messages": []}]), "messages shape"),
+        (json.dumps([sharegpt_row("a", ("human", "only a question"))]), "no usable conversation"),
+    ],
+)
+def test_bad_data_is_one_sentence_and_exit_2(tmp_path, tiny_model, content, word):
+    file = tmp_path / "data.json"
+    file.write_text(content)
+    refused(minisft("launch", "-s", "vanilla", "--model", tiny_model, "--data", file), "data.json", word)
+
+
+def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path, tiny_model, small_data):
+    """A limit on file size stands in for the full disk: writing fails in the middle."""
+    out = tmp_path / "rows.jsonl"
+    out.write_text("old\n")
+    code = (
+        "import errno, sys; from pathlib import Path; from minisft import cli\n"
+        "def full(self, *a, **k): raise OSError(errno.ENOSPC, 'No space left on device', str(self))\n"
+        "Path.replace = full\n"
+        f"sys.argv = ['minisft', 'encode', {str(small_data)!r}, '--tokenizer', {str(tiny_model)!r}, "
+        f"'--out', {str(out)!r}]\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    refused(done, "no space left on device", "free some space")
+    assert out.read_text() == "old\n"
+
+
+def test_encode_writes_rows_and_ledger(tmp_path, tiny_model, small_data):
+    out, ledger = tmp_path / "rows.jsonl", tmp_path / "ledger.json"
+    done = minisft(
+        "encode", small_data, "--tokenizer", tiny_model, "--max-length", 64, "--out", out, "--ledger", ledger
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    counted = json.loads(ledger.read_text())
+    assert set(rows[0]) == {"id", "input_ids", "labels"}
+    assert len(rows) == counted["stages"]["encoded rows"]
+    assert sum(len(row["input_ids"]) for row in rows) == counted["stages"]["tokens"]
+    assert max(len(row["input_ids"]) for row in rows) <= 64
+
+
+def test_show_prints_the_lens_and_no_escape_codes(tmp_path, tiny_model):
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([sharegpt_row("a", ("human", "\x1b[31mred"), ("gpt", "ok"))]))
+    done = minisft("show", file, "--tokenizer", tiny_model)
+    assert done.returncode == 0, done.stderr
+    assert "<- trained" in done.stdout
+    assert "\x1b" not in done.stdout
+    refused(minisft("show", file, "--tokenizer", tiny_model, "--row", 7), "--row 7 is outside")
+
+
+def test_command_prints_only_the_command(tiny_model, small_data, own_outputs):
+    arguments = ["command", "-s", "zero3", "--ranks", 4, "--model", tiny_model, "--data", small_data, "--name", "big"]
+    done = minisft(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert "--num_accelerators 4" in done.stdout
+    assert (own_outputs / "model" / "big" / "deepspeed.json").exists()
+    listed = json.loads(minisft("compare", "--json").stdout)
+    assert [(row["run"], row["status"]) for row in listed] == [("big", "prepared")]
+
+
+def test_doctor_json_is_json():
+    done = minisft("doctor", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)

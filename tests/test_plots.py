@@ -1,0 +1,71 @@
+import io
+import json
+
+import pytest
+from conftest import sharegpt_row
+from PIL import Image
+
+from minisft.conversations import Ledger, clean
+from minisft.labels import encode
+from minisft.launch import prepare
+from minisft.mistral import MistralTemplate
+from minisft.plots import before_and_after, loss_curves, memory_bars, token_strip
+from minisft.runs import RunConfig, write_json
+from minisft.tokens import HuggingFaceTokenizer
+from minisft.zero_measure import OWNERS
+
+
+@pytest.fixture
+def make_run(tiny_model, small_data):
+    def make(name, losses, held):
+        config = RunConfig.course("vanilla", name=name, model=str(tiny_model), data=str(small_data))
+        run = prepare(config)
+        lines = [json.dumps({"step": i, "loss": x, "tokens": 9, "seconds": 1.0}) for i, x in enumerate(losses, 1)]
+        (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        write_json(run.folder / "memory.json", [{"rank": 0, **dict.fromkeys(OWNERS, held), "peak": held}])
+        return run
+
+    return make
+
+
+def size(picture):
+    return Image.open(io.BytesIO(picture.png)).size
+
+
+def test_the_title_and_alt_text_follow_the_data(make_run, monkeypatch):
+    import minisft.plots as plots
+
+    titles = []
+    real = plots._picture
+    monkeypatch.setattr(
+        plots, "_picture", lambda figure, alt: titles.append(figure.axes[0].get_title()) or real(figure, alt)
+    )
+    a, b, c = make_run("a", [2.0, 1.0], 100), make_run("b", [2.0, 1.0000001], 50), make_run("c", [2.0, 1.5], 50)
+    same, other = loss_curves([a, b]), loss_curves([a, c])
+    assert "lie on each other" in titles[0]
+    assert "differ" in titles[1]
+    assert "1.0e-07" in same.alt
+    assert "5.0e-01" in other.alt
+    memory_bars([a, b, c])
+    assert titles[2].startswith("b and c hold")
+    assert min(size(same)) > 300
+    bundle, metadata = same._repr_mimebundle_()
+    assert bundle["image/png"] == same.png
+    assert metadata["image/png"]["alt"].startswith("Loss curves of a, b")
+
+
+def test_before_and_after_says_what_happened():
+    def summary(last_loss, last_stopped):
+        points = [{"step": 0, "loss": 2.0, "stopped": 0.2}, {"step": 4, "loss": last_loss, "stopped": last_stopped}]
+        return {"run": "r", "checkpoints": points}
+
+    assert "from 20% to 90%" in before_and_after([summary(1.0, 0.9)]).alt
+    assert size(before_and_after([summary(3.0, 0.1)]))[0] > 600
+
+
+def test_a_token_strip_draws_dollar_signs_as_text(tiny_model):
+    """Matplotlib would read `$…$` as a formula and fail on what is none."""
+    tokenizer = HuggingFaceTokenizer(tiny_model)
+    talk = clean(sharegpt_row("x", ("human", "$\\frac{ costs $5"), ("gpt", "ok $_{")), "here", Ledger())
+    row = encode(talk, MistralTemplate.for_tokenizer(tokenizer), tokenizer, 99)
+    assert f"{row.trained} of them" in token_strip(talk, row, tokenizer).alt
