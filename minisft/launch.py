@@ -52,16 +52,20 @@ def prepare(config: RunConfig, *, overwrite: bool = False, say: Say = print) -> 
     run of this name is only replaced with `overwrite`. The folder appears whole, by one rename. Raises `UserError`.
     """
     folder = outputs_root() / "model" / config.name
-    if (folder / "run.json").exists() and not overwrite:
-        old = Run(folder)
-        if old.config != config and (old.status == "done" or old.checkpoints):
-            raise UserError(
-                f"{_shown(folder)} holds a run with other settings ({_difference(old.config, config)}): "
-                "give this run another --name, or replace the old one with --overwrite"
-            )
-        if old.config == config and old.status == "done":
-            return old
+    with _only_one(folder):
+        if (folder / "run.json").exists() and not overwrite:
+            old = Run(folder)
+            if old.config != config and (old.status == "done" or old.checkpoints):
+                raise UserError(
+                    f"{_shown(folder)} holds a run with other settings ({_difference(old.config, config)}): "
+                    "give this run another --name, or replace the old one with --overwrite"
+                )
+            if old.config == config and old.status == "done":
+                return old
+        return _prepare(config, folder, say)
 
+
+def _prepare(config: RunConfig, folder: Path, say: Say) -> Run:
     model = assets.find_model(config.model, say)
     ledger = Ledger()
     train, test = load_conversations(config, ledger, say)
@@ -77,7 +81,6 @@ def prepare(config: RunConfig, *, overwrite: bool = False, say: Say = print) -> 
     shapes = assets.parameter_shapes(model.path)
     _require_space(config, len(rows), sum(map(math.prod, shapes.values())))
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}.preparing")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -223,7 +226,7 @@ def launch(run: Run, say: Say = print) -> Run:
     if run.status == "done":
         say(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
         return run
-    with _only_one(run):
+    with _only_one(run.folder):
         command = command_line(run.config, run.folder)
         (run.folder / "command.txt").write_text(shlex.join(command) + "\n")
         (run.folder / "logs").mkdir(exist_ok=True)
@@ -309,11 +312,15 @@ def _end_all(process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def _only_one(run: Run) -> Iterator[None]:
-    """Hold the run for this process; the kernel lets go of the lock however the process ends."""
-    with (run.folder / "lock").open("w") as lock:
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold a run for this process; the kernel lets go of the lock however the process ends.
+
+    The lock lies beside the folder, because preparing a run anew replaces the folder.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{run.name} is being trained right now: wait for it, or give another --name") from None
+            raise UserError(f"{folder.name} is being trained right now: wait for it, or give another --name") from None
         yield

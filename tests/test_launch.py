@@ -63,7 +63,7 @@ def test_bad_data_leaves_an_existing_run_alone(config, tmp_path):
     with pytest.raises(UserError, match="Alpaca"):
         prepare(config(data=str(bad)), overwrite=True)
     assert run.status == "done"
-    assert not list(run.folder.parent.glob(".*preparing"))
+    assert not list(run.folder.parent.glob(".*.preparing"))
 
 
 def test_conversations_that_all_are_too_long_are_refused(config, tmp_path):
