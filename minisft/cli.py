@@ -36,10 +36,12 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
         place = f" at {error.filename}" if error.filename else ""
-        _stop(f"{error.strerror.lower()}{place}: free some space, or point MINISFT_CACHE and MINISFT_OUTPUTS elsewhere")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _stop(f"no space left on device{place}: free some, or point MINISFT_CACHE and MINISFT_OUTPUTS elsewhere")
+        if not error.filename:
+            raise
+        _stop(f"{error.strerror.lower()}{place}: check the path, and that you may write there")
     except Exception as error:
         if not hasattr(error, "format_message"):  # what the option parser raises for a mistake in the call
             raise
@@ -98,18 +100,16 @@ def encode(
     from minisft.conversations import Ledger
     from minisft.labels import encode_all
     from minisft.mistral import MistralTemplate
-    from minisft.runs import write_json
+    from minisft.runs import write_json, written_whole
     from minisft.tokens import load_tokenizer
 
     book = Ledger()
     conversations = _read(data, book)
     using = load_tokenizer(tokenizer)
     rows = encode_all(conversations, MistralTemplate.for_tokenizer(using, template), using, max_length, book)
-    scratch = out.with_name(f".{out.name}.partial")
-    with scratch.open("w") as stream:
+    with written_whole(out) as stream:
         for row in rows:
             stream.write(json.dumps({"id": row.id, "input_ids": row.input_ids, "labels": row.labels}) + "\n")
-    scratch.replace(out)
     if ledger:
         write_json(ledger, book.to_dict())
     _note(str(book))

@@ -269,7 +269,7 @@ LOOK = {
 REQUIRED = {"Python", "packages", "PyTorch"}
 
 NO_OP = """DeepSpeed builds a small C++ op at its first run on a CPU (about 30 s): zero0 to zero3 do not
-run there, nor do the offload strategies on a GPU. Vanilla, ddp, evaluation and the notebooks' reading
+run there. Vanilla, ddp, evaluation and the notebooks' reading
 parts still work."""
 
 ABOUT = {
@@ -292,8 +292,8 @@ ABOUT = {
         "Run launchers/setup.sh.",
     ),
     "GPUs": (
-        """Training runs on the CPU, which the course's own short runs are made for. fp16, the offload
-        strategies and runs of full size want a GPU. All else works.""",
+        """Training runs on the CPU, which the course's own short runs are made for. fp16 and
+        runs of full size want a GPU. All else works.""",
         "Where there is an NVIDIA GPU: see that nvidia-smi lists it and that PyTorch is a CUDA build.",
     ),
     "CPU cores": (

@@ -227,6 +227,7 @@ def launch(run: Run, say: Say = print) -> Run:
         say(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
         return run
     with _only_one(run.folder):
+        _clear_earlier_try(run)
         command = command_line(run.config, run.folder)
         (run.folder / "command.txt").write_text(shlex.join(command) + "\n")
         (run.folder / "logs").mkdir(exist_ok=True)
@@ -240,6 +241,14 @@ def launch(run: Run, say: Say = print) -> Run:
     where = "" if failure["rank"] is None else f" on rank {failure['rank']}, step {failure['step']}"
     log = run.folder / "logs" / ("launcher.log" if failure["rank"] is None else f"rank{failure['rank']}.log")
     raise RunFailed(f"{run.name} failed{where}: {failure['reason']} (see {_shown(log)})")
+
+
+def _clear_earlier_try(run: Run) -> None:
+    """An unfinished run starts afresh: what it left must not be taken for the new one's."""
+    for name in ("FAILED", "metrics.jsonl", "memory.json"):
+        (run.folder / name).unlink(missing_ok=True)
+    for folder in (run.folder / "logs", *run.checkpoints):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _supervise(command: list[str], log: Path, say: Say) -> tuple[int, str]:

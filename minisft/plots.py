@@ -116,35 +116,31 @@ def before_and_after(summaries: Sequence[dict[str, Any]]) -> Picture:
     )
 
 
-def token_strip(conversation: Conversation, row: Row, tokenizer: Tokenizer, per_line: int = 74) -> Picture:
-    """One encoded conversation as coloured tokens: what is read, and what is learned."""
-    lines: list[list[tuple[str, bool]]] = [[]]
-    used = 0
+def token_strip(conversation: Conversation, row: Row, tokenizer: Tokenizer, width: float = 660) -> Picture:
+    """One encoded conversation as coloured tokens: what is read, and what is learned. `width` is in points."""
+    character, gap = 6.02, 9.0  # of DejaVu Sans Mono at 10 points, and between two tokens
+    placed, x, line = [], gap, 0
     for token_id, label in zip(row.input_ids, row.labels, strict=True):
         text = tokenizer.piece(token_id)
-        if used + len(text) + 1 > per_line:
-            lines.append([])
-            used = 0
-        lines[-1].append((text, label != IGNORE_INDEX))
-        used += len(text) + 1
-    figure, axes = _figure(9.2, 0.9 + 0.48 * len(lines))
+        if x + character * len(text) + gap > width and x > gap:
+            x, line = gap, line + 1
+        placed.append((x, line, text, label != IGNORE_INDEX))
+        x += character * len(text) + gap
+    height = 34 + 26 * (line + 1)
+    figure, axes = _figure(width / 72, height / 72)
+    figure.set_layout_engine("none")
+    axes.set_position((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.set(xlim=(0, per_line), ylim=(-len(lines) + 0.3, 0.9))
-    for y, line in enumerate(lines):
-        x = 0.3
-        for text, trained in line:
-            box = {"boxstyle": "round,pad=0.25", "facecolor": "#E69F00" if trained else "#dde3ea", "edgecolor": "white"}
-            axes.text(x, -y, text, family="DejaVu Sans Mono", fontsize=10, bbox=box, parse_math=False, va="center")
-            x += len(text) + 1
-    axes.set_title(
-        f"{conversation_turns(conversation)} become {len(row.input_ids)} tokens; "
-        f"the loss sees the {row.trained} in orange",
-        loc="left",
-    )
-    return _picture(
-        figure,
-        f"A conversation as {len(row.input_ids)} tokens; {row.trained} of them, the answers and EOS, are trained.",
-    )
+    axes.set(xlim=(0, width), ylim=(0, height))
+    for x, line, text, trained in placed:
+        box = {"boxstyle": "round,pad=0.25", "facecolor": "#E69F00" if trained else "#dde3ea", "edgecolor": "none"}
+        style = {"family": "DejaVu Sans Mono", "fontsize": 10, "va": "center", "parse_math": False}
+        axes.text(x, height - 46 - 26 * line, text, bbox=box, **style)
+    title = f"{conversation_turns(conversation)} become {len(row.input_ids)} tokens; "
+    title += f"the loss sees the {row.trained} in orange"
+    axes.text(gap, height - 18, title, fontsize=11, fontweight="bold", va="center")
+    alt = f"A conversation as {len(row.input_ids)} tokens; {row.trained} of them, the answers and EOS, are trained."
+    return _picture(figure, alt)
 
 
 def conversation_turns(conversation: Conversation) -> str:

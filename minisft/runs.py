@@ -7,9 +7,11 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minisft.errors import UserError
 from minisft.zero_config import STRATEGIES
@@ -92,7 +94,7 @@ class RunConfig:
         so that the strategies' losses can be compared digit by digit. The global batch is 8 for every strategy.
         `MINISFT_COURSE_STEPS` shortens it further, for trying whether everything runs.
         """
-        steps = int(os.environ.get("MINISFT_COURSE_STEPS") or 8)
+        steps = int(os.environ.get("MINISFT_COURSE_STEPS") or 6)
         ranks = changes.pop("ranks", None)
         if ranks is None:
             ranks = 1 if strategy == "vanilla" else 2
@@ -242,8 +244,19 @@ def read_json(file: Path) -> Any:
         ) from error
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Write whole or not at all: a reader never sees half a file."""
+@contextmanager
+def written_whole(file: Path) -> Iterator[TextIO]:
+    """A text file that appears whole or not at all; what stood there before stays until then."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    scratch.replace(file)
+    try:
+        with scratch.open("w", encoding="utf-8") as stream:
+            yield stream
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    with written_whole(file) as stream:
+        stream.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -26,6 +26,9 @@ def main() -> int:
     """Train the run whose folder is the last argument (launchers put their own options before it)."""
     rank = int(os.environ.get("RANK", "0"))
     run = Run(Path(sys.argv[-1]).absolute())
+    if run.status == "done":
+        print(f"{run.name} is trained already: minisft launch --overwrite trains it again", file=sys.stderr)
+        return 2
     _log_to(run.folder / "logs" / f"rank{rank}.log", and_terminal=rank == 0)
     position = {"step": 0}
     try:

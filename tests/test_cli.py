@@ -79,8 +79,17 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path, tiny_model
         "cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    refused(done, "no space left on device", "free some space")
+    refused(done, "no space left on device", "free some")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl"]
     assert out.read_text() == "old\n"
+
+
+def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path, tiny_model, small_data):
+    done = minisft("encode", small_data, "--tokenizer", tiny_model, "--out", tmp_path / "none" / "rows.jsonl")
+    refused(done, "no such file or directory", "none")
+    (tmp_path / "file").write_text("")
+    arguments = ["launch", "-s", "vanilla", "--model", tiny_model, "--data", small_data]
+    refused(minisft(*arguments, MINISFT_OUTPUTS=str(tmp_path / "file")), "file")
 
 
 def test_encode_writes_rows_and_ledger(tmp_path, tiny_model, small_data):

@@ -179,9 +179,23 @@ def test_killing_everything_at_once_leaves_no_done(tiny_model, tmp_path):
     process.wait()
     assert run.status in ("failed", "unfinished")
     assert not (run.folder / "DONE").exists()
-    # And an unfinished run starts afresh with the same command.
-    again = prepare(run.config)
-    assert again.status == "prepared"
+
+
+def test_an_unfinished_run_starts_afresh_and_a_finished_one_is_left_alone(tiny_model, small_data):
+    run = prepare(tiny_run("vanilla", tiny_model, small_data, max_steps=2))
+    (run.folder / "logs").mkdir()
+    (run.folder / "checkpoint-1").mkdir()
+    (run.folder / "metrics.jsonl").write_text('{"step": 1, "loss": 99}\n')
+    (run.folder / "FAILED").write_text("{}")
+    launch(run, say=lambda line: None)
+    assert (run.status, run.failure) == ("done", None)
+    assert [m["step"] for m in run.metrics] == [1, 2]
+    assert [p.name for p in run.checkpoints] == ["checkpoint-2"]
+    before = sorted((p, p.stat().st_mtime_ns) for p in run.folder.rglob("*"))
+    pasted = subprocess.run([sys.executable, *run.command.split()[1:]], capture_output=True, text=True)
+    assert pasted.returncode == 2
+    assert "trained already" in pasted.stderr
+    assert sorted((p, p.stat().st_mtime_ns) for p in run.folder.rglob("*")) == before
 
 
 def test_a_live_run_cannot_be_started_twice(tiny_model, tmp_path):
