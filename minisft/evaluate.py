@@ -209,7 +209,7 @@ def side_by_side(questions: Sequence[str], before: Sequence[Answer], after: Sequ
 
     def cell(answer: Answer) -> str:
         mark = "" if answer.stopped else " <em>(cut: it did not stop)</em>"
-        return f"<td style='text-align:left'>{escape(answer.text)}{mark}</td>"
+        return f"<td style='text-align:left'>{escape(answer.text) or '<em>(stopped at once)</em>'}{mark}</td>"
 
     rows = "".join(
         f"<tr><th scope='row' style='text-align:left'>{escape(q)}</th>{cell(b)}{cell(a)}</tr>"
