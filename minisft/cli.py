@@ -49,8 +49,14 @@ def main() -> None:
 
 
 def _stop(reason: object) -> None:
-    print(f"minisft: {reason}", file=sys.stderr)
+    _complain(reason)
     sys.exit(2)
+
+
+def _complain(reason: object) -> None:
+    """One line to stderr. It may quote a data file, so nothing in it may reach the terminal as a control code."""
+    line = " ".join(str(reason).split())
+    print("minisft: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
 
 
 def _note(line: str) -> None:
@@ -104,6 +110,11 @@ def encode(
     from minisft.tokens import load_tokenizer
 
     book = Ledger()
+    places = [Path(data).absolute(), out.absolute(), *([ledger.absolute()] if ledger else [])]
+    if len(set(places)) < len(places):
+        raise UserError(f"the data, --out and --ledger must be different files: one of them is also {out}")
+    if max_length < 2:
+        raise UserError(f"max length is {max_length}: give at least 2 tokens")
     conversations = _read(data, book)
     using = load_tokenizer(tokenizer)
     rows = encode_all(conversations, MistralTemplate.for_tokenizer(using, template), using, max_length, book)
@@ -130,6 +141,8 @@ def show(
     from minisft.mistral import MistralTemplate
     from minisft.tokens import load_tokenizer
 
+    if max_length < 2:
+        raise UserError(f"max length is {max_length}: give at least 2 tokens")
     conversations = _read(data, Ledger())
     if not 0 <= row < len(conversations):
         raise UserError(f"--row {row} is outside {data}, which has {len(conversations)} usable conversations")
@@ -261,7 +274,7 @@ def _launch(run: Any) -> None:
     try:
         launch(run, say=lambda line: print(line, flush=True))
     except RunFailed as error:
-        print(f"minisft: {error}", file=sys.stderr)
+        _complain(error)
         sys.exit(1)
     print(f"done: {os.path.relpath(run.folder)}")
 

@@ -27,6 +27,7 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+BAD_LINE = "line is not valid JSON"
 SHAREGPT_SHAPE = '{"id": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}'
 
 
@@ -104,7 +105,7 @@ def read(path: Path | str, ledger: Ledger) -> list[Conversation]:
     if the path is missing, empty, no JSON, of another shape, or without a single usable conversation.
     """
     path = Path(path)
-    seen: dict[str, int] = {}
+    seen: set[str] = set()
     kept = []
     rows = 0
     for where, row in _rows_of(path, ledger):
@@ -114,12 +115,13 @@ def read(path: Path | str, ledger: Ledger) -> list[Conversation]:
         conversation = clean(row, where, ledger)
         if conversation is None:
             continue
-        again = seen[conversation.id] = seen.get(conversation.id, 0) + 1
-        if again > 1:  # ids name rows in every later message, so they must be unique
+        if conversation.id in seen:  # ids name rows in every later message, so they must be unique
             ledger.repair("id seen before: numbered", conversation.id)
-            conversation = Conversation(f"{conversation.id}#{again}", conversation.messages)
+            numbered = (f"{conversation.id}#{n}" for n in itertools.count(2))
+            conversation = Conversation(next(i for i in numbered if i not in seen), conversation.messages)
+        seen.add(conversation.id)
         kept.append(conversation)
-    ledger.stages["read from the file"] = rows
+    ledger.stages["read from the file"] = rows + len(ledger.dropped.get(BAD_LINE, []))
     ledger.stages["usable conversations"] = len(kept)
     if not kept:
         why = ", ".join(f"{reason} ({len(ids)})" for reason, ids in ledger.dropped.items()) or ledger.lost or "no rows"
@@ -129,7 +131,8 @@ def read(path: Path | str, ledger: Ledger) -> list[Conversation]:
 
 def _rows_of(path: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in {".json", ".jsonl", ".parquet"})
+        files = sorted(p for p in path.rglob("*") if p.suffix in {".json", ".jsonl", ".parquet"} and p.is_file())
+        files = [p for p in files if not p.name.startswith("dataset_info")]  # the hub's own description of the data
         if not files:
             raise UserError(f"folder {path} has no .json, .jsonl or .parquet file: give a file of conversations")
     else:
@@ -173,7 +176,7 @@ def _rows_of_list(file: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
         except (ijson.JSONError, UnicodeDecodeError) as error:
             if index == 0:
                 raise UserError(f"data file {file} is not JSON: {_one_line(error)}") from error
-            ledger.lost = (
+            ledger.lost = (f"{ledger.lost}; " if ledger.lost else "") + (
                 f"{file.name} is cut off or damaged after {index:,} whole rows ({_one_line(error)}); "
                 "what follows could not be read"
             )
@@ -189,21 +192,21 @@ def _rows_of_lines(file: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if number == 1:
                     row = _single_object(file, error)
                     yield where, row
                     return
-                ledger.drop("line is not valid JSON", where)
+                ledger.drop(BAD_LINE, where)
                 continue
             yield where, row
 
 
-def _single_object(file: Path, error: ValueError) -> Any:
+def _single_object(file: Path, error: Exception) -> Any:
     """A file that opens with `{` but not a whole line of it: one pretty-printed object, or no JSON at all."""
     try:
         return json.loads(file.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"data file {file} is not JSON: line 1, {_one_line(error)}") from error
 
 
@@ -217,7 +220,7 @@ def _rows_of_parquet(file: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 yield f"{file.name} row {index}", row
                 index += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"data file {file} is damaged Parquet ({_one_line(error)}): fetch it again") from error
 
 
@@ -232,12 +235,14 @@ def _require_sharegpt(row: Any, where: str) -> None:
     elif "instruction" in row:
         shape = 'the Alpaca shape ("instruction"/"output")'
     else:
-        shape = f"an object with the keys {', '.join(map(str, list(row)[:6])) or '(none)'}"
+        shape = f"an object with the keys {', '.join(map(repr, list(row)[:6])) or '(none)'}"
     raise UserError(f"{where} is {shape}, not ShareGPT: convert each row to {SHAREGPT_SHAPE}")
 
 
 def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].strip()
+    text = error.args[0] if error.args else ""
+    text = text.decode(errors="replace") if isinstance(text, bytes) else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 # --- cleaning ----------------------------------------------------------------------------------------------
@@ -246,7 +251,7 @@ def _one_line(error: Exception) -> str:
 def clean(row: Any, where: str, ledger: Ledger) -> Conversation | None:
     """One raw row -> a conversation that alternates and ends in an answer, or None with a line in the ledger."""
     turns = row.get("conversations") if isinstance(row, dict) else None
-    row_id = str(row.get("id") or where) if isinstance(row, dict) else where
+    row_id = _encodable(str(row.get("id") or where)) if isinstance(row, dict) else where
     if not isinstance(turns, list):
         return ledger.drop("no list of conversations", row_id)
     if not turns:
@@ -294,12 +299,14 @@ def _is_blank(text: str) -> bool:
 
 def _whole_characters(text: str, row_id: str, ledger: Ledger) -> str:
     """JSON may escape half a surrogate pair, which no tokenizer can encode: replace it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    whole = _encodable(text)
+    if whole != text:
         ledger.repair("half a surrogate pair: replaced", row_id)
-        return text.encode("utf-8", "replace").decode()
-    return text
+    return whole
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 # --- splitting ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def _prepare(config: RunConfig, folder: Path, say: Say) -> Run:
             f"no training row is left of {config.data} (max length {config.max_length}, max characters "
             f"{config.max_characters}): allow more, or give more data"
         )
+    _require_architecture(model.path)
     shapes = assets.parameter_shapes(model.path)
     _require_space(config, len(rows), sum(map(math.prod, shapes.values())))
 
@@ -176,6 +177,16 @@ def _write_data(folder: Path, rows: list[Row], test: list[Conversation]) -> None
     (folder / "data" / "test.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
+def _require_architecture(folder: Path) -> None:
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each kind of damage raises an error of its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder / 'config.json'} is of no model that transformers knows ({reason})") from error
+
+
 def _require_space(config: RunConfig, rows: int, parameters: int) -> None:
     """Refuse at once what could only fail at the first save."""
     per_epoch = max(1, math.ceil(rows / config.global_batch))
@@ -226,13 +237,13 @@ def launch(run: Run, say: Say = print) -> Run:
     if run.status == "done":
         say(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
         return run
-    with _only_one(run.folder):
+    with _only_one(run.folder) as lock:
         _clear_earlier_try(run)
         command = command_line(run.config, run.folder)
         (run.folder / "command.txt").write_text(shlex.join(command) + "\n")
         (run.folder / "logs").mkdir(exist_ok=True)
         say(run.command)
-        code, reason = _supervise(command, run.folder / "logs" / "launcher.log", say)
+        code, reason = _supervise(command, run.folder / "logs" / "launcher.log", say, lock)
     if code == 0 and run.status == "done":
         return run
     if run.failure is None:
@@ -251,19 +262,26 @@ def _clear_earlier_try(run: Run) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _supervise(command: list[str], log: Path, say: Say) -> tuple[int, str]:
-    """Run `command`, its output to `log`; returns its exit code and, if it was stopped, why."""
+def _supervise(command: list[str], log: Path, say: Say, lock: int) -> tuple[int, str]:
+    """Run `command`, its output to `log`; returns its exit code and, if it was stopped, why.
+
+    Should this process be killed outright, the workers notice and end, and the launcher holds `lock` (a file
+    descriptor) until it is gone, so that nothing can replace the folder under a live run.
+    """
     # The environment of this interpreter, even if nobody activated it.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     parent = os.getppid()
     stop: list[int] = []
     old = {}
     if threading.current_thread() is threading.main_thread():
-        old = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                old[number] = signal.signal(number, lambda number, _: stop.append(number))
     process = subprocess.Popen(
         command,
         cwd=project_root(),
-        env=os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "MINISFT_SUPERVISOR": str(os.getpid())},
+        pass_fds=[lock],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -272,17 +290,19 @@ def _supervise(command: list[str], log: Path, say: Say) -> tuple[int, str]:
     reader = threading.Thread(target=_copy_output, args=(process.stdout, log, say), daemon=True)
     reader.start()
     reason = ""
+    family: set[Any] = set()
     try:
         while process.poll() is None:
+            family |= _below(process)
             if stop:
                 reason = f"stopped by {signal.Signals(stop[0]).name}"
             elif os.getppid() != parent:
                 reason = "stopped because the process that started it is gone"
             if reason:
                 break
-            time.sleep(0.1)
+            time.sleep(0.2)
     finally:
-        _end_all(process)
+        _end_all(process, family | _below(process))
         for number, handler in old.items():
             signal.signal(number, handler)
     reader.join(timeout=5)
@@ -292,36 +312,46 @@ def _supervise(command: list[str], log: Path, say: Say) -> tuple[int, str]:
 def _copy_output(stream: Any, log: Path, say: Say) -> None:
     with log.open("wb", buffering=0) as out:
         for line in stream:
-            out.write(line)
+            with suppress(OSError):  # a full disk must not stop the reading, or the workers would wait forever
+                out.write(line)
             text = line.decode(errors="replace").rstrip()
             if text.startswith(SAY):
                 say(text.removeprefix(SAY))
 
 
-def _end_all(process: subprocess.Popen) -> None:
-    """End a launcher and everything below it, wherever a launcher has put it: first politely, then surely."""
+def _below(process: subprocess.Popen) -> set[Any]:
+    """Every process that a launcher has started, at any depth."""
     import psutil
 
-    if process.poll() is not None:
-        return
     try:
-        family = psutil.Process(process.pid).children(recursive=True)
+        return set(psutil.Process(process.pid).children(recursive=True))
     except psutil.NoSuchProcess:
-        family = []
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(timeout=3)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    for child in family:
-        if child.is_running():
+        return set()
+
+
+def _end_all(process: subprocess.Popen, family: set[Any]) -> None:
+    """End a launcher and everything it has started: first politely, then surely.
+
+    `family` was collected while it lived: a launcher that dies takes the way to its children with it.
+    """
+    import psutil
+
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=3)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    left = psutil.wait_procs(family, timeout=0.5)[1]
+    for child in left:
+        with suppress(psutil.NoSuchProcess):
             child.kill()
-    psutil.wait_procs(family, timeout=3)
+    psutil.wait_procs(left, timeout=3)
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
+def _only_one(folder: Path) -> Iterator[int]:
     """Hold a run for this process; the kernel lets go of the lock however the process ends.
 
     The lock lies beside the folder, because preparing a run anew replaces the folder.
@@ -332,4 +362,4 @@ def _only_one(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder.name} is being trained right now: wait for it, or give another --name") from None
-        yield
+        yield lock.fileno()

@@ -73,8 +73,13 @@ class MistralTemplate:
         return [s for s in segments if s.turn < last or s.role != "assistant"]
 
     def jinja(self) -> str:
-        """The same template as a Jinja chat template, to be saved with the model for plain transformers."""
-        return _JINJA_V1.replace("SPACE", repr(self.space))
+        """The same template as a Jinja chat template, to be saved with the model for plain transformers.
+
+        On byte-level tokenizers without a prefix space it gives the ids of training, turn by turn. Elsewhere it may
+        not: plain transformers encodes the text whole, and does not mark the start of each segment with `▁`. Nor
+        does it keep control tokens out of a message's text, as the tokenizers of this package do.
+        """
+        return _JINJA_V1
 
 
 def encode_segment(segment: Segment, tokenizer: Tokenizer) -> list[int]:
@@ -99,7 +104,7 @@ _JINJA_V1 = """\
 {{- '[INST] ' + ns.system + m['content'] + ' [/INST]' -}}
 {%- set ns.system = '' -%}{%- set ns.expect = 'assistant' -%}
 {%- else -%}
-{{- SPACE + m['content'] + eos_token -}}
+{{- ' ' + m['content'] + eos_token -}}
 {%- set ns.expect = 'user' -%}
 {%- endif -%}
 {%- endfor -%}

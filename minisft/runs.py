@@ -77,9 +77,13 @@ class RunConfig:
                 raise UserError(f"{field.replace('_', ' ')} is {value}: give at least 1")
         if self.strategy == "vanilla" and self.ranks != 1:
             raise UserError(f"vanilla is one process, but {self.ranks} ranks were asked for: use ddp or a ZeRO stage")
-        for field in ("epochs", "learning_rate"):
+        for field in ("epochs", "learning_rate", "max_grad_norm"):
             if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
                 raise UserError(f"{field.replace('_', ' ')} is {getattr(self, field)}: give a positive number")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}: give a whole number from 0 to {2**32 - 1}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise UserError(f"weight decay is {self.weight_decay}: give 0 or a positive number")
         for field, top in (("warmup", 1), ("test_fraction", 1)):
             if not 0 <= getattr(self, field) < top:
                 raise UserError(f"{field.replace('_', ' ')} is {getattr(self, field)}: give a fraction from 0 to 1")
@@ -94,7 +98,10 @@ class RunConfig:
         so that the strategies' losses can be compared digit by digit. The global batch is 8 for every strategy.
         `MINISFT_COURSE_STEPS` shortens it further, for trying whether everything runs.
         """
-        steps = int(os.environ.get("MINISFT_COURSE_STEPS") or 6)
+        wish = os.environ.get("MINISFT_COURSE_STEPS") or "6"
+        if not wish.isdecimal() or int(wish) < 1:
+            raise UserError(f"MINISFT_COURSE_STEPS is {wish!r}: give a number of steps, at least 1")
+        steps = int(wish)
         ranks = changes.pop("ranks", None)
         if ranks is None:
             ranks = 1 if strategy == "vanilla" else 2
@@ -120,7 +127,10 @@ class RunConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := set(values) - known:
             raise UserError(f"unknown run settings {', '.join(sorted(unknown))}: use {', '.join(sorted(known))}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"a run setting is of the wrong kind ({error}): the run folder is damaged") from error
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -197,7 +207,10 @@ class Run:
         """One entry per logged step; a line that is still being written is left out."""
         file = self.folder / "metrics.jsonl"
         lines = file.read_text().split("\n")[:-1] if file.exists() else []
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise UserError(f"{file} has a line that is not JSON ({error}): start the run again") from error
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -218,7 +231,10 @@ class Run:
         return "unfinished" if (self.folder / "logs").exists() else "prepared"
 
     def _about(self) -> dict[str, Any]:
-        return read_json(self.folder / "run.json")
+        about = read_json(self.folder / "run.json")
+        if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
+            raise UserError(f"{self.folder / 'run.json'} is damaged: make the run again with --overwrite")
+        return about
 
 
 def all_runs() -> list[Run]:

@@ -43,7 +43,11 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
 
         self.name = Path(folder).name
-        self.hf: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            self.hf: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # each kind of missing or damaged file raises an error of its own
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the tokenizer in {folder} cannot be loaded ({reason}): save one there") from error
         if not self.hf.is_fast:
             raise UserError(f"the tokenizer in {folder} has no tokenizer.json: save a fast tokenizer there")
         if self.hf.eos_token_id is None:
@@ -52,7 +56,9 @@ class HuggingFaceTokenizer:
         self.pad_id = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
         # The same tokenizer without its added tokens: it cannot recognise what it does not know.
         plain = json.loads(self.hf.backend_tokenizer.to_str())
-        self._control = {token["id"] for token in plain["added_tokens"] if token["special"]}
+        # The unknown token is no forgery: it is what some tokenizers make of text that they lack.
+        special = {token["id"] for token in plain["added_tokens"] if token["special"]}
+        self._control = special - {self.hf.unk_token_id} | {self.eos_id, self.bos_id}
         plain |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._byte_level = (plain["decoder"] or {}).get("type") == "ByteLevel"
         self._plain = RustTokenizer.from_str(json.dumps(plain))
@@ -61,7 +67,10 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         ids = self._plain.encode(text, add_special_tokens=False).ids
         if forged := self._control.intersection(ids):
-            raise ValueError(f"{self.name} made control ids {sorted(forged)} from text: {text[:40]!r}")
+            raise UserError(
+                f"the tokenizer {self.name} makes control ids {sorted(forged)} from the text {text[:40]!r}: use "
+                "another tokenizer, whose control tokens cannot be written as text"
+            )
         return ids
 
     def decode(self, ids: list[int]) -> str:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def main() -> int:
         print(f"{run.name} is trained already: minisft launch --overwrite trains it again", file=sys.stderr)
         return 2
     _log_to(run.folder / "logs" / f"rank{rank}.log", and_terminal=rank == 0)
+    _end_with(os.environ.get("MINISFT_SUPERVISOR"))
     position = {"step": 0}
     try:
         _train(run, rank, position)
@@ -42,6 +44,21 @@ def main() -> int:
         time.sleep(0.2)
         os._exit(1)
     return 0
+
+
+def _end_with(supervisor: str | None) -> None:
+    """End this process soon after the one that supervises the run is gone, however it went."""
+    if supervisor is None:  # started by hand: there is none
+        return
+
+    def watch() -> None:
+        import psutil
+
+        while psutil.pid_exists(int(supervisor)):
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def write_once(file: Path, value: Any) -> None:
@@ -275,8 +292,9 @@ def _log_to(file: Path, and_terminal: bool) -> None:
 
     def copy() -> None:
         while data := os.read(reading, 1 << 16):
-            os.write(log, data)
-            os.write(terminal, data)
+            for place in (log, terminal):
+                with suppress(OSError):  # a full disk or a closed terminal must not block the training
+                    os.write(place, data)
 
     threading.Thread(target=copy, daemon=True).start()
 

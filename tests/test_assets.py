@@ -106,6 +106,20 @@ def test_a_model_folder_that_lacks_something_is_refused(tiny_model, tmp_path, mi
         assets.find_model(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("file", "says"), [("tokenizer.json", "tokenizer in .* cannot be loaded"), ("config.json", "config.json|cannot be")]
+)
+def test_a_damaged_model_folder_is_refused_before_training(tiny_model, small_data, tmp_path, file, says):
+    from minisft.launch import prepare
+    from minisft.runs import RunConfig
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / file).write_text("{ damaged")
+    with pytest.raises(UserError, match=says):
+        prepare(RunConfig.course("vanilla", model=str(folder), data=str(small_data)))
+
+
 def test_other_weight_formats_are_named(tiny_model, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")

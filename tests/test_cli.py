@@ -17,6 +17,7 @@ def minisft(*arguments, **env):
 def refused(done, *words):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert all(word in last for word in words), last
 
@@ -57,6 +58,8 @@ def test_bad_usage_is_one_sentence_and_exit_2(arguments, words):
         ("no json", "not JSON"),
         (json.dumps([{"instruction": "a", "output": "b"}]), "Alpaca"),
         (json.dumps([{"messages": []}]), "messages shape"),
+        (json.dumps([{"evil\x1b[31m\nkey": 1}]), "not ShareGPT"),
+        ('{"id": 1, "conversations": ' + "[" * 100_000, "not JSON"),
         (json.dumps([sharegpt_row("a", ("human", "only a question"))]), "no usable conversation"),
     ],
 )
@@ -90,6 +93,14 @@ def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path, tiny_model, sma
     (tmp_path / "file").write_text("")
     arguments = ["launch", "-s", "vanilla", "--model", tiny_model, "--data", small_data]
     refused(minisft(*arguments, MINISFT_OUTPUTS=str(tmp_path / "file")), "file")
+
+
+def test_encode_never_overwrites_its_input(tmp_path, tiny_model):
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([sharegpt_row("a", ("human", "Hi"), ("gpt", "ok"))]))
+    before = file.read_text()
+    refused(minisft("encode", file, "--tokenizer", tiny_model, "--out", file), "different files")
+    assert file.read_text() == before
 
 
 def test_encode_writes_rows_and_ledger(tmp_path, tiny_model, small_data):

@@ -56,6 +56,7 @@ def test_a_bad_line_is_counted_and_the_rest_is_read(tmp_path):
     ledger = Ledger()
     assert [c.id for c in read(file, ledger)] == ["a", "c"]
     assert ledger.dropped["line is not valid JSON"] == ["data.jsonl line 2"]
+    assert ledger.stages["read from the file"] == 3
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_a_bad_line_is_counted_and_the_rest_is_read(tmp_path):
         ("[]", "no usable conversation"),
         (json.dumps([{"instruction": "Add", "output": "3"}]), "Alpaca"),
         (json.dumps([{"messages": [{"role": "user", "content": "Hi"}]}]), "messages shape"),
-        (json.dumps([{"text": "Hi", "n": 1}]), "keys text, n"),
+        (json.dumps([{"text": "Hi", "n": 1}]), "keys 'text', 'n'"),
         (json.dumps([sharegpt_row("a", ("human", "Hi"))]), "no usable conversation"),
         ("PAR1 but not really", "damaged Parquet"),
     ],
@@ -143,12 +144,12 @@ def test_whatever_comes_in_what_is_kept_alternates_and_ends_in_an_answer(turns):
 
 
 def test_rows_in_equal_rows_kept_plus_dropped(tmp_path):
-    rows = [GOOD, sharegpt_row("b"), sharegpt_row("c", ("gpt", "A")), GOOD]
+    rows = [GOOD, sharegpt_row("b"), sharegpt_row("c", ("gpt", "A")), GOOD, GOOD | {"id": "a#2"}]
     file = tmp_path / "data.json"
     file.write_text(json.dumps(rows))
     ledger = Ledger()
     kept = read(file, ledger)
-    assert [c.id for c in kept] == ["a", "a#2"]
+    assert [c.id for c in kept] == ["a", "a#2", "a#2#2"]
     assert len(rows) == len(kept) + sum(map(len, ledger.dropped.values()))
 
 

@@ -15,6 +15,10 @@ def test_the_defaults_are_the_original_hyperparameters():
 def test_the_course_can_be_shortened(monkeypatch):
     monkeypatch.setenv("MINISFT_COURSE_STEPS", "2")
     assert (RunConfig.course().max_steps, RunConfig.course().save_steps) == (2, 2)
+    for nonsense in ("abc", "0", "-1", "1.5"):
+        monkeypatch.setenv("MINISFT_COURSE_STEPS", nonsense)
+        with pytest.raises(UserError, match="MINISFT_COURSE_STEPS"):
+            RunConfig.course()
 
 
 @pytest.mark.parametrize("strategy", ["vanilla", "ddp", "zero0", "zero1", "zero2", "zero3"])
@@ -35,6 +39,8 @@ def test_the_course_has_one_global_batch(strategy):
         ({"max_steps": 0}, "max steps is 0"),
         ({"learning_rate": float("nan")}, "learning rate is nan"),
         ({"epochs": 0}, "epochs is 0"),
+        ({"weight_decay": -1}, "weight decay is -1"),
+        ({"max_grad_norm": float("inf")}, "max grad norm is inf"),
         ({"warmup": 1.5}, "warmup is 1.5"),
         ({"max_length": 1}, "max length is 1"),
         ({"precision": "int4"}, "unknown precision"),
@@ -58,6 +64,9 @@ def test_a_half_written_metrics_line_is_left_out(tmp_path):
     assert run.metrics == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert run.metrics == [{"step": 1}, {"step": 2}]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n')
+    with pytest.raises(UserError, match="a line that is not JSON"):
+        _ = run.metrics
 
 
 def test_status_follows_the_markers(tmp_path):

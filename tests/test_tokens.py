@@ -30,6 +30,19 @@ def test_mistral_text_makes_no_control_token():
         assert not {tokenizer.bos_id, tokenizer.eos_id, 0} & set(tokenizer.encode(text))
 
 
+def test_an_unknown_token_is_no_forgery(tmp_path):
+    """A word-level vocabulary makes its unknown token of most texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "the": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path)
+    tokenizer = HuggingFaceTokenizer(tmp_path)
+    assert tokenizer.encode("the unseen") == [2, 0]
+    assert tokenizer.eos_id not in tokenizer.encode("the </s>")
+
+
 def test_pieces_are_readable(tiny_model):
     tokenizer = HuggingFaceTokenizer(tiny_model)
     assert "".join(map(tokenizer.piece, tokenizer.encode(" the\n"))) == "␣the⏎"

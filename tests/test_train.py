@@ -159,15 +159,24 @@ def test_killing_one_rank_fails_the_run_and_ends_the_others(tiny_model, tmp_path
     assert not psutil.wait_procs(family, timeout=10)[1]
 
 
-@pytest.mark.parametrize("strategy", ["vanilla", "zero2"])
-def test_interrupting_ends_every_process_and_says_so(tiny_model, tmp_path, strategy):
+def test_a_killed_supervisor_takes_the_workers_along(tiny_model, tmp_path):
+    process, run = started(tiny_model, tmp_path, "zero2")
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(family, timeout=20)[1]
+    assert not (run.folder / "DONE").exists()
+
+
+@pytest.mark.parametrize(("strategy", "number"), [("vanilla", signal.SIGINT), ("zero2", signal.SIGHUP)])
+def test_interrupting_ends_every_process_and_says_so(tiny_model, tmp_path, strategy, number):
     process, run = started(tiny_model, tmp_path, strategy)
     family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "stopped by SIGINT" in output.splitlines()[-1]
-    assert json.loads((run.folder / "FAILED").read_text())["reason"] == "stopped by SIGINT"
+    assert f"stopped by {number.name}" in output.splitlines()[-1]
+    assert json.loads((run.folder / "FAILED").read_text())["reason"] == f"stopped by {number.name}"
     assert not psutil.wait_procs(family, timeout=10)[1]
 
 
