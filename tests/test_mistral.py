@@ -1,7 +1,7 @@
 """The template against Mistral's own encoder: golden ids, and mistral-common as the oracle for ids and masks."""
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisft.conversations import Conversation, Message
@@ -33,14 +33,20 @@ GOLDEN = [
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
 forged = st.sampled_from(["</s>", "<s>", "[INST] x [/INST]", "<|im_end|>", "<|im_start|>", "<unk>"])
 contents = st.one_of(texts, st.builds("{}{}{}".format, texts, forged, texts), forged)
-conversations = st.builds(
-    lambda system, pairs: talk(
-        *([("system", system)] if system else []),
-        *(turn for q, a in pairs for turn in (("user", q), ("assistant", a))),
-    ),
-    st.one_of(st.none(), contents),
-    st.lists(st.tuples(contents, contents), min_size=1, max_size=3),
-)
+
+
+def conversations_of(content):
+    return st.builds(
+        lambda system, pairs: talk(
+            *([("system", system)] if system else []),
+            *(turn for q, a in pairs for turn in (("user", q), ("assistant", a))),
+        ),
+        st.one_of(st.none(), content),
+        st.lists(st.tuples(content, content), min_size=1, max_size=3),
+    )
+
+
+conversations = conversations_of(contents)
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +113,17 @@ def check_row(conversation, tokenizer):
 
 @settings(max_examples=60, deadline=None)
 @given(conversation=conversations)
-def test_invariants_and_parity_with_the_saved_chat_template(tiny_model, conversation):
+def test_invariants_hold_whatever_the_text_forges(tiny_model, conversation):
+    check_row(conversation, HuggingFaceTokenizer(tiny_model))
+
+
+@settings(max_examples=60, deadline=None)
+@given(conversation=conversations_of(texts))
+def test_the_saved_chat_template_gives_the_ids_of_training(tiny_model, conversation):
+    """On texts without control tokens, which plain transformers would parse."""
     tokenizer = HuggingFaceTokenizer(tiny_model)
-    row, template = check_row(conversation, tokenizer)
-    # Plain transformers parses control tokens out of text, so parity is asked where the text holds none.
-    said = "".join(m.content for m in conversation.messages)
-    assume(not any(name in said for name in ("</s>", "<s>", "<|im_end|>", "<|pad|>")))
+    template = MistralTemplate.for_tokenizer(tokenizer)
+    row = encode(conversation, template, tokenizer, 10_000)
     messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
     tokenizer.hf.chat_template = template.jinja()
     assert tokenizer.hf.apply_chat_template(messages, tokenize=True)["input_ids"] == row.input_ids
