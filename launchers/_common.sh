@@ -1,6 +1,7 @@
 # For the other launchers, which source it:
 #   ROOT             the repository's folder
 #   usage            prints the header comment of the script that is running
+#   help_if_asked    the same, and ends, if the first argument asks for it: help_if_asked "$@"
 #   die SENTENCE     for a user's mistake: the sentence to standard error, exit code 2
 #   use_environment  puts the environment's programs first on PATH, after setup.sh where that is needed;
 #                    MINISFT_SKIP_SETUP=1 takes the environment as it is; results go to the repository's outputs/
@@ -10,6 +11,15 @@ ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
     awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
+}
+
+help_if_asked() {
+    case "${1:-}" in
+        -h | --help)
+            usage
+            exit 0
+            ;;
+    esac
 }
 
 die() {

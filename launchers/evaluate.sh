@@ -14,12 +14,7 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 
-case "${1:-}" in
-    -h | --help)
-        usage
-        exit 0
-        ;;
-esac
+help_if_asked "$@"
 
 use_environment
 exec minisft evaluate "$@"

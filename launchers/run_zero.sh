@@ -20,11 +20,8 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 
+help_if_asked "$@"
 case "${1:-}" in
-    -h | --help)
-        usage
-        exit 0
-        ;;
     vanilla | ddp) strategy=$1 ;;
     0 | 1 | 2 | 3) strategy=zero$1 ;;
     '') die "no strategy given: use one of vanilla, ddp, 0, 1, 2, 3" ;;
