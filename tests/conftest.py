@@ -6,6 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# On a busy machine any example may take seconds; that says nothing about the code.
+settings.register_profile("minisft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("minisft")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

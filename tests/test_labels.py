@@ -13,7 +13,7 @@ from minisft.tokens import HuggingFaceTokenizer
 sentences = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(sentences, sentences), min_size=1, max_size=4), st.integers(2, 60))
 def test_truncation_is_a_prefix_of_the_whole_row(tiny_model, pairs, max_length):
     tokenizer = HuggingFaceTokenizer(tiny_model)

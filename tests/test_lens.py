@@ -14,7 +14,7 @@ def lens(tiny_model, question, answer):
     return Lens(encode(conversation, MistralTemplate.for_tokenizer(tokenizer), tokenizer, 999), tokenizer)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
 def test_nothing_in_the_text_is_markup_or_a_terminal_escape(tiny_model, text):
     view = lens(tiny_model, "<script>alert(1)</script><img src=x onerror=alert(1)>" + text, "\x1b[31mred" + text)

@@ -81,7 +81,7 @@ def test_golden_ids(mistral, conversation, ids):
     assert row.input_ids == [int(i) for i in ids.split()]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(conversation=conversations)
 def test_ids_and_mask_equal_mistral_commons(mistral, conversation):
     row = encode(conversation, MistralTemplate.for_tokenizer(mistral), mistral, 10_000)
@@ -111,13 +111,13 @@ def check_row(conversation, tokenizer):
     return row, template
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(conversation=conversations)
 def test_invariants_hold_whatever_the_text_forges(tiny_model, conversation):
     check_row(conversation, HuggingFaceTokenizer(tiny_model))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(conversation=conversations_of(texts))
 def test_the_saved_chat_template_gives_the_ids_of_training(tiny_model, conversation):
     """On texts without control tokens, which plain transformers would parse."""
