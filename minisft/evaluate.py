@@ -9,6 +9,7 @@ Step 0 is the model before training; runs that started from the same model share
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -82,7 +83,7 @@ def test_rows(run: Run, rows: int) -> list[Conversation]:
     file = run.folder / "data" / "test.jsonl"
     if not file.exists() or file.stat().st_size == 0:
         raise UserError(f"{run.name} has no test conversations: train it on data with at least two conversations")
-    tokenizer, template = _tools(run)
+    tokenizer, template = _tools(run.model_folder, run.config.template)
     fitting = []
     for conversation in read(file, Ledger()):
         row = encode(conversation, template, tokenizer, run.config.max_length)
@@ -99,7 +100,7 @@ def evaluate_model(run: Run, folder: Path, conversations: list[Conversation], se
     """Load one checkpoint with plain transformers and score its answers to the conversations' last questions."""
     from sacrebleu.metrics import BLEU, CHRF
 
-    tokenizer, template = _tools(run)
+    tokenizer, template = _tools(run.model_folder, run.config.template)
     model = _load(folder)
     prompts = [prompt_ids(c, template, tokenizer) for c in conversations]
     answers = generate(model, prompts, tokenizer, settings.max_new_tokens, settings.batch_size)
@@ -195,8 +196,7 @@ def ask(folder: Path, questions: Sequence[str], max_new_tokens: int = 40, templa
     """Greedy answers of the model in `folder` to questions, each asked alone, in the template of training."""
     from minisft.conversations import Message
 
-    tokenizer = HuggingFaceTokenizer(folder)
-    form = MistralTemplate.for_tokenizer(tokenizer, template)
+    tokenizer, form = _tools(folder, template)
     asked = [Conversation("asked", (Message("user", q), Message("assistant", ""))) for q in questions]
     return generate(
         _load(folder), [prompt_ids(c, form, tokenizer) for c in asked], tokenizer, max_new_tokens, len(asked)
@@ -233,9 +233,10 @@ def _load(folder: Path) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _tools(run: Run) -> tuple[HuggingFaceTokenizer, MistralTemplate]:
-    tokenizer = HuggingFaceTokenizer(run.model_folder)
-    return tokenizer, MistralTemplate.for_tokenizer(tokenizer, run.config.template)
+@functools.lru_cache(maxsize=2)  # loading takes a second, and every checkpoint of a run asks
+def _tools(folder: Path, version: str) -> tuple[HuggingFaceTokenizer, MistralTemplate]:
+    tokenizer = HuggingFaceTokenizer(folder)
+    return tokenizer, MistralTemplate.for_tokenizer(tokenizer, version)
 
 
 def _key(run: Run, model: Path, conversations: list[Conversation], settings: Settings) -> str:

@@ -79,6 +79,7 @@ def _prepare(config: RunConfig, folder: Path, say: Say) -> Run:
             f"{config.max_characters}): allow more, or give more data"
         )
     _require_architecture(model.path)
+    precision, on_gpu = resolve_precision(config.precision)
     shapes = assets.parameter_shapes(model.path)
     _require_space(config, len(rows), sum(map(math.prod, shapes.values())))
 
@@ -86,7 +87,6 @@ def _prepare(config: RunConfig, folder: Path, say: Say) -> Run:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     _write_data(scratch, rows, test)
-    precision, on_gpu = resolve_precision(config.precision)
     write_json(scratch / "ledger.json", ledger.to_dict())
     about = {
         "config": config.to_dict(),
@@ -300,7 +300,7 @@ def _supervise(command: list[str], log: Path, say: Say, lock: int) -> tuple[int,
                 reason = "stopped because the process that started it is gone"
             if reason:
                 break
-            time.sleep(0.2)
+            time.sleep(0.5)  # looking at the process table has its price, and the workers need the cores
     finally:
         _end_all(process, family | _below(process))
         for number, handler in old.items():
