@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,14 @@ from minisft.launch import SAY
 from minisft.runs import Run, write_json
 
 
-def main() -> int:
+def main() -> None:
     """Train the run whose folder is the last argument (launchers put their own options before it)."""
     rank = int(os.environ.get("RANK", "0"))
     run = Run(Path(sys.argv[-1]).absolute())
     if run.status == "done":
         print(f"{run.name} is trained already: minisft launch --overwrite trains it again", file=sys.stderr)
-        return 2
-    _log_to(run.folder / "logs" / f"rank{rank}.log", and_terminal=rank == 0)
+        sys.exit(2)
+    finish_log = _log_to(run.folder / "logs" / f"rank{rank}.log", and_terminal=rank == 0)
     _end_with(os.environ.get("MINISFT_SUPERVISOR"))
     position = {"step": 0}
     try:
@@ -39,11 +40,12 @@ def main() -> int:
         traceback.print_exc()
         reason = " ".join(str(error).split())[:500]
         write_once(run.folder / "FAILED", {"rank": rank, **position, "reason": f"{type(error).__name__}: {reason}"})
-        sys.stderr.flush()
+        finish_log()
         # Not sys.exit: other ranks may be waiting inside a collective, and teardown would wait for them.
-        time.sleep(0.2)
         os._exit(1)
-    return 0
+    finish_log()
+    # Nor here: all is written, and tearing down the threads of a process group now and then aborts the process.
+    os._exit(0)
 
 
 def _end_with(supervisor: str | None) -> None:
@@ -159,6 +161,7 @@ def _arguments(run: Run, on_gpu: bool) -> Any:
         dataloader_pin_memory=on_gpu,
         report_to="none",
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
     )
 
 
@@ -277,18 +280,28 @@ def _trainer_class() -> type:
     return RunTrainer
 
 
-def _log_to(file: Path, and_terminal: bool) -> None:
-    """Send this process's output, C++ included, to `file`; rank 0 keeps the terminal as well."""
+def _log_to(file: Path, and_terminal: bool) -> Callable[[], None]:
+    """Send this process's output, C++ included, to `file`; rank 0 keeps the terminal as well.
+
+    Returns what must be called before the process ends, so that no line is lost.
+    """
+
+    def flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+
     file.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     if not and_terminal:
         os.dup2(log, 1)
         os.dup2(log, 2)
-        return
+        return flush
     terminal = os.dup(1)
     reading, writing = os.pipe()
     os.dup2(writing, 1)
     os.dup2(writing, 2)
+    os.close(writing)
 
     def copy() -> None:
         while data := os.read(reading, 1 << 16):
@@ -296,8 +309,17 @@ def _log_to(file: Path, and_terminal: bool) -> None:
                 with suppress(OSError):  # a full disk or a closed terminal must not block the training
                     os.write(place, data)
 
-    threading.Thread(target=copy, daemon=True).start()
+    copier = threading.Thread(target=copy, daemon=True)
+    copier.start()
+
+    def finish() -> None:
+        flush()
+        os.dup2(log, 1)  # the last writers of the pipe go, and the copier comes to its end
+        os.dup2(log, 2)
+        copier.join(timeout=2)  # a child that inherited the pipe may hold it open
+
+    return finish
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
