@@ -1,21 +1,18 @@
-"""ShareGPT conversations: reading them from dirty files, cleaning them, splitting them, and accounting for it.
+"""Conversations: from raw rows of several shapes to clean, alternating turns.
 
-Every row that a file holds ends up in exactly one place of the `Ledger`: kept, or dropped for a counted reason.
+Every row ends up in exactly one place of the `Ledger`: kept, or dropped for a counted reason.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
+import html
 import json
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-from minisft.errors import UserError
+from minisft.ledger import Ledger
 
 ROLES = {
     "human": "user",
@@ -27,16 +24,22 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-BAD_LINE = "line is not valid JSON"
-SHAREGPT_SHAPE = '{"id": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}'
+SHAPES = "conversations (from/value), messages (role/content) or instruction/output"
+LONGEST_MESSAGE = 2_000_000  # characters: more than any context holds, less than would fill the memory
+LONGEST_ID = 200  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is `system`, `user` or `assistant`; `content` is untrusted text."""
+    """One turn. `role` is `system`, `user` or `assistant`; `content` is untrusted text.
+
+    `trained` is the message's weight in the loss: only answers are ever trained, and of these all but the ones
+    that a data set marks with weight 0.
+    """
 
     role: str
     content: str
+    trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,316 +53,255 @@ class Conversation:
     def characters(self) -> int:
         return sum(len(m.content) for m in self.messages)
 
+    @property
+    def answers(self) -> int:
+        return sum(m.role == "assistant" for m in self.messages)
+
     def to_sharegpt(self) -> dict[str, Any]:
         """The row in ShareGPT's own shape, for writing it back to a file."""
         names = {"user": "human", "assistant": "gpt", "system": "system"}
-        turns = [{"from": names[m.role], "value": m.content} for m in self.messages]
+        turns = [
+            {"from": names[m.role], "value": m.content} | ({} if m.trained else {"weight": 0}) for m in self.messages
+        ]
         return {"id": self.id, "conversations": turns}
 
 
-@dataclass
-class Ledger:
-    """What happened to every row, with the first few ids for each reason, so that nothing vanishes silently.
+class Unusable(ValueError):
+    """Why a raw row holds no conversation; the text becomes the ledger's reason."""
 
-    `stages` maps a stage (`read`, `cleaned`, `train`, …) to the number of rows after it. `dropped` and
-    `repaired` map a reason to the ids of the rows it concerns. `lost` says what a damaged file withheld.
+
+def only_last_answer(conversation: Conversation) -> Conversation:
+    """The same conversation with its last answer trained and the others not."""
+    last = max(i for i, m in enumerate(conversation.messages) if m.role == "assistant")
+    messages = tuple(
+        replace(m, trained=m.trained and i == last) if m.role == "assistant" else m
+        for i, m in enumerate(conversation.messages)
+    )
+    return Conversation(conversation.id, messages)
+
+
+def one_per_answer(conversation: Conversation) -> Iterator[Conversation]:
+    """One conversation per trained answer: all that comes before it, and that answer alone trained.
+
+    This is what inference sees at each turn, even where the template moves the system prompt (v2, v3).
     """
-
-    stages: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    repaired: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    lost: str | None = None
-
-    def drop(self, reason: str, row: str) -> None:
-        self.dropped[reason].append(row)
-
-    def repair(self, reason: str, row: str) -> None:
-        self.repaired[reason].append(row)
-
-    def to_dict(self) -> dict[str, Any]:
-        def counted(rows: dict[str, list[str]]) -> dict[str, Any]:
-            return {reason: {"rows": len(ids), "first": ids[:5]} for reason, ids in rows.items()}
-
-        return {
-            "stages": self.stages,
-            "dropped": counted(self.dropped),
-            "repaired": counted(self.repaired),
-            "lost": self.lost,
-        }
-
-    def __str__(self) -> str:
-        lines = [f"{count:>9,}  {stage}" for stage, count in self.stages.items()]
-        for title, rows in (("dropped", self.dropped), ("repaired", self.repaired)):
-            for reason, ids in sorted(rows.items(), key=lambda item: -len(item[1])):
-                lines.append(f"{len(ids):>9,}  {title}: {reason}")
-        return "\n".join(lines + ([f"     lost  {self.lost}"] if self.lost else []))
+    number = 0
+    for i, message in enumerate(conversation.messages):
+        if message.role == "assistant":
+            number += 1
+            if message.trained:
+                part = Conversation(f"{conversation.id}@{number}", conversation.messages[: i + 1])
+                yield only_last_answer(part)
 
 
-# --- reading -----------------------------------------------------------------------------------------------
-
-
-def read(path: Path | str, ledger: Ledger) -> list[Conversation]:
-    """Every usable conversation of a ShareGPT file (JSON, JSONL, Parquet) or of a folder of such files.
-
-    A JSON list that is cut off is read up to its last whole row, and `ledger.lost` says so. Raises `UserError`
-    if the path is missing, empty, no JSON, of another shape, or without a single usable conversation.
-    """
-    path = Path(path)
-    seen: set[str] = set()
-    kept = []
-    rows = 0
-    for where, row in _rows_of(path, ledger):
-        if rows == 0:
-            _require_sharegpt(row, where)
-        rows += 1
-        conversation = clean(row, where, ledger)
-        if conversation is None:
-            continue
-        if conversation.id in seen:  # ids name rows in every later message, so they must be unique
-            ledger.repair("id seen before: numbered", conversation.id)
-            numbered = (f"{conversation.id}#{n}" for n in itertools.count(2))
-            conversation = Conversation(next(i for i in numbered if i not in seen), conversation.messages)
-        seen.add(conversation.id)
-        kept.append(conversation)
-    ledger.stages["read from the file"] = rows + len(ledger.dropped.get(BAD_LINE, []))
-    ledger.stages["usable conversations"] = len(kept)
-    if not kept:
-        why = ", ".join(f"{reason} ({len(ids)})" for reason, ids in ledger.dropped.items()) or ledger.lost or "no rows"
-        raise UserError(f"{path} has no usable conversation: {why}; each needs a question and its answer")
-    return kept
-
-
-def _rows_of(path: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in {".json", ".jsonl", ".parquet"} and p.is_file())
-        files = [p for p in files if not p.name.startswith("dataset_info")]  # the hub's own description of the data
-        if not files:
-            raise UserError(f"folder {path} has no .json, .jsonl or .parquet file: give a file of conversations")
-    else:
-        files = [path]
-    for file in files:
-        if not file.exists():
-            raise UserError(f"data file {file} does not exist: check the path, or use --data sharegpt")
-        if file.stat().st_size == 0:
-            raise UserError(f"data file {file} is empty: fetch or export it again")
-        yield from _rows_of_file(file, ledger)
-
-
-def _rows_of_file(file: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as stream:
-        head = stream.read(4096)
-    if head.startswith(b"PAR1"):
-        yield from _rows_of_parquet(file)
-        return
-    match head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]:
-        case b"[":
-            yield from _rows_of_list(file, ledger)
-        case b"{":
-            yield from _rows_of_lines(file, ledger)
-        case b"":
-            raise UserError(f"data file {file} is empty: fetch or export it again")
-        case _:
-            raise UserError(f"data file {file} is not JSON, JSON lines or Parquet: it starts with {head[:20]!r}")
-
-
-def _rows_of_list(file: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
-    import ijson
-
-    index = 0
-    with file.open("rb") as stream:
-        if stream.read(3) != b"\xef\xbb\xbf":
-            stream.seek(0)
-        try:
-            for row in ijson.items(stream, "item", use_float=True):
-                yield f"{file.name} row {index}", row
-                index += 1
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            if index == 0:
-                raise UserError(f"data file {file} is not JSON: {_one_line(error)}") from error
-            ledger.lost = (f"{ledger.lost}; " if ledger.lost else "") + (
-                f"{file.name} is cut off or damaged after {index:,} whole rows ({_one_line(error)}); "
-                "what follows could not be read"
-            )
-
-
-def _rows_of_lines(file: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            where = f"{file.name} line {number}"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                if number == 1:
-                    row = _single_object(file, error)
-                    yield where, row
-                    return
-                ledger.drop(BAD_LINE, where)
-                continue
-            yield where, row
-
-
-def _single_object(file: Path, error: Exception) -> Any:
-    """A file that opens with `{` but not a whole line of it: one pretty-printed object, or no JSON at all."""
-    try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        raise UserError(f"data file {file} is not JSON: line 1, {_one_line(error)}") from error
-
-
-def _rows_of_parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        index = 0
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                yield f"{file.name} row {index}", row
-                index += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data file {file} is damaged Parquet ({_one_line(error)}): fetch it again") from error
-
-
-def _require_sharegpt(row: Any, where: str) -> None:
-    """Refuse a file of another shape by its first row, and name the shape."""
-    if isinstance(row, dict) and isinstance(row.get("conversations"), list):
-        return
-    if not isinstance(row, dict):
-        shape = f"a {type(row).__name__}, not an object"
-    elif "messages" in row:
-        shape = 'the messages shape ("role"/"content")'
-    elif "instruction" in row:
-        shape = 'the Alpaca shape ("instruction"/"output")'
-    else:
-        shape = f"an object with the keys {', '.join(map(repr, list(row)[:6])) or '(none)'}"
-    raise UserError(f"{where} is {shape}, not ShareGPT: convert each row to {SHAREGPT_SHAPE}")
-
-
-def _one_line(error: Exception) -> str:
-    text = error.args[0] if error.args else ""
-    text = text.decode(errors="replace") if isinstance(text, bytes) else str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0].strip()
-
-
-# --- cleaning ----------------------------------------------------------------------------------------------
+# --- from raw rows -----------------------------------------------------------------------------------------
 
 
 def clean(row: Any, where: str, ledger: Ledger) -> Conversation | None:
-    """One raw row -> a conversation that alternates and ends in an answer, or None with a line in the ledger."""
-    turns = row.get("conversations") if isinstance(row, dict) else None
-    row_id = _encodable(str(row.get("id") or where)) if isinstance(row, dict) else where
-    if not isinstance(turns, list):
-        return ledger.drop("no list of conversations", row_id)
-    if not turns:
-        return ledger.drop("empty conversation", row_id)
-    messages = []
-    for turn in turns:
-        if not (isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)):
-            return ledger.drop("a turn without role and text", row_id)
-        role = ROLES.get(turn["from"].strip().lower())
-        if role is None:
-            return ledger.drop(f"unknown role {turn['from'][:20]!r}", row_id)
-        messages.append(Message(role, _whole_characters(turn["value"], row_id, ledger)))
+    """One raw row -> a conversation that alternates and ends in an answer, or None with a line in the ledger.
 
-    system = [m for m in messages if m.role == "system" and not _is_blank(m.content)]
-    spoken = [m for m in messages if m.role != "system"]
-    if spoken and spoken[0].role == "assistant":
-        ledger.repair("answer before any question: removed", row_id)
-        while spoken and spoken[0].role == "assistant":
-            spoken.pop(0)
-    filled = list(itertools.takewhile(lambda m: not _is_blank(m.content), spoken))
-    if len(filled) < len(spoken):
-        ledger.repair("empty turn: cut there", row_id)
-        spoken = filled
-    joined: list[Message] = []
-    for turn in spoken:
-        if joined and joined[-1].role == turn.role:
-            joined[-1] = Message(turn.role, joined[-1].content + "\n\n" + turn.content)
-        else:
-            joined.append(turn)
-    if len(joined) < len(spoken):
-        ledger.repair("neighbours of one role: joined", row_id)
-    if joined and joined[-1].role == "user":
-        if len(joined) > 1:
-            ledger.repair("last question has no answer: removed", row_id)
-        joined.pop()
-    if not joined:
-        return ledger.drop("no question with an answer", row_id)
-    return Conversation(row_id, (*system, *joined))
+    Takes ShareGPT rows, messages-style rows and Alpaca rows; `where` names a row that has no id. A row may also be
+    the reason, an `Unusable`, why it could not even be read.
+    """
+    row_id = where
+    try:
+        row, parsed = _parsed(row)
+        row_id = _id(row, where)
+        if parsed:
+            ledger.repair("JSON inside a string: parsed", row_id)
+        messages = _messages(row, row_id, ledger)
+        messages = _mended_text(messages, row_id, ledger)
+        return Conversation(row_id, tuple(_in_turn(messages, row_id, ledger)))
+    except Unusable as reason:
+        return ledger.drop(str(reason), row_id)
 
 
-def _is_blank(text: str) -> bool:
-    """Nothing to see: spaces, line ends, and such as the zero-width space, which ShareGPT has for answers."""
-    return not any(c.isprintable() and not c.isspace() for c in text)
+def _parsed(row: Any) -> tuple[dict[str, Any], bool]:
+    """The row as an object, and whether it, or its list of turns, was JSON inside a JSON string."""
+    if isinstance(row, Unusable):
+        raise row
+    parsed = isinstance(row, str)
+    if parsed:
+        row = _from_json(row)
+    if not isinstance(row, dict):
+        raise Unusable("row is not an object")
+    for key in ("conversations", "messages"):
+        if isinstance(row.get(key), str):
+            row, parsed = row | {key: _from_json(row[key])}, True
+    return row, parsed
 
 
-def _whole_characters(text: str, row_id: str, ledger: Ledger) -> str:
-    """JSON may escape half a surrogate pair, which no tokenizer can encode: replace it."""
-    whole = _encodable(text)
-    if whole != text:
-        ledger.repair("half a surrogate pair: replaced", row_id)
-    return whole
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        raise Unusable("text in place of a list of turns") from None
+
+
+def _id(row: dict[str, Any], where: str) -> str:
+    """The row's own id, if it is a name or number as ids are; else its place in the file."""
+    own = row.get("id")
+    if isinstance(own, str) and 0 < len(own) <= LONGEST_ID:
+        return _encodable(own)
+    return str(own) if isinstance(own, int | float) and not isinstance(own, bool) else where
+
+
+def _messages(row: dict[str, Any], row_id: str, ledger: Ledger) -> list[Message]:
+    for key in ("conversations", "messages"):
+        turns = row.get(key)
+        if isinstance(turns, list):
+            if not turns:
+                raise Unusable("empty conversation")
+            return [_message(turn) for turn in turns]
+    if "instruction" in row and "output" in row:
+        ledger.repair("instruction/output: converted", row_id)
+        return _from_alpaca(row)
+    raise Unusable("row of an unknown shape")
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise Unusable("a turn without role and text")
+    role = either(turn, "from", "role")
+    content = either(turn, "value", "content")
+    if isinstance(content, list):
+        content = _from_parts(content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise Unusable("a turn without role and text")
+    known = ROLES.get(role.strip().lower())
+    if known is None:
+        raise Unusable(f"unknown role {role[:20]!r}")
+    return Message(known, content, _weight(turn))
+
+
+def either(turn: dict[str, Any], one: str, other: str) -> Any:
+    """What stands under one of two keys; a table (Parquet) has both, and None under the one that was not meant."""
+    value = turn.get(one)
+    return turn.get(other) if value is None else value
+
+
+def _from_parts(parts: list[Any]) -> str:
+    if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+        raise Unusable("a turn with parts other than text")
+    return "\n\n".join(part["text"] for part in parts)
+
+
+def _weight(turn: dict[str, Any]) -> bool:
+    weight = either(turn, "weight", "train")
+    if weight is None:
+        return True
+    if weight not in (0, 1):
+        raise Unusable("a weight other than 0 or 1")
+    return bool(weight)
+
+
+def _from_alpaca(row: dict[str, Any]) -> list[Message]:
+    texts = ["" if row.get(key) is None else row[key] for key in ("system", "instruction", "input", "output")]
+    if not all(isinstance(text, str) for text in texts):
+        raise Unusable("a turn without role and text")
+    system, instruction, given, output = texts
+    question = "\n\n".join(text for text in (instruction, given) if text.strip())
+    system_prompt = [Message("system", system)] if system else []
+    return [*system_prompt, Message("user", question), Message("assistant", output)]
+
+
+# --- text --------------------------------------------------------------------------------------------------
+
+
+def _mended_text(messages: list[Message], row_id: str, ledger: Ledger) -> list[Message]:
+    if any(len(m.content) > LONGEST_MESSAGE for m in messages):
+        raise Unusable(f"a message of more than {LONGEST_MESSAGE:,} characters")
+    texts = [m.content for m in messages]
+    for reason, mend in _TEXT_REPAIRS:
+        mended = mend(texts)
+        if mended != texts:
+            ledger.repair(reason, row_id)
+            texts = mended
+    return [replace(m, content=text) for m, text in zip(messages, texts, strict=True)]
+
+
+def _without_lone_bytes(texts: list[str]) -> list[str]:
+    # Reading marks each byte that is no UTF-8 with a low surrogate (Python's `surrogateescape`).
+    return [re.sub("[\udc80-\udcff]+", "\N{REPLACEMENT CHARACTER}", text) for text in texts]
+
+
+def _with_whole_characters(texts: list[str]) -> list[str]:
+    return [_encodable(text) for text in texts]
+
+
+def _with_line_feeds(texts: list[str]) -> list[str]:
+    return [text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text for text in texts]
+
+
+def _unescaped(texts: list[str]) -> list[str]:
+    """Undo HTML escaping, but only where the whole conversation was escaped.
+
+    Escaped text has entities, no `<` or `>`, and no `&` that starts none. A conversation that merely speaks of
+    `&lt;` nearly always fails that in one of its turns, and stays as it is.
+    """
+    joined = "\n".join(texts)
+    if "&" not in joined or "<" in joined or ">" in joined or not _ESCAPED_MARKUP.search(joined):
+        return texts
+    if _ENTITY.sub("", joined).count("&"):
+        return texts
+    return [html.unescape(text) for text in texts]
+
+
+_ENTITY = re.compile(r"&(?:lt|gt|amp|quot|apos|nbsp|#\d{1,6}|#x[0-9a-fA-F]{1,5});")
+_ESCAPED_MARKUP = re.compile(r"&(?:lt|gt|quot|#39|#x27);")
 
 
 def _encodable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
+    """JSON may escape half a surrogate pair, which no tokenizer can encode: replace it by `?`."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-# --- splitting ---------------------------------------------------------------------------------------------
+_TEXT_REPAIRS = (
+    ("invalid UTF-8: replaced", _without_lone_bytes),
+    ("half a surrogate pair: replaced", _with_whole_characters),
+    ("HTML-escaped text: unescaped", _unescaped),
+    ("CR or CRLF line ends: made LF", _with_line_feeds),
+)
 
 
-def split(
-    conversations: Sequence[Conversation], test_fraction: float = 0.1, seed: int = 0
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Split into train and test, 9:1 by default, by whole conversation.
-
-    ShareGPT V3 comes already cut into parts (`QWJhYvA_0`, `QWJhYvA_7`, …); parts of one conversation go to the
-    same side, else the test set would hold the continuation of what was trained. The order is a seeded hash of
-    the conversation's id, so the same conversation lands on the same side however the file is ordered.
-    """
-    groups: dict[str, list[Conversation]] = defaultdict(list)
-    for conversation in conversations:
-        groups[origin(conversation.id)].append(conversation)
-    order = sorted(groups, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    wanted = max(1, round(test_fraction * len(conversations))) if len(groups) > 1 else 0
-    test_names: set[str] = set()
-    taken = 0
-    for name in order:
-        if taken + len(groups[name]) <= wanted:
-            test_names.add(name)
-            taken += len(groups[name])
-    if wanted and not test_names:  # every conversation came in more parts than the test set may hold
-        test_names.add(min(order, key=lambda name: len(groups[name])))
-    train = [c for c in conversations if origin(c.id) not in test_names]
-    test = [c for c in conversations if origin(c.id) in test_names]
-    return train, test
+# --- turns -------------------------------------------------------------------------------------------------
 
 
-def origin(conversation_id: str) -> str:
-    """The conversation that a ShareGPT part was cut from: `QWJhYvA_7` -> `QWJhYvA`; other ids stand for themselves."""
-    match = re.fullmatch(r"([A-Za-z0-9]{7})_\d+(#\d+)?", conversation_id)
-    return match[1] if match else conversation_id.partition("#")[0]
-
-
-def select(
-    conversations: Iterable[Conversation],
-    stage: str,
-    ledger: Ledger,
-    max_characters: int | None,
-    max_rows: int | None,
-) -> list[Conversation]:
-    """The first `max_rows` conversations of at most `max_characters`; the rest is counted in the ledger."""
-    kept = []
-    for conversation in conversations:
-        if max_characters is not None and conversation.characters > max_characters:
-            ledger.drop(f"{stage}: longer than {max_characters} characters", conversation.id)
-        elif max_rows is not None and len(kept) >= max_rows:
-            ledger.drop(f"{stage}: beyond the first {max_rows} rows", conversation.id)
+def _in_turn(messages: list[Message], row_id: str, ledger: Ledger) -> list[Message]:
+    """User and assistant in turn, an answer last; system prompts stay where they are."""
+    kept: list[Message] = []
+    last = None  # where the last spoken turn is in `kept`
+    repairs: dict[str, None] = {}  # an ordered set: one line per row and reason
+    for message in messages:
+        if message.role == "system":
+            if not is_blank(message.content):
+                kept.append(message)
+        elif last is None and message.role == "assistant":
+            repairs["answer before any question: removed"] = None
+        elif is_blank(message.content):
+            repairs["empty turn: cut there"] = None
+            break
+        elif last is not None and kept[last].role == message.role:
+            repairs["neighbours of one role: joined"] = None
+            before = kept[last]
+            content = before.content + "\n\n" + message.content
+            kept[last] = Message(message.role, content, before.trained and message.trained)
         else:
-            kept.append(conversation)
-    ledger.stages[stage] = len(kept)
+            last = len(kept)
+            kept.append(message)
+    answers = sum(m.role == "assistant" for m in kept)
+    while kept and kept[-1].role != "assistant":
+        if kept.pop().role == "user" and answers:
+            repairs["last question has no answer: removed"] = None
+    for reason in repairs:
+        ledger.repair(reason, row_id)
+    if not answers:
+        raise Unusable("no question with an answer")
+    if not any(m.trained for m in kept if m.role == "assistant"):
+        raise Unusable("every answer has weight 0")
     return kept
+
+
+def is_blank(text: str) -> bool:
+    """Nothing to see: spaces, line ends, and such as the zero-width space, which ShareGPT has for answers."""
+    return not any(c.isprintable() and not c.isspace() for c in text)

@@ -1,207 +1,338 @@
-import json
-import random
+"""Every kind of dirt in a row, and the line in the ledger that it must produce."""
 
-import pyarrow
-import pyarrow.parquet
+import json
+
 import pytest
-from conftest import sharegpt_row, write_sharegpt
+from conftest import sharegpt_row
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisft.conversations import Conversation, Ledger, Message, clean, origin, read, select, split
-from minisft.errors import UserError
+from minisft.conversations import (
+    LONGEST_MESSAGE,
+    Conversation,
+    Message,
+    Unusable,
+    clean,
+    one_per_answer,
+    only_last_answer,
+)
+from minisft.ledger import FIRST, MOST, Ledger
 
-GOOD = sharegpt_row("a", ("human", "Hi"), ("gpt", "Hello!"))
-
-
-def cleaned(*turns, ledger=None):
-    return clean(sharegpt_row("x", *turns), "here", ledger if ledger is not None else Ledger())
-
-
-@pytest.mark.parametrize("form", ["json", "jsonl", "parquet", "bom", "one-object"])
-def test_every_format_gives_the_same_conversations(tmp_path, form):
-    rows = [GOOD, sharegpt_row("b", ("user", "é🙂"), ("assistant", "Ja"))]
-    file = tmp_path / f"data.{form}"
-    if form == "json":
-        file.write_text(json.dumps(rows, indent=1))
-    elif form == "bom":
-        file.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
-    elif form == "jsonl":
-        file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    elif form == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    else:
-        rows = rows[:1]
-        file.write_text(json.dumps(rows[0], indent=2))
-    found = read(file, Ledger())
-    assert [c.id for c in found] == [r["id"] for r in rows]
-    assert found[0].messages == (Message("user", "Hi"), Message("assistant", "Hello!"))
+GOOD = (("human", "Hi"), ("gpt", "Hello!"))
 
 
-@pytest.mark.parametrize("cut", range(1, 6))
-def test_a_cut_list_keeps_every_whole_row_and_says_so(tmp_path, cut):
-    rows = [sharegpt_row(f"r{i}", ("human", "question " * 20), ("gpt", "answer " * 20)) for i in range(6)]
-    whole = json.dumps(rows)
-    ends = [whole.index(json.dumps(row)) + len(json.dumps(row)) for row in rows]
-    file = tmp_path / "cut.json"
-    file.write_text(whole[: ends[cut - 1] + 60])
+def cleaned(row, where="here"):
+    """What became of one row: its turns as pairs, and the ledger's lines. None for a dropped one."""
     ledger = Ledger()
-    assert [c.id for c in read(file, ledger)] == [f"r{i}" for i in range(cut)]
-    assert f"after {cut} whole rows" in ledger.lost
+    found = clean(row, where, ledger)
+    return found and [(m.role, m.content) for m in found.messages], list(ledger.repaired), list(ledger.dropped)
 
 
-def test_a_bad_line_is_counted_and_the_rest_is_read(tmp_path):
-    file = tmp_path / "data.jsonl"
-    file.write_text(f"{json.dumps(GOOD)}\n{{broken\n{json.dumps(GOOD | {'id': 'c'})}\n")
-    ledger = Ledger()
-    assert [c.id for c in read(file, ledger)] == ["a", "c"]
-    assert ledger.dropped["line is not valid JSON"] == ["data.jsonl line 2"]
-    assert ledger.stages["read from the file"] == 3
+def talk(*turns):
+    return cleaned(sharegpt_row("x", *turns))
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("turns", "kept", "repaired"),
     [
-        ("", "is empty"),
-        ("   \n", "is empty"),
-        ("hello", "not JSON"),
-        ("[1, 2", "a int, not an object"),
-        ("[{]", "not JSON"),
-        ("{oops", "not JSON"),
-        ("[]", "no usable conversation"),
-        (json.dumps([{"instruction": "Add", "output": "3"}]), "Alpaca"),
-        (json.dumps([{"messages": [{"role": "user", "content": "Hi"}]}]), "messages shape"),
-        (json.dumps([{"text": "Hi", "n": 1}]), "keys 'text', 'n'"),
-        (json.dumps([sharegpt_row("a", ("human", "Hi"))]), "no usable conversation"),
-        ("PAR1 but not really", "damaged Parquet"),
+        (GOOD, ["Hi", "Hello!"], []),
+        ((("gpt", "…"), *GOOD), ["Hi", "Hello!"], ["answer before any question: removed"]),
+        ((*GOOD, ("human", "more?")), ["Hi", "Hello!"], ["last question has no answer: removed"]),
+        ((("human", "A"), ("human", "B"), ("gpt", "C")), ["A\n\nB", "C"], ["neighbours of one role: joined"]),
+        ((("human", "A"), ("gpt", "B"), ("gpt", "C")), ["A", "B\n\nC"], ["neighbours of one role: joined"]),
+        ((*GOOD, ("human", " "), ("gpt", "B")), ["Hi", "Hello!"], ["empty turn: cut there"]),
+        ((("system", "Be brief."), *GOOD), ["Be brief.", "Hi", "Hello!"], []),
+        ((("system", " \n"), *GOOD), ["Hi", "Hello!"], []),
+        ((*GOOD, ("system", "now"), ("user", "A"), ("bard", "B")), ["Hi", "Hello!", "now", "A", "B"], []),
+        (((" USER ", "A"), ("Bing", "B")), ["A", "B"], []),
+        ((("human", "A\r\nB\rC"), ("gpt", "D")), ["A\nB\nC", "D"], ["CR or CRLF line ends: made LF"]),
+        (
+            (("human", "A\udcff\udcfeB"), ("gpt", "D")),
+            ["A\N{REPLACEMENT CHARACTER}B", "D"],
+            ["invalid UTF-8: replaced"],
+        ),
+        ((("human", "A\ud83d"), ("gpt", "B")), ["A?", "B"], ["half a surrogate pair: replaced"]),
+        ((("human", " A "), ("gpt", "\n B\t")), [" A ", "\n B\t"], []),
     ],
 )
-def test_bad_files_are_refused_in_one_sentence(tmp_path, content, says):
-    file = tmp_path / "data.json"
-    file.write_text(content)
-    with pytest.raises(UserError, match=says) as error:
-        read(file, Ledger())
-    assert "\n" not in str(error.value)
+def test_what_can_be_mended_is_mended_and_counted(turns, kept, repaired):
+    found, repairs, dropped = talk(*turns)
+    assert [content for _, content in found] == kept
+    assert (repairs, dropped) == (repaired, [])
 
 
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        read(tmp_path / "none.json", Ledger())
-
-
-def test_cleaning_repairs_and_counts():
-    ledger = Ledger()
-    found = cleaned(("gpt", "…"), ("human", "A"), ("human", "B"), ("bing", "C"), ("human", "D"), ledger=ledger)
-    assert found.messages == (Message("user", "A\n\nB"), Message("assistant", "C"))
-    assert set(ledger.repaired) == {
-        "answer before any question: removed",
-        "neighbours of one role: joined",
-        "last question has no answer: removed",
-    }
-
-
-@pytest.mark.parametrize("blank", ["", "  \n", "\u200b", "\ufeff \x00"])
+@pytest.mark.parametrize("blank", ["", "  \n", "\u200b", "\ufeff \x00", "\u00ad\u200d", "\xa0"])
 def test_an_empty_answer_ends_the_conversation_before_it(blank):
-    found = cleaned(("human", "A"), ("gpt", "B"), ("human", "C"), ("gpt", blank), ("human", "D"), ("gpt", "E"))
-    assert [m.content for m in found.messages] == ["A", "B"]
+    found, repairs, _ = talk(("human", "A"), ("gpt", "B"), ("human", "C"), ("gpt", blank), ("human", "D"), ("gpt", "E"))
+    assert found == [("user", "A"), ("assistant", "B")]
+    assert repairs == ["empty turn: cut there", "last question has no answer: removed"]
+    assert talk(("human", "A"), ("gpt", blank))[2] == ["no question with an answer"]
+
+
+def turn(**changes):
+    return {"id": "x", "conversations": [{"from": "human", "value": "Hi"} | changes, {"from": "gpt", "value": "ok"}]}
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"id": "x"}, "no list of conversations"),
-        (sharegpt_row("x"), "empty conversation"),
-        (sharegpt_row("x", ("tool", "1"), ("gpt", "2")), "unknown role 'tool'"),
-        ({"id": "x", "conversations": [{"from": "human", "value": 3}]}, "a turn without role and text"),
+        *((value, "row is not an object") for value in (17, None, True, 1.5, [], [[]])),
+        ({}, "row of an unknown shape"),
+        ({"id": "x"}, "row of an unknown shape"),
+        ({"conversations": None}, "row of an unknown shape"),
+        ({"conversations": {"from": "human"}}, "row of an unknown shape"),
+        ({"instruction": "Add"}, "row of an unknown shape"),
+        ({"conversations": []}, "empty conversation"),
+        ({"messages": []}, "empty conversation"),
+        ({"conversations": ["Hi", "Hello"]}, "a turn without role and text"),
+        ({"conversations": [{}]}, "a turn without role and text"),
+        *((turn(value=value), "a turn without role and text") for value in (None, 3, 2.5, True, {"text": "Hi"})),
+        *((turn(**{"from": role}), "a turn without role and text") for role in (None, 3, ["user"], {})),
+        (turn(value=[{"type": "image_url", "image_url": "x"}]), "a turn with parts other than text"),
+        (turn(value=["Hi"]), "a turn with parts other than text"),
+        (turn(**{"from": "tool"}), "unknown role 'tool'"),
+        (turn(**{"from": ""}), "unknown role ''"),
+        (turn(**{"from": "\x1b[31m\ud800" + "x" * 99}), r"unknown role '\x1b[31m\ud800xxxxxxxxxxxxxx'"),
+        *((turn(weight=weight), "a weight other than 0 or 1") for weight in (2, -1, 0.5, "1", [], {}, float("nan"))),
+        (turn(train="yes"), "a weight other than 0 or 1"),
         (sharegpt_row("x", ("gpt", "A")), "no question with an answer"),
-        (17, "no list of conversations"),
+        (sharegpt_row("x", ("human", "A")), "no question with an answer"),
+        (sharegpt_row("x", ("system", "A"), ("human", "B")), "no question with an answer"),
+        ({"instruction": "Add", "output": ""}, "no question with an answer"),
+        ({"instruction": "Add", "output": None}, "no question with an answer"),
+        ({"instruction": " ", "input": "", "output": "3"}, "no question with an answer"),
+        ({"instruction": "Add", "output": 3}, "a turn without role and text"),
+        ({"instruction": ["Add"], "output": "3"}, "a turn without role and text"),
+        ("no JSON", "text in place of a list of turns"),
+        ("[" * 100_000, "text in place of a list of turns"),
+        ('"twice"', "row is not an object"),
+        ({"conversations": "Human: Hi"}, "text in place of a list of turns"),
+        ({"conversations": "3"}, "row of an unknown shape"),
+        (turn(value="x" * (LONGEST_MESSAGE + 1)), "a message of more than 2,000,000 characters"),
+        (Unusable("row is not valid JSON"), "row is not valid JSON"),
     ],
+    ids=lambda value: repr(value)[:40],
 )
 def test_a_dropped_row_has_its_reason(row, reason):
+    found, _, dropped = cleaned(row)
+    assert found is None
+    assert len(dropped) == 1
+    assert dropped[0].startswith(reason)
+    dropped[0].encode()  # fit to be written to a file
+
+
+def test_messages_and_alpaca_rows_become_conversations():
+    rows = {
+        "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok"}]},
+        "parts": {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "ok"}]},
+            ]
+        },
+        "a table's empty columns": {
+            "messages": None,
+            "conversations": [
+                {"from": None, "role": "user", "value": None, "content": "Hi", "weight": None},
+                {"from": "gpt", "role": None, "value": "ok", "content": None, "weight": None},
+            ],
+        },
+    }
+    assert cleaned(rows["messages"]) == ([("user", "Hi"), ("assistant", "ok")], [], [])
+    assert cleaned(rows["parts"]) == ([("user", "H\n\ni"), ("assistant", "ok")], [], [])
+    assert cleaned(rows["a table's empty columns"]) == ([("user", "Hi"), ("assistant", "ok")], [], [])
+
+
+@pytest.mark.parametrize(
+    ("given", "turns"),
+    [
+        ({}, ["Add", "3"]),
+        ({"input": ""}, ["Add", "3"]),
+        ({"input": None, "system": None}, ["Add", "3"]),
+        ({"input": "1 and 2"}, ["Add\n\n1 and 2", "3"]),
+        ({"input": "1 and 2", "system": "Be brief."}, ["Be brief.", "Add\n\n1 and 2", "3"]),
+        ({"instruction": "", "input": "1+2?"}, ["1+2?", "3"]),
+    ],
+)
+def test_alpaca_with_and_without_input_and_system(given, turns):
+    found, repairs, _ = cleaned({"instruction": "Add", "output": "3"} | given)
+    assert [content for _, content in found] == turns
+    assert repairs == ["instruction/output: converted"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        json.dumps(sharegpt_row("x", *GOOD)),
+        sharegpt_row("x") | {"conversations": json.dumps(sharegpt_row("x", *GOOD)["conversations"])},
+        json.dumps({"messages": json.dumps([{"role": "user", "content": "Hi"}, {"role": "gpt", "content": "Hello!"}])}),
+    ],
+    ids=["the row", "its turns", "both"],
+)
+def test_json_inside_a_string_is_parsed(row):
+    assert cleaned(row) == ([("user", "Hi"), ("assistant", "Hello!")], ["JSON inside a string: parsed"], [])
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("abc", "abc"),
+        (7, "7"),
+        (0, "0"),
+        (None, "here"),
+        ("", "here"),
+        (True, "here"),
+        (["a"], "here"),
+        ({}, "here"),
+        ("long" * 1000, "here"),
+        ("\ud800", "?"),
+    ],
+    ids=repr,
+)
+def test_a_row_goes_by_its_id_or_its_place(given, name):
+    row = sharegpt_row("x", *GOOD) | {"id": given}
+    assert clean(row, "here", Ledger()).id == name
+    assert clean(json.dumps(row), "here", Ledger()).id == name
+
+
+@pytest.mark.parametrize(
+    ("texts", "mended"),
+    [
+        (("1 &lt; 2 &amp;&amp; x", "&quot;yes&quot;"), ("1 < 2 && x", '"yes"')),
+        (("&#39;a&#39;", "b"), ("'a'", "b")),
+        (("&lt;a&gt;&#13;\nb", "ok"), ("<a>\nb", "ok")),
+        (("What is &lt;?", "It stands for <."), None),  # speaks about it
+        (("&lt;b&gt; in R&D", "ok"), None),  # a bare & would have been escaped too
+        (("AT&amp;T", "ok"), None),  # no markup at all: more likely meant
+        (("fish & chips", "ok"), None),
+    ],
+)
+def test_html_is_unescaped_only_where_the_whole_conversation_was_escaped(texts, mended):
+    found, repairs, _ = talk(("human", texts[0]), ("gpt", texts[1]))
+    assert tuple(content for _, content in found) == (mended or texts)
+    assert ("HTML-escaped text: unescaped" in repairs) == (mended is not None)
+
+
+def test_weights_decide_which_answers_are_trained():
+    def trained(*weights):
+        turns = [
+            turn
+            for i, weight in enumerate(weights)
+            for turn in (
+                {"role": "user", "content": f"q{i}"},
+                {"role": "assistant", "content": f"a{i}"} | ({} if weight is None else {"weight": weight}),
+            )
+        ]
+        ledger = Ledger()
+        found = clean({"messages": turns}, "here", ledger)
+        return found and [m.trained for m in found.messages if m.role == "assistant"], list(ledger.dropped)
+
+    assert trained(0, 1, None) == ([False, True, True], [])
+    assert trained(False, True) == ([False, True], [])
+    assert trained(0.0, 1.0) == ([False, True], [])
+    assert trained(0) == (None, ["every answer has weight 0"])
+    half = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": False}]}
+    half["conversations"] += [{"from": "gpt", "value": "b"}]
+    assert cleaned(half)[2] == ["every answer has weight 0"]  # joined answers: one of them must not be trained
+
+
+def test_a_conversation_survives_being_written_and_read_again():
+    turns = (Message("system", "s"), Message("user", "q"), Message("assistant", "a", False))
+    made = Conversation("x", (*turns, Message("user", "é🙂"), Message("assistant", "b")))
+    assert clean(json.loads(json.dumps(made.to_sharegpt())), "here", Ledger()) == made
+    assert (made.answers, made.characters) == (2, 6)
+
+
+def test_one_row_per_answer_and_the_last_answer_alone():
+    turns = [
+        Message("user", "q0"),
+        Message("assistant", "a0"),
+        Message("user", "q1"),
+        Message("assistant", "a1", False),
+    ]
+    made = Conversation("x", (*turns, Message("user", "q2"), Message("assistant", "a2")))
+    parts = list(one_per_answer(made))
+    assert [(part.id, len(part.messages)) for part in parts] == [("x@1", 2), ("x@3", 6)]
+    assert all([m.content for m in part.messages if m.role == "assistant" and m.trained] == [part.messages[-1].content]
+               for part in parts)  # fmt: skip
+    assert [m.trained for m in only_last_answer(made).messages if m.role == "assistant"] == [False, False, True]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+roles = st.sampled_from(["human", "gpt", "system", "user", "assistant", "tool"]) | json_values
+turns_of_rows = st.fixed_dictionaries(
+    {}, optional={"from": roles, "role": roles, "value": st.text(max_size=4) | json_values, "content": json_values,
+                  "weight": st.sampled_from([0, 1, None, True]) | json_values},
+)  # fmt: skip
+lists_of_turns = st.lists(turns_of_rows, max_size=5) | json_values
+rows = json_values | st.fixed_dictionaries(
+    {},
+    optional={"id": json_values, "conversations": lists_of_turns, "messages": lists_of_turns}
+    | dict.fromkeys(("instruction", "input", "output", "system"), st.text(max_size=4) | json_values),
+)
+
+
+@given(rows | rows.map(json.dumps))
+def test_any_row_is_kept_or_dropped_with_one_line(row):
     ledger = Ledger()
-    assert clean(row, "here", ledger) is None
-    assert list(ledger.dropped) == [reason]
+    found = clean(row, "here", ledger)
+    assert sum(entry.rows for entry in ledger.dropped.values()) == (found is None)
+    if found is not None:
+        well_formed(found)
 
 
-def test_half_a_surrogate_pair_becomes_encodable():
-    ledger = Ledger()
-    found = cleaned(("human", "A\ud83d"), ("gpt", "B"), ledger=ledger)
-    found.messages[0].content.encode()
-    assert ledger.repaired["half a surrogate pair: replaced"] == ["x"]
-
-
-@given(st.lists(st.tuples(st.sampled_from(["human", "gpt", "system", "user", "x"]), st.text(max_size=5)), max_size=8))
+@given(st.lists(st.tuples(st.sampled_from(["human", "gpt", "system", "user"]), st.text(max_size=5)), max_size=8))
 def test_whatever_comes_in_what_is_kept_alternates_and_ends_in_an_answer(turns):
     ledger = Ledger()
-    found = cleaned(*turns, ledger=ledger)
-    if found is None:
-        assert sum(map(len, ledger.dropped.values())) == 1
-        return
-    roles = [m.role for m in found.messages if m.role != "system"]
+    found = clean(sharegpt_row("x", *turns), "here", ledger)
+    assert (found is None) == bool(ledger.dropped)
+    if found is not None:
+        well_formed(found)
+        # Cleaning what is clean changes nothing.
+        again = Ledger()
+        assert clean(found.to_sharegpt(), "here", again).messages == found.messages
+        assert set(again.repaired) <= {"HTML-escaped text: unescaped"}
+
+
+def well_formed(conversation):
+    roles = [m.role for m in conversation.messages if m.role != "system"]
     assert roles == ["user", "assistant"] * (len(roles) // 2)
     assert roles
-    assert all(m.content.strip() for m in found.messages)
+    assert all(m.content.strip() for m in conversation.messages)
+    assert any(m.trained for m in conversation.messages if m.role == "assistant")
+    json.dumps(conversation.to_sharegpt(), ensure_ascii=False).encode()
 
 
-def test_rows_in_equal_rows_kept_plus_dropped(tmp_path):
-    rows = [GOOD, sharegpt_row("b"), sharegpt_row("c", ("gpt", "A")), GOOD, GOOD | {"id": "a#2"}]
-    file = tmp_path / "data.json"
-    file.write_text(json.dumps(rows))
+def test_the_ledger_stays_small_whatever_the_rows_are():
     ledger = Ledger()
-    kept = read(file, ledger)
-    assert [c.id for c in kept] == ["a", "a#2", "a#2#2"]
-    assert len(rows) == len(kept) + sum(map(len, ledger.dropped.values()))
+    for i in range(5000):
+        clean(sharegpt_row(f"r{i}", (f"role{i}", "Hi")), "here", ledger)
+    assert len(ledger.dropped) == MOST + 1
+    assert sum(entry.rows for entry in ledger.dropped.values()) == 5000
+    assert all(len(entry.first) <= FIRST for entry in ledger.dropped.values())
 
 
-def made(ids):
-    return [Conversation(i, (Message("user", "q"), Message("assistant", "a"))) for i in ids]
-
-
-def test_split_is_nine_to_one_seeded_and_independent_of_order(tmp_path):
-    conversations = read(write_sharegpt(tmp_path / "d.json", 200), Ledger())
-    train, test = split(conversations)
-    assert (len(train), len(test)) == (180, 20)
-    shuffled = random.Random(1).sample(conversations, len(conversations))
-    assert {c.id for c in split(shuffled)[1]} == {c.id for c in test}
-    assert {c.id for c in split(conversations, seed=1)[1]} != {c.id for c in test}
-
-
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)), unique=True, max_size=80), st.integers(0, 3))
-def test_split_never_parts_a_conversation_and_loses_none(parts, seed):
-    conversations = made([f"abcde{group:02d}_{part}" for group, part in parts])
-    train, test = split(conversations, seed=seed)
-    assert sorted(c.id for c in train + test) == sorted(c.id for c in conversations)
-    assert {origin(c.id) for c in train}.isdisjoint(origin(c.id) for c in test)
-    if len({origin(c.id) for c in conversations}) > 1:
-        assert train
-        assert test
-
-
-def test_only_sharegpts_own_ids_are_grouped():
-    assert origin("QWJhYvA_7") == origin("QWJhYvA_0#2") == "QWJhYvA"
-    assert origin("identity_12") != origin("identity_13")
-    assert origin("row-5#2") == origin("row-5")
-
-
-def test_select_counts_what_it_leaves_out():
+def test_the_ledger_can_be_read():
     ledger = Ledger()
-    kept = select(made("abcd"), "train", ledger, max_characters=None, max_rows=3)
-    assert len(kept) == 3
-    assert ledger.dropped == {"train: beyond the first 3 rows": ["d"]}
-    assert select(made("ab"), "train", ledger, max_characters=1, max_rows=None) == []
-
-
-@pytest.mark.model
-def test_the_packaged_sharegpt_is_read_to_its_last_whole_conversation():
-    from minisft.assets import find_data
-
-    ledger = Ledger()
-    conversations = read(find_data().path, ledger)
-    assert ledger.stages["read from the file"] == 17_671
-    assert len(conversations) + sum(map(len, ledger.dropped.values())) == 17_671
-    assert len(ledger.dropped["empty conversation"]) == 126
-    assert len(ledger.repaired["answer before any question: removed"]) == 6_358
-    assert "17,671 whole rows" in ledger.lost
-    train, test = split(conversations)
-    assert len(test) == round(0.1 * len(conversations))
-    assert {origin(c.id) for c in train}.isdisjoint(origin(c.id) for c in test)
+    ledger.count("raw", rows=1200, characters=5000)
+    assert ledger.to_dict()["stages"]["raw"] == {"rows": 1200, "tokens": None, "estimated": True}
+    assert "≈" not in str(ledger)
+    ledger.encoded_tokens, ledger.encoded_characters = 200, 1000
+    ledger.count("trained", tokens=77)
+    ledger.drop("empty conversation", "a")
+    ledger.repair("CR or CRLF line ends: made LF", "b")
+    ledger.lose("x.json is cut off")
+    lines = str(ledger).splitlines()
+    assert lines[1].split() == ["1,200", "≈", "1,000", "raw"]
+    assert lines[2].split() == ["1", "77", "trained"]
+    assert lines[3].split() == ["1", "dropped:", "empty", "conversation"]
+    assert lines[4].endswith("mended: CR or CRLF line ends: made LF")
+    assert lines[5].split() == ["lost", "x.json", "is", "cut", "off"]
+    assert ledger.to_dict()["stages"]["trained"] == {"rows": 1, "tokens": 77, "estimated": False}
+    assert ledger.to_dict()["dropped"] == {"empty conversation": {"rows": 1, "first": ["a"]}}
+    assert ledger.tokens("no such stage") == 0
+    assert "no such stage" not in ledger.stages

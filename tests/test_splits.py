@@ -1,0 +1,106 @@
+import random
+
+import pytest
+from conftest import write_sharegpt
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minisft.conversations import Conversation, Message
+from minisft.ledger import Ledger
+from minisft.reading import read
+from minisft.splits import assign, first_question, origin, select, split
+
+LEAK = "test: its first question is in train too"
+
+
+def made(ids, question="q{}"):
+    """One conversation per id, each with a question of its own."""
+    return [
+        Conversation(name, (Message("user", question.format(i)), Message("assistant", "a")))
+        for i, name in enumerate(ids)
+    ]
+
+
+def test_split_is_nine_to_one_seeded_and_independent_of_order(tmp_path):
+    conversations = list(read(write_sharegpt(tmp_path / "d.json", 200), Ledger()))
+    train, test = split(conversations)
+    assert (len(train), len(test)) == (180, 20)
+    shuffled = random.Random(1).sample(conversations, len(conversations))
+    assert {c.id for c in split(shuffled)[1]} == {c.id for c in test}
+    assert {c.id for c in split(conversations, seed=1)[1]} != {c.id for c in test}
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)), unique=True, max_size=80),
+    questions=st.integers(1, 50),
+    seed=st.integers(0, 3),
+    fraction=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
+)
+def test_split_never_parts_a_conversation_shares_no_question_and_loses_none(parts, questions, seed, fraction):
+    conversations = [
+        Conversation(f"abcde{group:02d}_{part}", (Message("user", f"q{i % questions}"), Message("assistant", "a")))
+        for i, (group, part) in enumerate(parts)
+    ]
+    ledger = Ledger()
+    train, test = split(conversations, fraction, seed, ledger)
+    assert {origin(c.id) for c in train}.isdisjoint(origin(c.id) for c in test)
+    assert {first_question(c) for c in train}.isdisjoint(first_question(c) for c in test)
+    leaked = ledger.dropped[LEAK].rows
+    assert len(train) + len(test) + leaked == len(conversations)
+    if len({origin(c.id) for c in conversations}) > 1:
+        assert train
+        assert test or leaked
+    else:
+        assert train == conversations
+    assert ledger.stages["train side of the split"].rows == len(train)
+    assert ledger.stages["test side of the split"].rows == len(test)
+
+
+def test_a_test_question_that_is_in_train_too_is_left_out_with_its_line():
+    conversations = made([f"r{i}" for i in range(40)], question="same")
+    ledger = Ledger()
+    train, test = split(conversations, ledger=ledger)
+    assert (len(train), test) == (36, [])
+    assert ledger.dropped[LEAK].rows == 4
+    assert len(ledger.dropped[LEAK].first) == 4
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ([("user", "Hi  there\n")], [("user", "hi THERE")], True),
+        ([("user", "Hi")], [("user", "Ho")], False),
+        ([("system", "s"), ("user", "Hi")], [("user", "Hi")], False),
+        ([("user", "a b")], [("system", "a"), ("user", "b")], False),
+        ([("user", "Hi"), ("assistant", "x")], [("user", "Hi"), ("assistant", "y"), ("user", "z")], True),
+    ],
+)
+def test_questions_are_compared_without_case_and_white_space(one, other, same):
+    one, other = (
+        Conversation("x", tuple(Message(role, text) for role, text in [*turns, ("assistant", "a")]))
+        for turns in (one, other)
+    )
+    assert (first_question(one) == first_question(other)) == same
+
+
+def test_only_sharegpts_own_ids_are_grouped():
+    assert origin("QWJhYvA_7") == origin("QWJhYvA_0#2") == "QWJhYvA"
+    assert origin("identity_12") != origin("identity_13")
+    assert origin("row-5#2") == origin("row-5")
+
+
+def test_a_single_conversation_in_parts_larger_than_the_test_set():
+    """Both origins are larger than a tenth of the rows, so the smaller one is the test set."""
+    conversations = made([f"aaaaaaa_{i}" for i in range(5)] + [f"bbbbbbb_{i}" for i in range(4)])
+    assert {origin(c.id) for c in split(conversations)[1]} == {"bbbbbbb"}
+    assert assign([]).test_origins == frozenset()
+
+
+def test_select_counts_what_it_leaves_out():
+    ledger = Ledger()
+    kept = list(select(made("abcd"), "train", ledger, max_characters=None, max_rows=3))
+    assert [c.id for c in kept] == ["a", "b", "c"]
+    assert ledger.dropped["train: beyond the first 3 rows"].first == ["d"]
+    assert list(select(made("ab"), "train", ledger, max_characters=2, max_rows=None)) == []
+    assert ledger.dropped["train: longer than 2 characters"].first == ["a", "b"]
+    assert ledger.to_dict()["stages"]["train"]["rows"] == 3
