@@ -1,0 +1,62 @@
+"""Loading a model for a tokenizer that may have more tokens than it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from minisft.errors import UserError
+from minisft.mistral import CONTROL_TOKENS
+from minisft.tokens import HuggingFaceTokenizer
+
+
+def load_model(folder: Path, tokenizer: HuggingFaceTokenizer) -> Any:
+    """The model in fp32, with an embedding for every token of `tokenizer`. Raises `UserError`.
+
+    A control token that a template adds (v2, v3, v7) starts as the mean of the tokens of its own text, `[INST]` say:
+    near what the model knows, and the same on every rank. The output layer grows alike.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except Exception as error:  # each library that reads a file has errors of its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} is no checkpoint that transformers can load ({reason})") from error
+    had = model.config.get_text_config().vocab_size
+    if len(tokenizer.hf) > had:
+        model.resize_token_embeddings(len(tokenizer.hf), mean_resizing=False)
+        _start_from_their_text(model, tokenizer, had)
+    return model
+
+
+def new_rows(tokenizer: HuggingFaceTokenizer, vocabulary: int) -> int:
+    """How many embeddings a model of `vocabulary` tokens lacks."""
+    return max(0, len(tokenizer.hf) - vocabulary)
+
+
+def _start_from_their_text(model: Any, tokenizer: HuggingFaceTokenizer, had: int) -> None:
+    import torch
+
+    tables = [model.get_input_embeddings().weight]
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not tables[0]:
+        tables.append(output.weight)
+    for table in tables:
+        with torch.no_grad(), _whole(table):
+            table[had:] = table[:had].mean(dim=0)
+            for name in CONTROL_TOKENS[tokenizer.version]:
+                token_id = tokenizer.control_id(name)
+                if token_id >= had:
+                    table[token_id] = table[tokenizer.encode(name, after="text")].mean(dim=0)
+
+
+def _whole(parameter: Any) -> Any:
+    """At ZeRO stage 3 every rank holds a part of a parameter: gather it, and hand the changed parts back."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)

@@ -1,0 +1,98 @@
+"""What a run trains and is tested on: read, split, chosen, encoded and written, one conversation at a time.
+
+data/train.arrow   id, input_ids, labels; `datasets.Dataset.from_file` maps it into memory
+data/test.jsonl    the test conversations, cleaned, in ShareGPT's shape
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from minisft.conversations import Conversation
+from minisft.encoding import encode_stream
+from minisft.labels import Row
+from minisft.ledger import Ledger
+from minisft.mistral import MistralTemplate
+from minisft.reading import read
+from minisft.splits import assign, count_side, select
+from minisft.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    from minisft.runs import RunConfig
+
+TRAIN, TEST = "train.arrow", "test.jsonl"
+ROWS_AT_ONCE = 256
+
+
+def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Path, ledger: Ledger) -> int:
+    """Write both files into `folder`; returns how many rows there are to train.
+
+    The file is read twice: once to decide the split, which needs every id, and once to encode. So its size does
+    not matter for the memory. Raises `UserError`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    split = assign(read(source, ledger), config.test_fraction, config.seed)
+    for stage in ("train side of the split", "test side of the split", "test", "train"):
+        ledger.count(stage, rows=0)  # in the order in which they are read best
+    with (folder / TEST).open("w", encoding="utf-8") as test:
+
+        def train_side() -> Iterator[Conversation]:
+            for conversation in read(source, Ledger()):  # cleaning is booked already
+                side = split.side(conversation)
+                count_side(side, conversation, ledger)
+                if side == "train":
+                    yield conversation
+                elif side == "test":
+                    _write_test(test, conversation, config, ledger)
+
+        rows = encode_stream(
+            select(train_side(), "train", ledger, config.max_characters, config.max_rows),
+            MistralTemplate.for_tokenizer(tokenizer, config.template),
+            tokenizer,
+            max_length=config.max_length,
+            ledger=ledger,
+            truncation=config.truncation,
+            train_on=config.train_on,
+        )
+        return write_rows(rows, folder / TRAIN)
+
+
+def _write_test(stream: TextIO, conversation: Conversation, config: RunConfig, ledger: Ledger) -> None:
+    for chosen in select([conversation], "test", ledger, config.max_characters, None):
+        stream.write(json.dumps(chosen.to_sharegpt(), ensure_ascii=False) + "\n")
+
+
+def write_rows(rows: Iterable[Row], file: Path) -> int:
+    """Write rows as an Arrow stream; returns how many there were."""
+    import pyarrow
+
+    ids = pyarrow.list_(pyarrow.int32())
+    schema = pyarrow.schema([("id", pyarrow.string()), ("input_ids", ids), ("labels", ids)])
+    written = 0
+    held: list[Row] = []
+
+    def flush(writer: Any) -> None:
+        columns = [[getattr(row, name) for row in held] for name in schema.names]
+        arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+        writer.write_batch(pyarrow.record_batch(arrays, schema))
+        held.clear()
+
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+        for row in rows:
+            held.append(row)
+            written += 1
+            if len(held) == ROWS_AT_ONCE:
+                flush(writer)
+        if held:
+            flush(writer)
+    return written
+
+
+def load_rows(folder: Path) -> Any:
+    """The training rows of a run as a `datasets.Dataset`, mapped and not loaded."""
+    from datasets import Dataset
+
+    return Dataset.from_file(str(folder / TRAIN))
