@@ -1,0 +1,243 @@
+"""`minisft check`: conversations and tokenised data of every kind of file, exit codes, and bad input."""
+
+import json
+import sys
+
+import pytest
+from conftest import sharegpt_row, write_sharegpt
+
+from minisft import cli
+from minisft.errors import UserError
+from minisft.tokenised import Tokenised, is_tokenised
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line; gives exit code, stdout and stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["minisft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_sharegpt(tmp_path_factory.mktemp("check") / "talks.json", rows=30, seed=5)
+
+
+@pytest.fixture(scope="module")
+def rows(data):
+    """Thirty good rows, as `minisft encode` makes them."""
+    from minisft.encoding import encode_stream
+    from minisft.ledger import Ledger
+    from minisft.mistral import MistralTemplate
+    from minisft.reading import read
+    from minisft.tokens import load_tokenizer
+
+    tokenizer = load_tokenizer("mistral:v3")
+    template = MistralTemplate.for_tokenizer(tokenizer)
+    made = encode_stream(read(data, Ledger()), template, tokenizer, max_length=40, ledger=Ledger())
+    return [{"id": row.id, "input_ids": row.input_ids, "labels": row.labels} for row in made]
+
+
+@pytest.fixture
+def written(tmp_path, rows):
+    """Write rows as one kind of file or folder."""
+
+    def write(kind, rows=rows):
+        import datasets
+        import pyarrow
+        import pyarrow.parquet
+
+        datasets.disable_progress_bars()
+        path = tmp_path / f"rows.{kind}"
+        if kind == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        elif kind == "json":
+            path.write_text(json.dumps(rows))
+        elif kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        elif kind in ("arrow", "file.arrow"):
+            table = pyarrow.Table.from_pylist(rows)
+            new = pyarrow.ipc.new_stream if kind == "arrow" else pyarrow.ipc.new_file
+            with new(path, table.schema) as writer:
+                writer.write_table(table)
+        elif kind == "saved":
+            datasets.Dataset.from_list(rows).save_to_disk(path)
+        elif kind == "splits":
+            split = datasets.Dataset.from_list(rows).train_test_split(5, seed=0)
+            split.save_to_disk(path)
+        else:
+            path.mkdir()
+            (path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:9]))
+            (path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[9:]))
+        return path
+
+    return write
+
+
+KINDS = ["jsonl", "json", "parquet", "arrow", "file.arrow", "saved", "splits", "folder"]
+V3 = ("--tokenizer", "mistral:v3")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_good_tokenised_data_passes_whatever_its_file(run, written, rows, data, kind):
+    path = written(kind)
+    assert is_tokenised(path)
+    assert sorted(row.id for row in Tokenised(path)) == sorted(row["id"] for row in rows)
+    code, out, _ = run("check", path, *V3, "--max-length", 40, "--against", data)
+    assert code == 0, out
+    assert "30 rows: every invariant holds" in out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_row_is_named_with_turn_and_token(run, written, rows, kind):
+    broken = json.loads(json.dumps(rows))
+    end = broken[7]["input_ids"].index(2)
+    broken[7]["labels"][end] = -100
+    code, out, _ = run("check", written(kind, broken), *V3, "--json")
+    report = json.loads(out)
+    assert code == 1
+    assert not report["ok"]
+    failed = {name: entry for name, entry in report["invariants"].items() if entry["failed"]}
+    assert list(failed) == ["eos"]
+    assert failed["eos"]["first"][0] | {"message": ""} == {
+        "row": "row0007", "turn": 0, "token": end, "invariant": "eos", "message": "",
+    }  # fmt: skip
+    assert failed["eos"]["checked"] == 30
+
+
+@pytest.mark.parametrize("tokenizer", ["mistral:v1", "mistral:v2", "mistral:v3", "mistral:v3-tekken", "mistral:v7"])
+def test_conversations_pass_with_the_reference(run, data, tokenizer):
+    code, out, _ = run("check", data, "--tokenizer", tokenizer, "--truncation", "turn", "--max-length", 60)
+    assert code == 0, out
+    assert "reference: ids and mask" in out
+
+
+def test_conversations_pass_with_another_tokenizer(run, data, tiny_model):
+    for version in ("v1", "v7"):
+        code, out, _ = run(
+            "check", data, "--tokenizer", tiny_model, "--template", version, "--train-on", "each", "--max-length", 70
+        )
+        assert code == 0, out
+        assert "reference" not in out
+
+
+def test_what_encode_writes_passes(run, data, tiny_model, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    options = ("--tokenizer", tiny_model, "--template", "v2", "--max-length", 50)
+    assert run("encode", data, "--out", out, *options, "--train-on", "last")[0] == 0
+    assert run("check", out, *options)[0] == 0
+    assert run("check", out, *options, "--against", data, "--train-on", "last")[0] == 0
+    code, text, _ = run("check", out, *options, "--against", data)
+    assert code == 1
+    assert "against: ids and labels" in text
+
+
+def test_padding_that_the_mask_marks_is_left_out(run, written, rows):
+    def padded(row, label):
+        more = 60 - len(row["input_ids"])
+        mask = [1] * len(row["input_ids"]) + [0] * more
+        ids, labels = row["input_ids"] + [2] * more, row["labels"] + [label] * more
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+    assert run("check", written("parquet", [padded(row, -100) for row in rows]), *V3)[0] == 0
+    code, out, _ = run("check", written("parquet", [padded(row, 2) for row in rows]), *V3)
+    assert code == 1
+    assert "control" in out
+
+
+BAD_ROWS = [
+    ({"id": "a", "input_ids": [1, "x"], "labels": [-100, 3]}, "input_ids has a str at position 1"),
+    ({"id": "a", "input_ids": [1, 2.5], "labels": [-100, 3]}, "input_ids has a float at position 1"),
+    ({"id": "a", "input_ids": [1, 99999], "labels": [-100, 3]}, "id 99999 is not one of the tokenizer's 32768"),
+    ({"id": "a", "input_ids": [1, -5], "labels": [-100, 3]}, "id -5 is not one"),
+    ({"id": "a", "input_ids": [1, 3, 4], "labels": [-100, 3]}, "3 ids and 2 labels"),
+    ({"id": "a", "input_ids": None, "labels": [-100, 3]}, "input_ids is nothing, not a list"),
+    ({"id": "a", "input_ids": [], "labels": []}, "no tokens at all"),
+    ({"id": "a", "input_ids": [1, 3]}, "no column labels (its columns: id, input_ids)"),
+    ([1, 2], "a list, not an object"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS)
+def test_malformed_rows_are_violations(run, written, rows, row, message):
+    code, out, err = run("check", written("jsonl", [rows[0], row, rows[1]]), *V3)
+    assert code == 1, err
+    assert message in out
+    assert "3 rows: NOT all" in out
+
+
+def test_damaged_lines_are_violations(run, tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps(rows[0]), '{"input_ids": [1, 2', json.dumps(rows[1]), "[" * 100_000]
+    path.write_text("\n".join(lines))
+    code, out, _ = run("check", path, *V3)
+    assert code == 1
+    assert "row rows.jsonl line 2: " in out
+    assert "rows.jsonl line 4" in out
+
+
+def test_a_list_that_is_cut_off_is_a_violation(run, tmp_path, rows):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows)[:-40])
+    code, out, _ = run("check", path, *V3)
+    assert code == 1
+    assert "cut off or damaged after 29 whole rows" in out
+
+
+def test_no_traceback_for_bad_input(run, tmp_path, written, data):
+    def refused(*arguments):
+        code, out, err = run("check", *arguments)
+        assert code == 2
+        assert out == ""
+        assert err.count("\n") == 1 and err.startswith("minisft: "), err
+        return err
+
+    assert "does not exist" in refused(tmp_path / "none.jsonl", *V3)
+    assert "--against goes with tokenised data" in refused(data, *V3, "--against", data)
+    assert "not known" in refused(data, *V3, "--truncation", "word")
+    assert "not known" in refused(written("jsonl"), *V3, "--train-on", "most")
+    assert "goes with template v3" in refused(data, *V3, "--template", "v1")
+    assert "at least 2" in refused(data, *V3, "--max-length", "1")
+    assert "at least 2" in refused(written("jsonl"), *V3, "--max-length", "0")
+    assert "no row is left" in refused(data, *V3, "--max-length", "2")
+    assert "no id" in refused(written("jsonl", [{"input_ids": [1, 2], "labels": [1, 2]}]), *V3, "--against", data)
+
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert "is empty" in refused(empty, *V3)
+    noise = tmp_path / "noise.arrow"
+    noise.write_bytes(b"\xff\xff\xff\xff" + b"noise" * 99)
+    assert "damaged Arrow" in refused(noise, *V3)
+    cut = written("arrow")
+    cut.write_bytes(cut.read_bytes()[:-300])
+    assert "damaged Arrow" in refused(cut, *V3)
+    saved = written("saved")
+    (saved / "state.json").write_text("{}")
+    assert "not whole" in refused(saved, *V3)
+    with pytest.raises(UserError, match="does not exist"):
+        list(Tokenised(tmp_path / "none"))
+
+
+def test_hostile_ids_reach_no_terminal(run, tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps({"id": "\x1b[31m", "input_ids": [1, 5], "labels": [5, 5]}))
+    code, out, _ = run("check", path, *V3)
+    assert code == 1
+    assert "\x1b" not in out
+
+
+def test_a_long_data_set_says_how_far_it_is(run, tmp_path):
+    path = tmp_path / "talks.jsonl"
+    row = sharegpt_row("a", ("human", "Hi"), ("gpt", "Hello"))
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(2500)))
+    code, out, err = run("check", path, *V3)
+    assert code == 0
+    assert "2,000 rows checked" in err
+    assert "2,000 rows checked" not in out
