@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 
 from minisft.compare import model_states
 from minisft.conversations import Conversation
-from minisft.labels import IGNORE_INDEX, Row
+from minisft.labels import Row, encode_segments
+from minisft.ledger import Ledger
+from minisft.mistral import Segment
 from minisft.runs import Run
 from minisft.tokens import Tokenizer
 
@@ -118,29 +120,190 @@ def before_and_after(summaries: Sequence[dict[str, Any]]) -> Picture:
 
 def token_strip(conversation: Conversation, row: Row, tokenizer: Tokenizer, width: float = 660) -> Picture:
     """One encoded conversation as coloured tokens: what is read, and what is learned. `width` is in points."""
-    character, gap = 6.02, 9.0  # of DejaVu Sans Mono at 10 points, and between two tokens
-    placed, x, line = [], gap, 0
-    for token_id, label in zip(row.input_ids, row.labels, strict=True):
-        text = tokenizer.piece(token_id)
-        if x + character * len(text) + gap > width and x > gap:
-            x, line = gap, line + 1
-        placed.append((x, line, text, label != IGNORE_INDEX))
-        x += character * len(text) + gap
-    height = 34 + 26 * (line + 1)
+    from minisft.lens import Lens
+
+    title = f"{conversation_turns(conversation)} become {len(row.input_ids)} tokens; "
+    return Lens(row, tokenizer).figure(title + f"the loss sees the {row.trained} in orange", width)
+
+
+def draw_tokens(
+    tiles: Sequence[tuple[str, tuple[str, ...], list[float]]], title: str, legend: str, alt: str, width: float
+) -> Picture:
+    """Tiles of text, with the kinds and the losses of the token lens, in lines of `width` points."""
+    from textwrap import wrap
+
+    edges = {"target": ("#8a5a00", "-"), "control": ("#0072B2", "-"), "padding": ("#777777", "--")}
+    character, gap = 6.02, 13.0  # points; of DejaVu Sans Mono at 10 points, and between two tiles
+    pitch = 42 if any(losses for _, _, losses in tiles) else 27
+    heading = wrap(title, int(width / 7.2))
+    placed, x, y = [], gap, 18 + 17 * len(heading)
+    for text, kinds, losses in tiles:
+        text = _drawable(text)
+        size = character * len(text)
+        if x + size + gap > width and x > gap:
+            x, y = gap, y + pitch
+        placed.append((x, y, text, kinds, losses))
+        x += size + gap
+    height = y + pitch + 8
     figure, axes = _figure(width / 72, height / 72)
     figure.set_layout_engine("none")
     axes.set_position((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.set(xlim=(0, width), ylim=(0, height))
-    for x, line, text, trained in placed:
-        box = {"boxstyle": "round,pad=0.25", "facecolor": "#E69F00" if trained else "#dde3ea", "edgecolor": "none"}
-        style = {"family": "DejaVu Sans Mono", "fontsize": 10, "va": "center", "parse_math": False}
-        axes.text(x, height - 46 - 26 * line, text, bbox=box, **style)
-    title = f"{conversation_turns(conversation)} become {len(row.input_ids)} tokens; "
-    title += f"the loss sees the {row.trained} in orange"
-    axes.text(gap, height - 18, title, fontsize=11, fontweight="bold", va="center")
-    alt = f"A conversation as {len(row.input_ids)} tokens; {row.trained} of them, the answers and EOS, are trained."
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    for x, y, text, kinds, losses in placed:
+        trained, edge = "target" in kinds, edges.get(kinds[0], ("#999999", ":"))
+        box = {"boxstyle": "round,pad=0.3", "facecolor": "#F5B22E" if trained else "#f1f3f5", "linewidth": 1}
+        box |= {"edgecolor": edge[0], "linestyle": edge[1]}
+        if "control" in kinds:
+            box |= {"boxstyle": "round,pad=0.3,rounding_size=0.8", "linewidth": 2}
+        if "cut off" in kinds:
+            box |= {"boxstyle": "square,pad=0.3", "facecolor": "#a3171f", "edgecolor": "#ffffff", "linestyle": "--"}
+        style = {"weight": "bold" if trained else "normal", "color": "white" if "cut off" in kinds else "black"}
+        axes.text(x, y, text, bbox=box, family="DejaVu Sans Mono", fontsize=10, va="center", parse_math=False, **style)
+        for n, loss in enumerate(losses):
+            left = x + character * len(text) / 2 + 7 * (n - len(losses) / 2)
+            axes.bar(left, -1.7 * loss, 5, y + 26, align="edge", color="#222222" if trained else "#bbbbbb")
+    for n, text in enumerate(heading):
+        axes.text(gap / 2, 16 + 17 * n, text, fontsize=11, fontweight="bold", va="center", parse_math=False)
+    axes.text(gap / 2, height - 10, legend, fontsize=8.5, color="#444444", va="center", parse_math=False)
     return _picture(figure, alt)
+
+
+def _drawable(text: str) -> str:
+    """`text` with what the font cannot draw, or would draw onto its neighbour, spelt out."""
+    from unicodedata import bidirectional, combining
+
+    from matplotlib.font_manager import findfont, get_font
+
+    from minisft.lens import spelt
+
+    font = get_font(findfont("DejaVu Sans Mono:bold"))
+    plain = (font.get_char_index(ord(c)) and not combining(c) and bidirectional(c) not in ("R", "AL") for c in text)
+    return "".join(c if drawn else spelt(c) for c, drawn in zip(text, plain, strict=True)).replace("◌\\", "\\")
+
+
+LANE_COLOURS = {
+    "system prompt": "#56B4E9",
+    "question": "#dde3ea",
+    "answer: trained": "#E69F00",
+    "answer: only read": "#fbe7c2",
+    "framed: one control id": "#ffffff",
+}
+
+
+def token_lanes(lanes: Mapping[str, tuple[Iterable[Segment], Tokenizer]], marked: str, title: str) -> Picture:
+    """Several encodings below each other: who speaks by colour, control ids framed, one line per turn.
+
+    `lanes` maps a label to segments and the tokenizer that encodes them. The tokens of the text `marked`, the system
+    prompt for one, have a colour of their own, so that one sees where each encoding puts it.
+    """
+    from textwrap import wrap
+
+    character, gap, left, width, pitch = 5.42, 8.0, 74.0, 640.0, 21.0  # points; of DejaVu Sans Mono at 9 points
+    heading = wrap(title, 86)
+    tiles: list[tuple[float, float, str, str, bool]] = []  # x, y from the top, text, kind, framed
+    heads: list[tuple[float, str, int]] = []
+    told = []
+    y = 30.0 + 16 * len(heading)
+    for label, (segments, tokenizer) in lanes.items():
+        x, top, turn, count, trained, turns = left, y, 0, 0, 0, []
+        for segment in segments:
+            if segment.turn != turn:
+                x, y, turn = left, y + pitch, segment.turn
+            ids = encode_segments([segment], tokenizer)
+            count, trained = count + len(ids), trained + len(ids) * segment.trained
+            flags = _tokens_of(marked, ids, tokenizer) if segment.text else [False] * len(ids)
+            turns += [f"turn {turn + 1}"] * any(flags)
+            for token_id, flag in zip(ids, flags, strict=True):
+                text = _drawable(tokenizer.piece(token_id))
+                if x + character * len(text) > width and x > left:
+                    x, y = left, y + pitch
+                kind = "system prompt" if flag else _lane_kind(segment)
+                tiles.append((x, y, text, kind, segment.control is not None))
+                x += character * len(text) + gap
+        heads.append((top, label, count))
+        told.append(f"{label}: {count} tokens, {trained} trained" + "".join(f", {marked!r} in {at}" for at in turns))
+        y = max(y + pitch, top + 1.5 * pitch) + 12
+    figure, axes = _figure(width / 72, (y + 16) / 72)
+    figure.set_layout_engine("none")
+    axes.set_position((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set(xlim=(0, width), ylim=(y + 16, 0))
+    for n, text in enumerate(heading):
+        axes.text(6, 18 + 16 * n, text, fontsize=11, fontweight="bold", va="center", parse_math=False)
+    for at, label, count in heads:
+        axes.text(6, at, label, fontsize=10, fontweight="bold", va="center", parse_math=False)
+        axes.text(6, at + 14, f"{count} tokens", fontsize=8, color="#444444", va="center")
+    style = {"family": "DejaVu Sans Mono", "fontsize": 9, "va": "center", "parse_math": False}
+    for x, at, text, kind, framed in tiles:
+        axes.text(x, at, text, bbox=_tile(kind, framed), **style)
+    x = left
+    for kind in LANE_COLOURS:
+        if any(kind == tile[3] for tile in tiles):
+            axes.text(x, y + 2, kind, bbox=_tile(kind, kind.startswith("framed")), va="center", fontsize=8.5)
+            x += 4.7 * len(kind) + 24
+    return _picture(figure, f"{title}. Coloured tokens; {'; '.join(told)}.")
+
+
+def _lane_kind(segment: Segment) -> str:
+    if segment.role == "assistant":
+        return "answer: trained" if segment.trained else "answer: only read"
+    return {"template": "framed: one control id", "user": "question", "system": "system prompt"}[segment.role]
+
+
+def _tile(kind: str, framed: bool) -> dict[str, Any]:
+    edge = {"edgecolor": "#000000", "linewidth": 1.3} if framed else {"edgecolor": "none"}
+    return {"boxstyle": "round,pad=0.28", "facecolor": LANE_COLOURS[kind], **edge}
+
+
+def _tokens_of(text: str, ids: list[int], tokenizer: Tokenizer) -> list[bool]:
+    """Which of `ids` hold a part of `text`, at its first place."""
+    pieces = [tokenizer.token_bytes(token_id) for token_id in ids]
+    start = b"".join(pieces).find(text.encode()) if text else -1
+    stop = start + len(text.encode())
+    flags, at = [], 0
+    for piece in pieces:
+        flags.append(start >= 0 and at < stop and at + len(piece) > start)
+        at += len(piece)
+    return flags
+
+
+WHY_LESS = {
+    "cleaned": "left out in cleaning",
+    "truncated": "did not fit the row",
+    "trained": "prompts: read, not learned",
+}
+
+
+def token_flow(ledger: Ledger) -> Picture:
+    """Rows and tokens through the ledger's stages, and what each stage left out."""
+    stages = list(ledger.stages)
+    tokens = [(ledger.tokens(stage) or 0) / 1e6 for stage in stages]
+    rows = [ledger.stages[stage].rows for stage in stages]
+    figure, axes = _figure(8.2, 0.9 + 0.42 * len(stages))
+    axes.barh(stages, tokens, color="#0072B2", height=0.62)
+    full = max(tokens) or 1.0
+    for i, (before, now) in enumerate(zip([tokens[0], *tokens], tokens, strict=False)):
+        inside = now > 0.2 * full
+        colour = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": "black"}
+        axes.text(now - 0.01 * full if inside else now, i, f"{now:.1f} M", va="center", fontweight="bold", **colour)
+        if before - now > 0.005 * full:
+            style = {"color": "#dde3ea", "edgecolor": "#8a94a0", "hatch": "////", "linewidth": 0.5}
+            axes.barh(i, before - now, left=now, height=0.62, **style)
+            why = f"− {before - now:.1f} M  {WHY_LESS.get(stages[i], '')}"
+            axes.text(before + 0.012 * full, i, why, va="center", fontsize=9)
+        axes.text(1.62 * full, i, f"{rows[i]:,}", ha="right", va="center")
+    axes.text(1.62 * full, -0.75, "rows", ha="right", va="center", fontweight="bold")
+    axes.set(xlim=(0, 1.62 * full), xlabel="million tokens")
+    axes.set_xticks([t for t in axes.get_xticks() if t <= full])
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.invert_yaxis()
+    share, kept = tokens[-1] / full, rows[-1] / max(rows[0], 1)
+    title = f"{kept:.0%} of the rows are trained on, but only {share:.0%} of the tokens"
+    axes.set_title(title)
+    told = "; ".join(f"{s} {r:,} rows, {t:.1f} million tokens" for s, r, t in zip(stages, rows, tokens, strict=True))
+    return _picture(figure, f"{title}: {told}.")
 
 
 def conversation_turns(conversation: Conversation) -> str:
@@ -163,10 +326,15 @@ def _figure(width: float, height: float, **layout: Any) -> Any:
 
 
 def _picture(figure: Any, alt: str) -> Picture:
+    from PIL import Image
+
     for axes in figure.axes:
         title = axes.get_title() or axes.get_title(loc="left")
         axes.set_title("")
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
+    drawn, out = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    # A palette looks the same and is a third of the size, in notebooks that are kept under version control.
+    few_colours = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few_colours.save(out, "PNG", optimize=True, dpi=(110, 110))
     return Picture(out.getvalue(), alt)

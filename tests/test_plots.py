@@ -5,11 +5,12 @@ import pytest
 from conftest import sharegpt_row
 from PIL import Image
 
-from minisft.conversations import Ledger, clean
+from minisft.conversations import clean
 from minisft.labels import encode
 from minisft.launch import prepare
+from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate
-from minisft.plots import before_and_after, loss_curves, memory_bars, token_strip
+from minisft.plots import before_and_after, loss_curves, memory_bars, token_flow, token_lanes, token_strip
 from minisft.runs import RunConfig, write_json
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.zero_measure import OWNERS
@@ -69,3 +70,52 @@ def test_a_token_strip_draws_dollar_signs_as_text(tiny_model):
     talk = clean(sharegpt_row("x", ("human", "$\\frac{ costs $5"), ("gpt", "ok $_{")), "here", Ledger())
     row = encode(talk, MistralTemplate.for_tokenizer(tokenizer), tokenizer, 99)
     assert f"{row.trained} of them" in token_strip(talk, row, tokenizer).alt
+
+
+def pirate():
+    turns = ("system", "Talk like a pirate."), ("human", "Hi"), ("gpt", "Ahoy!"), ("human", "Bye"), ("gpt", "Bye!")
+    return clean(sharegpt_row("pirate", *turns), "here", Ledger())
+
+
+def test_lanes_say_where_each_version_puts_the_system_prompt(tiny_model):
+    lanes = {}
+    for version in ("v1", "v3", "v7"):
+        tokenizer = HuggingFaceTokenizer(tiny_model, version)
+        lanes[version] = (MistralTemplate.for_tokenizer(tokenizer).segments(pirate()), tokenizer)
+    picture = token_lanes(lanes, "Talk like a pirate.", "The system prompt moves")
+    title, *told = picture.alt.removesuffix(".").split("; ")
+    assert title == "The system prompt moves. Coloured tokens"
+    assert [one.rpartition("in turn ")[2] for one in told] == ["1", "2", "1"]
+    assert size(picture)[0] > 900
+
+
+def test_lanes_mark_the_very_tokens_of_a_text(tiny_model):
+    import minisft.plots as plots
+
+    tokenizer = HuggingFaceTokenizer(tiny_model)
+    ids = tokenizer.encode("one pirate two")
+    marked = [i for i, flag in zip(ids, plots._tokens_of("pirate", ids, tokenizer), strict=True) if flag]
+    assert "pirate" in tokenizer.decode(marked)
+    assert len(marked) < len(ids)
+    assert not any(plots._tokens_of("absent", ids, tokenizer))
+    assert not any(plots._tokens_of("", ids, tokenizer))
+
+
+def test_long_lanes_and_titles_wrap_and_formulas_stay_text(tiny_model):
+    tokenizer = HuggingFaceTokenizer(tiny_model)
+    row = sharegpt_row("x", ("human", "$\\frac{ costs $5 " * 12), ("gpt", "ok $_{"))
+    segments = list(MistralTemplate.for_tokenizer(tokenizer).segments(clean(row, "here", Ledger())))
+    short = token_lanes({"a": (segments[-2:], tokenizer)}, "", "t")
+    long = token_lanes({"a": (segments, tokenizer)}, "", "a title $_{ " * 20)
+    assert size(long)[0] == size(short)[0]
+    assert size(long)[1] > size(short)[1]
+
+
+def test_the_flow_of_tokens_tells_every_stage():
+    ledger = Ledger()
+    for stage, rows, tokens in (("raw", 10, 4_000_000), ("truncated", 9, 3_000_000), ("trained", 9, 1_000_000)):
+        ledger.count(stage, rows, tokens)
+    picture = token_flow(ledger)
+    assert picture.alt.startswith("90% of the rows are trained on, but only 25% of the tokens")
+    assert "truncated 9 rows, 3.0 million tokens" in picture.alt
+    assert size(picture)[0] > 800
