@@ -25,6 +25,15 @@ Model = Annotated[str, typer.Option("--model", "-m", help="smollm2, a model fold
 Data = Annotated[str, typer.Option("--data", "-d", help="sharegpt, a file or folder, or a hub id")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 MaxLength = Annotated[int, typer.Option(help="longest row, in tokens")]
+DataArgument = Annotated[str, typer.Argument(help="sharegpt, a file or folder, or a hub id")]
+TokenizerName = Annotated[
+    str, typer.Option(help="smollm2, mistral:v1|v2|v3|v3-tekken|v7, a tokenizer's folder, or a hub id")
+]
+Template = Annotated[
+    str | None, typer.Option(help="v1, v2, v3, v3-tekken or v7; the tokenizer's own, or v1, if not given")
+]
+Truncation = Annotated[str, typer.Option(help="what a row that is too long loses: token, turn or drop")]
+TrainOn = Annotated[str, typer.Option(help="all answers, the last one, or each in a row of its own")]
 
 
 def main() -> None:
@@ -95,17 +104,21 @@ def fetch(model: Model = "smollm2", data: Data = "sharegpt", as_json: AsJson = F
 
 @app.command()
 def encode(
-    data: Annotated[str, typer.Argument(help="sharegpt, a file or folder, or a hub id")],
+    data: DataArgument,
     out: Annotated[Path, typer.Option(help="the JSON lines to write: id, input_ids, labels")],
-    tokenizer: Annotated[str, typer.Option(help="smollm2, mistral:v1, a folder, or a hub id")] = "smollm2",
-    template: Annotated[str, typer.Option(help="template version")] = "v1",
+    tokenizer: TokenizerName = "smollm2",
+    template: Template = None,
     max_length: MaxLength = 2048,
+    truncation: Truncation = "token",
+    train_on: TrainOn = "all",
     ledger: Annotated[Path | None, typer.Option(help="write what was dropped, where and why, as JSON")] = None,
 ) -> None:
     """Turn conversations into token ids and labels, one JSON line each."""
-    from minisft.conversations import Ledger
-    from minisft.labels import encode_all
+    from minisft.assets import find_data
+    from minisft.encoding import encode_stream
+    from minisft.ledger import Ledger
     from minisft.mistral import MistralTemplate
+    from minisft.reading import read
     from minisft.runs import write_json, written_whole
     from minisft.tokens import load_tokenizer
 
@@ -113,11 +126,17 @@ def encode(
     places = [Path(data).absolute(), out.absolute(), *([ledger.absolute()] if ledger else [])]
     if len(set(places)) < len(places):
         raise UserError(f"the data, --out and --ledger must be different files: one of them is also {out}")
-    if max_length < 2:
-        raise UserError(f"max length is {max_length}: give at least 2 tokens")
-    conversations = _read(data, book)
-    using = load_tokenizer(tokenizer)
-    rows = encode_all(conversations, MistralTemplate.for_tokenizer(using, template), using, max_length, book)
+    using = load_tokenizer(tokenizer, template)
+    form = MistralTemplate.for_tokenizer(using)
+    rows = encode_stream(
+        read(find_data(data, _note).path, book),
+        form,
+        using,
+        max_length=max_length,
+        ledger=book,
+        truncation=truncation,
+        train_on=train_on,
+    )
     with written_whole(out) as stream:
         for row in rows:
             stream.write(json.dumps({"id": row.id, "input_ids": row.input_ids, "labels": row.labels}) + "\n")
@@ -128,38 +147,77 @@ def encode(
 
 @app.command()
 def show(
-    data: Annotated[str, typer.Argument(help="sharegpt, a file or folder, or a hub id")] = "sharegpt",
+    data: DataArgument = "sharegpt",
     row: Annotated[int, typer.Option(help="which usable conversation, from 0")] = 0,
-    tokenizer: Annotated[str, typer.Option(help="smollm2, mistral:v1, a folder, or a hub id")] = "smollm2",
-    template: Annotated[str, typer.Option(help="template version")] = "v1",
+    tokenizer: TokenizerName = "smollm2",
+    template: Template = None,
     max_length: MaxLength = 256,
+    truncation: Truncation = "token",
 ) -> None:
     """The token lens: every token of one conversation with its label."""
-    from minisft.conversations import Ledger
-    from minisft.labels import encode
+    import itertools
+
+    from minisft.assets import find_data
+    from minisft.labels import encode, require_truncation
+    from minisft.ledger import Ledger
     from minisft.lens import Lens
     from minisft.mistral import MistralTemplate
+    from minisft.reading import read
     from minisft.tokens import load_tokenizer
 
+    require_truncation(truncation)
     if max_length < 2:
         raise UserError(f"max length is {max_length}: give at least 2 tokens")
-    conversations = _read(data, Ledger())
-    if not 0 <= row < len(conversations):
-        raise UserError(f"--row {row} is outside {data}, which has {len(conversations)} usable conversations")
-    using = load_tokenizer(tokenizer)
-    print(
-        Lens(
-            encode(conversations[row], MistralTemplate.for_tokenizer(using, template), using, max_length),
-            using,
-        )
-    )
+    using = load_tokenizer(tokenizer, template)
+    before = list(itertools.islice(read(find_data(data, _note).path, Ledger()), max(0, row) + 1))
+    if not 0 <= row < len(before):
+        raise UserError(f"--row {row} is outside {data}, which has {len(before)} usable conversations")
+    print(Lens(encode(before[row], MistralTemplate.for_tokenizer(using), using, max_length, truncation), using))
 
 
-def _read(data: str, ledger: Any) -> list[Any]:
+@app.command()
+def check(
+    data: DataArgument,
+    tokenizer: TokenizerName = "smollm2",
+    template: Template = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="longest row, in tokens; 2048, or of tokenised data the longest, if not given")
+    ] = None,
+    truncation: Truncation = "token",
+    train_on: TrainOn = "all",
+    against: Annotated[
+        str | None,
+        typer.Option(help="the conversations that tokenised data was made of: its ids and labels must equal"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check what must hold for every labelled row, on conversations or on data that is tokenised already.
+
+    Exit code 1 and the offending rows where an invariant fails.
+    """
     from minisft.assets import find_data
-    from minisft.conversations import read
+    from minisft.checking import check_conversations, check_tokenised
+    from minisft.ledger import Ledger
+    from minisft.mistral import MistralTemplate
+    from minisft.reading import read
+    from minisft.tokenised import Tokenised, is_tokenised
+    from minisft.tokens import load_tokenizer
 
-    return read(find_data(data, _note).path, ledger)
+    path = find_data(data, _note).path
+    tokenised = is_tokenised(path)
+    if against and not tokenised:
+        raise UserError(f"--against goes with tokenised data, and {data} has conversations: leave it out")
+    using = load_tokenizer(tokenizer, template)
+    form = MistralTemplate.for_tokenizer(using)
+    settings = {"truncation": truncation, "train_on": train_on, "say": _note}
+    if tokenised:
+        source = read(find_data(against, _note).path, Ledger()) if against else None
+        report = check_tokenised(Tokenised(path), form, using, max_length=max_length, against=source, **settings)
+    else:
+        length = 2048 if max_length is None else max_length
+        report = check_conversations(read(path, Ledger()), form, using, max_length=length, **settings)
+    _print_json(report.to_dict()) if as_json else print(report)
+    sys.exit(0 if report.ok else 1)
 
 
 def _config(
@@ -172,6 +230,9 @@ def _config(
     model: Annotated[str | None, typer.Option("--model", "-m", help="smollm2, a model folder, or a hub id")] = None,
     data: Annotated[str | None, typer.Option("--data", "-d", help="sharegpt, a file or folder, or a hub id")] = None,
     max_length: Annotated[int | None, typer.Option(help="longest row, in tokens")] = None,
+    template: Template = None,
+    truncation: Annotated[str | None, typer.Option(help="of a row that is too long: token, turn or drop")] = None,
+    train_on: Annotated[str | None, typer.Option(help="all answers, the last, or each in its own row")] = None,
     max_characters: Annotated[int | None, typer.Option(help="leave out longer conversations")] = None,
     max_rows: Annotated[int | None, typer.Option(help="train on the first so many conversations")] = None,
     epochs: Annotated[float | None, typer.Option(help="passes over the training rows")] = None,

@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from minisft.batches import PadRight, pad_left
-from minisft.conversations import Conversation, Ledger, read
+from minisft.conversations import Conversation
 from minisft.errors import UserError
-from minisft.labels import IGNORE_INDEX, encode
-from minisft.mistral import MistralTemplate, encode_segment
+from minisft.labels import IGNORE_INDEX, encode, encode_segments
+from minisft.ledger import Ledger
+from minisft.mistral import MistralTemplate
+from minisft.models import load_model
+from minisft.reading import read
 from minisft.runs import Run, checkpoint_step, outputs_root, read_json, write_json
 from minisft.tokens import HuggingFaceTokenizer
 
@@ -101,7 +104,7 @@ def evaluate_model(run: Run, folder: Path, conversations: list[Conversation], se
     from sacrebleu.metrics import BLEU, CHRF
 
     tokenizer, template = _tools(run.model_folder, run.config.template)
-    model = _load(folder)
+    model = _load(folder, tokenizer)
     prompts = [prompt_ids(c, template, tokenizer) for c in conversations]
     answers = generate(model, prompts, tokenizer, settings.max_new_tokens, settings.batch_size)
     loss, trained_tokens = answer_loss(model, conversations, template, tokenizer, settings.batch_size)
@@ -133,7 +136,7 @@ def evaluate_model(run: Run, folder: Path, conversations: list[Conversation], se
 
 def prompt_ids(conversation: Conversation, template: MistralTemplate, tokenizer: HuggingFaceTokenizer) -> list[int]:
     """The ids before the last answer: the very ids that training put in front of it."""
-    return [i for segment in template.prompt_segments(conversation) for i in encode_segment(segment, tokenizer)]
+    return encode_segments(template.prompt_segments(conversation), tokenizer)
 
 
 def generate(
@@ -199,7 +202,7 @@ def ask(folder: Path, questions: Sequence[str], max_new_tokens: int = 40, templa
     tokenizer, form = _tools(folder, template)
     asked = [Conversation("asked", (Message("user", q), Message("assistant", ""))) for q in questions]
     return generate(
-        _load(folder), [prompt_ids(c, form, tokenizer) for c in asked], tokenizer, max_new_tokens, len(asked)
+        _load(folder, tokenizer), [prompt_ids(c, form, tokenizer) for c in asked], tokenizer, max_new_tokens, len(asked)
     )
 
 
@@ -218,24 +221,18 @@ def side_by_side(questions: Sequence[str], before: Sequence[Answer], after: Sequ
     return f"<table><tr><th>question</th><th>before training</th><th>after training</th></tr>{rows}</table>"
 
 
-def _load(folder: Path) -> Any:
-    """A model for inference, by plain transformers, on the GPU if there is one."""
+def _load(folder: Path, tokenizer: HuggingFaceTokenizer) -> Any:
+    """A model for inference, on the GPU if there is one."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading weights, which takes a second
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except Exception as error:  # each library that reads a file has errors of its own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} is no checkpoint that transformers can load ({reason})") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return load_model(folder, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 @functools.lru_cache(maxsize=2)  # loading takes a second, and every checkpoint of a run asks
 def _tools(folder: Path, version: str) -> tuple[HuggingFaceTokenizer, MistralTemplate]:
-    tokenizer = HuggingFaceTokenizer(folder)
+    tokenizer = HuggingFaceTokenizer(folder, version)
     return tokenizer, MistralTemplate.for_tokenizer(tokenizer, version)
 
 

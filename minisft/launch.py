@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from minisft import assets
-from minisft.conversations import Conversation, Ledger, read, select, split
 from minisft.errors import UserError
-from minisft.labels import Row, encode_all
-from minisft.mistral import MistralTemplate
+from minisft.ledger import Ledger
 from minisft.runs import Run, RunConfig, outputs_root, project_root, write_json
 from minisft.tokens import HuggingFaceTokenizer
+from minisft.training_data import write_data
 from minisft.zero_config import deepspeed_config
 
 Say = Callable[[str], None]
@@ -62,31 +61,31 @@ def prepare(config: RunConfig, *, overwrite: bool = False, say: Say = print) -> 
                 )
             if old.config == config and old.status == "done":
                 return old
-        return _prepare(config, folder, say)
+        scratch = folder.with_name(f".{folder.name}.preparing")
+        try:
+            return _prepare(config, folder, scratch, say)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _prepare(config: RunConfig, folder: Path, say: Say) -> Run:
+def _prepare(config: RunConfig, folder: Path, scratch: Path, say: Say) -> Run:
     model = assets.find_model(config.model, say)
-    ledger = Ledger()
-    train, test = load_conversations(config, ledger, say)
-    tokenizer = HuggingFaceTokenizer(model.path)
-    rows = encode_all(
-        train, MistralTemplate.for_tokenizer(tokenizer, config.template), tokenizer, config.max_length, ledger
-    )
-    if not rows:
-        raise UserError(
-            f"no training row is left of {config.data} (max length {config.max_length}, max characters "
-            f"{config.max_characters}): allow more, or give more data"
-        )
+    tokenizer = HuggingFaceTokenizer(model.path, config.template)
     _require_architecture(model.path)
     precision, on_gpu = resolve_precision(config.precision)
     shapes = assets.parameter_shapes(model.path)
-    _require_space(config, len(rows), sum(map(math.prod, shapes.values())))
+    source = assets.find_data(config.data, say).path
 
-    scratch = folder.with_name(f".{folder.name}.preparing")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    _write_data(scratch, rows, test)
+    ledger = Ledger()
+    rows = write_data(config, source, tokenizer, scratch / "data", ledger)
+    if not rows:
+        raise UserError(
+            f"no training row is left of {config.data} (max length {config.max_length}, max characters "
+            f"{config.max_characters}, truncation {config.truncation}): allow more, or give more data"
+        )
+    _require_space(config, rows, sum(map(math.prod, shapes.values())))
     write_json(scratch / "ledger.json", ledger.to_dict())
     about = {
         "config": config.to_dict(),
@@ -113,16 +112,6 @@ def _prepare(config: RunConfig, folder: Path, say: Say) -> Run:
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
     return Run(folder)
-
-
-def load_conversations(
-    config: RunConfig, ledger: Ledger, say: Say = print
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Read, split into train and test, and only then choose among them, as `config` says."""
-    train, test = split(read(assets.find_data(config.data, say).path, ledger), config.test_fraction, config.seed)
-    ledger.stages |= {"train side of the split": len(train), "test side of the split": len(test)}
-    test = select(test, "test", ledger, config.max_characters, None)
-    return select(train, "train", ledger, config.max_characters, config.max_rows), test
 
 
 def resolve_precision(asked: str) -> tuple[str, bool]:
@@ -163,18 +152,6 @@ def command_line(config: RunConfig, folder: Path) -> list[str]:
         *("deepspeed", "--hostfile", "", "--num_accelerators", ranks, "--master_port", port),
         *("--module", "minisft.train", run),
     ]
-
-
-def _write_data(folder: Path, rows: list[Row], test: list[Conversation]) -> None:
-    import json
-
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
-    columns = {name: [getattr(row, name) for row in rows] for name in ("id", "input_ids", "labels")}
-    Dataset.from_dict(columns).save_to_disk(folder / "data" / "train")
-    lines = [json.dumps(c.to_sharegpt(), ensure_ascii=False) + "\n" for c in test]
-    (folder / "data" / "test.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _require_architecture(folder: Path) -> None:

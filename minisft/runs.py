@@ -13,10 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from minisft.encoding import TRAIN_ON
 from minisft.errors import UserError
+from minisft.labels import TRUNCATIONS
+from minisft.mistral import VERSIONS
 from minisft.zero_config import STRATEGIES
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+CHOICES = {
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "template": VERSIONS,
+    "truncation": TRUNCATIONS,
+    "train_on": TRAIN_ON,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +32,9 @@ class RunConfig:
     """Everything that decides a run. The defaults are the original work's hyperparameters.
 
     `batch_size` is rows per rank and micro-batch. `max_steps` None means all of `epochs`. `save_steps` None saves
-    once per epoch. `max_characters` and `max_rows` choose among the conversations after the split.
-    `resumable` saves optimizer states with each checkpoint (three times its size).
+    once per epoch. `truncation` is `token`, `turn` or `drop`; `train_on` is `all` answers of a conversation, its
+    `last`, or `each` in a row of its own. `max_characters` and `max_rows` choose among the conversations after the
+    split. `resumable` saves optimizer states with each checkpoint (three times its size).
     """
 
     name: str = ""
@@ -35,6 +44,8 @@ class RunConfig:
     data: str = "sharegpt"
     template: str = "v1"
     max_length: int = 2048
+    truncation: str = "token"
+    train_on: str = "all"
     max_characters: int | None = None
     max_rows: int | None = None
     test_fraction: float = 0.1
@@ -57,8 +68,9 @@ class RunConfig:
             object.__setattr__(self, "name", self.strategy)
         if self.strategy not in STRATEGIES:
             raise UserError(f"unknown strategy {self.strategy!r}: use one of {', '.join(STRATEGIES)}")
-        if self.precision not in PRECISIONS:
-            raise UserError(f"unknown precision {self.precision!r}: use one of {', '.join(PRECISIONS)}")
+        for field, known in CHOICES.items():
+            if (value := getattr(self, field)) not in known:
+                raise UserError(f"unknown {field.replace('_', ' ')} {value!r}: use one of {', '.join(known)}")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise UserError(
                 f"run name {self.name!r} cannot be a folder: use letters, digits, dots, dashes, underscores"

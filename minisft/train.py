@@ -91,18 +91,17 @@ def _train(run: Run, rank: int, position: dict[str, int]) -> None:
         # Before the model is built: stage 3 partitions it while loading and must know the ranks by then.
         deepspeed.init_distributed()
 
-    from datasets import load_from_disk
-    from transformers import AutoModelForCausalLM
-
     from minisft.attention import PER_DOCUMENT, supports_padding_free
     from minisft.batches import PaddingFree, PadRight
     from minisft.mistral import MistralTemplate
+    from minisft.models import load_model
     from minisft.tokens import HuggingFaceTokenizer
+    from minisft.training_data import load_rows
 
-    tokenizer = HuggingFaceTokenizer(run.model_folder)
+    tokenizer = HuggingFaceTokenizer(run.model_folder, config.template)
     tokenizer.hf.chat_template = MistralTemplate.for_tokenizer(tokenizer, config.template).jinja()
     arguments = _arguments(run, on_gpu)
-    model = AutoModelForCausalLM.from_pretrained(run.model_folder, dtype=torch.float32, local_files_only=True)
+    model = load_model(run.model_folder, tokenizer)
     model.config.use_cache = False
     model.generation_config.eos_token_id = tokenizer.eos_id
     model.generation_config.pad_token_id = tokenizer.pad_id
@@ -115,7 +114,7 @@ def _train(run: Run, rank: int, position: dict[str, int]) -> None:
         padding_free=padding_free,
         model=model,
         args=arguments,
-        train_dataset=load_from_disk(run.folder / "data" / "train").remove_columns("id"),
+        train_dataset=load_rows(run.folder / "data").remove_columns("id"),
         data_collator=PaddingFree() if padding_free else PadRight(tokenizer.pad_id),
         processing_class=tokenizer.hf,
     )

@@ -56,17 +56,18 @@ def test_bad_usage_is_one_sentence_and_exit_2(arguments, words):
     [
         ("", "is empty"),
         ("no json", "not JSON"),
-        (json.dumps([{"instruction": "a", "output": "b"}]), "Alpaca"),
-        (json.dumps([{"messages": []}]), "messages shape"),
-        (json.dumps([{"evil\x1b[31m\nkey": 1}]), "not ShareGPT"),
-        ('{"id": 1, "conversations": ' + "[" * 100_000, "not JSON"),
+        (json.dumps([{"messages": []}]), "empty conversation (1)"),
+        (json.dumps([sharegpt_row("a", ("evil\x1b[31m\nrole", "Hi"))]), "unknown role"),
+        ('{"id": 1, "conversations": ' + "[" * 100_000, "nested too deeply"),
         (json.dumps([sharegpt_row("a", ("human", "only a question"))]), "no usable conversation"),
     ],
 )
 def test_bad_data_is_one_sentence_and_exit_2(tmp_path, tiny_model, content, word):
     file = tmp_path / "data.json"
     file.write_text(content)
-    refused(minisft("launch", "-s", "vanilla", "--model", tiny_model, "--data", file), "data.json", word)
+    arguments = ["encode", file, "--tokenizer", tiny_model, "--out", tmp_path / "rows.jsonl"]
+    refused(minisft(*arguments), "data.json", word)
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
 def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path, tiny_model, small_data):
@@ -103,6 +104,21 @@ def test_encode_never_overwrites_its_input(tmp_path, tiny_model):
     assert file.read_text() == before
 
 
+def test_encode_takes_the_template_and_what_to_train(tmp_path, tiny_model, small_data):
+    def encoded(*options):
+        out = tmp_path / "rows.jsonl"
+        done = minisft("encode", small_data, "--tokenizer", tiny_model, "--out", out, *options)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    each = encoded("--template", "v3", "--train-on", "each", "--truncation", "drop", "--max-length", 60)
+    assert len(each) > 120
+    assert all(len(row["input_ids"]) <= 60 and row["labels"][-1] == row["input_ids"][-1] for row in each)
+    command = ["encode", small_data, "--out", tmp_path / "x"]
+    refused(minisft(*command, "--tokenizer", "mistral:v3", "--template", "v7"), "mistral:v3", "leave --template out")
+    refused(minisft(*command, "--tokenizer", "mistral:v3", "--truncation", "word"), "truncation 'word'")
+
+
 def test_encode_writes_rows_and_ledger(tmp_path, tiny_model, small_data):
     out, ledger = tmp_path / "rows.jsonl", tmp_path / "ledger.json"
     done = minisft(
@@ -112,8 +128,12 @@ def test_encode_writes_rows_and_ledger(tmp_path, tiny_model, small_data):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     counted = json.loads(ledger.read_text())
     assert set(rows[0]) == {"id", "input_ids", "labels"}
-    assert len(rows) == counted["stages"]["encoded rows"]
-    assert sum(len(row["input_ids"]) for row in rows) == counted["stages"]["tokens"]
+    stages = counted["stages"]
+    assert list(stages) == ["raw", "cleaned", "templated", "truncated", "trained"]
+    assert len(rows) == stages["truncated"]["rows"] == stages["trained"]["rows"]
+    assert sum(len(row["input_ids"]) for row in rows) == stages["truncated"]["tokens"]
+    assert sum(label != -100 for row in rows for label in row["labels"]) == stages["trained"]["tokens"]
+    assert "trained" in done.stderr
     assert max(len(row["input_ids"]) for row in rows) <= 64
 
 
@@ -122,7 +142,7 @@ def test_show_prints_the_lens_and_no_escape_codes(tmp_path, tiny_model):
     file.write_text(json.dumps([sharegpt_row("a", ("human", "\x1b[31mred"), ("gpt", "ok"))]))
     done = minisft("show", file, "--tokenizer", tiny_model)
     assert done.returncode == 0, done.stderr
-    assert "<- trained" in done.stdout
+    assert "trained" in done.stdout
     assert "\x1b" not in done.stdout
     refused(minisft("show", file, "--tokenizer", tiny_model, "--row", 7), "--row 7 is outside")
 

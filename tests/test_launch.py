@@ -22,18 +22,22 @@ def config(tiny_model, small_data):
 
 
 def test_the_run_folder_holds_what_the_worker_and_the_evaluation_need(config):
-    from datasets import load_from_disk
+    from minisft.training_data import load_rows
 
     run = prepare(config(max_characters=None))
     assert run.status == "prepared"
     assert run.config == config(max_characters=None)
-    train = load_from_disk(run.folder / "data" / "train")
+    train = load_rows(run.folder / "data")
     test = (run.folder / "data" / "test.jsonl").read_text().splitlines()
     assert len(train) + len(test) == 120
     assert len(test) == 12
     assert {json.loads(line)["id"] for line in test}.isdisjoint(train["id"])
-    assert run.ledger["stages"]["read from the file"] == 120
-    assert run.ledger["stages"]["encoded rows"] == len(train)
+    assert run.ledger["stages"]["raw"]["rows"] == 120
+    assert run.ledger["stages"]["truncated"] == {
+        "rows": len(train),
+        "tokens": sum(map(len, train["input_ids"])),
+        "estimated": False,
+    }
     assert run.versions["torch"]
     zero = run.deepspeed["zero_optimization"]
     assert zero["stage"] == 2
@@ -58,9 +62,9 @@ def test_two_commands_have_two_ports(config):
 def test_bad_data_leaves_an_existing_run_alone(config, tmp_path):
     run = prepare(config())
     (run.folder / "DONE").write_text("{}")
-    bad = tmp_path / "alpaca.json"
-    bad.write_text(json.dumps([{"instruction": "Add", "output": "3"}]))
-    with pytest.raises(UserError, match="Alpaca"):
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps([{"text": "Add", "label": "3"}]))
+    with pytest.raises(UserError, match="row of an unknown shape"):
         prepare(config(data=str(bad)), overwrite=True)
     assert run.status == "done"
     assert not list(run.folder.parent.glob(".*.preparing"))
