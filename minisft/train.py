@@ -90,6 +90,7 @@ def _train(run: Run, rank: int, position: dict[str, int]) -> None:
 
         # Before the model is built: stage 3 partitions it while loading and must know the ranks by then.
         deepspeed.init_distributed()
+        _unlink_shared_memory(rank)
 
     from minisft.attention import PER_DOCUMENT, supports_padding_free
     from minisft.batches import PaddingFree, PadRight
@@ -126,6 +127,18 @@ def _train(run: Run, rank: int, position: dict[str, int]) -> None:
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _unlink_shared_memory(rank: int) -> None:
+    """Take away the name of the buffer through which DeepSpeed's CPU ranks talk; its memory goes with its users.
+
+    DeepSpeed 0.19 never removes it: every run would leave 69 MB of main memory per rank taken until the next boot.
+    """
+    import torch
+
+    torch.distributed.barrier()  # every rank has opened the buffers of all others by now
+    place = "_".join((str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(rank)))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}").unlink(missing_ok=True)  # noqa: S108
 
 
 def _arguments(run: Run, on_gpu: bool) -> Any:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -66,6 +67,13 @@ def test_the_run_folder_is_complete(runs, strategy):
     assert (run.deepspeed is not None) == strategy.startswith("zero")
     assert all((run.folder / "logs" / f"rank{r}.log").exists() for r in range(run.config.ranks))
     assert run.command.split()[0] == {"vanilla": "python", "ddp": "torchrun"}.get(strategy, "deepspeed")
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s.startswith("zero")])
+def test_no_shared_memory_stays_behind(runs, strategy):
+    words = runs[strategy].command.split()
+    port = words[words.index("--master_port") + 1]
+    assert not [f.name for f in Path("/dev/shm").iterdir() if f"_{port}_" in f.name]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
