@@ -41,7 +41,8 @@ class PaddingFree:
     """Lays the rows of a micro-batch end to end, without one token of padding.
 
     Returns `input_ids`, `position_ids` (restarting with each row) and `labels`, int64 tensors of shape [1, tokens],
-    and `cu_seq_lens_q`, int32 of shape [rows + 1]: where each row begins, by transformers' own name for it.
+    and by transformers' own names `cu_seq_lens_q`, int32 of shape [rows + 1], where each row begins, and
+    `max_length_q`, the longest row.
     It needs an attention that keeps the rows apart, `minisft.attention.PER_DOCUMENT`.
     """
 
@@ -58,6 +59,7 @@ class PaddingFree:
             "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
             "labels": torch.tensor([labels]),
             "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+            "max_length_q": max(lengths),
         }
 
 

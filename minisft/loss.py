@@ -1,0 +1,142 @@
+"""The loss of supervised fine-tuning, at the trained positions alone and without ever holding the full logits.
+
+Logits are what a small model with a large vocabulary spends its memory on: 8 rows of 512 tokens and 49,152 entries
+are 0.8 GB in fp32, and as much again for their gradient. Here the output layer takes the trained positions a chunk
+at a time, and each chunk's gradients are made while its logits are at hand, so that nothing of it is kept.
+The idea is that of Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989), in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from minisft.wide_products import needs_wide_products
+
+CHUNK_BYTES = 32 * 1024 * 1024  # of fp32 logits at a time: large enough for matrix products to be fast
+
+
+class LossHead:
+    """Stands in for the forward pass of a model's output layer: with targets at hand it returns their loss.
+
+    The layer remains the module it was, with its parameters and whatever hooks DDP or ZeRO hang on it; at ZeRO
+    stage 3 those gather its weight around this very call. Without targets it returns logits as before.
+    """
+
+    def __init__(self, layer: torch.nn.Linear):
+        self.layer, self.targets = layer, None
+        layer.forward = self
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.targets is None:
+            return torch.nn.functional.linear(hidden, self.layer.weight, self.layer.bias)
+        return linear_cross_entropy(hidden.flatten(0, -2), self.layer.weight, self.targets, self.layer.bias)
+
+    def loss(self, model: Any, inputs: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The sum over `targets`, int64 [n], of -log p at `positions`, int64 [n], of a padding-free batch."""
+        self.targets = targets
+        try:
+            return model(**inputs, logits_to_keep=positions).logits
+        finally:
+            self.targets = None
+
+
+def supports_loss_head(model: Any) -> bool:
+    """Whether this model's logits are its output layer's very output, neither scaled nor capped afterwards.
+
+    Found out by running a copy of the model without weights (on PyTorch's meta device).
+    """
+    from transformers import AutoModelForCausalLM
+
+    layer = model.get_output_embeddings()
+    if type(layer) is not torch.nn.Linear:
+        return False
+    with torch.device("meta"):
+        copy = AutoModelForCausalLM.from_config(deepcopy(model.config), attn_implementation="eager")
+        mark = torch.empty(1, 1, 1)
+        copy.get_output_embeddings().forward = lambda hidden: mark
+        ids = torch.ones(1, 2, dtype=torch.int64)
+        try:
+            return copy(ids, attention_mask=ids, logits_to_keep=1, use_cache=False).logits is mark
+        except (TypeError, ValueError, RuntimeError, NotImplementedError):
+            return False
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> torch.Tensor:
+    """`cross_entropy(hidden @ weight.T + bias, targets, reduction="sum")`, with at most `chunk_bytes` of logits alive.
+
+    `hidden` is [n, size], `weight` [vocabulary, size], `targets` int64 [n]. Products run in the dtype of autocast or
+    of `hidden` (`minisft.wide_products` says what that is in bf16 on a CPU); softmax, sum and the weight's gradient in
+    fp32 or wider. Returns a scalar.
+    """
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype, chunk_bytes)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        dtype: torch.dtype,
+        chunk_bytes: int,
+    ) -> torch.Tensor:
+        exact = torch.promote_types(dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            wide = dtype == torch.bfloat16 and needs_wide_products(hidden.device.type)
+            products = exact if wide else dtype
+            h, w = hidden.to(dtype).to(products), weight.to(dtype).to(products)
+            total = torch.zeros((), dtype=exact, device=h.device)
+            needs = ctx.needs_input_grad
+            d_hidden = torch.empty_like(h) if needs[0] else None
+            d_weight = torch.zeros(w.shape, dtype=exact, device=h.device) if needs[1] else None
+            d_bias = torch.zeros(bias.shape, dtype=exact, device=h.device) if needs[2] else None
+            rows = max(1, chunk_bytes // (len(w) * exact.itemsize))
+            for a in range(0, len(h), rows):
+                part = slice(a, a + rows)
+                wanted = targets[part, None]
+                logits = h[part] @ w.T
+                if bias is not None:
+                    logits += bias.to(dtype)
+                logits = logits.to(exact)
+                normalizer = logits.logsumexp(dim=1, keepdim=True)
+                total += (normalizer - logits.gather(1, wanted)).sum()
+                if not any(needs):
+                    continue
+                slope = logits.sub_(normalizer).exp_()  # the softmax, less one at the target: d loss / d logits
+                slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1))
+                if d_bias is not None:
+                    d_bias += slope.sum(dim=0)
+                slope = slope.to(dtype).to(products)
+                if d_hidden is not None:
+                    torch.mm(slope, w, out=d_hidden[part])
+                if d_weight is not None:
+                    if products == exact:
+                        d_weight.addmm_(slope.T, h[part])
+                    else:
+                        d_weight += slope.T @ h[part]
+        ctx.gradients = [d_hidden, d_weight, d_bias]
+        ctx.dtypes = [t if t is None else t.dtype for t in (hidden, weight, bias)]
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        found = [
+            None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        ctx.gradients = None  # they have been scaled in place: a second backward must fail, not be wrong
+        return *found, None, None, None
