@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from minisft.labels import IGNORE_INDEX
+
+Row = Mapping[str, Any]  # id, input_ids, labels
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class PadRight:
 
     pad_id: int
 
-    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         import torch
 
         longest = max(len(row["input_ids"]) for row in rows)
@@ -42,25 +44,48 @@ class PaddingFree:
 
     Returns `input_ids`, `position_ids` (restarting with each row) and `labels`, int64 tensors of shape [1, tokens],
     and by transformers' own names `cu_seq_lens_q`, int32 of shape [rows + 1], where each row begins, and
-    `max_length_q`, the longest row.
+    `max_length_q`, the longest row. A row may also be a pack, a list of rows (`minisft.sampling.Packs`).
     It needs an attention that keeps the rows apart, `minisft.attention.PER_DOCUMENT`.
     """
 
-    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Row | Sequence[Row]]) -> dict[str, Any]:
         import torch
 
-        lengths = [len(row["input_ids"]) for row in rows]
+        flat = unpacked(rows)
+        lengths = [len(row["input_ids"]) for row in flat]
         labels: list[int] = []
-        for row in rows:
+        for row in flat:
             # A row's first token has nothing before it: it must not be predicted from the end of the row before.
             labels += [IGNORE_INDEX, *row["labels"][1:]]
         return {
-            "input_ids": torch.tensor([[i for row in rows for i in row["input_ids"]]]),
+            "input_ids": torch.tensor([[i for row in flat for i in row["input_ids"]]]),
             "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
             "labels": torch.tensor([labels]),
             "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
             "max_length_q": max(lengths),
         }
+
+
+def unpacked(rows: Sequence[Row | Sequence[Row]]) -> list[Row]:
+    """The rows themselves, where some may be packs of rows."""
+    return [row for entry in rows for row in (entry if isinstance(entry, list) else [entry])]
+
+
+@dataclass(frozen=True)
+class WithRows:
+    """What a collator returns and, as `rows`, for each row its id, its tokens and its trained tokens.
+
+    For counting without asking the device, and for naming the rows of a batch that goes wrong.
+    """
+
+    collate: Callable[[Sequence[Any]], dict[str, Any]]
+
+    def __call__(self, rows: Sequence[Row | Sequence[Row]]) -> dict[str, Any]:
+        about = [
+            (row["id"], len(row["input_ids"]), sum(label != IGNORE_INDEX for label in row["labels"][1:]))
+            for row in unpacked(rows)
+        ]
+        return self.collate(rows) | {"rows": about}
 
 
 def pad_left(rows: Sequence[list[int]], pad_id: int) -> dict[str, Any]:

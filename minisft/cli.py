@@ -244,13 +244,26 @@ def _config(
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="gradient clipping")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16")] = None,
+    batching: Annotated[str | None, typer.Option(help="auto, padding-free, padded or packed")] = None,
+    activation_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--activation-checkpointing/--keep-activations", help="less memory for a third more work"),
+    ] = None,
     save_steps: Annotated[
         int | None, typer.Option(help="steps between checkpoints; once per epoch if not given")
     ] = None,
-    keep_checkpoints: Annotated[int | None, typer.Option(help="keep the last so many; all if not given")] = None,
+    keep_checkpoints: Annotated[
+        int | None, typer.Option(help="keep the last so many and the best; all if not given")
+    ] = None,
+    eval_rows: Annotated[
+        int | None, typer.Option(help="test rows whose loss is taken at each checkpoint; 0 for none")
+    ] = None,
     resumable: Annotated[
         bool | None,
         typer.Option("--resumable/--weights-only", help="save optimizer states with each checkpoint"),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="run code that comes with the model")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of the split and of the order of rows")] = None,
 ) -> dict[str, Any]:

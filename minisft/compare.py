@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
+from minisft.observe import speed
 from minisft.runs import Run
-
-WARM_UP_STEPS = 2  # left out of the speed: the first steps fill caches and allocate optimizer states
 
 
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -16,7 +14,6 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         metrics, memory = run.metrics, run.memory
-        warm = metrics[WARM_UP_STEPS:] or metrics
         rows.append(
             {
                 "run": run.name,
@@ -26,7 +23,7 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "steps": len(metrics),
                 "first_loss": metrics[0]["loss"] if metrics else None,
                 "last_loss": metrics[-1]["loss"] if metrics else None,
-                "tokens_per_second": median(m["tokens"] / m["seconds"] for m in warm) if warm else None,
+                **speed(metrics),
                 "model_state_bytes": max((model_states(rank) for rank in memory), default=None),
                 "peak_bytes": max((rank["peak"] for rank in memory), default=None),
             }

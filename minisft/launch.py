@@ -25,7 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from minisft import assets
+from minisft import assets, preflight
+from minisft.checkpoints import latest_resumable
 from minisft.errors import UserError
 from minisft.ledger import Ledger
 from minisft.runs import Run, RunConfig, outputs_root, project_root, write_json
@@ -47,8 +48,9 @@ class RunFailed(RuntimeError):
 def prepare(config: RunConfig, *, overwrite: bool = False, say: Say = print) -> Run:
     """Make the run folder: data split and encoded, the DeepSpeed configuration, and the command.
 
-    A finished run with the same settings is returned as it is. An unfinished one is started afresh. Any other
-    run of this name is only replaced with `overwrite`. The folder appears whole, by one rename. Raises `UserError`.
+    A finished run with the same settings is returned as it is, and so is an unfinished one that can go on from a
+    checkpoint; without one it is prepared afresh. Any other run of this name is only replaced with `overwrite`.
+    The folder appears whole, by one rename. Raises `UserError`.
     """
     folder = outputs_root() / "model" / config.name
     with _only_one(folder):
@@ -57,9 +59,13 @@ def prepare(config: RunConfig, *, overwrite: bool = False, say: Say = print) -> 
             if old.config != config and (old.status == "done" or old.checkpoints):
                 raise UserError(
                     f"{_shown(folder)} holds a run with other settings ({_difference(old.config, config)}): "
-                    "give this run another --name, or replace the old one with --overwrite"
+                    f"{_why_not_resumed(old.config, config)}give this run another --name, or replace the old one with "
+                    "--overwrite"
                 )
             if old.config == config and old.status == "done":
+                return old
+            if old.config == config and (checkpoint := latest_resumable(old)):
+                say(f"{config.name} was interrupted: it goes on from {checkpoint.name}")
                 return old
         scratch = folder.with_name(f".{folder.name}.preparing")
         try:
@@ -71,8 +77,8 @@ def prepare(config: RunConfig, *, overwrite: bool = False, say: Say = print) -> 
 def _prepare(config: RunConfig, folder: Path, scratch: Path, say: Say) -> Run:
     model = assets.find_model(config.model, say)
     tokenizer = HuggingFaceTokenizer(model.path, config.template)
-    _require_architecture(model.path)
-    precision, on_gpu = resolve_precision(config.precision)
+    architecture = preflight.model_config(model.path, config.trust_remote_code)
+    precision, on_gpu = preflight.resolve_precision(config.precision)
     shapes = assets.parameter_shapes(model.path)
     source = assets.find_data(config.data, say).path
 
@@ -80,12 +86,10 @@ def _prepare(config: RunConfig, folder: Path, scratch: Path, say: Say) -> Run:
     scratch.mkdir()
     ledger = Ledger()
     rows = write_data(config, source, tokenizer, scratch / "data", ledger)
-    if not rows:
-        raise UserError(
-            f"no training row is left of {config.data} (max length {config.max_length}, max characters "
-            f"{config.max_characters}, truncation {config.truncation}): allow more, or give more data"
-        )
-    _require_space(config, rows, sum(map(math.prod, shapes.values())))
+    parameters = sum(map(math.prod, shapes.values()))
+    preflight.require_fit(config, architecture, rows)
+    preflight.require_space(config, rows, parameters)
+    preflight.warn_of_memory(config, architecture, parameters, precision, on_gpu, say)
     write_json(scratch / "ledger.json", ledger.to_dict())
     about = {
         "config": config.to_dict(),
@@ -114,21 +118,6 @@ def _prepare(config: RunConfig, folder: Path, scratch: Path, say: Say) -> Run:
     return Run(folder)
 
 
-def resolve_precision(asked: str) -> tuple[str, bool]:
-    """(`fp32`, `bf16` or `fp16`; whether there is a GPU). `auto` takes what the device computes fast."""
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    if asked == "fp16" and not on_gpu:
-        raise UserError("fp16 needs a GPU: use --precision bf16 or fp32 on a CPU")
-    if asked != "auto":
-        return asked, on_gpu
-    if on_gpu:
-        return ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"), True
-    able = torch.cpu.get_capabilities()
-    return ("bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"), False
-
-
 def command_line(config: RunConfig, folder: Path) -> list[str]:
     """The command that trains the run in `folder`, as an argument list. Every start gets a free port."""
     run = _shown(folder)
@@ -154,30 +143,14 @@ def command_line(config: RunConfig, folder: Path) -> list[str]:
     ]
 
 
-def _require_architecture(folder: Path) -> None:
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # each kind of damage raises an error of its own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / 'config.json'} is of no model that transformers knows ({reason})") from error
-
-
-def _require_space(config: RunConfig, rows: int, parameters: int) -> None:
-    """Refuse at once what could only fail at the first save."""
-    per_epoch = max(1, math.ceil(rows / config.global_batch))
-    steps = config.max_steps or math.ceil(per_epoch * config.epochs)
-    saves = math.ceil(steps / (config.save_steps or per_epoch))
-    each = parameters * (16 if config.resumable else 4)
-    need = each * min(saves, config.keep_checkpoints or saves)
-    place = outputs_root()
-    place.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(place).free) < need:
-        raise UserError(
-            f"no space left for {saves} checkpoints: they need {need / 1e9:.1f} GB and {_shown(place)} has "
-            f"{free / 1e9:.1f} GB free; free some, save less often (--save-steps), or keep fewer (--keep-checkpoints)"
-        )
+def _why_not_resumed(old: RunConfig, new: RunConfig) -> str:
+    if (old.strategy, old.ranks) == (new.strategy, new.ranks):
+        return ""
+    return (
+        f"its checkpoints hold the optimizer states as {old.strategy} lays them out over {old.ranks} rank(s), which no "
+        "other strategy or number of ranks reads; go on with the old ones, start from its weights (--model "
+        "outputs/model/<run>/checkpoint-N), "
+    )
 
 
 def _difference(old: RunConfig, new: RunConfig) -> str:
@@ -232,10 +205,13 @@ def launch(run: Run, say: Say = print) -> Run:
 
 
 def _clear_earlier_try(run: Run) -> None:
-    """An unfinished run starts afresh: what it left must not be taken for the new one's."""
-    for name in ("FAILED", "metrics.jsonl", "memory.json"):
+    """What an unfinished run left must not be taken for the new one's; with a checkpoint to go on from, all stays."""
+    (run.folder / "FAILED").unlink(missing_ok=True)
+    if latest_resumable(run):
+        return
+    for name in ("metrics.jsonl", "memory.json"):
         (run.folder / name).unlink(missing_ok=True)
-    for folder in (run.folder / "logs", *run.checkpoints):
+    for folder in (run.folder / "logs", run.folder / "tensorboard", *run.checkpoints):
         shutil.rmtree(folder, ignore_errors=True)
 
 

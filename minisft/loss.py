@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from minisft.labels import IGNORE_INDEX
 from minisft.wide_products import needs_wide_products
 
 CHUNK_BYTES = 32 * 1024 * 1024  # of fp32 logits at a time: large enough for matrix products to be fast
@@ -26,40 +27,53 @@ class LossHead:
     """
 
     def __init__(self, layer: torch.nn.Linear):
-        self.layer, self.targets = layer, None
+        self.layer, self.wanted = layer, None
         layer.forward = self
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.targets is None:
+        if self.wanted is None:
             return torch.nn.functional.linear(hidden, self.layer.weight, self.layer.bias)
-        return linear_cross_entropy(hidden.flatten(0, -2), self.layer.weight, self.targets, self.layer.bias)
+        positions, targets = self.wanted
+        return linear_cross_entropy(hidden.flatten(0, -2)[positions], self.layer.weight, targets, self.layer.bias)
 
     def loss(self, model: Any, inputs: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The sum over `targets`, int64 [n], of -log p at `positions`, int64 [n], of a padding-free batch."""
-        self.targets = targets
+        """The sum of -log p of `targets`, int64 [n], at `positions`, int64 [n], which count through the whole batch."""
+        self.wanted = positions, targets
         try:
-            return model(**inputs, logits_to_keep=positions).logits
+            return model(**inputs).logits
         finally:
-            self.targets = None
+            self.wanted = None
 
 
-def supports_loss_head(model: Any) -> bool:
-    """Whether this model's logits are its output layer's very output, neither scaled nor capped afterwards.
+def trained_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a model predicts a trained token, and which: (positions, targets), int64 [n] each.
 
-    Found out by running a copy of the model without weights (on PyTorch's meta device).
+    `labels` is [rows, tokens]; positions count through all rows. The token at `i` is predicted at `i - 1`.
+    """
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    positions = (shifted != IGNORE_INDEX).nonzero()[:, 0]
+    return positions, shifted[positions]
+
+
+def supports_loss_head(config: Any, trust_remote_code: bool = False) -> bool:
+    """Whether the logits of a model of this `config` are its output layer's very output, not scaled or capped after.
+
+    Found out by running a model without weights (on PyTorch's meta device).
     """
     from transformers import AutoModelForCausalLM
 
-    layer = model.get_output_embeddings()
-    if type(layer) is not torch.nn.Linear:
-        return False
     with torch.device("meta"):
-        copy = AutoModelForCausalLM.from_config(deepcopy(model.config), attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(
+            deepcopy(config), attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
+        layer = model.get_output_embeddings()
+        if type(layer) is not torch.nn.Linear:
+            return False
         mark = torch.empty(1, 1, 1)
-        copy.get_output_embeddings().forward = lambda hidden: mark
+        layer.forward = lambda hidden: mark
         ids = torch.ones(1, 2, dtype=torch.int64)
         try:
-            return copy(ids, attention_mask=ids, logits_to_keep=1, use_cache=False).logits is mark
+            return model(ids, attention_mask=ids, use_cache=False).logits is mark
         except (TypeError, ValueError, RuntimeError, NotImplementedError):
             return False
 

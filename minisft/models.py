@@ -11,8 +11,11 @@ from minisft.mistral import CONTROL_TOKENS
 from minisft.tokens import HuggingFaceTokenizer
 
 
-def load_model(folder: Path, tokenizer: HuggingFaceTokenizer) -> Any:
+def load_model(folder: Path, tokenizer: HuggingFaceTokenizer, trust_remote_code: bool = False) -> Any:
     """The model in fp32, with an embedding for every token of `tokenizer`. Raises `UserError`.
+
+    Weights are read as safetensors; older `.bin` files only as plain tensors (`weights_only`). Code that comes with a
+    model runs only where `trust_remote_code` says so.
 
     A control token that a template adds (v2, v3, v7) starts as the mean of the tokens of its own text, `[INST]` say:
     near what the model knows, and the same on every rank. The output layer grows alike.
@@ -21,7 +24,13 @@ def load_model(folder: Path, tokenizer: HuggingFaceTokenizer) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            weights_only=True,
+            trust_remote_code=trust_remote_code,
+        )
     except Exception as error:  # each library that reads a file has errors of its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} is no checkpoint that transformers can load ({reason})") from error

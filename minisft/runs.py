@@ -21,6 +21,7 @@ from minisft.zero_config import STRATEGIES
 
 CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
+    "batching": ("auto", "padding-free", "padded", "packed"),
     "template": VERSIONS,
     "truncation": TRUNCATIONS,
     "train_on": TRAIN_ON,
@@ -29,12 +30,45 @@ CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run. The defaults are the original work's hyperparameters.
+    """Everything that decides a run, with the reason for each default. Raises `UserError` for what cannot be.
 
-    `batch_size` is rows per rank and micro-batch. `max_steps` None means all of `epochs`. `save_steps` None saves
-    once per epoch. `truncation` is `token`, `turn` or `drop`; `train_on` is `all` answers of a conversation, its
-    `last`, or `each` in a row of its own. `max_characters` and `max_rows` choose among the conversations after the
-    split. `resumable` saves optimizer states with each checkpoint (three times its size).
+    The learning rate, epochs, batch, weight decay, clipping and length are those of the work that this course follows.
+
+    What is trained
+      name                   the run's folder under outputs/model; the strategy's name if not given
+      strategy               `vanilla`: the simplest thing that is right
+      ranks                  1: processes; as many as GPUs is usual, two on a CPU to see ZeRO at work
+      model, data            `smollm2`, `sharegpt`: both can be had without a hub
+      template               `v1`: its marks are plain text, so nothing has to be learned from nothing
+      max_length             2048 tokens: most answers fit; memory and time grow with it
+      truncation             `token` keeps the most; `turn` whole answers only, `drop` no long rows
+      train_on               `all` answers of a conversation; its `last`; or `each` in a row of its own
+      max_characters         None: no limit; leaves longer conversations out of both sides, after the split
+      max_rows               None: all; the first so many train conversations
+      test_fraction          0.1: the split is 9 : 1, by whole conversation
+
+    How
+      epochs                 8: a small model and a small learning rate want several
+      max_steps              None: all of `epochs`
+      batch_size             8 rows per rank and micro-batch (packs, where `batching` is `packed`)
+      accumulation           1: micro-batches per step; the loss does not depend on it, the memory does
+      learning_rate          8e-6: small steps, since the model already speaks
+      warmup                 0.1 of the steps: Adam's averages are poor at first; then linearly down to 0
+      weight_decay           1e-5: next to none; eight epochs need little
+      max_grad_norm          2.0: one strange batch cannot throw the model off
+      precision              `auto`: bf16 or fp16 where the device is fast at it, else fp32; masters are always fp32
+      batching               `auto`: `padding-free` where the model's attention allows, else `padded`, with rows of
+                             like length together; `packed` fills every row of a batch up to `max_length`
+      activation_checkpointing  False: True computes activations again in the backward pass, a third more work for a
+                             fraction of their memory
+      seed                   0: of the split, the order of the rows and the model's dropout
+
+    What is kept
+      save_steps             None: a checkpoint per epoch
+      keep_checkpoints       None: all; else the last so many, and the best
+      eval_rows              64 test rows whose loss is taken at every checkpoint, which tells the best; 0 for none
+      resumable              True: a killed run goes on where it was; its checkpoints are three times as large
+      trust_remote_code      False: True runs code that comes with a model; only for those you trust
     """
 
     name: str = ""
@@ -58,9 +92,13 @@ class RunConfig:
     weight_decay: float = 1e-5
     max_grad_norm: float = 2.0
     precision: str = "auto"
+    batching: str = "auto"
+    activation_checkpointing: bool = False
     save_steps: int | None = None
     keep_checkpoints: int | None = None
+    eval_rows: int = 64
     resumable: bool = True
+    trust_remote_code: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -99,6 +137,8 @@ class RunConfig:
         for field, top in (("warmup", 1), ("test_fraction", 1)):
             if not 0 <= getattr(self, field) < top:
                 raise UserError(f"{field.replace('_', ' ')} is {getattr(self, field)}: give a fraction from 0 to 1")
+        if self.eval_rows < 0:
+            raise UserError(f"eval rows is {self.eval_rows}: give 0 for none, or a number of test rows")
         if self.max_length < 2:
             raise UserError(f"max length is {self.max_length}: give at least 2 tokens")
 
@@ -125,6 +165,7 @@ class RunConfig:
             "batch_size": max(1, 8 // max(1, ranks)),
             "save_steps": max(2, steps // 2),
             "precision": "fp32",
+            "eval_rows": 16,
             "resumable": False,
         }
         return cls(**(preset | changes), strategy=strategy, ranks=ranks)
@@ -229,6 +270,18 @@ class Run:
         """The checkpoint folders, in step order."""
         found = [p for p in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
         return sorted(found, key=checkpoint_step)
+
+    @property
+    def test_losses(self) -> dict[int, float]:
+        """The test loss of each checkpoint that has one, by step."""
+        manifests = {checkpoint_step(c): read_json(c / "manifest.json") or {} for c in self.checkpoints}
+        return {step: m["test_loss"] for step, m in manifests.items() if m.get("test_loss") is not None}
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the lowest test loss, or None where none was tested."""
+        losses = self.test_losses
+        return self.folder / f"checkpoint-{min(losses, key=losses.__getitem__)}" if losses else None
 
     @property
     def failure(self) -> dict[str, Any] | None:

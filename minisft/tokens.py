@@ -147,7 +147,7 @@ def _load(folder: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each kind of missing or damaged file raises an error of its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the tokenizer in {folder} cannot be loaded ({reason}): save one there") from error

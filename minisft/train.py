@@ -17,11 +17,15 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from minisft import checkpoints
 from minisft.errors import UserError
 from minisft.launch import SAY
-from minisft.runs import Run, write_json
+from minisft.runs import Run, checkpoint_step, write_json
+
+if TYPE_CHECKING:
+    from minisft.trainer import RunTrainer
 
 
 def main() -> None:
@@ -38,6 +42,8 @@ def main() -> None:
         _train(run, rank, position)
     except BaseException as error:
         traceback.print_exc()
+        with suppress(OSError):
+            checkpoints.discard_unfinished(run)
         reason = " ".join(str(error).split())[:500]
         write_once(run.folder / "FAILED", {"rank": rank, **position, "reason": f"{type(error).__name__}: {reason}"})
         finish_log()
@@ -74,6 +80,8 @@ def write_once(file: Path, value: Any) -> None:
 
 def _train(run: Run, rank: int, position: dict[str, int]) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local folder by now
+    # DeepSpeed loads its checkpoints as pickles; so they are restricted to tensors and plain values.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     import torch
 
     config = run.config
@@ -92,41 +100,94 @@ def _train(run: Run, rank: int, position: dict[str, int]) -> None:
         deepspeed.init_distributed()
         _unlink_shared_memory(rank)
 
-    from minisft.attention import PER_DOCUMENT, supports_padding_free
-    from minisft.batches import PaddingFree, PadRight
-    from minisft.mistral import MistralTemplate
-    from minisft.models import load_model
-    from minisft.tokens import HuggingFaceTokenizer
-    from minisft.training_data import load_rows
-
-    tokenizer = HuggingFaceTokenizer(run.model_folder, config.template)
-    tokenizer.hf.chat_template = MistralTemplate.for_tokenizer(tokenizer, config.template).jinja()
-    arguments = _arguments(run, on_gpu)
-    model = load_model(run.model_folder, tokenizer)
-    model.config.use_cache = False
-    model.generation_config.eos_token_id = tokenizer.eos_id
-    model.generation_config.pad_token_id = tokenizer.pad_id
-    padding_free = supports_padding_free(model)
-    if padding_free:
-        model.set_attn_implementation(PER_DOCUMENT)
-    trainer = _trainer_class()(
-        run=run,
-        position=position,
-        padding_free=padding_free,
-        model=model,
-        args=arguments,
-        train_dataset=load_rows(run.folder / "data").remove_columns("id"),
-        data_collator=PaddingFree() if padding_free else PadRight(tokenizer.pad_id),
-        processing_class=tokenizer.hf,
-    )
-    trainer.train()
+    checkpoint = _start_from(run, rank)
+    trainer = _trainer(run, rank, world, on_gpu, checkpoint, position)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
-        write_json(run.folder / "DONE", {"steps": trainer.state.global_step})
+        done = {"steps": trainer.state.global_step, **trainer.observer.finish()}
+        done |= {"observing_seconds": round(trainer.observed, 3)}
+        write_json(run.folder / "DONE", done)
+        (run.folder / "FAILED").unlink(missing_ok=True)  # an earlier try's
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _start_from(run: Run, rank: int) -> Path | None:
+    """The checkpoint to go on from, found whole; None starts at the beginning."""
+    checkpoint = checkpoints.latest_resumable(run)
+    if rank == 0:
+        checkpoints.discard_unfinished(run)
+        if checkpoint is not None:
+            checkpoints.verify(run, checkpoint)
+            print(f"{SAY}going on from {checkpoint.name}", flush=True)
+    return checkpoint
+
+
+def _trainer(
+    run: Run, rank: int, world: int, on_gpu: bool, checkpoint: Path | None, position: dict[str, int]
+) -> RunTrainer:
+    from minisft.attention import PER_DOCUMENT, supports_padding_free
+    from minisft.batches import PaddingFree, PadRight, WithRows
+    from minisft.loss import LossHead, supports_loss_head
+    from minisft.mistral import MistralTemplate
+    from minisft.models import load_model
+    from minisft.preflight import model_config
+    from minisft.sampling import Packs, RankBatches
+    from minisft.tokens import HuggingFaceTokenizer
+    from minisft.trainer import RunTrainer
+    from minisft.training_data import TEST_ROWS, load_rows, row_lengths
+    from minisft.wide_products import needs_wide_products, widen_linear_layers
+
+    config = run.config
+    trust = config.trust_remote_code
+    tokenizer = HuggingFaceTokenizer(run.model_folder, config.template)
+    tokenizer.hf.chat_template = MistralTemplate.for_tokenizer(tokenizer, config.template).jinja()
+    # Before TrainingArguments exist: from then on every model that is made at stage 3 is split over the ranks.
+    with_head = supports_loss_head(model_config(run.model_folder, trust), trust)
+    arguments = _arguments(run, on_gpu)
+    model = load_model(run.model_folder, tokenizer, trust)
+    model.config.use_cache = False
+    model.generation_config.eos_token_id = tokenizer.eos_id
+    model.generation_config.pad_token_id = tokenizer.pad_id
+    padding_free = config.batching != "padded" and supports_padding_free(model)
+    if padding_free:
+        model.set_attn_implementation(PER_DOCUMENT)
+    elif config.batching in ("padding-free", "packed"):
+        raise UserError(f"this model's attention cannot keep the rows of a {config.batching} batch apart: use padded")
+    if run.precision == "bf16" and needs_wide_products("cuda" if on_gpu else "cpu"):
+        widen_linear_layers(model)
+
+    rows = load_rows(run.folder / "data")
+    lengths = row_lengths(rows)
+    if config.batching == "packed":
+        rows = Packs(rows, lengths, config.max_length)
+        lengths = rows.lengths
+    batches = RankBatches(
+        lengths, config.batch_size, config.accumulation, world, rank, config.seed, by_length=not padding_free
+    )
+    if not len(batches):
+        raise UserError(
+            f"{len(lengths)} rows do not fill one global batch of {config.global_batch}: "
+            "lower the batch size, the accumulation or the ranks, or give more data"
+        )
+    tests = load_rows(run.folder / "data", TEST_ROWS).to_list() if config.eval_rows else []
+    return RunTrainer(
+        run=run,
+        batches=batches,
+        head=LossHead(model.get_output_embeddings()) if with_head else None,
+        padding_free=padding_free,
+        start=checkpoint_step(checkpoint) if checkpoint else 0,
+        position=position,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=tests,
+        data_collator=WithRows(PaddingFree() if padding_free else PadRight(tokenizer.pad_id)),
+        processing_class=tokenizer.hf,
+    )
 
 
 def _unlink_shared_memory(rank: int) -> None:
@@ -163,133 +224,19 @@ def _arguments(run: Run, on_gpu: bool) -> Any:
         deepspeed=run.deepspeed,
         save_strategy="steps" if config.save_steps else "epoch",
         save_steps=config.save_steps or 500,
-        save_total_limit=config.keep_checkpoints,
         save_only_model=not config.resumable,
         logging_steps=1,
         logging_nan_inf_filter=False,
         seed=config.seed,
         data_seed=config.seed,
         remove_unused_columns=False,
+        gradient_checkpointing=config.activation_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_pin_memory=on_gpu,
         report_to="none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
     )
-
-
-def _trainer_class() -> type:
-    """The Trainer, with one line of metrics per step. A function, because importing transformers takes seconds."""
-    import torch
-    from transformers import Trainer, TrainerCallback
-
-    from minisft.labels import IGNORE_INDEX
-    from minisft.zero_measure import held_bytes, measure
-
-    class Clock(TrainerCallback):
-        """Times optimizer steps alone: not loading, saving, or measuring."""
-
-        def __init__(self, trainer: RunTrainer):
-            self.trainer = trainer
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.trainer.began = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.trainer.seconds = time.perf_counter() - self.trainer.began
-            self.trainer.position["step"] = state.global_step
-            if state.global_step == min(2, state.max_steps):  # the second step: all states exist by then
-                self.trainer.write_memory()
-
-    class RunTrainer(Trainer):
-        """Trainer whose loss is the mean over the trained tokens of the global batch, logits made for those alone."""
-
-        def __init__(self, run: Run, position: dict[str, int], padding_free: bool, **options: Any):
-            super().__init__(**options)
-            self.run, self.position, self.padding_free = run, position, padding_free
-            self.began = self.seconds = 0.0
-            self.counts = [0, 0]  # tokens and trained tokens of this rank since the last log
-            self.add_callback(Clock(self))
-
-        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-            mask = inputs.get("attention_mask")
-            self.counts[0] += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-            self.counts[1] += int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
-            return super().training_step(model, inputs, num_items_in_batch)
-
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            if not self.padding_free:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            inputs = dict(inputs)
-            targets = inputs.pop("labels")[0, 1:]
-            trained = (targets != IGNORE_INDEX).nonzero()[:, 0]
-            logits = model(**inputs, logits_to_keep=trained).logits[0]
-            total = torch.nn.functional.cross_entropy(logits.float(), targets[trained], reduction="sum")
-            # `num_items_in_batch` counts the trained tokens of all ranks and micro-batches; data parallelism then
-            # averages over ranks, so each rank's share is scaled back up.
-            return total / num_items_in_batch * self.accelerator.num_processes
-
-        def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-            """Write a tied tensor once: DeepSpeed hands over a copy of it under each of its names."""
-            for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict else ():
-                state_dict.pop(name, None)
-            super()._save(output_dir, state_dict)
-
-        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            if "loss" in logs:
-                self._write_metrics(logs)
-            super().log(logs, start_time)
-
-        def _write_metrics(self, logs: dict[str, float]) -> None:
-            if logs["loss"] != logs["loss"]:
-                raise FloatingPointError(f"the loss is NaN at step {self.state.global_step}")
-            device_type = self.args.device.type
-            mine = {
-                "tokens": self.counts[0],
-                "trained_tokens": self.counts[1],
-                "bytes": held_bytes(device_type),
-            }
-            self.counts = [0, 0]
-            ranks = _gather(mine)
-            if not self.is_world_process_zero():
-                return
-            line = {
-                "step": self.state.global_step,
-                "epoch": round(self.state.epoch, 4),
-                "loss": logs["loss"],
-                "lr": logs["learning_rate"],
-                "grad_norm": logs.get("grad_norm"),
-                "tokens": sum(r["tokens"] for r in ranks),
-                "trained_tokens": sum(r["trained_tokens"] for r in ranks),
-                "seconds": round(self.seconds, 4),
-                "bytes": [r["bytes"] for r in ranks],
-            }
-            with (self.run.folder / "metrics.jsonl").open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
-            left = (self.state.max_steps - line["step"]) * self.seconds
-            print(
-                f"{SAY}step {line['step']:>3}/{self.state.max_steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  "
-                f"{line['tokens'] / max(self.seconds, 1e-9):,.0f} tokens/s  about {left:.0f} s left",
-                flush=True,
-            )
-
-        def write_memory(self) -> None:
-            """Measure what each rank holds between two steps, by owner, into `memory.json`."""
-            model = self.accelerator.unwrap_model(self.model_wrapped)
-            mine = {"rank": self.args.process_index} | measure(model, self.optimizer, self.args.device.type)
-            ranks = _gather(mine)
-            if self.is_world_process_zero():
-                write_json(self.run.folder / "memory.json", ranks)
-
-    def _gather(value: Any) -> list[Any]:
-        if not torch.distributed.is_initialized():
-            return [value]
-        values = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(values, value)
-        return values
-
-    return RunTrainer
 
 
 def _log_to(file: Path, and_terminal: bool) -> Callable[[], None]:
@@ -304,7 +251,7 @@ def _log_to(file: Path, and_terminal: bool) -> Callable[[], None]:
                 stream.flush()
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # a resumed run goes on in the same log
     if not and_terminal:
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -2,10 +2,12 @@
 
 data/train.arrow   id, input_ids, labels; `datasets.Dataset.from_file` maps it into memory
 data/test.jsonl    the test conversations, cleaned, in ShareGPT's shape
+data/test.arrow    the first `eval_rows` of them that fit, as rows: the test loss of each checkpoint is theirs
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,7 +25,7 @@ from minisft.tokens import Tokenizer
 if TYPE_CHECKING:
     from minisft.runs import RunConfig
 
-TRAIN, TEST = "train.arrow", "test.jsonl"
+TRAIN, TEST, TEST_ROWS = "train.arrow", "test.jsonl", "test.arrow"
 ROWS_AT_ONCE = 256
 
 
@@ -57,7 +59,24 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
             truncation=config.truncation,
             train_on=config.train_on,
         )
-        return write_rows(rows, folder / TRAIN)
+        written = write_rows(rows, folder / TRAIN)
+    write_rows(_test_rows(config, tokenizer, folder / TEST), folder / TEST_ROWS)
+    return written
+
+
+def _test_rows(config: RunConfig, tokenizer: Tokenizer, file: Path) -> Iterator[Row]:
+    if not config.eval_rows or not file.stat().st_size:
+        return iter(())
+    rows = encode_stream(
+        read(file, Ledger()),
+        MistralTemplate.for_tokenizer(tokenizer, config.template),
+        tokenizer,
+        max_length=config.max_length,
+        ledger=Ledger(),
+        truncation=config.truncation,
+        train_on=config.train_on,
+    )
+    return itertools.islice(rows, config.eval_rows)
 
 
 def _write_test(stream: TextIO, conversation: Conversation, config: RunConfig, ledger: Ledger) -> None:
@@ -91,8 +110,15 @@ def write_rows(rows: Iterable[Row], file: Path) -> int:
     return written
 
 
-def load_rows(folder: Path) -> Any:
-    """The training rows of a run as a `datasets.Dataset`, mapped and not loaded."""
+def load_rows(folder: Path, name: str = TRAIN) -> Any:
+    """Rows of a run as a `datasets.Dataset`, mapped and not loaded."""
     from datasets import Dataset
 
-    return Dataset.from_file(str(folder / TRAIN))
+    return Dataset.from_file(str(folder / name))
+
+
+def row_lengths(rows: Any) -> list[int]:
+    """The number of tokens of every row of `load_rows`, without reading the tokens."""
+    import pyarrow.compute
+
+    return pyarrow.compute.list_value_length(rows.data.column("input_ids")).to_pylist()

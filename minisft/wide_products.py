@@ -1,9 +1,9 @@
 """bf16 products on processors that cannot multiply bf16: the same numbers through fp32, several times faster.
 
-A bf16 product with fp32 accumulation rounds its inputs to bf16, multiplies exactly and adds in fp32. Where the processor
-has no instruction for that (no AVX-512, no AMX: most laptops), PyTorch falls back to a plain loop; rounding the inputs
-and multiplying in fp32 gives the same sums, up to their order, at the speed of fp32. The activations that are kept
-for the backward pass stay bf16.
+A bf16 product with fp32 accumulation rounds its inputs to bf16, multiplies exactly and adds in fp32. Where the
+processor has no instruction for that (no AVX-512, no AMX: most laptops), PyTorch falls back to a plain loop; rounding
+the inputs and multiplying in fp32 gives the same sums, up to their order, at the speed of fp32. The activations that
+are kept for the backward pass stay bf16.
 """
 
 from __future__ import annotations

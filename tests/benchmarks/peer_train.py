@@ -63,6 +63,11 @@ def padded(rows: list[dict[str, list[int]]], pad_id: int, length: int | None = N
     }
 
 
+def sizes(row: dict[str, Any]) -> tuple[int, int]:
+    """Tokens and trained tokens."""
+    return len(row["input_ids"]), sum(label != IGNORE_INDEX for label in row["labels"][1:])
+
+
 def in_order(base: type) -> type:
     class InOrder(base):
         def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -126,7 +131,9 @@ def main() -> None:
         trainer.add_callback(clock)
         prepared = [(len(row["input_ids"]), sum(x != IGNORE_INDEX for x in row["labels"][1:])) for row in rows]
         if settings["kind"].startswith("trl"):
-            made = [(len(r["input_ids"]), sum(x != IGNORE_INDEX for x in r["labels"][1:])) for r in trainer.train_dataset]
+            made = [
+                (len(r["input_ids"]), sum(x != IGNORE_INDEX for x in r["labels"][1:])) for r in trainer.train_dataset
+            ]
             if made[: len(prepared)] != prepared:
                 raise SystemExit("TRL made other rows of the same messages")
         trainer.train()

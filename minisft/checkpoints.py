@@ -1,0 +1,122 @@
+"""Checkpoints that are whole or not there, checked before they are trusted, and few enough to fit the disk.
+
+A checkpoint is written into `.saving/` and gets its name, by one rename, when all of it is on the disk; its
+`manifest.json` names every file with size and checksum. So whatever kills a run, `checkpoint-N` is never half a one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from minisft.errors import UserError
+from minisft.runs import Run, checkpoint_step, read_json, write_json
+
+MANIFEST = "manifest.json"
+SCRATCH = ".saving"
+UNSAFE = ("training_args.bin",)  # a pickle that nobody needs: run.json says the same
+
+
+def scratch_folder(run: Run) -> Path:
+    """Where a checkpoint is while it is being written."""
+    return run.folder / SCRATCH
+
+
+def discard_unfinished(run: Run) -> None:
+    """Remove what an interrupted save or removal left; it also frees the space that a full disk lacks."""
+    shutil.rmtree(scratch_folder(run), ignore_errors=True)
+    for folder in run.folder.glob(".removed-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def seal(run: Run, folder: Path, about: dict[str, Any]) -> Path:
+    """Write the manifest of a checkpoint in `.saving/` and give it its place in the run; returns that place."""
+    for name in UNSAFE:
+        (folder / name).unlink(missing_ok=True)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    digests = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _digest(p, sync=True)} for p in files}
+    write_json(folder / MANIFEST, {**about, "files": digests})
+    place = run.folder / folder.name
+    remove(place)  # an earlier one of this step, from before a resume
+    folder.rename(place)
+    folder.parent.rmdir()
+    _sync(run.folder)
+    return place
+
+
+def rotate(run: Run, keep: int | None) -> None:
+    """Remove all checkpoints but the last `keep` and the best, which is the one with the lowest test loss."""
+    if keep is None:
+        return
+    kept = set(run.checkpoints[-keep:])
+    if (best := run.best_checkpoint) is not None:
+        kept.add(best)
+    for folder in set(run.checkpoints) - kept:
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint so that nobody sees half of it."""
+    if folder.exists():
+        doomed = folder.with_name(f".removed-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def latest_resumable(run: Run) -> Path | None:
+    """The last checkpoint that has optimizer states, or None."""
+    whole = [c for c in run.checkpoints if (read_json(c / MANIFEST) or {}).get("resumable")]
+    return whole[-1] if whole else None
+
+
+def verify(run: Run, folder: Path) -> None:
+    """Raise `UserError` unless every file of the checkpoint is as it was written."""
+    for name, expected in read_json(folder / MANIFEST)["files"].items():
+        file = folder / name
+        if not file.exists():
+            wrong = "is missing"
+        elif file.stat().st_size != expected["bytes"]:
+            wrong = f"has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        elif _digest(file) != expected["sha256"]:
+            wrong = "differs from its checksum"
+        else:
+            continue
+        earlier = [c for c in run.checkpoints if checkpoint_step(c) < checkpoint_step(folder)]
+        then = f"it then goes on from {earlier[-1].name}" if earlier else "it then starts from the beginning"
+        raise UserError(f"{folder.name} is damaged: {name} {wrong}; remove {folder} and start the run again, {then}")
+
+
+def cut_metrics(file: Path, step: int) -> None:
+    """Keep the lines of `metrics.jsonl` up to `step`, so that a resumed run doubles none."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().split("\n"):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:  # the line that was being written when the run was killed
+            break
+    scratch = file.with_name(f".{file.name}.cut")
+    scratch.write_text("".join(kept))
+    scratch.replace(file)
+
+
+def _digest(file: Path, sync: bool = False) -> str:
+    with file.open("rb") as stream:
+        if sync:
+            os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,143 @@
+"""What a `RunConfig` alone cannot know: whether it fits the model, the device, the memory and the disk.
+
+`prepare` asks all of it before anything starts. What cannot work is refused, what may not work is said.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minisft.errors import UserError
+from minisft.runs import RunConfig, outputs_root
+from minisft.zero_config import zero_stage
+
+GB = 1e9
+
+
+def resolve_precision(asked: str) -> tuple[str, bool]:
+    """(`fp32`, `bf16` or `fp16`; whether there is a GPU). `auto` takes what the device computes fast."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if asked == "fp16" and not on_gpu:
+        raise UserError("fp16 needs a GPU: use --precision bf16 or fp32 on a CPU")
+    if asked == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("this GPU has no bf16: use --precision fp16 or fp32")
+    if asked != "auto":
+        return asked, on_gpu
+    if on_gpu:
+        return ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"), True
+    able = torch.cpu.get_capabilities()
+    return ("bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"), False
+
+
+def require_fit(config: RunConfig, model: Any, rows: int) -> None:
+    """Raise `UserError` where the data or the model (its transformers config) is too small for the settings."""
+    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
+    if positions and config.max_length > positions:
+        raise UserError(
+            f"max length is {config.max_length}, and the model has {positions} positions: give at most --max-length "
+            f"{positions}"
+        )
+    if not rows:
+        raise UserError(
+            f"no training row is left of {config.data} (max length {config.max_length}, max characters "
+            f"{config.max_characters}, truncation {config.truncation}): allow more, or give more data"
+        )
+    if rows < config.global_batch and config.batching != "packed":
+        raise UserError(
+            f"{rows} training rows do not fill one global batch of {config.global_batch} (batch size "
+            f"{config.batch_size} x accumulation {config.accumulation} x ranks {config.ranks}): lower one of them, or "
+            "give more data"
+        )
+
+
+def require_space(config: RunConfig, rows: int, parameters: int) -> None:
+    """Refuse at once what could only fail at the first save. Raises `UserError`."""
+    per_epoch = max(1, rows // config.global_batch)
+    steps = config.max_steps or math.ceil(per_epoch * config.epochs)
+    saves = math.ceil(steps / (config.save_steps or per_epoch))
+    each = parameters * (16 if config.resumable else 4)
+    # Besides those to keep: the best, and the one being written.
+    need = each * min(saves, saves if config.keep_checkpoints is None else config.keep_checkpoints + 2)
+    place = outputs_root()
+    place.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(place).free) < need:
+        raise UserError(
+            f"no space left for {saves} checkpoints: they need {need / GB:.1f} GB and {place} has "
+            f"{free / GB:.1f} GB free; free some, save less often (--save-steps), or keep fewer (--keep-checkpoints)"
+        )
+
+
+def state_bytes(strategy: str, ranks: int, parameters: int, precision: str) -> float:
+    """Bytes of parameters, gradients, fp32 masters and Adam's two states on one rank (Rajbhandari et al. 2020, 3.1).
+
+    DeepSpeed keeps masters in fp32 runs as well; bf16 and fp16 runs without it keep fp32 weights and gradients.
+    """
+    stage = zero_stage(strategy)
+    if stage is None:
+        return 16 * parameters
+    low = 4 if precision == "fp32" else 2
+    weights, gradients, optimizer = low * parameters, low * parameters, 12 * parameters
+    if stage >= 1:
+        optimizer /= ranks
+    if stage >= 2:
+        gradients /= ranks
+    if stage >= 3:
+        weights /= ranks
+    return weights + gradients + optimizer
+
+
+def activation_bytes(config: RunConfig, model: Any, precision: str) -> float:
+    """About what one micro-batch keeps for the backward pass, in bytes.
+
+    34 bytes per token, layer and hidden unit in half precision (Korthikanti et al. 2022, eq. 2, without the attention
+    matrices, which are not kept), twice that in fp32; with activation checkpointing the layers' inputs alone.
+    """
+    text = model.get_text_config()
+    per_unit = (2 if config.activation_checkpointing else 34) * (2 if precision == "fp32" else 1)
+    return config.batch_size * config.max_length * text.num_hidden_layers * text.hidden_size * per_unit
+
+
+def warn_of_memory(
+    config: RunConfig, model: Any, parameters: int, precision: str, on_gpu: bool, say: Callable[[str], None]
+) -> None:
+    """Say so where a run will probably need more memory than is free, with both numbers."""
+    states = state_bytes(config.strategy, config.ranks, parameters, precision)
+    try:
+        activations = activation_bytes(config, model, precision)
+    except AttributeError:  # an architecture that counts its layers in its own way
+        activations = 0.0
+    if on_gpu:
+        import torch
+
+        need, free, what = states + activations, torch.cuda.mem_get_info()[0], "of GPU memory"
+    else:
+        import psutil
+
+        need, free, what = config.ranks * (states + activations), psutil.virtual_memory().available, "of memory"
+    if need > free:
+        say(
+            f"Warning: this run may need about {need / GB:.1f} GB {what} ({config.ranks} x {states / GB:.1f} GB of "
+            f"model states, up to {activations / GB:.1f} GB of activations each) and {free / GB:.1f} GB are free: a "
+            "smaller --batch-size with more --accumulation trains the same, --activation-checkpointing saves more"
+        )
+
+
+def model_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The transformers config of the model in `folder`. Raises `UserError` if transformers does not know it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each kind of damage raises an error of its own
+        reason = " ".join(str(error).split())[:200]
+        if "trust_remote_code" in reason:
+            raise UserError(
+                f"{folder} brings code of its own: read it, and give --trust-remote-code if you trust it"
+            ) from error
+        raise UserError(f"{folder / 'config.json'} is of no model that transformers knows ({reason})") from error

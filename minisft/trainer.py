@@ -1,0 +1,249 @@
+"""transformers' Trainer, with one loss for every strategy, whole checkpoints, and a record of every step."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+
+from minisft import checkpoints
+from minisft.errors import UserError
+from minisft.loss import LossHead, trained_positions
+from minisft.observe import Observer
+from minisft.runs import Run, write_json
+from minisft.sampling import RankBatches
+from minisft.zero_measure import held_bytes, measure
+
+
+class RunTrainer(Trainer):
+    """Trainer whose loss is the mean over the trained tokens of the global batch, logits made for those alone.
+
+    `batches` says which rows this rank takes when. `head` is None where the model's logits are more than its output
+    layer's output. `start` is the step of the checkpoint that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        batches: RankBatches,
+        head: LossHead | None,
+        padding_free: bool,
+        start: int,
+        position: dict[str, int],
+        **options: Any,
+    ):
+        super().__init__(**options)
+        self.run, self.batches, self.head, self.padding_free = run, batches, head, padding_free
+        self.start, self.position = start, position
+        self.observer: Observer | None = None
+        self.saving = False
+        self.began = self.seconds = 0.0
+        self.observed = 0.0  # seconds spent on observing alone
+        self.rows: list[list[tuple[str, int, int]]] = []  # of this step's micro-batches, on this rank
+        self.losses: list[torch.Tensor] = []
+        self.add_callback(_Clock(self))
+
+    # --- the data and the loss -------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        return _Loader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def get_batch_samples(self, *arguments: Any) -> Any:
+        self.began = time.perf_counter()
+        self.rows, self.losses = [], []
+        return super().get_batch_samples(*arguments)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.rows.append(inputs["rows"])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.losses.append(loss)
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        # `num_items_in_batch` counts the trained tokens of all ranks and micro-batches; data parallelism then
+        # averages over ranks, so each rank's share is scaled back up.
+        return self.summed_loss(model, inputs) / num_items_in_batch * self.accelerator.num_processes
+
+    def summed_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """The sum of the loss over the trained tokens of one micro-batch, a scalar in fp32."""
+        positions, targets = trained_positions(batch["labels"])
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "rows")}
+        if self.head is not None:
+            return self.head.loss(model, inputs, positions, targets)
+        if self.padding_free:
+            logits = model(**inputs, logits_to_keep=positions).logits[0]
+        else:
+            logits = model(**inputs).logits.flatten(0, -2)[positions]
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def test_loss(self) -> float | None:
+        """The mean loss over the trained tokens of the test rows, or None without any; all ranks take part."""
+        rows = self.eval_dataset
+        if not rows:
+            return None
+        size, world, mine = self.args.per_device_train_batch_size, self.args.world_size, self.args.process_index
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        total, count = 0.0, 0
+        self.model_wrapped.eval()
+        # At stage 3 the ranks must call the model equally often: one without a batch repeats the first, uncounted.
+        for turn in range(0, len(batches), world):
+            chosen = batches[turn + mine] if turn + mine < len(batches) else None
+            batch = self._prepare_inputs(self.data_collator(chosen or batches[0]))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.summed_loss(self.model_wrapped, batch).item()
+            if chosen:
+                total += loss
+                count += sum(trained for _, _, trained in batch["rows"])
+        self.model_wrapped.train()
+        sums = self._gather((total, count))
+        return sum(t for t, _ in sums) / sum(c for _, c in sums)
+
+    # --- checkpoints -----------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(checkpoints.scratch_folder(self.run) if self.saving else self.run.folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        loss = self.test_loss()
+        first = self.is_world_process_zero()
+        if first:
+            checkpoints.discard_unfinished(self.run)
+        self._barrier()
+        self.saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._barrier()
+            if first:
+                config = self.run.config
+                about = {"step": step, "strategy": config.strategy, "ranks": config.ranks, "test_loss": loss}
+                folder = checkpoints.scratch_folder(self.run) / f"checkpoint-{step}"
+                checkpoints.seal(self.run, folder, about | {"resumable": not self.args.save_only_model})
+                checkpoints.rotate(self.run, self.run.config.keep_checkpoints)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            checkpoints.discard_unfinished(self.run)  # makes room for FAILED, too
+            raise UserError(
+                f"checkpoint-{step} could not be saved ({' '.join(str(error).split())[:200]}); is the disk full? "
+                "Earlier checkpoints are whole: free some space and start the run again"
+            ) from error
+        finally:
+            self.saving = False
+        self._barrier()
+        if first and loss is not None:
+            self.observer.test_loss(step, loss)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write a tied tensor once: DeepSpeed hands over a copy of it under each of its names."""
+        for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict else ():
+            state_dict.pop(name, None)
+        super()._save(output_dir, state_dict)
+
+    # --- observation -----------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            began = time.perf_counter()
+            self._record(logs)
+            self.observed += time.perf_counter() - began
+        super().log(logs, start_time)
+
+    def _record(self, logs: dict[str, float]) -> None:
+        step = self.state.global_step
+        grad_norm = logs.get("grad_norm")
+        rows = [row for batch in self.rows for row in batch]
+        mine = {
+            "tokens": sum(tokens for _, tokens, _ in rows),
+            "trained_tokens": sum(trained for _, _, trained in rows),
+            "bytes": held_bytes(self.args.device.type),
+            "bad": [],
+        }
+        # With fp16 an infinite gradient norm is how the loss scale finds its size, and that step is skipped.
+        overflow = grad_norm is not None and not math.isfinite(grad_norm) and not self.args.fp16
+        if overflow or not math.isfinite(logs["loss"]):
+            pairs = zip(self.rows, self.losses, strict=True)
+            mine["bad"] = [[row[0] for row in batch] for batch, loss in pairs if not math.isfinite(loss.item())]
+        ranks = self._gather(mine)
+        if not math.isfinite(logs["loss"]):
+            bad = [name for rank in ranks for batch in rank["bad"] for name in batch]
+            raise FloatingPointError(f"the loss is {logs['loss']} at step {step}, in a batch of the rows {_some(bad)}")
+        if overflow:
+            raise FloatingPointError(
+                f"the gradient norm is {grad_norm} at step {step}, in a batch of the rows {_some([r[0] for r in rows])}"
+            )
+        if self.observer is None:
+            return
+        self.observer.write(
+            {
+                "step": step,
+                "epoch": round(self.state.epoch, 4),
+                "loss": logs["loss"],
+                "lr": logs["learning_rate"],
+                "grad_norm": grad_norm,
+                "tokens": sum(r["tokens"] for r in ranks),
+                "trained_tokens": sum(r["trained_tokens"] for r in ranks),
+                "seconds": round(self.seconds, 4),
+                "bytes": [r["bytes"] for r in ranks],
+            }
+        )
+
+    def write_memory(self) -> None:
+        """Measure what each rank holds between two steps, by owner, into `memory.json`."""
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        mine = {"rank": self.args.process_index} | measure(model, self.optimizer, self.args.device.type)
+        ranks = self._gather(mine)
+        if self.is_world_process_zero():
+            write_json(self.run.folder / "memory.json", ranks)
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.args.world_size == 1:
+            return [value]
+        values = [None] * self.args.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def _barrier(self) -> None:
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
+
+
+class _Clock(TrainerCallback):
+    """Times steps from fetching their rows to the end of the optimizer's step: not loading, saving, or measuring."""
+
+    def __init__(self, trainer: RunTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.trainer.observer = Observer(self.trainer.run.folder, self.trainer.start, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        trainer.seconds = time.perf_counter() - trainer.began
+        trainer.position["step"] = state.global_step
+        if state.global_step == min(trainer.start + 2, state.max_steps):  # by the second step all states exist
+            trainer.write_memory()
+
+
+class _Loader(torch.utils.data.DataLoader):
+    """Tells its batch sampler the epoch, as Trainer expects of a loader."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+def _some(names: list[str], most: int = 16) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
