@@ -96,12 +96,13 @@ def _train(run: Run, rank: int, position: dict[str, int]) -> None:
     if run.deepspeed:
         import deepspeed
 
+        _allow_deepspeed_states()
         # Before the model is built: stage 3 partitions it while loading and must know the ranks by then.
         deepspeed.init_distributed()
         _unlink_shared_memory(rank)
 
     checkpoint = _start_from(run, rank)
-    trainer = _trainer(run, rank, world, on_gpu, checkpoint, position)
+    trainer = make_trainer(run, rank, world, on_gpu, checkpoint, position)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if world > 1:
         torch.distributed.barrier()
@@ -126,7 +127,7 @@ def _start_from(run: Run, rank: int) -> Path | None:
     return checkpoint
 
 
-def _trainer(
+def make_trainer(
     run: Run, rank: int, world: int, on_gpu: bool, checkpoint: Path | None, position: dict[str, int]
 ) -> RunTrainer:
     from minisft.attention import PER_DOCUMENT, supports_padding_free
@@ -188,6 +189,16 @@ def _trainer(
         data_collator=WithRows(PaddingFree() if padding_free else PadRight(tokenizer.pad_id)),
         processing_class=tokenizer.hf,
     )
+
+
+def _allow_deepspeed_states() -> None:
+    """The few plain classes in DeepSpeed's own checkpoints; anything else in such a file is refused."""
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
 
 def _unlink_shared_memory(rank: int) -> None:

@@ -20,7 +20,7 @@ from minisft.launch import RunFailed, launch, prepare
 from minisft.runs import Run, RunConfig, checkpoint_step
 
 pytestmark = pytest.mark.distributed
-STEPS, EVERY = 120, 20
+STEPS, EVERY = 48, 12
 SMALL = {"max_characters": 100_000, "learning_rate": 1e-3, "resumable": True, "eval_rows": 8}
 
 
@@ -107,7 +107,7 @@ def reference(small, tmp_path_factory):
     return undisturbed
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])  # zero2 below
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(small, reference, own_outputs, strategy):
     config = config_of(strategy, *small)
     process, run = start(config), Run(own_outputs / "model" / strategy)
@@ -266,7 +266,7 @@ def test_a_full_disk_fails_the_run_and_spares_the_earlier_checkpoints(small, sma
 
 def test_the_last_ones_and_the_best_are_kept(small, own_outputs):
     """A learning rate that spoils the model later on: the best checkpoint is an early one."""
-    config = config_of("vanilla", *small, max_steps=24, save_steps=4, keep_checkpoints=2, learning_rate=0.3, warmup=0.9)
+    config = config_of("vanilla", *small, max_steps=24, save_steps=4, keep_checkpoints=2, learning_rate=3, warmup=0.9)
     run = launch(prepare(config, say=quiet), say=quiet)
     losses = run.test_losses
     best = checkpoint_step(run.best_checkpoint)

@@ -1,0 +1,77 @@
+"""minisft's side of `training_speed`: the worker's own trainer, on given rows in their order.
+
+What `peer_train` prints, this prints; the run folder lies in a temporary place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peer_train import Clock, sizes
+from worker import memory
+
+from minisft import wide_products
+from minisft.labels import Row
+from minisft.preflight import resolve_precision
+from minisft.runs import Run, RunConfig, write_json
+from minisft.sampling import RankBatches
+from minisft.train import make_trainer
+from minisft.training_data import TEST_ROWS, TRAIN, write_rows
+
+
+class InOrder(RankBatches):
+    def global_batches(self) -> list[list[int]]:
+        size = self.global_batch
+        return [list(range(i, i + size)) for i in range(0, len(self.lengths), size)]
+
+
+def main() -> None:
+    settings: dict[str, Any] = json.loads(sys.argv[1])
+    rows = [json.loads(line) for line in Path(settings["rows"]).read_text().splitlines()]
+    if not settings["wide"]:
+        wide_products.needs_wide_products = lambda device_type: False
+    accumulation = settings.get("accumulation", 1)
+    config = RunConfig(
+        name="benchmark",
+        max_length=settings["max_length"],
+        batch_size=settings["batch"] // accumulation,
+        accumulation=accumulation,
+        activation_checkpointing=settings["kind"] == "minisft-lean",
+        max_steps=settings["steps"],
+        precision=settings["precision"],
+        eval_rows=0,
+    )
+    precision, on_gpu = resolve_precision(config.precision)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Run(Path(scratch))
+        about = {"config": config.to_dict(), "model_folder": settings["model"], "precision": precision}
+        write_json(run.folder / "run.json", about)
+        (run.folder / "data").mkdir()
+        write_rows([Row(r["id"], r["input_ids"], r["labels"]) for r in rows], run.folder / "data" / TRAIN)
+        write_rows([], run.folder / "data" / TEST_ROWS)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        trainer = make_trainer(run, rank=0, world=1, on_gpu=on_gpu, checkpoint=None, position={})
+        trainer.batches.__class__ = InOrder
+        trainer.args.save_strategy = "no"
+        clock = Clock()
+        trainer.add_callback(clock)
+        trainer.train()
+    prepared = [sizes(row) for row in rows]
+    steps = [prepared[i : i + settings["batch"]] for i in range(0, len(prepared), settings["batch"])]
+    result = {
+        "seconds": clock.seconds,
+        "tokens": [sum(tokens for tokens, _ in step) for step in steps],
+        "trained_tokens": [sum(trained for _, trained in step) for step in steps],
+        "peak": torch.cuda.max_memory_allocated() if on_gpu else memory("VmHWM"),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""How fast and how lean training is: minisft against what people would use instead, in alternating runs.
+
+    python tests/benchmarks/training_speed.py [--rounds 3] [--max-length 512] [--batch 8] [--precision bf16]
+        [--kinds minisft minisft-lean trl trl-plain hf original] [--steps 1]
+
+Every run is a process of its own that trains SmolLM2-135M on the same real rows of ShareGPT, in the same order, with
+the same batch per step, maximum length, precision, learning rate and AdamW. The first step, on short rows, is warm-up:
+it allocates the optimizer's states and fills caches, and does not count. In every round each kind has one run, in
+changing order; medians count, and the spread is printed. Ratios are taken round by round.
+
+minisft        as it is: padding-free rows, loss at the trained positions alone
+minisft-lean   the same batch as micro-batches of one row, and activations computed again in the backward pass
+trl            TRL's SFTTrainer, assistant-only loss, its own defaults (activation checkpointing is one)
+trl-plain      the same without activation checkpointing
+hf             the plain Trainer: padded batches, full logits
+original       the recipe of the original work: every row padded to 2048, full logits, micro-batches as large as fit
+
+Peak memory is that of the process up to the end of the last step (VmHWM), or what PyTorch allocated on the GPU.
+TRL's environment is made as `encoding_speed` makes it. `--no-wide` lets minisft multiply bf16 as PyTorch does, to see
+what `minisft.wide_products` brings on a CPU without bf16. Needs Linux; runs on CUDA unchanged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from encoding_speed import trl_environment
+
+from minisft.assets import find_data, find_model
+from minisft.errors import UserError
+from minisft.labels import encode
+from minisft.ledger import Ledger
+from minisft.mistral import MistralTemplate
+from minisft.reading import read
+from minisft.tokens import load_tokenizer
+
+HERE = Path(__file__).resolve().parent
+KINDS = ("minisft", "minisft-lean", "trl", "trl-plain", "hf", "original")
+TARGETS = {"trl": 2.5, "hf": 1.3, "original": 6.0}  # times as many trained tokens per second, in bf16 at 512
+MEMORY_TARGET = 0.4  # of TRL's peak
+SHORT = 64  # tokens of a row of the warm-up step
+ORIGINAL_AT_ONCE = 2  # rows padded to 2048 with full logits that 24 GB hold for sure; more on a GPU of 80 GB
+
+
+def main() -> None:
+    options = _options()
+    try:
+        run(options)
+    except UserError as error:
+        print(f"training_speed: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1, help="timed steps of each run")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--no-wide", action="store_true", help="bf16 products as PyTorch makes them")
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    model = find_model().path
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Path(scratch) / "rows.jsonl"
+        tokens = write_rows(rows, options.batch, options.steps, options.max_length)
+        print(
+            f"{options.batch} rows per step, {tokens:,} tokens in {options.steps} timed step(s), max length "
+            f"{options.max_length}, {options.precision}, {options.rounds} rounds",
+            flush=True,
+        )
+        found: dict[str, list[dict[str, float]]] = defaultdict(list)
+        for turn in range(options.rounds):
+            order = options.kinds[turn % len(options.kinds) :] + options.kinds[: turn % len(options.kinds)]
+            for kind in order:
+                settings = {
+                    **{key: getattr(options, key) for key in ("batch", "max_length", "precision")},
+                    **{"kind": kind, "model": str(model), "rows": str(rows), "steps": 1 + options.steps},
+                    "wide": not options.no_wide,
+                }
+                found[kind].append(measure(kind, settings))
+                latest = found[kind][-1]
+                print(
+                    f"  round {turn + 1}: {kind:<13} {latest['trained']:8,.1f} trained tokens/s  "
+                    f"{latest['tokens']:8,.1f} tokens/s  peak {latest['peak'] / 1e9:.2f} GB",
+                    flush=True,
+                )
+        print(table(found))
+
+
+def measure(kind: str, settings: dict[str, Any]) -> dict[str, float]:
+    if kind == "original":
+        settings["accumulation"] = max(1, settings["batch"] // ORIGINAL_AT_ONCE)
+    if kind == "minisft-lean":
+        settings["accumulation"] = settings["batch"]
+    python, script = sys.executable, "peer_train.py"
+    if kind.startswith("trl"):
+        python = str(trl_environment())
+    elif kind.startswith("minisft"):
+        script = "minisft_train.py"
+    done = subprocess.run(
+        [python, str(HERE / script), json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise UserError(f"{kind} failed with exit code {done.returncode}: {last}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    seconds = sum(result["seconds"][1:])
+    return {
+        "tokens": sum(result["tokens"][1:]) / seconds,
+        "trained": sum(result["trained_tokens"][1:]) / seconds,
+        "peak": result["peak"],
+    }
+
+
+def write_rows(file: Path, batch: int, steps: int, max_length: int) -> int:
+    """First a batch of short conversations, then `steps` batches of those as they come; returns the latter's tokens."""
+    tokenizer = load_tokenizer("smollm2")
+    template = MistralTemplate.for_tokenizer(tokenizer)
+    short, real = [], []
+    for conversation in itertools.islice(read(find_data().path, Ledger()), 6000):
+        row = encode(conversation, template, tokenizer, max_length)
+        if row is None:
+            continue
+        entry = {
+            "id": conversation.id,
+            "messages": [{"role": m.role, "content": m.content} for m in conversation.messages],
+            "input_ids": row.input_ids,
+            "labels": row.labels,
+        }
+        if len(row.input_ids) <= SHORT and len(short) < batch:
+            short.append(entry)
+        elif len(real) < batch * steps:
+            real.append(entry)
+        if len(short) == batch and len(real) == batch * steps:
+            break
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in short + real))
+    return sum(len(entry["input_ids"]) for entry in real)
+
+
+def table(found: dict[str, list[dict[str, float]]]) -> str:
+    lines = [f"\n{'':<14}{'trained tokens/s':>24}{'tokens/s':>11}{'peak GB':>9}{'speed-up':>22}{'memory':>9}"]
+    ours = found.get("minisft") or found.get("minisft-lean")
+    for kind, runs in found.items():
+        trained = [r["trained"] for r in runs]
+        ratios = [a["trained"] / b["trained"] for a, b in zip(ours or runs, runs, strict=True)]
+        memory = median(a["peak"] / b["peak"] for a, b in zip(ours or runs, runs, strict=True))
+        spread = f"{median(trained):,.1f} ({min(trained):,.1f}-{max(trained):,.1f})"
+        times = f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        lines.append(
+            f"{kind:<14}{spread:>24}{median(r['tokens'] for r in runs):>11,.1f}"
+            f"{median(r['peak'] for r in runs) / 1e9:>9.2f}{times:>22}{memory:>8.0%}"
+        )
+    lines.append("speed-up and memory: minisft against each, the median of the rounds' ratios (and their range)")
+    for kind, target in TARGETS.items():
+        if kind in found and ours:
+            ratio = median(a["trained"] / b["trained"] for a, b in zip(ours, found[kind], strict=True))
+            lines.append(f"{ratio:.2f}x of {kind}: {'at least' if ratio >= target else 'BELOW'} the {target}x aimed at")
+    lean = found.get("minisft-lean") or ours
+    if "trl" in found and lean:
+        share = median(a["peak"] / b["peak"] for a, b in zip(lean, found["trl"], strict=True))
+        verdict = "within" if share <= MEMORY_TARGET else "ABOVE"
+        lines.append(
+            f"the leaner of ours takes {share:.0%} of trl's peak memory: {verdict} the {MEMORY_TARGET:.0%} aimed at"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
