@@ -344,12 +344,16 @@ def train(
 
 def _launch(run: Any) -> None:
     from minisft.launch import RunFailed, launch
+    from minisft.observe import TerminalProgress
 
+    progress = TerminalProgress(sys.stdout)
     try:
-        launch(run, say=lambda line: print(line, flush=True))
+        launch(run, say=progress)
     except RunFailed as error:
+        progress.close()
         _complain(error)
         sys.exit(1)
+    progress.close()
     print(f"done: {os.path.relpath(run.folder)}")
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections import deque
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TextIO
 
 from minisft.checkpoints import cut_metrics
 from minisft.launch import SAY
 
 WARM_UP_STEPS = 2  # left out of every speed: the first steps fill caches and allocate optimizer states
 COUNTS = ("tokens", "trained_tokens")
+BAR = 24  # characters of the progress bar
 TENSORBOARD = ("loss", "lr", "grad_norm", "tokens", "trained_tokens", "seconds")
 
 
@@ -56,6 +59,32 @@ class Observer:
         """The speed over all steps of this process after the warm-up, for `DONE`."""
         self.board.close()
         return speed(self.lines)
+
+
+class TerminalProgress:
+    """Prints what a run says. In a terminal the steps are one line with a bar, which redraws itself."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.open = stream, False
+
+    def __call__(self, line: str) -> None:
+        step = re.match(r"step +(\d+)/(\d+) ", line)
+        if not (step and self.stream.isatty()):
+            self.close()
+            print(line, file=self.stream, flush=True)
+            return
+        done, steps = map(int, step.groups())
+        filled = BAR * done // steps
+        text = f"[{'#' * filled}{'.' * (BAR - filled)}] {line}"
+        columns = shutil.get_terminal_size().columns
+        print(f"\r\033[K{text[: columns - 1]}", end="", file=self.stream, flush=True)
+        self.open = True
+
+    def close(self) -> None:
+        """Leave the last state of the bar standing."""
+        if self.open:
+            print(file=self.stream, flush=True)
+        self.open = False
 
 
 def speed(metrics: list[dict[str, Any]]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each kind of damage raises an error of its own
         reason = " ".join(str(error).split())[:200]
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             raise UserError(
                 f"{folder} brings code of its own: read it, and give --trust-remote-code if you trust it"
             ) from error

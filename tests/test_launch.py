@@ -8,6 +8,7 @@ import pytest
 from conftest import sharegpt_row
 
 from minisft import launch as launching
+from minisft import preflight
 from minisft.errors import UserError
 from minisft.launch import command_line, prepare
 from minisft.runs import RunConfig
@@ -80,7 +81,7 @@ def test_conversations_that_all_are_too_long_are_refused(config, tmp_path):
 
 def test_too_little_disk_for_the_checkpoints_is_said_at_once(config, monkeypatch):
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(launching.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match="no space left for 2 checkpoints"):
         prepare(config())
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from minisft.checkpoints import cut_metrics
-from minisft.observe import Observer, duration, speed
+from minisft.observe import Observer, TerminalProgress, duration, speed
 
 
 def line(step, seconds=0.5):
@@ -62,6 +62,25 @@ def test_a_half_written_line_is_cut(tmp_path):
     cut_metrics(file, 2)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     cut_metrics(tmp_path / "none", 2)
+
+
+def test_a_terminal_shows_one_bar_and_a_pipe_every_line():
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    said = ["the command", "step   1/4  loss 2.0", "step   2/4  loss 1.0", "checkpoint-2: test loss 1.5"]
+    pipe, terminal = io.StringIO(), Terminal()
+    for stream in (pipe, terminal):
+        progress = TerminalProgress(stream)
+        for line in said:
+            progress(line)
+        progress.close()
+    assert pipe.getvalue().splitlines() == said
+    assert terminal.getvalue().count("\n") == 3
+    assert "[############............] step   2/4  loss 1.0\n" in terminal.getvalue()
 
 
 def test_durations_are_read_at_a_glance():

@@ -41,7 +41,7 @@ def eight(request, tiny_model, tmp_path_factory):
         loaded.config.tie_word_embeddings = False
         loaded.lm_head.weight = torch.nn.Parameter(loaded.lm_head.weight.detach().flip(0).clone())
         loaded.save_pretrained(model)
-    rows = json.loads(write_sharegpt(folder / "rows.json", 8, seed=3).read_text())
+    rows = json.loads(write_sharegpt(folder / "rows.json", 12, seed=3).read_text())
     rows[2]["conversations"][1]["value"] = "yes"
     rows[5]["conversations"][1]["value"] = "one long answer about the cat and the mat " * 6
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -50,8 +50,8 @@ def eight(request, tiny_model, tmp_path_factory):
 
 def prepared(eight, name, strategy="vanilla", **changes):
     model, data = eight
-    settings = {"test_fraction": 0.0, "eval_rows": 0, "max_characters": None, "max_length": 400, "max_steps": 1}
-    settings |= {"model": str(model), "data": str(data), "name": name}
+    settings = {"test_fraction": 0.0, "eval_rows": 0, "max_characters": None, "max_length": 400}
+    settings |= {"max_steps": 1, "max_rows": 8, "model": str(model), "data": str(data), "name": name}
     return prepare(RunConfig.course(strategy, **(settings | changes)), say=lambda line: None)
 
 

@@ -27,7 +27,7 @@ def test_settings_that_do_not_fit_are_refused_in_one_sentence(changes, rows, say
 
 
 def test_states_are_those_of_the_zero_paper():
-    """7.5B parameters on 64 ranks in mixed precision: 120, 31.4, 16.6 and 1.9 GB (Rajbhandari et al. 2020, figure 1)."""
+    """7.5B parameters on 64 ranks in mixed precision: figure 1 of Rajbhandari et al. 2020."""
     sizes = [state_bytes(s, 64, 7_500_000_000, "bf16") / 1e9 for s in ("zero0", "zero1", "zero2", "zero3")]
     assert sizes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
     assert state_bytes("vanilla", 1, 10, "fp32") == 160
