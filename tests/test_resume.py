@@ -107,7 +107,7 @@ def reference(small, tmp_path_factory):
     return undisturbed
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])  # zero2 below
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])  # zero2 below; zero1 has the same optimizer class
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(small, reference, own_outputs, strategy):
     config = config_of(strategy, *small)
     process, run = start(config), Run(own_outputs / "model" / strategy)
@@ -241,7 +241,7 @@ def small_disk(tmp_path):
     """A file system with room for a checkpoint or two."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "none", str(place)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "none", str(place)], capture_output=True).returncode:
         pytest.skip("only root can mount a small file system")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
