@@ -20,33 +20,33 @@ class Moved:
 
 
 def move(model: Any, batch: dict[str, Any], dtype: Any, learning_rate: float = 8e-6, steps: int = 3) -> Moved:
-    """Train a copy of `model` on one padded batch with its weights, gradients and Adam's states in `dtype`.
+    """Train a copy of `model` on one padded batch, its weights, gradients and Adam's states kept in `dtype`.
 
-    The products are bf16 in either case, so only the weights' own precision differs. `batch` is what
-    `minisft.batches.PadRight` returns.
+    All products are made in fp32, from the weights as they are kept, so nothing but the keeping differs. `batch` is
+    what `minisft.batches.PadRight` returns.
     """
     import torch
 
-    from minisft.wide_products import needs_wide_products, widen_linear_layers
-
-    copy = deepcopy(model).to(dtype).train()
-    if needs_wide_products("cpu"):
-        widen_linear_layers(copy)
-    optimizer = torch.optim.AdamW(copy.parameters(), lr=learning_rate, weight_decay=0.0)
-    before = [p.detach().clone() for p in copy.parameters()]
+    copy = deepcopy(model).train()
+    kept = [torch.nn.Parameter(p.detach().to(dtype)) for p in copy.parameters()]
+    before = [p.detach().clone() for p in kept]
+    optimizer = torch.optim.AdamW(kept, lr=learning_rate, weight_decay=0.0)
     losses = []
     for _ in range(steps):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = copy(**batch, use_cache=False).loss
+        copy.zero_grad()
+        for parameter, weight in zip(copy.parameters(), kept, strict=True):
+            parameter.data.copy_(weight.data)
+        loss = copy(**batch, use_cache=False).loss
         loss.backward()
+        for parameter, weight in zip(copy.parameters(), kept, strict=True):
+            weight.grad = parameter.grad.to(dtype)
         optimizer.step()
         losses.append(loss.item())
     touched = moved = 0
-    for parameter, start in zip(copy.parameters(), before, strict=True):
-        has_gradient = parameter.grad != 0
+    for weight, start in zip(kept, before, strict=True):
+        has_gradient = weight.grad != 0
         touched += int(has_gradient.sum())
-        moved += int(((parameter != start) & has_gradient).sum())
+        moved += int(((weight != start) & has_gradient).sum())
     return Moved(moved / touched, losses)
 
 
