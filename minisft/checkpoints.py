@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.runs import Run, checkpoint_step, read_json, write_json
+from minisft.runs import MANIFEST, Run, checkpoint_step, read_json, write_json, written_whole
 
-MANIFEST = "manifest.json"
 SCRATCH = ".saving"
 UNSAFE = ("training_args.bin",)  # a pickle that nobody needs: run.json says the same
 
@@ -102,9 +101,8 @@ def cut_metrics(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:  # the line that was being written when the run was killed
             break
-    scratch = file.with_name(f".{file.name}.cut")
-    scratch.write_text("".join(kept))
-    scratch.replace(file)
+    with written_whole(file) as stream:
+        stream.writelines(kept)
 
 
 def _digest(file: Path, sync: bool = False) -> str:

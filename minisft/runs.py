@@ -19,6 +19,7 @@ from minisft.labels import TRUNCATIONS
 from minisft.mistral import VERSIONS
 from minisft.zero_config import STRATEGIES
 
+MANIFEST = "manifest.json"  # of a checkpoint: its step, its test loss, its files and their checksums
 CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "batching": ("auto", "padding-free", "padded", "packed"),
@@ -274,7 +275,7 @@ class Run:
     @property
     def test_losses(self) -> dict[int, float]:
         """The test loss of each checkpoint that has one, by step."""
-        manifests = {checkpoint_step(c): read_json(c / "manifest.json") or {} for c in self.checkpoints}
+        manifests = {checkpoint_step(c): read_json(c / MANIFEST) or {} for c in self.checkpoints}
         return {step: m["test_loss"] for step, m in manifests.items() if m.get("test_loss") is not None}
 
     @property

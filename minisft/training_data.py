@@ -30,7 +30,7 @@ ROWS_AT_ONCE = 256
 
 
 def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Path, ledger: Ledger) -> int:
-    """Write both files into `folder`; returns how many rows there are to train.
+    """Write the three files into `folder`; returns how many rows there are to train.
 
     The file is read twice: once to decide the split, which needs every id, and once to encode. So its size does
     not matter for the memory. Raises `UserError`.
@@ -50,32 +50,31 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
                 elif side == "test":
                     _write_test(test, conversation, config, ledger)
 
-        rows = encode_stream(
-            select(train_side(), "train", ledger, config.max_characters, config.max_rows),
-            MistralTemplate.for_tokenizer(tokenizer, config.template),
-            tokenizer,
-            max_length=config.max_length,
-            ledger=ledger,
-            truncation=config.truncation,
-            train_on=config.train_on,
-        )
+        chosen = select(train_side(), "train", ledger, config.max_characters, config.max_rows)
+        rows = _encoded(chosen, config, tokenizer, ledger)
         written = write_rows(rows, folder / TRAIN)
     write_rows(_test_rows(config, tokenizer, folder / TEST), folder / TEST_ROWS)
     return written
 
 
-def _test_rows(config: RunConfig, tokenizer: Tokenizer, file: Path) -> Iterator[Row]:
-    if not config.eval_rows or not file.stat().st_size:
-        return iter(())
-    rows = encode_stream(
-        read(file, Ledger()),
+def _encoded(
+    conversations: Iterable[Conversation], config: RunConfig, tokenizer: Tokenizer, ledger: Ledger
+) -> Iterator[Row]:
+    return encode_stream(
+        conversations,
         MistralTemplate.for_tokenizer(tokenizer, config.template),
         tokenizer,
         max_length=config.max_length,
-        ledger=Ledger(),
+        ledger=ledger,
         truncation=config.truncation,
         train_on=config.train_on,
     )
+
+
+def _test_rows(config: RunConfig, tokenizer: Tokenizer, file: Path) -> Iterator[Row]:
+    if not config.eval_rows or not file.stat().st_size:
+        return iter(())
+    rows = _encoded(read(file, Ledger()), config, tokenizer, Ledger())
     return itertools.islice(rows, config.eval_rows)
 
 
