@@ -134,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1))
                 if d_bias is not None:
                     d_bias += slope.sum(dim=0)
-                slope = slope.to(dtype).to(products)
+                slope = slope.copy_(slope.to(dtype)) if products == exact else slope.to(dtype)
                 if d_hidden is not None:
                     torch.mm(slope, w, out=d_hidden[part])
                 if d_weight is not None:

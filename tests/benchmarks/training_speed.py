@@ -13,7 +13,8 @@ minisft-lean   the same batch as micro-batches of one row, and activations compu
 trl            TRL's SFTTrainer, assistant-only loss, its own defaults (activation checkpointing is one)
 trl-plain      the same without activation checkpointing
 hf             the plain Trainer: padded batches, full logits
-original       the recipe of the original work: every row padded to 2048, full logits, micro-batches as large as fit
+original       the recipe of the original work: every row padded to 2048, full logits, and as many rows at once as fit.
+               Every row costs the same there, so one such micro-batch is timed in place of the whole batch
 
 Peak memory is that of the process up to the end of the last step (VmHWM), or what PyTorch allocated on the GPU.
 TRL's environment is made as `encoding_speed` makes it. `--no-wide` lets minisft multiply bf16 as PyTorch does, to see
@@ -26,6 +27,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,11 +36,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+import torch
 from encoding_speed import trl_environment
 
 from minisft.assets import find_data, find_model
 from minisft.errors import UserError
-from minisft.labels import encode
+from minisft.labels import IGNORE_INDEX, encode
 from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate
 from minisft.reading import read
@@ -49,7 +53,7 @@ KINDS = ("minisft", "minisft-lean", "trl", "trl-plain", "hf", "original")
 TARGETS = {"trl": 2.5, "hf": 1.3, "original": 6.0}  # times as many trained tokens per second, in bf16 at 512
 MEMORY_TARGET = 0.4  # of TRL's peak
 SHORT = 64  # tokens of a row of the warm-up step
-ORIGINAL_AT_ONCE = 2  # rows padded to 2048 with full logits that 24 GB hold for sure; more on a GPU of 80 GB
+ORIGINAL_ROW = 4.2e9  # bytes that one row padded to 2048 takes, with its logits and their gradient: where to begin
 
 
 def main() -> None:
@@ -84,6 +88,7 @@ def run(options: argparse.Namespace) -> None:
             flush=True,
         )
         found: dict[str, list[dict[str, float]]] = defaultdict(list)
+        at_once = min(options.batch, max(1, int((memory_free() - 4e9) / ORIGINAL_ROW)))
         for turn in range(options.rounds):
             order = options.kinds[turn % len(options.kinds) :] + options.kinds[: turn % len(options.kinds)]
             for kind in order:
@@ -92,7 +97,11 @@ def run(options: argparse.Namespace) -> None:
                     **{"kind": kind, "model": str(model), "rows": str(rows), "steps": 1 + options.steps},
                     "wide": not options.no_wide,
                 }
-                found[kind].append(measure(kind, settings))
+                if kind == "original":
+                    result, at_once = measure_original(settings, at_once)
+                else:
+                    result = measure(kind, settings)
+                found[kind].append(result)
                 latest = found[kind][-1]
                 print(
                     f"  round {turn + 1}: {kind:<13} {latest['trained']:8,.1f} trained tokens/s  "
@@ -103,8 +112,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(kind: str, settings: dict[str, Any]) -> dict[str, float]:
-    if kind == "original":
-        settings["accumulation"] = max(1, settings["batch"] // ORIGINAL_AT_ONCE)
     if kind == "minisft-lean":
         settings["accumulation"] = settings["batch"]
     python, script = sys.executable, "peer_train.py"
@@ -118,6 +125,8 @@ def measure(kind: str, settings: dict[str, Any]) -> dict[str, float]:
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
+    if done.returncode == -signal.SIGKILL or "out of memory" in done.stderr or "can't allocate memory" in done.stderr:
+        raise MemoryError
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise UserError(f"{kind} failed with exit code {done.returncode}: {last}")
@@ -128,6 +137,37 @@ def measure(kind: str, settings: dict[str, Any]) -> dict[str, float]:
         "trained": sum(result["trained_tokens"][1:]) / seconds,
         "peak": result["peak"],
     }
+
+
+def measure_original(settings: dict[str, Any], at_once: int) -> tuple[dict[str, float], int]:
+    """One micro-batch of the original recipe, as large as fits: its result for the mean row, and its rows."""
+    rows = [json.loads(line) for line in Path(settings["rows"]).read_text().splitlines()]
+    short, real = rows[: settings["batch"]], rows[settings["batch"] :]
+    file = Path(settings["rows"]).with_name("original.jsonl")
+    while True:
+        file.write_text("".join(json.dumps(row) + "\n" for row in short[:at_once] + real[:at_once]))
+        try:
+            result = measure("original", settings | {"rows": str(file), "batch": at_once, "steps": 2})
+        except MemoryError:
+            if at_once == 1:
+                raise UserError("not even one row padded to 2048 fits: leave out the kind original") from None
+            at_once //= 2
+            continue
+        # From the rows that it happened to take to the mean row of all, at the same seconds per row.
+        for key, count in (("tokens", lambda r: len(r["input_ids"])), ("trained", trained)):
+            result[key] *= sum(map(count, real)) / len(real) / (sum(map(count, real[:at_once])) / at_once)
+        return result, at_once
+
+
+def trained(row: dict[str, Any]) -> int:
+    return sum(label != IGNORE_INDEX for label in row["labels"][1:])
+
+
+def memory_free() -> float:
+    """Bytes for one more process: of the GPU, or of main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
 
 
 def write_rows(file: Path, batch: int, steps: int, max_length: int) -> int:
