@@ -258,6 +258,9 @@ def _config(
     eval_rows: Annotated[
         int | None, typer.Option(help="test rows whose loss is taken at each checkpoint; 0 for none")
     ] = None,
+    memory_timeline: Annotated[
+        bool | None, typer.Option("--memory-timeline", help="follow every tensor of one step, for memory.json")
+    ] = None,
     resumable: Annotated[
         bool | None,
         typer.Option("--resumable/--weights-only", help="save optimizer states with each checkpoint"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from minisft.observe import speed
 from minisft.runs import Run
+from minisft.zero_measure import OTHER
 
 
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -31,9 +32,9 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def model_states(rank: dict[str, int]) -> int:
-    """Bytes of parameters, gradients, masters and optimizer states that one rank holds between two steps."""
-    return sum(rank[owner] for owner in ("parameters", "gradients", "fp32 masters", "optimizer states"))
+def model_states(rank: dict[str, Any]) -> int:
+    """Bytes that one rank, an entry of `memory.json`, holds between two steps, but for batches and the like."""
+    return sum(held for owner, held in rank["at rest"].items() if owner != OTHER)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

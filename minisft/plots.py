@@ -16,6 +16,7 @@ from minisft.ledger import Ledger
 from minisft.mistral import Segment
 from minisft.runs import Run
 from minisft.tokens import Tokenizer
+from minisft.zero_measure import OTHER
 
 # Okabe and Ito (2008): distinguishable with every common kind of colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -24,7 +25,9 @@ OWNER_COLOURS = {
     "gradients": "#009E73",
     "fp32 masters": "#56B4E9",
     "optimizer states": "#E69F00",
-    "other tensors": "#BBBBBB",
+    "buckets": "#CC79A7",
+    "persistent parameters": "#D55E00",
+    OTHER: "#BBBBBB",
 }
 
 
@@ -78,7 +81,7 @@ def memory_bars(runs: Sequence[Run]) -> Picture:
     ranks = [max(run.memory, key=model_states) for run in runs]
     left = [0.0] * len(runs)
     for owner, colour in OWNER_COLOURS.items():
-        sizes = [rank[owner] / 1e9 for rank in ranks]
+        sizes = [rank["at rest"][owner] / 1e9 for rank in ranks]
         axes.barh(names, sizes, left=left, color=colour, label=owner, edgecolor="white")
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     least = min(left)
@@ -88,7 +91,7 @@ def memory_bars(runs: Sequence[Run]) -> Picture:
     axes.invert_yaxis()
     axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.28))
     each = "; ".join(
-        f"{run.name} {model_states(rank) / 1e9:.2f} GB of model states and {rank['other tensors'] / 1e9:.2f} GB else"
+        f"{run.name} {model_states(rank) / 1e9:.2f} GB of model states and {rank['at rest'][OTHER] / 1e9:.2f} GB else"
         for run, rank in zip(runs, ranks, strict=True)
     )
     return _picture(figure, f"Memory of one rank, measured: {each}.")

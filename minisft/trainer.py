@@ -11,12 +11,14 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
 from minisft import checkpoints
+from minisft.allocations import Allocations
 from minisft.errors import UserError
+from minisft.heap import release_free_memory
 from minisft.loss import LossHead, trained_positions
 from minisft.observe import Observer
 from minisft.runs import Run, write_json
 from minisft.sampling import RankBatches
-from minisft.zero_measure import held_bytes, measure
+from minisft.zero_measure import held_bytes, measure, peak_bytes
 
 
 class RunTrainer(Trainer):
@@ -43,9 +45,14 @@ class RunTrainer(Trainer):
         self.saving = False
         self.began = self.seconds = 0.0
         self.observed = 0.0  # seconds spent on observing alone
+        self.held: dict[str, dict[str, int]] = {}  # bytes by owner, at each moment measured
+        self.allocations: Allocations | None = None  # while one step's tensors are followed
+        self.base = 0  # bytes that were alive before it
         self.rows: list[list[tuple[str, int, int]]] = []  # of this step's micro-batches, on this rank
         self.losses: list[torch.Tensor] = []
         self.add_callback(_Clock(self))
+        if ddp := getattr(self.accelerator, "ddp_handler", None):
+            ddp.gradient_as_bucket_view = True  # else every gradient is held twice
 
     # --- the data and the loss -------------------------------------------------------------------------
 
@@ -60,20 +67,29 @@ class RunTrainer(Trainer):
     def get_batch_samples(self, *arguments: Any) -> Any:
         self.began = time.perf_counter()
         self.rows, self.losses = [], []
+        self._release_free_memory()
         return super().get_batch_samples(*arguments)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.rows.append(inputs["rows"])
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._release_free_memory()
         self.losses.append(loss)
         return loss
+
+    def _release_free_memory(self) -> None:
+        if self.args.device.type == "cpu":
+            release_free_memory()
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         # `num_items_in_batch` counts the trained tokens of all ranks and micro-batches; data parallelism then
         # averages over ranks, so each rank's share is scaled back up.
-        return self.summed_loss(model, inputs) / num_items_in_batch * self.accelerator.num_processes
+        self.enter_phase("forward")
+        loss = self.summed_loss(model, inputs) / num_items_in_batch * self.accelerator.num_processes
+        self.enter_phase("backward")
+        return loss
 
     def summed_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """The sum of the loss over the trained tokens of one micro-batch, a scalar in fp32."""
@@ -197,13 +213,32 @@ class RunTrainer(Trainer):
             }
         )
 
-    def write_memory(self) -> None:
-        """Measure what each rank holds between two steps, by owner, into `memory.json`."""
+    def measure_memory(self, moment: str) -> None:
+        """Measure what this rank holds now, by owner."""
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        mine = {"rank": self.args.process_index} | measure(model, self.optimizer, self.args.device.type)
+        self.held[moment] = measure(model, self.optimizer, self.args.device.type)
+        if self.run.config.strategy == "ddp" and moment == "at rest":  # its buckets stay, where Python cannot see them
+            self.held[moment]["buckets"] = self.held["after backward"]["gradients"]
+
+    def write_memory(self) -> None:
+        """All that was measured, of all ranks, into `memory.json`."""
+        mine = {"rank": self.args.process_index, **self.held, "peak": peak_bytes(self.args.device.type)}
+        if self.allocations is not None:
+            mine["step"] = {"before": self.base, **self.allocations.summary()}
         ranks = self._gather(mine)
         if self.is_world_process_zero():
             write_json(self.run.folder / "memory.json", ranks)
+
+    def follow_allocations(self) -> None:
+        """From now on count every tensor that this rank makes."""
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        self.base = sum(measure(model, self.optimizer, self.args.device.type).values())
+        self.allocations = Allocations("forward", "forward")
+        self.allocations.__enter__()
+
+    def enter_phase(self, phase: str) -> None:
+        if self.allocations is not None:
+            self.allocations.phase = self.allocations.owner = phase
 
     def _gather(self, value: Any) -> list[Any]:
         if self.args.world_size == 1:
@@ -227,14 +262,47 @@ class _Clock(TrainerCallback):
         if state.is_world_process_zero:
             self.trainer.observer = Observer(self.trainer.run.folder, self.trainer.start, state.max_steps)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_measured(state, state.global_step + 1) and self.trainer.run.config.memory_timeline:
+            self.trainer.follow_allocations()
+        # DeepSpeed steps where backward ends, before Trainer's own hooks for that moment.
+        if self._is_measured(state, state.global_step + 1) and self.trainer.run.deepspeed:
+            engine = self.trainer.model_wrapped
+            step = engine.step
+
+            def measured_step(*arguments: Any, **options: Any) -> Any:
+                del engine.step
+                self._measure("after backward")
+                self.trainer.enter_phase("step")
+                return step(*arguments, **options)
+
+            engine.step = measured_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_measured(state, state.global_step + 1) and not self.trainer.run.deepspeed:
+            self._measure("after backward")
+            self.trainer.enter_phase("step")
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if args.device.type == "cuda":
             torch.cuda.synchronize()
         trainer.seconds = time.perf_counter() - trainer.began
         trainer.position["step"] = state.global_step
-        if state.global_step == min(trainer.start + 2, state.max_steps):  # by the second step all states exist
+        if self._is_measured(state, state.global_step):
+            if trainer.allocations is not None:
+                trainer.allocations.__exit__(None, None, None)
+            self._measure("at rest")
             trainer.write_memory()
+            trainer.allocations = None
+
+    def _is_measured(self, state: Any, step: int) -> bool:
+        return step == min(self.trainer.start + 2, state.max_steps)  # by the second step all states exist
+
+    def _measure(self, moment: str) -> None:
+        began = time.perf_counter()
+        self.trainer.measure_memory(moment)
+        self.trainer.observed += time.perf_counter() - began
 
 
 class _Loader(torch.utils.data.DataLoader):

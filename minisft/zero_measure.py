@@ -6,16 +6,21 @@ Each storage counts once, however many views it has. On a GPU only tensors on th
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
-OWNERS = ("parameters", "gradients", "fp32 masters", "optimizer states", "other tensors")
+from minisft.zero_memory import OWNERS as PREDICTED_OWNERS
+
+OTHER = "other tensors"
+OWNERS = (*PREDICTED_OWNERS, OTHER)
 
 
 def measure(model: Any, optimizer: Any, device_type: str) -> dict[str, int]:
-    """Bytes that this rank holds between two steps, by owner, plus its peak: `peak` of the device, or of the process.
+    """Bytes that this rank holds now, by owner: `OWNERS`, those of `minisft.zero_memory` and one for all else.
 
-    `model` is the engine's module and `optimizer` what the Trainer steps (a wrapper of torch's or DeepSpeed's).
-    `fp32 masters` are optimizer parameters that are no model parameters. `other tensors` are buckets, buffers,
+    `model` is the engine's module and `optimizer` what steps it (torch's, or Trainer's or DeepSpeed's wrapper of it).
+    `fp32 masters` are optimizer parameters that are no model parameters; `buckets` what DeepSpeed reduces gradients
+    through; `persistent parameters` those that stage 3 keeps whole beside its slices. `other tensors` are buffers,
     batches, and everything else that is alive.
     """
     import torch
@@ -32,16 +37,15 @@ def measure(model: Any, optimizer: Any, device_type: str) -> dict[str, int]:
             bytes_of[storage.data_ptr()] = storage.nbytes()
 
     for parameter in model.parameters():
-        claim("parameters", parameter.data)
-        claim("parameters", getattr(parameter, "ds_tensor", None))  # this rank's part at stage 3
+        slice_at_stage_3 = getattr(parameter, "ds_tensor", None)
+        claim("parameters", slice_at_stage_3)
+        claim("parameters" if slice_at_stage_3 is None else "persistent parameters", parameter.data)
         claim("gradients", parameter.grad)
     inner = optimizer
     while hasattr(inner, "optimizer"):  # Trainer's and DeepSpeed's wrappers, outermost first
         inner = inner.optimizer
-        # Stage 3 lends its masters to the inner optimizer only while it steps, and keeps its gradients allocated.
-        for tensor in getattr(inner, "fp32_partitioned_groups_flat", []):
-            claim("fp32 masters", tensor)
-        claim("gradients", getattr(inner, "grad_partitions_flat_buffer", None))
+        _claim_deepspeed(inner, claim)
+    _claim_deepspeed(optimizer, claim)
     for group in inner.param_groups:
         for parameter in group["params"]:
             claim("fp32 masters", parameter)
@@ -51,12 +55,28 @@ def measure(model: Any, optimizer: Any, device_type: str) -> dict[str, int]:
             claim("optimizer states", tensor)
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor):  # isinstance would wake up proxies and deprecated names
-            claim("other tensors", thing)
+            claim(OTHER, thing)
 
     held = dict.fromkeys(OWNERS, 0)
     for pointer, owner in owner_of.items():
         held[owner] += bytes_of[pointer]
-    return held | {"peak": peak_bytes(device_type)}
+    return held
+
+
+def _claim_deepspeed(wrapper: Any, claim: Callable[[str, Any], None]) -> None:
+    """What a ZeRO optimizer holds beside the optimizer that it wraps."""
+    # Stage 3 lends its masters to the inner optimizer only while it steps, and keeps its gradients allocated.
+    for tensor in getattr(wrapper, "fp32_partitioned_groups_flat", []):
+        claim("fp32 masters", tensor)
+    claim("gradients", getattr(wrapper, "grad_partitions_flat_buffer", None))
+    # Stages 1 and 2 keep what a rank's slice needs of the gradients, whole parameters' and padding.
+    for tensors in (getattr(wrapper, "averaged_gradients", None) or {}).values():
+        for tensor in tensors or ():
+            claim("gradients", tensor)
+    for bucket in getattr(wrapper, "ipg_buckets", {}).values():
+        buffers = bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
+        for tensor in buffers:
+            claim("buckets", tensor)
 
 
 def peak_bytes(device_type: str) -> int:

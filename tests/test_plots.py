@@ -23,7 +23,7 @@ def make_run(tiny_model, small_data):
         run = prepare(config)
         lines = [json.dumps({"step": i, "loss": x, "tokens": 9, "seconds": 1.0}) for i, x in enumerate(losses, 1)]
         (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        write_json(run.folder / "memory.json", [{"rank": 0, **dict.fromkeys(OWNERS, held), "peak": held}])
+        write_json(run.folder / "memory.json", [{"rank": 0, "at rest": dict.fromkeys(OWNERS, held), "peak": held}])
         return run
 
     return make

@@ -1,7 +1,6 @@
 """Real runs of a tiny model under every strategy, through the launchers that users start."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -13,11 +12,12 @@ import psutil
 import pytest
 import torch
 from conftest import write_sharegpt
+from transformers import AutoConfig
 
-from minisft.assets import parameter_shapes
 from minisft.launch import RunFailed, launch, prepare
 from minisft.runs import Run, RunConfig
 from minisft.zero_config import STRATEGIES
+from minisft.zero_memory import OWNERS, Shapes, predict
 
 pytestmark = pytest.mark.distributed
 STEPS = 20
@@ -93,20 +93,15 @@ def test_every_checkpoint_loads_with_plain_transformers(runs, strategy):
         assert text == "<s>[INST] Hi [/INST]"
 
 
-def test_measured_memory_falls_as_zero_splits_more(runs):
-    """Close to the formulae for a rank of two; ZeRO-3 also keeps the tensors under its threshold whole."""
-    sizes = [math.prod(shape) for shape in parameter_shapes(runs["vanilla"].model_folder).values()]
-    parameters = sum(sizes)
-    threshold = runs["zero3"].deepspeed["zero_optimization"]["stage3_param_persistence_threshold"]
-    persistent = sum(size for size in sizes if size <= threshold)
-    assert 0 < persistent < parameters
-    held = {name: run.memory[0] for name, run in runs.items()}
-    assert held["vanilla"]["parameters"] == held["ddp"]["parameters"] == 4 * parameters
-    assert held["vanilla"]["optimizer states"] == pytest.approx(8 * parameters, rel=1e-2)
-    for strategy in ("zero1", "zero2", "zero3"):
-        assert held[strategy]["optimizer states"] == pytest.approx(4 * parameters, rel=1e-2)
-        assert held[strategy]["fp32 masters"] == pytest.approx(2 * parameters, rel=1e-2)
-    assert held["zero3"]["parameters"] == pytest.approx(2 * parameters + 4 * persistent, rel=1e-2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_measured_memory_is_predicted_to_the_byte(runs, strategy):
+    run = runs[strategy]
+    shapes = Shapes.of_config(AutoConfig.from_pretrained(run.model_folder, local_files_only=True))
+    predicted = predict(shapes, strategy, run.config.ranks, run.precision, run.deepspeed)
+    for rank, expected in zip(run.memory, predicted, strict=True):
+        for moment in ("at rest", "after backward"):
+            assert {owner: rank[moment][owner] for owner in OWNERS} == expected[moment]
+        assert rank["peak"] > sum(expected["after backward"].values())
 
 
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(runs, tiny_model, small_data, monkeypatch):

@@ -1,0 +1,102 @@
+"""Every tensor's birth and death: how much is alive when, and who holds it at the worst moment.
+
+A dispatch mode sees each tensor that PyTorch makes, and a finalizer sees its storage go. It counts real tensors and
+fake ones (`FakeTensorMode`, which computes shapes alone) in the same way, to the byte. What a kernel takes for itself
+and gives back before it returns is not seen, nor what C++ allocates without PyTorch's dispatcher.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes alive after one allocation or release, by owner, and the phase that it happened in."""
+
+    phase: str
+    held: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.held.values())
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is active, by the owner that is current when they are made.
+
+    `held` is what is alive now; `peak` the moment of the most; `timeline` the total after each change, with its
+    phase. Views count nothing: storages do, each once.
+    """
+
+    def __init__(self, owner: str = "activations", phase: str = "forward"):
+        super().__init__()
+        self.owner, self.phase = owner, phase
+        self.held: dict[str, int] = {}
+        self.peak = Moment(phase, {})
+        self.timeline: list[tuple[str, int]] = []
+        self._known: dict[int, list[Any]] = {}  # storage -> [owner, bytes]; the finalizer shares the list
+        self._total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, torch.Tensor):
+                self.see(leaf)
+        return found
+
+    def see(self, tensor: torch.Tensor, owner: str | None = None) -> None:
+        """Count the storage of `tensor`, unless it is known; with `owner`, it belongs to that one from now on."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        entry = self._known.get(key)
+        if entry is None:
+            entry = self._known[key] = [owner or self.owner, storage.nbytes()]
+            weakref.finalize(storage, self._gone, key, entry)
+            self._change(entry[0], entry[1])
+        elif owner is not None and owner != entry[0]:
+            self.held[entry[0]] -= entry[1]
+            self.held[owner] = self.held.get(owner, 0) + entry[1]
+            entry[0] = owner
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Never count this one: it was there before."""
+        self._known.setdefault(tensor.untyped_storage()._cdata, ["", 0])
+
+    def summary(self) -> dict[str, Any]:
+        """The peak's phase, owners and total; the most of each phase; and the whole timeline, as plain values."""
+        most: dict[str, int] = {}
+        for phase, held in self.timeline:
+            most[phase] = max(held, most.get(phase, held))
+        peak = {"phase": self.peak.phase, "total": self.peak.total, "held": self.peak.held}
+        return {"peak": peak, "most": most, "timeline": self.timeline}
+
+    @contextmanager
+    def owned_by(self, owner: str) -> Iterator[None]:
+        before, self.owner = self.owner, owner
+        try:
+            yield
+        finally:
+            self.owner = before
+
+    def _gone(self, key: int, entry: list[Any]) -> None:
+        if self._known.get(key) is entry:
+            del self._known[key]
+        self._change(entry[0], -entry[1])
+
+    def _change(self, owner: str, size: int) -> None:
+        if not size:
+            return
+        self.held[owner] = self.held.get(owner, 0) + size
+        self._total += size
+        self.timeline.append((self.phase, self._total))
+        if self._total > self.peak.total:
+            self.peak = Moment(self.phase, dict(self.held))

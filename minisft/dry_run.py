@@ -1,0 +1,170 @@
+"""What a step needs beside the states: activations, logits and the loss, found without allocating any of it.
+
+The real model class, the real batch layout, the real loss and the real backward pass run on fake tensors: PyTorch
+computes the shapes of all that they would allocate, and `Allocations` counts it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from minisft.errors import UserError
+
+ACTIVATIONS, LOGITS, GRADIENTS, BACKWARD = "activations", "logits and loss", "gradients", "temporaries of backward"
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Bytes beside the states, for one micro-batch.
+
+    `retained`: what forward keeps for backward, by owner. `peak`: the most that is alive at once, by owner, the
+    parameters' gradients as they arrive included (all of them stay). `peak_freeing`: the same if each gradient goes
+    as soon as it is there, as with ZeRO's stages 2 and 3, where it moves into a bucket.
+    """
+
+    retained: dict[str, int]
+    peak: dict[str, int]
+    peak_freeing: dict[str, int]
+
+
+def dry_run(
+    config: Any,
+    *,
+    rows: int,
+    length: int,
+    precision: str = "fp32",
+    half_weights: bool = False,
+    trained_share: float = 1.0,
+    activation_checkpointing: bool = False,
+    on_gpu: bool = False,
+    trust_remote_code: bool = False,
+) -> DryRun:
+    """One micro-batch of `rows` rows of `length` tokens through the model of a transformers `config`.
+
+    `trained_share` of the tokens have a loss. `half_weights` is DeepSpeed's way (weights in bf16 or fp16); else half
+    precision is autocast over fp32 weights. `on_gpu` counts what CUDA's kernels keep. Raises `UserError` for a model
+    that cannot be traced; its states can be predicted all the same.
+    """
+    options = {
+        **{"rows": rows, "length": length, "precision": precision, "half_weights": half_weights},
+        **{"trained_share": trained_share, "activation_checkpointing": activation_checkpointing},
+        **{"on_gpu": on_gpu, "trust_remote_code": trust_remote_code},
+    }
+    quiet = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a stack trace beside raising
+    level = quiet.level
+    quiet.setLevel(logging.CRITICAL)
+    try:
+        staying, retained = _trace(config, freeing=False, **options)
+        freeing, _ = _trace(config, freeing=True, **options)
+    except Exception as error:  # whatever a model's own code raises on tensors without values
+        reason = " ".join(str(error).split())[:200]
+        name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+        raise UserError(
+            f"{name} cannot be traced without its weights ({type(error).__name__}: {reason}): only its states can be "
+            "predicted, not its activations"
+        ) from error
+    finally:
+        quiet.setLevel(level)
+    return DryRun(retained, staying, freeing)
+
+
+def _trace(
+    config: Any,
+    *,
+    rows: int,
+    length: int,
+    precision: str,
+    half_weights: bool,
+    trained_share: float,
+    activation_checkpointing: bool,
+    on_gpu: bool,
+    trust_remote_code: bool,
+    freeing: bool,
+    real: bool = False,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(Bytes at the peak, bytes that forward retains), by owner; `real` runs on tensors that have values."""
+    from contextlib import nullcontext
+    from copy import deepcopy
+
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    from transformers import AutoModelForCausalLM
+
+    from minisft.allocations import Allocations
+    from minisft.attention import PER_DOCUMENT, supports_padding_free
+    from minisft.loss import LossHead, supports_loss_head
+    from minisft.wide_products import needs_wide_products, widen_linear_layers
+
+    device = "cuda" if on_gpu else "cpu"
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dtype = half if half_weights and half else torch.float32
+    config = deepcopy(config)
+    config.use_cache = False
+    with_head = supports_loss_head(config, trust_remote_code)
+    fake = None if real else FakeTensorMode()
+    with fake or nullcontext():
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model.train()
+        padding_free = supports_padding_free(model)
+        if padding_free:
+            model.set_attn_implementation(PER_DOCUMENT)
+        if activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if precision == "bf16" and needs_wide_products(device):
+            widen_linear_layers(model)
+        head = LossHead(model.get_output_embeddings()) if with_head else None
+        tokens = rows * length
+        trained = max(1, round(trained_share * tokens))
+        with torch.device(device):
+            shape = (1, tokens) if padding_free else (rows, length)
+            inputs = {"input_ids": torch.ones(shape, dtype=torch.int64)}
+            positions, targets = (torch.zeros(trained, dtype=torch.int64) for _ in range(2))
+            if padding_free:
+                inputs["position_ids"] = torch.zeros(shape, dtype=torch.int64)
+                inputs["max_length_q"] = length
+            else:
+                inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
+        if padding_free:  # the bounds are read as numbers, so they are real
+            with unset_fake_temporarily():
+                inputs["cu_seq_lens_q"] = torch.arange(0, tokens + 1, length, dtype=torch.int32)
+            if on_gpu and fake:
+                inputs["cu_seq_lens_q"] = fake.from_tensor(inputs["cu_seq_lens_q"]).to(device)
+
+        count = Allocations(ACTIVATIONS)
+        for tensor in (*model.parameters(), *model.buffers()):
+            count.ignore(tensor)
+
+        def arrived(parameter: Any) -> None:
+            if freeing:
+                parameter.grad = None
+            else:
+                count.see(parameter.grad, GRADIENTS)
+
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(arrived)
+        if head is not None:
+            whole = head.layer.forward
+
+            def forward(hidden: Any) -> Any:
+                with count.owned_by(LOGITS):
+                    return whole(hidden)
+
+            head.layer.forward = forward
+        cast = torch.autocast(device, dtype=half) if half and not half_weights else nullcontext()
+        with count:
+            with cast:
+                if head is not None:
+                    loss = head.loss(model, inputs, positions, targets)
+                elif padding_free:
+                    logits = model(**inputs, logits_to_keep=positions).logits[0]
+                    loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+                else:
+                    logits = model(**inputs).logits.flatten(0, -2)[positions]
+                    loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            retained = dict(count.held)
+            count.phase, count.owner = "backward", BACKWARD
+            loss.backward()
+        return dict(count.peak.held), retained

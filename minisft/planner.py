@@ -1,0 +1,112 @@
+"""Which strategy for this model on those GPUs: what fits, what is left, which is the cheapest, and why.
+
+States come from `minisft.zero_memory`: exact for a model whose shapes are known, the paper's formula for a bare number
+of parameters. Cheapest means the least traffic between the ranks: whoever fits without splitting need not talk more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minisft.errors import UserError
+from minisft.zero_config import zero_stage
+from minisft.zero_memory import Shapes, most, paper, predict
+
+# From the least traffic to the most; at equal traffic from the simplest to the leanest.
+CANDIDATES = ("ddp", "zero1", "zero2", "zero3")
+RESERVED = 1.5e9  # bytes of a GPU that are never ours: the CUDA context, the libraries' workspaces, fragmentation
+
+
+@dataclass(frozen=True)
+class Option:
+    """One strategy on one of the GPUs: bytes of states, of everything, and what is left of the GPU (below 0: none)."""
+
+    strategy: str
+    states: float
+    total: float
+    left: float
+
+    @property
+    def fits(self) -> bool:
+        return self.left >= 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    options: tuple[Option, ...]
+    best: Option | None
+    reason: str
+
+
+def traffic(strategy: str, accumulation: int = 1) -> int:
+    """Parameters' worth of data that a rank sends per optimizer step, in multiples of the parameters.
+
+    Rajbhandari et al. 2020, section 7: 2 for data parallelism and stages 1 and 2, 3 for stage 3. With accumulation,
+    stage 2 reduces every micro-batch's gradients and stage 3 gathers for each; ddp and stage 1 reduce once.
+    """
+    stage = zero_stage(strategy)
+    if strategy == "vanilla":
+        return 0
+    if stage is None or stage <= 1:
+        return 2
+    return accumulation + 1 if stage == 2 else 3 * accumulation
+
+
+def plan(
+    model: Shapes | float,
+    ranks: int,
+    gpu_bytes: float,
+    *,
+    precision: str = "bf16",
+    activation_bytes: float = 0,
+    accumulation: int = 1,
+) -> Plan:
+    """What each strategy needs on one of `ranks` GPUs of `gpu_bytes` each; `activation_bytes` of a micro-batch come on
+    top. Raises `UserError` for numbers that cannot be."""
+    if not gpu_bytes > RESERVED:
+        raise UserError(f"a GPU of {gpu_bytes / 1e9:.1f} GB is no GPU: give its memory in GB, e.g. 80")
+    names = CANDIDATES if ranks > 1 else ("vanilla", *CANDIDATES[1:])
+    options = []
+    for strategy in names:
+        states = state_bytes(model, strategy, ranks, precision)
+        needed = states + activation_bytes
+        options.append(Option(strategy, states, needed, gpu_bytes - RESERVED - needed))
+    able = [option for option in options if option.fits]
+    if not able:
+        leanest = min(options, key=lambda option: option.total)
+        return Plan(
+            tuple(options),
+            None,
+            f"nothing fits: even {leanest.strategy} needs {leanest.total / 1e9:,.1f} GB of each GPU, "
+            f"{-leanest.left / 1e9:,.1f} GB more than there is; take more GPUs, larger ones, or a smaller micro-batch",
+        )
+    best = min(able, key=lambda option: (traffic(option.strategy, accumulation), options.index(option)))
+    reason = f"{best.strategy} fits with {best.left / 1e9:,.1f} GB to spare"
+    below = [option for option in options if not option.fits and _cheaper(option, best, accumulation)]
+    if below:
+        reason += f"; {' and '.join(o.strategy for o in below)} would talk no more, but {_does(below)} not fit"
+    else:
+        reason += ", and nothing that fits talks less"
+    return Plan(tuple(options), best, reason)
+
+
+def _cheaper(option: Option, best: Option, accumulation: int) -> bool:
+    return traffic(option.strategy, accumulation) <= traffic(best.strategy, accumulation)
+
+
+def _does(options: list[Option]) -> str:
+    return "do" if len(options) > 1 else "does"
+
+
+def state_bytes(model: Shapes | float, strategy: str, ranks: int, precision: str = "bf16") -> float:
+    """Bytes of states on the rank that holds the most, after backward; the paper's formula for a bare number."""
+    if isinstance(model, Shapes):
+        return most(predict(model, strategy, ranks, precision), "after backward")
+    if ranks < 1 or not model > 0:
+        raise UserError(f"{model:g} parameters on {ranks} ranks: give at least one of each")
+    return paper(model, ranks, zero_stage(strategy))
+
+
+def largest_model(strategy: str, ranks: int, gpu_bytes: float, activation_bytes: float = 0) -> float:
+    """Parameters of the largest model whose states fit, by the paper's formula."""
+    return max(0.0, gpu_bytes - RESERVED - activation_bytes) / paper(1, ranks, zero_stage(strategy))

@@ -1,0 +1,266 @@
+"""What each rank holds, in bytes by owner, predicted for every strategy without allocating any of it.
+
+The states (parameters, gradients, masters, optimizer states, buckets) follow from the shapes of the model's
+parameters and from how DeepSpeed 0.19 lays them out: padded, cut into one slice per rank, a parameter that lies over
+a border held whole on both sides. `minisft.zero_measure` finds the same numbers in a live engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minisft.errors import UserError
+from minisft.zero_config import STRATEGIES, deepspeed_config, zero_stage
+
+OWNERS = ("parameters", "gradients", "fp32 masters", "optimizer states", "buckets", "persistent parameters")
+MOMENTS = ("at rest", "after backward")
+ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
+STEP = 4  # bytes of AdamW's own step counter, an fp32 scalar per tensor it steps
+DEFAULT_BUCKET = 500_000_000  # DeepSpeed's `reduce_bucket_size`, where a configuration gives none
+DEFAULT_PERSISTENCE = 100_000
+
+DEEPSPEED = "DeepSpeed 0.19, runtime/zero"
+PAPER = "Rajbhandari et al. 2020 (arXiv:1910.02054), section 3.1"
+
+# One line per kind of engine and owner. P parameters, e bytes of each, W ranks, n tensors; Pad = P rounded up to a
+# multiple of 2 W, part = Pad / W; Q = the sum over tensors of their elements / W, each rounded up.
+FORMULAS: dict[str, dict[str, str]] = {
+    "plain": {
+        "parameters": "4 P: autocast computes in half precision, the weights stay fp32",
+        "gradients": "4 P after backward",
+        "optimizer states": "8 P + 4 n: Adam's two averages and a counter per tensor",
+        "buckets": "ddp: 4 P, in which the gradients lie and travel; allocated all the time",
+    },
+    "stage 0": {
+        "parameters": "e P",
+        "gradients": "e P after backward",
+        "fp32 masters": "4 P in half precision; in fp32 the parameters are the masters",
+        "optimizer states": "8 P + 4 n",
+    },
+    "stage 1, 2": {
+        "parameters": "e Pad per group, whole on every rank",
+        "gradients": "after backward e x all of every parameter that touches this rank's slice, and its padding",
+        "fp32 masters": "4 part per group; a copy in fp32, too",
+        "optimizer states": "8 part + 4 per group",
+    },
+    "stage 3": {
+        "parameters": "e Q",
+        "gradients": "e Q, allocated all the time",
+        "fp32 masters": "4 Q",
+        "optimizer states": "8 Q + 4 per group",
+        "buckets": "e x reduce_bucket_size, allocated all the time",
+        "persistent parameters": "e W Q over parameters up to the persistence threshold, kept whole; none on 1 rank",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model as ZeRO sees it: the elements of every trained parameter, shared ones once, by param group.
+
+    `groups` are lists of (name, elements) in the optimizer's order; transformers' Trainer makes two, with and without
+    weight decay. `buffer_bytes` is what else the module holds. `source` says where it comes from.
+    """
+
+    groups: tuple[tuple[tuple[str, int], ...], ...]
+    buffer_bytes: int = 0
+    source: str = ""
+
+    @property
+    def parameters(self) -> int:
+        return sum(elements for group in self.groups for _, elements in group)
+
+    @property
+    def tensors(self) -> int:
+        return sum(map(len, self.groups))
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(elements for group in self.groups for _, elements in group)
+
+    @classmethod
+    def of_model(cls, model: Any, source: str = "") -> Shapes:
+        """The shapes of a torch module, on whatever device (`meta` is enough), in the groups that Trainer makes."""
+        from transformers import Trainer
+
+        decayed = set(Trainer.get_decay_parameter_names(None, model))
+        named = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [tuple(x for x in named if x[0] in decayed), tuple(x for x in named if x[0] not in decayed)]
+        buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+        return cls(tuple(g for g in groups if g), buffers, source or type(model).__name__)
+
+    @classmethod
+    def of_config(cls, config: Any, trust_remote_code: bool = False, source: str = "") -> Shapes:
+        """The same from a transformers config: the model is built without weights."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return cls.of_model(model, source or f"{type(model).__name__} built from its config, without weights")
+
+
+def partition_size(elements: int, ranks: int) -> int:
+    """Elements of one rank's slice of a param group at stages 1 and 2: padded to a multiple of 2 x ranks."""
+    return -(-elements // (2 * ranks)) * 2
+
+
+def touching(group: Sequence[tuple[str, int]], ranks: int) -> np.ndarray:
+    """For each rank the elements, int64 [ranks], of all parameters that its slice of `group` touches, and padding.
+
+    A parameter over a border counts whole on both sides: each of the two ranks keeps its whole gradient.
+    """
+    sizes = np.array([elements for _, elements in group], dtype=np.int64)
+    ends = sizes.cumsum()
+    part = partition_size(int(ends[-1]), ranks)
+    begins = np.arange(ranks, dtype=np.int64) * part
+    first = np.searchsorted(ends, begins, side="right")
+    last = np.searchsorted(ends - sizes, begins + part, side="left")
+    before = np.concatenate([[0], ends])
+    padding = np.clip(begins + part - np.maximum(begins, ends[-1]), 0, None)
+    return np.maximum(before[last] - before[first], 0) + padding
+
+
+def split_size(group: Iterable[tuple[str, int]], ranks: int) -> int:
+    """Elements of one rank's part of a param group at stage 3, where every tensor is split by itself."""
+    return sum(-(-elements // ranks) for _, elements in group)
+
+
+def predict(
+    shapes: Shapes,
+    strategy: str,
+    ranks: int,
+    precision: str,
+    deepspeed: Mapping[str, Any] | None = None,
+) -> list[dict[str, dict[str, int]]]:
+    """Bytes of the model's states, one entry per rank: for each of `MOMENTS` its owners' bytes.
+
+    `deepspeed` is the configuration that runs; without one it is what `minisft` generates. Raises `UserError` for a
+    strategy, number of ranks or precision that cannot be.
+    """
+    _require(strategy, ranks, precision)
+    stage = zero_stage(strategy)
+    if stage is not None and deepspeed is None:
+        deepspeed = generated(shapes, strategy, ranks, precision)
+    if stage is None:
+        rest, gradients = _plain(shapes, ranks, strategy == "ddp")
+    elif stage == 0:
+        rest, gradients = _stage0(shapes, ranks, precision)
+    elif stage < 3:
+        rest, gradients = _stage12(shapes, ranks, precision)
+    else:
+        rest, gradients = _stage3(shapes, ranks, precision, deepspeed["zero_optimization"])
+    predicted = []
+    for rank in range(ranks):
+        resting = dict.fromkeys(OWNERS, 0) | rest
+        after = resting | {"gradients": resting["gradients"] + int(gradients[rank])}
+        if strategy == "ddp":  # the gradients lie in the buckets
+            after["buckets"] = 0
+        predicted.append({"at rest": resting, "after backward": after})
+    return predicted
+
+
+def generated(shapes: Shapes, strategy: str, ranks: int, precision: str) -> dict[str, Any]:
+    """The configuration that `minisft` writes for such a run, as far as memory depends on it."""
+    return deepspeed_config(
+        strategy,
+        micro_batch=1,
+        accumulation=1,
+        ranks=ranks,
+        max_grad_norm=1.0,
+        precision=precision,
+        largest_tensor=shapes.largest,
+        on_gpu=False,
+    )
+
+
+def _require(strategy: str, ranks: int, precision: str) -> None:
+    if strategy not in STRATEGIES:
+        raise UserError(f"unknown strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
+    if ranks < 1:
+        raise UserError(f"ranks is {ranks}: give at least 1")
+    if precision not in ELEMENT:
+        raise UserError(f"unknown precision {precision!r}: use one of {', '.join(ELEMENT)}")
+
+
+Found = tuple[dict[str, int], np.ndarray]  # at rest; bytes of gradients that backward adds, by rank
+
+
+def _plain(shapes: Shapes, ranks: int, ddp: bool) -> Found:
+    p, n = shapes.parameters, shapes.tensors
+    rest = {"parameters": 4 * p, "optimizer states": 8 * p + STEP * n, "buckets": 4 * p if ddp else 0}
+    return rest, np.full(ranks, 4 * p)
+
+
+def _stage0(shapes: Shapes, ranks: int, precision: str) -> Found:
+    p, e = shapes.parameters, ELEMENT[precision]
+    rest = {"parameters": e * p, "optimizer states": 8 * p + STEP * shapes.tensors}
+    if precision != "fp32":
+        rest["fp32 masters"] = 4 * p
+    return rest, np.full(ranks, e * p)
+
+
+def _stage12(shapes: Shapes, ranks: int, precision: str) -> Found:
+    e = ELEMENT[precision]
+    parts = [partition_size(sum(n for _, n in group), ranks) for group in shapes.groups]
+    rest = {
+        "parameters": e * sum(parts) * ranks,
+        "fp32 masters": 4 * sum(parts),
+        "optimizer states": 8 * sum(parts) + STEP * len(parts),
+    }
+    return rest, e * sum(touching(group, ranks) for group in shapes.groups)
+
+
+def _stage3(shapes: Shapes, ranks: int, precision: str, zero: Mapping[str, Any]) -> Found:
+    e = ELEMENT[precision]
+    split = sum(split_size(group, ranks) for group in shapes.groups)
+    threshold = int(zero.get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE))
+    small = [x for group in shapes.groups for x in group if x[1] <= threshold]
+    rest = {
+        "parameters": e * split,
+        "gradients": e * split,
+        "fp32 masters": 4 * split,
+        "optimizer states": 8 * split + STEP * len(shapes.groups),
+        "buckets": e * int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+        "persistent parameters": e * ranks * split_size(small, ranks) if ranks > 1 else 0,
+    }
+    return rest, np.zeros(ranks, dtype=np.int64)
+
+
+def paper(parameters: float, ranks: int, stage: int | None, optimizer: int = 12) -> float:
+    """Bytes of model states per rank by the paper's formula: fp16 parameters and gradients, `optimizer` bytes more.
+
+    Stage None or 0 splits nothing. Rajbhandari et al. 2020, section 3.1 and figure 1; it knows no buckets, padding
+    or parameters over a border.
+    """
+    weights = gradients = 2.0 * parameters
+    states = float(optimizer) * parameters
+    if (stage or 0) >= 1:
+        states /= ranks
+    if (stage or 0) >= 2:
+        gradients /= ranks
+    if (stage or 0) >= 3:
+        weights /= ranks
+    return weights + gradients + states
+
+
+def paper_largest(memory: float, ranks: int, stage: int | None, optimizer: int = 12) -> float:
+    """The largest number of parameters whose model states fit into `memory` bytes per rank, by the same formula."""
+    return memory / paper(1, ranks, stage, optimizer)
+
+
+def total(owners: Mapping[str, int]) -> int:
+    return sum(owners.values())
+
+
+def most(predicted: Sequence[Mapping[str, Mapping[str, int]]], moment: str) -> int:
+    """Bytes of the rank that holds the most at `moment`."""
+    if not predicted:
+        return math.nan
+    return max(total(rank[moment]) for rank in predicted)

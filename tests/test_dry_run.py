@@ -1,0 +1,108 @@
+"""Activations from fake tensors: the same bytes as a real step allocates, whatever the batch and the precision."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from transformers import AutoConfig, GPT2Config, LlamaConfig
+
+from minisft.allocations import Allocations
+from minisft.dry_run import ACTIVATIONS, GRADIENTS, LOGITS, _trace, dry_run
+from minisft.errors import UserError
+
+LLAMA = LlamaConfig(
+    vocab_size=301,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    tie_word_embeddings=True,
+)
+GPT2 = GPT2Config(vocab_size=301, n_positions=128, n_embd=32, n_layer=2, n_head=4)
+PLAIN = {
+    **{"rows": 2, "length": 40, "precision": "fp32", "half_weights": False, "trained_share": 0.5},
+    **{"activation_checkpointing": False, "on_gpu": False, "trust_remote_code": False},
+}
+
+
+@pytest.mark.parametrize("freeing", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rows": 1, "length": 100},
+        {"trained_share": 1.0},
+        {"precision": "bf16"},
+        {"precision": "bf16", "half_weights": True},
+        {"activation_checkpointing": True},
+    ],
+)
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["padding-free", "padded"])
+def test_fake_tensors_count_what_real_ones_take(config, changes, freeing):
+    settings = PLAIN | changes | {"freeing": freeing}
+    gc.collect()
+    peak, retained = _trace(config, **settings)
+    real_peak, real_retained = _trace(config, **settings, real=True)
+    assert retained == real_retained
+    assert peak == real_peak
+
+
+def test_what_is_known_of_activations():
+    base = dry_run(LLAMA, rows=2, length=40)
+    assert set(base.retained) == {ACTIVATIONS, LOGITS}
+    double = dry_run(LLAMA, rows=4, length=40)
+    assert double.retained[ACTIVATIONS] == pytest.approx(2 * base.retained[ACTIVATIONS], rel=0.02)
+    lean = dry_run(LLAMA, rows=2, length=40, activation_checkpointing=True)
+    assert lean.retained[ACTIVATIONS] < base.retained[ACTIVATIONS] / 3
+    assert sum(base.peak_freeing.values()) <= sum(base.peak.values())
+    assert GRADIENTS in lean.peak
+    assert GRADIENTS not in lean.peak_freeing
+
+
+def test_a_large_model_is_traced_without_allocating_it():
+    """Seven billion parameters in fp32 are 27 GB; the trace itself needs next to nothing."""
+    import resource
+
+    large = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = dry_run(large, rows=1, length=2048, precision="bf16", half_weights=True, on_gpu=False)
+    assert sum(found.retained.values()) > 5e9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+
+def test_a_model_that_cannot_be_traced_is_said_to_be():
+    """Its experts' products have no fp32 form on a CPU that could be traced."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("mixtral", vocab_size=300, num_hidden_layers=1, num_local_experts=4, **sizes)
+    with pytest.raises(UserError, match=r"MixtralConfig cannot be traced .* only its states can be predicted"):
+        dry_run(config, rows=1, length=8)
+
+
+def test_allocations_count_storages_once_and_see_them_go():
+    with Allocations() as count:
+        a = torch.zeros(1000)
+        view = a[10:].view(-1, 10)
+        assert count.held == {"activations": 4000}
+        with count.owned_by("logits and loss"):
+            b = a * 2
+        count.phase = "backward"
+        assert count.held == {"activations": 4000, "logits and loss": 4000}
+        del a
+        assert count.held["activations"] == 4000, "the view keeps it alive"
+        del view
+        assert count.held["activations"] == 0
+        del b
+    assert count.peak.total == 8000
+    assert count.peak.phase == "forward"
+    assert count.timeline == [("forward", 4000), ("forward", 8000), ("backward", 4000), ("backward", 0)]

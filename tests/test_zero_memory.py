@@ -1,0 +1,191 @@
+"""Predicted bytes: against live engines to the byte, against the paper's table, and as properties."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
+from zero_engines import tiny
+
+from minisft.errors import UserError
+from minisft.zero_config import STRATEGIES
+from minisft.zero_memory import (
+    MOMENTS,
+    OWNERS,
+    Shapes,
+    generated,
+    paper,
+    partition_size,
+    predict,
+    split_size,
+    total,
+    touching,
+)
+
+PERSISTENCE = 100  # small enough for some of the tiny model's tensors, not for all
+BUCKET = 4000
+sizes = st.lists(st.integers(1, 5000), min_size=1, max_size=12)
+
+
+def shapes_of(tied: bool, two_groups: bool) -> Shapes:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny(tied))
+    if two_groups:
+        return Shapes.of_model(model)
+    return Shapes((tuple((name, p.numel()) for name, p in model.named_parameters()),))
+
+
+# --- live engines ------------------------------------------------------------------------------------------
+
+
+def cases(ranks: int) -> list[tuple[Shapes, dict]]:
+    """Stages 0 to 3, fp32 and bf16, one and two param groups, tied and untied embeddings."""
+    made = []
+    for stage in range(4):
+        for precision in ("fp32", "bf16"):
+            for two_groups in (False, True):
+                for tied in (False, True):
+                    shapes = shapes_of(tied, two_groups)
+                    config = generated(shapes, f"zero{stage}", ranks, precision)
+                    zero = config["zero_optimization"]
+                    zero |= {key: BUCKET for key, value in zero.items() if key.endswith("bucket_size") and value}
+                    if stage == 3:
+                        zero["stage3_param_persistence_threshold"] = PERSISTENCE
+                    about = {"stage": stage, "precision": precision, "two_groups": two_groups, "tied": tied}
+                    made.append((shapes, about | {"deepspeed": config}))
+    return made
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_live_engines_hold_what_is_predicted_to_the_byte(ranks, tmp_path):
+    chosen = cases(ranks)
+    out = tmp_path / "measured.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)),
+            *(str(Path(__file__).with_name("zero_engines.py")), str(out), json.dumps([about for _, about in chosen])),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for (shapes, about), measured in zip(chosen, json.loads(out.read_text()), strict=True):
+        predicted = predict(shapes, f"zero{about['stage']}", ranks, about["precision"], about["deepspeed"])
+        for rank in range(ranks):
+            for moment in MOMENTS:
+                found = {owner: measured[rank][moment][owner] for owner in OWNERS}
+                assert found == predicted[rank][moment], (about, rank, moment)
+
+
+# --- the paper ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "ranks", "gigabytes"),
+    [
+        (7.5e9, 64, ("120", "31.4", "16.6", "1.9")),
+        (128e9, 1024, ("2048", "513.5", "257.8", "2")),
+        (1e12, 1024, ("16000", "4012", "2014", "15.6")),
+    ],
+)
+def test_the_papers_table(parameters, ranks, gigabytes):
+    """Rajbhandari et al. 2020, figure 1 and table 1, to the digits printed there."""
+    for stage, expected in enumerate(gigabytes):
+        digits = len(expected.partition(".")[2])
+        assert f"{paper(parameters, ranks, stage) / 1e9:.{digits}f}" == expected
+
+
+@pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3"])
+def test_the_exact_prediction_approaches_the_paper_for_a_large_model(strategy):
+    """Without buckets and small tensors, in half precision, the two differ by padding and borders alone."""
+    layer = [("a", 40_000_000), ("b", 4_096)]
+    shapes = Shapes((tuple((f"{i}.{name}", n) for i in range(40) for name, n in layer),))
+    config = generated(shapes, strategy, 8, "bf16")
+    config["zero_optimization"] |= {"reduce_bucket_size": 1, "stage3_param_persistence_threshold": 0}
+    found = predict(shapes, strategy, 8, "bf16", config)
+    stage = int(strategy[-1])
+    # At stages 1 and 2 a rank's own gradients are all that is left after backward.
+    expected = paper(shapes.parameters, 8, 2 if stage == 1 else stage)
+    assert total(found[3]["after backward"]) == pytest.approx(expected, rel=0.02)
+
+
+# --- properties --------------------------------------------------------------------------------------------
+
+
+@given(sizes, st.integers(1, 9))
+def test_slices_cover_a_group_and_little_more(group, ranks):
+    elements = sum(group)
+    part = partition_size(elements, ranks)
+    assert elements <= part * ranks < elements + 2 * ranks
+
+
+@given(sizes, st.integers(1, 9))
+def test_touching_counts_every_parameter_that_a_slice_meets(group, ranks):
+    """Against the definition, element by element."""
+    named = [(str(i), n) for i, n in enumerate(group)]
+    part = partition_size(sum(group), ranks)
+    found = touching(named, ranks)
+    for rank in range(ranks):
+        begin, end = rank * part, (rank + 1) * part
+        at, expected = 0, 0
+        for n in group:
+            expected += n if max(at, begin) < min(at + n, end) else 0
+            at += n
+        padding = max(0, end - max(begin, at))
+        assert found[rank] == expected + padding
+
+
+@given(sizes, st.integers(1, 9))
+def test_stage_3_splits_each_tensor_by_itself(group, ranks):
+    split = split_size([(str(i), n) for i, n in enumerate(group)], ranks)
+    assert sum(group) <= split * ranks < sum(group) + ranks * len(group)
+
+
+@given(sizes, st.sampled_from(["fp32", "bf16", "fp16"]), st.integers(1, 6))
+def test_more_splitting_never_holds_more_states(group, precision, ranks):
+    shapes = Shapes((tuple((str(i), n) for i, n in enumerate(group)),))
+    states = {}
+    for strategy in ("zero0", "zero1", "zero3"):
+        (rank, *_) = predict(shapes, strategy, ranks, precision)
+        states[strategy] = rank["at rest"]["optimizer states"] + rank["at rest"]["fp32 masters"]
+    slack = 12 * 2 * ranks + 12 * len(group) + (4 * shapes.parameters if precision == "fp32" else 0)
+    assert states["zero1"] <= states["zero0"] + slack
+    assert states["zero3"] <= states["zero1"] + slack
+
+
+def test_shared_parameters_count_once_and_groups_are_trainers():
+    tied, untied = shapes_of(True, True), shapes_of(False, True)
+    assert untied.parameters - tied.parameters == 97 * 20
+    assert len(tied.groups) == 2
+    assert all("norm" in name for name, _ in tied.groups[1])
+    assert not any("norm" in name for name, _ in tied.groups[0])
+
+
+def test_every_strategy_has_an_answer_for_every_rank():
+    shapes = shapes_of(True, True)
+    for strategy in STRATEGIES:
+        ranks = 1 if strategy == "vanilla" else 5
+        predicted = predict(shapes, strategy, ranks, "bf16")
+        assert len(predicted) == ranks
+        for rank in predicted:
+            assert tuple(rank) == MOMENTS
+            assert all(tuple(owners) == OWNERS for owners in rank.values())
+            assert total(rank["after backward"]) >= total(rank["at rest"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "precision", "said"),
+    [("zero4", 2, "bf16", "unknown strategy"), ("zero2", 0, "bf16", "ranks is 0"), ("zero2", 2, "int8", "precision")],
+)
+def test_what_cannot_be_is_refused(strategy, ranks, precision, said):
+    with pytest.raises(UserError, match=said):
+        predict(shapes_of(True, True), strategy, ranks, precision)
