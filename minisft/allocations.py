@@ -54,7 +54,10 @@ class Allocations(TorchDispatchMode):
         return found
 
     def see(self, tensor: torch.Tensor, owner: str | None = None) -> None:
-        """Count the storage of `tensor`, unless it is known; with `owner`, it belongs to that one from now on."""
+        """Count the storage of `tensor`, unless it is known; with `owner`, it belongs to that one from now on.
+
+        For tensors that were there before as well: a dispatch mode only meets those that are made under it.
+        """
         storage = tensor.untyped_storage()
         key = storage._cdata
         entry = self._known.get(key)

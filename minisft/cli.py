@@ -383,6 +383,54 @@ def evaluate(
 
 
 @app.command()
+def memory(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="smollm2, a model folder, or a hub id")] = None,
+    params: Annotated[float | None, typer.Option(help="a bare number of parameters instead, e.g. 7e9")] = None,
+    ranks: Annotated[int, typer.Option(help="processes, one per GPU")] = 2,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "bf16",
+    batch_size: Annotated[int, typer.Option(help="rows per rank and micro-batch, for the activations")] = 8,
+    max_length: MaxLength = 2048,
+    activation_checkpointing: Annotated[bool, typer.Option("--activation-checkpointing")] = False,
+    accumulation: Annotated[int, typer.Option(help="micro-batches per step, for the traffic")] = 1,
+    gpu_memory: Annotated[float | None, typer.Option(help="GB of one GPU: says what fits and what to take")] = None,
+    states_only: Annotated[bool, typer.Option("--states-only", help="leave the activations out")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes per rank and owner under every strategy, predicted without allocating any of them."""
+    from minisft import memory_report
+
+    if (model is None) == (params is None):
+        raise UserError("give either --model or --params, e.g. minisft memory --model smollm2")
+    batch = None if states_only else memory_report.Batch(batch_size, max_length, activation_checkpointing)
+    if params is not None:
+        report = memory_report.of_parameters(params, ranks)
+    else:
+        report = memory_report.of_model(model, ranks, precision, batch, trust_remote_code, _note)
+    if gpu_memory is not None:
+        report.add_plan(gpu_memory * 1e9, accumulation)
+    _print_json(report.to_dict()) if as_json else print(report.text())
+
+
+@app.command()
+def lint(
+    file: Annotated[Path, typer.Argument(help="a DeepSpeed configuration in JSON")],
+    ranks: Annotated[int | None, typer.Option(help="processes: checks the batch arithmetic")] = None,
+    params: Annotated[float | None, typer.Option(help="the model's parameters: checks the buckets")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is wrong with a DeepSpeed configuration; exit code 1 if DeepSpeed refuses it or does not do what it says."""
+    from minisft.lint import lint_file
+
+    findings = lint_file(file, ranks=ranks, parameters=None if params is None else int(params))
+    if as_json:
+        _print_json([vars(finding) for finding in findings])
+    else:
+        print("\n".join(map(str, findings)) or f"nothing is wrong with {file}")
+    sys.exit(1 if any(finding.severity == "error" for finding in findings) else 0)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[str] | None, typer.Argument(help="runs by name or folder; all if not given")] = None,
     as_json: AsJson = False,

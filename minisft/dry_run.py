@@ -7,6 +7,7 @@ computes the shapes of all that they would allocate, and `Allocations` counts it
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,25 +32,24 @@ class DryRun:
 
 def dry_run(
     config: Any,
+    lengths: Sequence[int],
     *,
-    rows: int,
-    length: int,
+    trained: int | None = None,
     precision: str = "fp32",
     half_weights: bool = False,
-    trained_share: float = 1.0,
     activation_checkpointing: bool = False,
     on_gpu: bool = False,
     trust_remote_code: bool = False,
 ) -> DryRun:
-    """One micro-batch of `rows` rows of `length` tokens through the model of a transformers `config`.
+    """One micro-batch of rows of these `lengths`, in tokens, through the model of a transformers `config`.
 
-    `trained_share` of the tokens have a loss. `half_weights` is DeepSpeed's way (weights in bf16 or fp16); else half
-    precision is autocast over fp32 weights. `on_gpu` counts what CUDA's kernels keep. Raises `UserError` for a model
-    that cannot be traced; its states can be predicted all the same.
+    `trained` of the tokens have a loss; all, if not given. `half_weights` is DeepSpeed's way (weights in bf16 or
+    fp16); else half precision is autocast over fp32 weights. `on_gpu` counts what CUDA's kernels keep. Raises
+    `UserError` for a model that cannot be traced; its states can be predicted all the same.
     """
     options = {
-        **{"rows": rows, "length": length, "precision": precision, "half_weights": half_weights},
-        **{"trained_share": trained_share, "activation_checkpointing": activation_checkpointing},
+        **{"lengths": lengths, "trained": trained, "precision": precision, "half_weights": half_weights},
+        **{"activation_checkpointing": activation_checkpointing},
         **{"on_gpu": on_gpu, "trust_remote_code": trust_remote_code},
     }
     quiet = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a stack trace beside raising
@@ -73,11 +73,10 @@ def dry_run(
 def _trace(
     config: Any,
     *,
-    rows: int,
-    length: int,
+    lengths: Sequence[int],
+    trained: int | None,
     precision: str,
     half_weights: bool,
-    trained_share: float,
     activation_checkpointing: bool,
     on_gpu: bool,
     trust_remote_code: bool,
@@ -116,20 +115,19 @@ def _trace(
         if precision == "bf16" and needs_wide_products(device):
             widen_linear_layers(model)
         head = LossHead(model.get_output_embeddings()) if with_head else None
-        tokens = rows * length
-        trained = max(1, round(trained_share * tokens))
+        tokens = sum(lengths)
         with torch.device(device):
-            shape = (1, tokens) if padding_free else (rows, length)
+            shape = (1, tokens) if padding_free else (len(lengths), max(lengths))
             inputs = {"input_ids": torch.ones(shape, dtype=torch.int64)}
-            positions, targets = (torch.zeros(trained, dtype=torch.int64) for _ in range(2))
+            positions, targets = (torch.zeros(trained or tokens, dtype=torch.int64) for _ in range(2))
             if padding_free:
                 inputs["position_ids"] = torch.zeros(shape, dtype=torch.int64)
-                inputs["max_length_q"] = length
+                inputs["max_length_q"] = max(lengths)
             else:
                 inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
         if padding_free:  # the bounds are read as numbers, so they are real
             with unset_fake_temporarily():
-                inputs["cu_seq_lens_q"] = torch.arange(0, tokens + 1, length, dtype=torch.int32)
+                inputs["cu_seq_lens_q"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
             if on_gpu and fake:
                 inputs["cu_seq_lens_q"] = fake.from_tensor(inputs["cu_seq_lens_q"]).to(device)
 

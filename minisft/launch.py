@@ -29,6 +29,7 @@ from minisft import assets, preflight
 from minisft.checkpoints import latest_resumable
 from minisft.errors import UserError
 from minisft.ledger import Ledger
+from minisft.lint import lint
 from minisft.runs import Run, RunConfig, outputs_root, project_root, write_json
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import write_data
@@ -187,6 +188,7 @@ def launch(run: Run, say: Say = print) -> Run:
     if run.status == "done":
         say(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
         return run
+    _require_sound_deepspeed(run, say)
     with _only_one(run.folder) as lock:
         _clear_earlier_try(run)
         command = command_line(run.config, run.folder)
@@ -202,6 +204,18 @@ def launch(run: Run, say: Say = print) -> Run:
     where = "" if failure["rank"] is None else f" on rank {failure['rank']}, step {failure['step']}"
     log = run.folder / "logs" / ("launcher.log" if failure["rank"] is None else f"rank{failure['rank']}.log")
     raise RunFailed(f"{run.name} failed{where}: {failure['reason']} (see {_shown(log)})")
+
+
+def _require_sound_deepspeed(run: Run, say: Say) -> None:
+    """Refuse a `deepspeed.json`, which may have been edited, that would fail or not do what it says."""
+    if (config := run.deepspeed) is None:
+        return
+    findings = lint(config, ranks=run.config.ranks)
+    if errors := [finding for finding in findings if finding.severity == "error"]:
+        said = "; ".join(f"{finding.key} {finding.message}" for finding in errors)
+        raise UserError(f"{_shown(run.folder / 'deepspeed.json')} cannot be trained with: {said}")
+    for finding in findings:
+        say(f"deepspeed.json: {finding}")
 
 
 def _clear_earlier_try(run: Run) -> None:

@@ -18,7 +18,7 @@ from minisft.loss import LossHead, trained_positions
 from minisft.observe import Observer
 from minisft.runs import Run, write_json
 from minisft.sampling import RankBatches
-from minisft.zero_measure import held_bytes, measure, peak_bytes
+from minisft.zero_measure import held_bytes, live_tensors, measure, peak_bytes
 
 
 class RunTrainer(Trainer):
@@ -47,7 +47,9 @@ class RunTrainer(Trainer):
         self.observed = 0.0  # seconds spent on observing alone
         self.held: dict[str, dict[str, int]] = {}  # bytes by owner, at each moment measured
         self.allocations: Allocations | None = None  # while one step's tensors are followed
-        self.base = 0  # bytes that were alive before it
+        self.base = 0  # bytes that were alive before that step
+        self.adopted: set[int] = set()  # where they lie
+        self.buckets: dict[int, int] = {}  # DDP's: where they lie, and their bytes
         self.rows: list[list[tuple[str, int, int]]] = []  # of this step's micro-batches, on this rank
         self.losses: list[torch.Tensor] = []
         self.add_callback(_Clock(self))
@@ -216,24 +218,32 @@ class RunTrainer(Trainer):
     def measure_memory(self, moment: str) -> None:
         """Measure what this rank holds now, by owner."""
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        self.held[moment] = measure(model, self.optimizer, self.args.device.type)
-        if self.run.config.strategy == "ddp" and moment == "at rest":  # its buckets stay, where Python cannot see them
-            self.held[moment]["buckets"] = self.held["after backward"]["gradients"]
+        if self.run.config.strategy == "ddp" and moment == "after backward":
+            # Gradients are views of DDP's buckets, which it keeps where Python cannot see them.
+            storages = [p.grad.untyped_storage() for p in model.parameters() if p.grad is not None]
+            self.buckets = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        self.held[moment] = measure(model, self.optimizer, self.args.device.type, self.buckets)
 
     def write_memory(self) -> None:
         """All that was measured, of all ranks, into `memory.json`."""
         mine = {"rank": self.args.process_index, **self.held, "peak": peak_bytes(self.args.device.type)}
         if self.allocations is not None:
-            mine["step"] = {"before": self.base, **self.allocations.summary()}
+            rows = [row for batch in self.rows for row in batch]
+            about = {"lengths": [tokens for _, tokens, _ in rows], "trained": sum(trained for _, _, trained in rows)}
+            unseen = sum(size for pointer, size in self.buckets.items() if pointer not in self.adopted)
+            mine["step"] = {"before": self.base, "unseen": unseen, **about, **self.allocations.summary()}
         ranks = self._gather(mine)
         if self.is_world_process_zero():
             write_json(self.run.folder / "memory.json", ranks)
 
     def follow_allocations(self) -> None:
-        """From now on count every tensor that this rank makes."""
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        self.base = sum(measure(model, self.optimizer, self.args.device.type).values())
+        """From now on count every tensor that this rank makes, and see those go that are there already."""
         self.allocations = Allocations("forward", "forward")
+        for tensor in live_tensors():
+            if tensor.device.type == self.args.device.type and (pointer := tensor.untyped_storage().data_ptr()):
+                self.adopted.add(pointer)
+                self.allocations.see(tensor, "before")
+        self.base = self.allocations.peak.total
         self.allocations.__enter__()
 
     def enter_phase(self, phase: str) -> None:
@@ -297,7 +307,8 @@ class _Clock(TrainerCallback):
             trainer.allocations = None
 
     def _is_measured(self, state: Any, step: int) -> bool:
-        return step == min(self.trainer.start + 2, state.max_steps)  # by the second step all states exist
+        # By the third step all states exist, and DDP has laid out its buckets anew.
+        return step == min(self.trainer.start + 3, state.max_steps)
 
     def _measure(self, moment: str) -> None:
         began = time.perf_counter()

@@ -6,7 +6,7 @@ Each storage counts once, however many views it has. On a GPU only tensors on th
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from minisft.zero_memory import OWNERS as PREDICTED_OWNERS
@@ -15,13 +15,14 @@ OTHER = "other tensors"
 OWNERS = (*PREDICTED_OWNERS, OTHER)
 
 
-def measure(model: Any, optimizer: Any, device_type: str) -> dict[str, int]:
+def measure(model: Any, optimizer: Any, device_type: str, buckets: Mapping[int, int] | None = None) -> dict[str, int]:
     """Bytes that this rank holds now, by owner: `OWNERS`, those of `minisft.zero_memory` and one for all else.
 
     `model` is the engine's module and `optimizer` what steps it (torch's, or Trainer's or DeepSpeed's wrapper of it).
     `fp32 masters` are optimizer parameters that are no model parameters; `buckets` what DeepSpeed reduces gradients
     through; `persistent parameters` those that stage 3 keeps whole beside its slices. `other tensors` are buffers,
-    batches, and everything else that is alive.
+    batches, and everything else that is alive. `buckets` are storages, address to bytes, that are known to be alive
+    though Python may not see them: DDP's.
     """
     import torch
 
@@ -53,14 +54,24 @@ def measure(model: Any, optimizer: Any, device_type: str) -> dict[str, int]:
     for state in inner.state.values():
         for tensor in state.values():
             claim("optimizer states", tensor)
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):  # isinstance would wake up proxies and deprecated names
-            claim(OTHER, thing)
+    for pointer, size in (buckets or {}).items():
+        owner_of.setdefault(pointer, "buckets")
+        bytes_of[pointer] = size
+    for tensor in live_tensors():
+        claim(OTHER, tensor)
 
     held = dict.fromkeys(OWNERS, 0)
     for pointer, owner in owner_of.items():
         held[owner] += bytes_of[pointer]
     return held
+
+
+def live_tensors() -> list[Any]:
+    """Every tensor that Python can reach, on whatever device."""
+    import torch
+
+    # isinstance would wake up proxies and deprecated names
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
 def _claim_deepspeed(wrapper: Any, claim: Callable[[str, Any], None]) -> None:

@@ -24,7 +24,7 @@ LLAMA = LlamaConfig(
 )
 GPT2 = GPT2Config(vocab_size=301, n_positions=128, n_embd=32, n_layer=2, n_head=4)
 PLAIN = {
-    **{"rows": 2, "length": 40, "precision": "fp32", "half_weights": False, "trained_share": 0.5},
+    **{"lengths": [40, 30], "trained": 33, "precision": "fp32", "half_weights": False},
     **{"activation_checkpointing": False, "on_gpu": False, "trust_remote_code": False},
 }
 
@@ -34,8 +34,8 @@ PLAIN = {
     "changes",
     [
         {},
-        {"rows": 1, "length": 100},
-        {"trained_share": 1.0},
+        {"lengths": [100]},
+        {"trained": None},
         {"precision": "bf16"},
         {"precision": "bf16", "half_weights": True},
         {"activation_checkpointing": True},
@@ -52,11 +52,11 @@ def test_fake_tensors_count_what_real_ones_take(config, changes, freeing):
 
 
 def test_what_is_known_of_activations():
-    base = dry_run(LLAMA, rows=2, length=40)
+    base = dry_run(LLAMA, [40, 40])
     assert set(base.retained) == {ACTIVATIONS, LOGITS}
-    double = dry_run(LLAMA, rows=4, length=40)
+    double = dry_run(LLAMA, [40] * 4)
     assert double.retained[ACTIVATIONS] == pytest.approx(2 * base.retained[ACTIVATIONS], rel=0.02)
-    lean = dry_run(LLAMA, rows=2, length=40, activation_checkpointing=True)
+    lean = dry_run(LLAMA, [40, 40], activation_checkpointing=True)
     assert lean.retained[ACTIVATIONS] < base.retained[ACTIVATIONS] / 3
     assert sum(base.peak_freeing.values()) <= sum(base.peak.values())
     assert GRADIENTS in lean.peak
@@ -76,7 +76,7 @@ def test_a_large_model_is_traced_without_allocating_it():
         max_position_embeddings=4096,
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = dry_run(large, rows=1, length=2048, precision="bf16", half_weights=True, on_gpu=False)
+    found = dry_run(large, [2048], precision="bf16", half_weights=True, on_gpu=False)
     assert sum(found.retained.values()) > 5e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
 
@@ -86,7 +86,7 @@ def test_a_model_that_cannot_be_traced_is_said_to_be():
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = AutoConfig.for_model("mixtral", vocab_size=300, num_hidden_layers=1, num_local_experts=4, **sizes)
     with pytest.raises(UserError, match=r"MixtralConfig cannot be traced .* only its states can be predicted"):
-        dry_run(config, rows=1, length=8)
+        dry_run(config, [8])
 
 
 def test_allocations_count_storages_once_and_see_them_go():

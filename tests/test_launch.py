@@ -95,6 +95,19 @@ def test_fp16_without_a_gpu_is_refused(config):
         prepare(config(precision="fp16"))
 
 
+def test_an_edited_deepspeed_configuration_is_linted_before_anything_starts(config):
+    run = prepare(config())
+    file = run.folder / "deepspeed.json"
+    edited = json.loads(file.read_text())
+    edited["zero_optimization"]["reduce_buckett_size"] = 1
+    file.write_text(json.dumps(edited))
+    with pytest.raises(
+        UserError, match=r"deepspeed.json cannot .*reduce_buckett_size.*did you mean reduce_bucket_size"
+    ):
+        launching.launch(run)
+    assert not (run.folder / "logs").exists()
+
+
 def test_importing_minisft_loads_neither_torch_nor_transformers():
     import subprocess
     import sys

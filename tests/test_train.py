@@ -14,10 +14,12 @@ import torch
 from conftest import write_sharegpt
 from transformers import AutoConfig
 
+from minisft.dry_run import dry_run
 from minisft.launch import RunFailed, launch, prepare
 from minisft.runs import Run, RunConfig
 from minisft.zero_config import STRATEGIES
-from minisft.zero_memory import OWNERS, Shapes, predict
+from minisft.zero_memory import OWNERS, Shapes, predict, total
+from minisft.zero_peak import at_peak
 
 pytestmark = pytest.mark.distributed
 STEPS = 20
@@ -25,6 +27,7 @@ STEPS = 20
 
 def tiny_run(strategy, tiny_model, data, **changes):
     settings = {"max_steps": STEPS, "save_steps": 12, "max_characters": None, "learning_rate": 1e-3}
+    settings["memory_timeline"] = True
     return RunConfig.course(strategy, model=str(tiny_model), data=str(data), **(settings | changes))
 
 
@@ -102,6 +105,20 @@ def test_measured_memory_is_predicted_to_the_byte(runs, strategy):
         for moment in ("at rest", "after backward"):
             assert {owner: rank[moment][owner] for owner in OWNERS} == expected[moment]
         assert rank["peak"] > sum(expected["after backward"].values())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_peak_of_a_step_is_predicted_within_5_percent(runs, strategy):
+    """Against every tensor of a real step, followed one by one."""
+    run = runs[strategy]
+    config = AutoConfig.from_pretrained(run.model_folder, local_files_only=True)
+    shapes = Shapes.of_config(config)
+    predicted = predict(shapes, strategy, run.config.ranks, run.precision, run.deepspeed)
+    for rank in run.memory:
+        step = rank["step"]
+        dry = dry_run(config, step["lengths"], trained=step["trained"])
+        expected = at_peak(shapes, strategy, run.config.ranks, run.precision, predicted, dry, run.deepspeed)
+        assert total(expected[rank["rank"]]) == pytest.approx(step["peak"]["total"] + step["unseen"], rel=0.05)
 
 
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(runs, tiny_model, small_data, monkeypatch):

@@ -1,0 +1,193 @@
+"""`minisft memory`: the states, the activations and the peak of every strategy, as JSON or as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minisft.errors import UserError
+from minisft.planner import Plan, plan, traffic
+from minisft.runs import read_json
+from minisft.zero_config import STRATEGIES, zero_stage
+from minisft.zero_memory import DEEPSPEED, FORMULAS, PAPER, Shapes, paper, predict, total
+from minisft.zero_peak import at_peak
+
+SHOWN = 8  # ranks whose numbers are all written out; beyond, the fullest stands for all
+KINDS = {None: "plain", 0: "stage 0", 1: "stage 1, 2", 2: "stage 1, 2", 3: "stage 3"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch whose every token is trained: rows, their length, and whether activations are computed twice."""
+
+    rows: int
+    length: int
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for what, value in (("batch size", self.rows), ("max length", self.length)):
+            if value < 1:
+                raise UserError(f"{what} is {value}: give at least 1")
+
+
+@dataclass
+class Report:
+    """`strategies` maps each to its ranks' moments, or to the bytes of the paper's formula."""
+
+    model: str
+    parameters: float
+    precision: str
+    ranks: int
+    basis: str
+    strategies: dict[str, Any]
+    shapes: Shapes | None = None
+    activations: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    plan: Plan | None = None
+
+    def add_plan(self, gpu_bytes: float, accumulation: int) -> None:
+        activation_bytes = self.activations.get("bytes", 0)
+        model = self.shapes or self.parameters
+        self.plan = plan(
+            model,
+            self.ranks,
+            gpu_bytes,
+            precision=self.precision,
+            activation_bytes=activation_bytes,
+            accumulation=accumulation,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {
+            **{"model": self.model, "parameters": int(self.parameters), "precision": self.precision},
+            **{"ranks": self.ranks, "basis": self.basis, "strategies": self.strategies, "note": self.note},
+        }
+        if self.activations:
+            found["activations"] = self.activations
+        if self.shapes is not None:
+            found["formulas"] = {name: FORMULAS[KINDS[zero_stage(name)]] for name in self.strategies}
+        if self.plan is not None:
+            best = self.plan.best and self.plan.best.strategy
+            options = [vars(option) | {"fits": option.fits} for option in self.plan.options]
+            found["plan"] = {"best": best, "reason": self.plan.reason, "options": options}
+        return found
+
+    def text(self) -> str:
+        lines = [f"{self.model}: {self.parameters:,.0f} parameters, {self.precision}, {self.ranks} rank(s)", self.basis]
+        lines.append("")
+        if self.shapes is None:
+            lines.append(f"{'':<10} {'states':>12}")
+            lines += [f"{name:<10} {_size(held['states']):>12}" for name, held in self.strategies.items()]
+        else:
+            lines.append(
+                f"{'fullest rank':<14} {'at rest':>12} {'after backward':>15} {'at the peak':>13} {'traffic':>8}"
+            )
+            for name, found in self.strategies.items():
+                fullest = [max(total(rank[moment]) for rank in found["ranks"]) for moment in found["ranks"][0]]
+                cells = [_size(held) for held in fullest] + ["-"] * (3 - len(fullest))
+                lines.append(f"{name:<14} {cells[0]:>12} {cells[1]:>15} {cells[2]:>13} {traffic(name):>6} P")
+        if self.note:
+            lines += ["", self.note]
+        if self.plan is not None:
+            lines += ["", self.plan.reason]
+        return "\n".join(lines)
+
+
+def of_parameters(parameters: float, ranks: int) -> Report:
+    """By the paper's formula: all that can be said of a bare number. Raises `UserError`."""
+    if not (math.isfinite(parameters) and parameters >= 1):
+        raise UserError(f"{parameters:g} parameters: give a number from 1, e.g. 7e9")
+    if ranks < 1:
+        raise UserError(f"ranks is {ranks}: give at least 1")
+    names = [name for name in STRATEGIES if name != "vanilla" or ranks == 1]
+    states = {name: {"states": int(paper(parameters, ranks, zero_stage(name)))} for name in names}
+    basis = f"by the paper's formula alone ({PAPER}): no buckets, padding or activations; --model is exact"
+    return Report(f"{parameters:g} parameters", parameters, "bf16", ranks, basis, states)
+
+
+def of_model(
+    name: str,
+    ranks: int,
+    precision: str,
+    batch: Batch | None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = print,
+) -> Report:
+    """Exact states of every rank, and the peak of a step with `batch`, of a model by its config alone."""
+    config = _config(name, trust_remote_code, say)
+    shapes = Shapes.of_config(config, trust_remote_code)
+    names = [strategy for strategy in STRATEGIES if strategy != "vanilla" or ranks == 1]
+    found = {strategy: predict(shapes, strategy, ranks, precision) for strategy in names}
+    activations: dict[str, Any] = {}
+    note = ""
+    if batch is not None:
+        try:
+            activations, found = _with_peaks(config, shapes, found, ranks, precision, batch, trust_remote_code)
+        except UserError as error:
+            note = f"{error}"
+    strategies = {}
+    for strategy, predicted in found.items():
+        chosen = enumerate(predicted)
+        if ranks > SHOWN:
+            fullest = max(range(ranks), key=lambda r: total(predicted[r]["after backward"]))
+            chosen = [(fullest, predicted[fullest])]
+        strategies[strategy] = {"ranks": [{"rank": rank, **moments} for rank, moments in chosen]}
+    return Report(
+        name, shapes.parameters, precision, ranks, f"states exact ({DEEPSPEED})", strategies, shapes, activations, note
+    )
+
+
+def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> Any:
+    """The transformers config of a model: weights are not needed where its folder or file is at hand."""
+    from minisft import assets, preflight
+
+    path = Path(name).expanduser()
+    if path.is_file():
+        from transformers import AutoConfig
+
+        values = read_json(path)
+        if not isinstance(values, dict) or "model_type" not in values:
+            raise UserError(f"{name!r} is no transformers config: give a config.json, a model folder or a hub id")
+        try:
+            return AutoConfig.for_model(**values)
+        except ValueError as error:
+            raise UserError(f"{name!r} is of no model that transformers knows ({str(error)[:200]})") from error
+    folder = path if (path / "config.json").is_file() else assets.find_model(name, say).path
+    return preflight.model_config(folder, trust_remote_code)
+
+
+def _with_peaks(
+    config: Any,
+    shapes: Shapes,
+    found: dict[str, Any],
+    ranks: int,
+    precision: str,
+    batch: Batch,
+    trust_remote_code: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dry runs' bytes, and `found` with each rank's `peak` added."""
+    from minisft.dry_run import dry_run
+
+    options = {
+        **{"lengths": [batch.length] * batch.rows, "precision": precision},
+        **{"activation_checkpointing": batch.activation_checkpointing, "trust_remote_code": trust_remote_code},
+    }
+    dry = {half: dry_run(config, half_weights=half, **options) for half in {False, precision != "fp32"}}
+    complete = {}
+    for strategy, predicted in found.items():
+        run = dry[precision != "fp32" and zero_stage(strategy) is not None]
+        peaks = at_peak(shapes, strategy, ranks, precision, predicted, run)
+        complete[strategy] = [moments | {"peak": peak} for moments, peak in zip(predicted, peaks, strict=True)]
+    run = dry[precision != "fp32"]
+    about = {"rows": batch.rows, "length": batch.length, "bytes": sum(run.peak_freeing.values())}
+    return about | {"retained": run.retained, "peak": run.peak, "peak_freeing": run.peak_freeing}, complete
+
+
+def _size(held: float) -> str:
+    for size, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if held >= size:
+            return f"{held / size:,.2f} {name}"
+    return f"{held:,.0f} B"

@@ -1,0 +1,94 @@
+"""Two real processes that say which part of a small model each of them owns.
+
+    python -m torch.distributed.run --standalone --nproc_per_node 2 --module minisft.shards --stage 1
+
+A live DeepSpeed engine at stage 1, 2 or 3 on a tiny Llama, asked rank by rank. Nothing is trained or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=1)
+    stage = parser.parse_args().stage
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import torch
+
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    said: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(said, owned(stage, ranks))
+    if rank == 0:
+        for other, lines in enumerate(said):
+            print("\n".join([f"rank {other} owns", *(f"  {line}" for line in lines)]), flush=True)
+    torch.distributed.barrier()
+    os._exit(0)  # tearing down the threads of a process group now and then aborts the process
+
+
+def tiny_config() -> Any:
+    """A Llama of three thousand parameters with odd sizes, so that the cuts fall inside tensors."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=47,
+        hidden_size=18,
+        intermediate_size=26,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        max_position_embeddings=32,
+    )
+
+
+def owned(stage: int, ranks: int) -> list[str]:
+    """What this rank owns, a line per tensor: its name, and which of its elements, counted from 0."""
+    import deepspeed
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from minisft.zero_memory import Shapes, generated
+
+    config = tiny_config()
+    with torch.device("meta"):
+        shapes = Shapes.of_model(LlamaForCausalLM(config))
+    settings = generated(shapes, f"zero{stage}", ranks, "fp32")
+    with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3):
+        model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    rank = torch.distributed.get_rank()
+    named = list(model.named_parameters())
+    if stage == 3:
+        return [_slice_of_tensor(name, p, rank) for name, p in named]
+    zero = engine.optimizer
+    # The flat fp32 master is this rank's slice of the group; its bounds come from the live partition.
+    begin = rank * int(zero.partition_size[0])
+    end = begin + zero.single_partition_of_fp32_groups[0].numel()
+    lines, at = [], 0
+    for name, p in named:
+        first, last = max(begin - at, 0), min(end - at, p.numel())
+        if first < last:
+            part = "all" if (first, last) == (0, p.numel()) else f"{first}-{last - 1}"
+            lines.append(f"{name:<42} {part:>9} of {p.numel()}")
+        at += p.numel()
+    if end > at:
+        lines.append(f"{'(padding)':<42} {end - max(at, begin):>9}")
+    return lines
+
+
+def _slice_of_tensor(name: str, parameter: Any, rank: int) -> str:
+    size = parameter.ds_tensor.ds_numel
+    first, last = rank * size, min((rank + 1) * size, parameter.ds_numel)
+    return f"{name:<42} {f'{first}-{last - 1}':>9} of {parameter.ds_numel}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The most that a rank holds during a step: the states, and beside them what forward, backward and step take.
+
+Two moments compete. In forward and backward the activations and the logits lie beside the states, and the gradients
+arrive; in the step DeepSpeed flattens gradients and makes fp32 copies of them. Which is larger depends on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minisft.dry_run import DryRun
+from minisft.zero_config import zero_stage
+from minisft.zero_memory import ELEMENT, Shapes, generated, partition_size, split_size, total
+
+STEP_OWNER = "temporaries of the step"
+
+
+def at_peak(
+    shapes: Shapes,
+    strategy: str,
+    ranks: int,
+    precision: str,
+    predicted: Sequence[Mapping[str, dict[str, int]]],
+    dry: DryRun,
+    deepspeed: Mapping[str, Any] | None = None,
+) -> list[dict[str, int]]:
+    """Bytes by owner at each rank's worst moment, given what `zero_memory.predict` says and a micro-batch's dry run.
+
+    Exact for vanilla; for the others within a few percent, tested against live engines.
+    """
+    if deepspeed is None and zero_stage(strategy) is not None:
+        deepspeed = generated(shapes, strategy, ranks, precision)
+    zero = (deepspeed or {}).get("zero_optimization", {})
+    peaks = []
+    for moments in predicted:
+        computing = _computing(shapes, strategy, precision, moments, dry, zero)
+        stepping = _stepping(shapes, strategy, ranks, precision, moments)
+        peaks.append(max(computing, stepping, key=total))
+    return peaks
+
+
+def _computing(
+    shapes: Shapes,
+    strategy: str,
+    precision: str,
+    moments: Mapping[str, dict[str, int]],
+    dry: DryRun,
+    zero: Mapping[str, Any],
+) -> dict[str, int]:
+    stage, e = zero_stage(strategy), ELEMENT[precision]
+    held = dict(moments["at rest"])
+    # Stage 1 and plain data parallelism keep each whole gradient until backward is over.
+    passing = dry.peak if strategy in ("vanilla", "zero0", "zero1") else dry.peak_freeing
+    for owner, size in passing.items():
+        held[owner] = held.get(owner, 0) + size
+    if stage in (1, 2):
+        held["buckets"] += e * int(zero["reduce_bucket_size"]) * (2 if zero.get("overlap_comm") else 1)
+    if stage == 2:
+        held["gradients"] += moments["after backward"]["gradients"]
+    if stage == 3:
+        live = min(int(zero["stage3_max_live_parameters"]), shapes.parameters)
+        held["persistent parameters"] += e * live
+    return held
+
+
+def _stepping(
+    shapes: Shapes, strategy: str, ranks: int, precision: str, moments: Mapping[str, dict[str, int]]
+) -> dict[str, int]:
+    stage, e = zero_stage(strategy), ELEMENT[precision]
+    held = dict(moments["after backward"])
+    if stage == 0:
+        held[STEP_OWNER] = e * shapes.parameters  # flattened to be reduced
+    elif stage in (1, 2):
+        part = max(partition_size(sum(n for _, n in group), ranks) for group in shapes.groups)
+        held[STEP_OWNER] = (4 if precision == "fp32" else 6) * part
+    elif stage == 3:
+        held[STEP_OWNER] = 4 * sum(split_size(group, ranks) for group in shapes.groups)
+    return held

@@ -1,0 +1,222 @@
+"""The figures on ZeRO's memory: each from numbers that `zero_memory` predicts or a run has measured."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minisft.plots import OWNER_COLOURS, PALETTE, Picture, _figure, _picture
+from minisft.runs import Run
+from minisft.zero_memory import MOMENTS, OWNERS, Shapes, paper, partition_size, predict, total
+
+STAGES = ("nothing split", "ZeRO-1: optimizer states", "ZeRO-2: and gradients", "ZeRO-3: and parameters")
+UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def unit_for(largest: float) -> tuple[float, str]:
+    """A unit in which `largest` bytes are a number people read: (bytes, name)."""
+    return next(((size, name) for size, name in UNITS if largest >= size), (1.0, "bytes"))
+
+
+def predicted_bars(
+    shapes: Shapes,
+    strategies: Mapping[str, int],
+    precision: str,
+    moment: str = "after backward",
+    runs: Sequence[Run] = (),
+) -> Picture:
+    """Predicted bytes of the fullest rank, one bar per strategy (given with its ranks), by owner.
+
+    A tick marks what a run of that strategy and number of ranks, if one is among `runs`, has measured.
+    """
+    assert moment in MOMENTS
+    bars = {}
+    for strategy, ranks in strategies.items():
+        deepspeed = next((r.deepspeed for r in runs if _same(r, strategy, ranks)), None)
+        bars[strategy] = max(
+            (rank[moment] for rank in predict(shapes, strategy, ranks, precision, deepspeed)), key=total
+        )
+    size, unit = unit_for(max(map(total, bars.values())))
+    figure, axes = _figure(7.6, 0.9 + 0.55 * len(bars))
+    left = [0.0] * len(bars)
+    names = [f"{name} ({ranks} rank{'s' if ranks > 1 else ''})" for name, ranks in strategies.items()]
+    for owner in OWNERS:
+        sizes = [bar[owner] / size for bar in bars.values()]
+        if any(sizes):
+            axes.barh(names, sizes, left=left, color=OWNER_COLOURS[owner], label=owner, edgecolor="white")
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+    measured = _measured(strategies, runs, moment)
+    for i, strategy in enumerate(strategies):
+        if strategy in measured:
+            label = "measured" if strategy == next(iter(measured)) else None
+            axes.plot([measured[strategy] / size] * 2, [i - 0.46, i + 0.46], color="black", linewidth=2, label=label)
+    verdict = ""
+    if measured:
+        worst = max(abs(held - total(bars[strategy])) for strategy, held in measured.items())
+        verdict = ", measured to the byte" if not worst else f", measured within {worst:,} bytes"
+    least = min(bars, key=lambda name: total(bars[name]))
+    first = next(iter(bars))
+    title = f"{least} holds {total(bars[least]) / total(bars[first]):.0%} of {first}'s states{verdict}"
+    axes.set(xlabel=f"{unit} of states on the fullest rank, {moment}", title=title)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.28))
+    each = "; ".join(
+        f"{name} {total(bar) / size:.2f} {unit} predicted"
+        + (f", {measured[name] / size:.2f} {unit} measured" if name in measured else "")
+        for name, bar in bars.items()
+    )
+    return _picture(figure, f"States of one rank {moment}, in {precision}: {each}.")
+
+
+def _same(run: Run, strategy: str, ranks: int) -> bool:
+    return (run.config.strategy, run.config.ranks) == (strategy, ranks)
+
+
+def _measured(strategies: Mapping[str, int], runs: Sequence[Run], moment: str) -> dict[str, int]:
+    found = {}
+    for strategy, ranks in strategies.items():
+        for run in runs:
+            if _same(run, strategy, ranks) and run.memory:
+                found[strategy] = max(sum(rank[moment][owner] for owner in OWNERS) for rank in run.memory)
+    return found
+
+
+def paper_bars(parameters: float = 7.5e9, ranks: int = 64) -> Picture:
+    """Figure 1 of Rajbhandari et al. 2020: model states per rank for each stage, by the paper's formula."""
+    parts = {"parameters": 2.0, "gradients": 2.0, "optimizer states": 12.0}
+    figure, axes = _figure(7.6, 2.6)
+    size, unit = unit_for(paper(parameters, ranks, 0))
+    for stage, name in enumerate(STAGES):
+        left = 0.0
+        for split_from, (owner, bytes_each) in zip((3, 2, 1), parts.items(), strict=True):
+            held = bytes_each * parameters / (ranks if stage >= split_from else 1) / size
+            label = owner if stage == 0 else None
+            axes.barh(name, held, left=left, color=OWNER_COLOURS[owner], label=label, edgecolor="white")
+            left += held
+        axes.text(left, stage, f" {left:,.1f} {unit}", va="center", fontsize=9)
+    whole, least = paper(parameters, ranks, 0), paper(parameters, ranks, 3)
+    title = f"{parameters / 1e9:g} billion parameters on {ranks} ranks: from {whole / size:,.0f} to {least / size:,.1f}"
+    axes.set(xlabel=f"{unit} of model states on one rank (the paper's formula)", title=f"{title} {unit}")
+    axes.set_xlim(0, 1.12 * whole / size)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    each = "; ".join(f"{name} {paper(parameters, ranks, i) / size:,.1f} {unit}" for i, name in enumerate(STAGES))
+    return _picture(figure, f"Model states of one rank: {each}.")
+
+
+def against_ranks(shapes: Shapes, precision: str, most_ranks: int = 64) -> Picture:
+    """Predicted states of the fullest rank after backward, against the number of ranks, one curve per strategy."""
+    counts = [1]
+    while counts[-1] * 2 <= most_ranks:
+        counts.append(counts[-1] * 2)
+    figure, axes = _figure(7.6, 3.8)
+    strategies = ("ddp", "zero1", "zero2", "zero3")
+    curves = {
+        strategy: [
+            max(total(rank["after backward"]) for rank in predict(shapes, strategy, ranks, precision))
+            for ranks in counts
+        ]
+        for strategy in strategies
+    }
+    size, unit = unit_for(max(map(max, curves.values())))
+    for i, (strategy, curve) in enumerate(curves.items()):
+        style = "--" if strategy == "zero2" else "-"  # at rest and after backward it holds what zero1 does
+        axes.plot(counts, [held / size for held in curve], style, marker="o", color=PALETTE[i], label=strategy)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(n) for n in counts])
+    falls = curves["zero3"][-1] / curves["zero3"][0]
+    title = f"From 1 to {counts[-1]} ranks zero3 falls to {falls:.0%}; its buckets do not shrink"
+    axes.set(xlabel="ranks", ylabel=f"{unit} of states on the fullest rank", ylim=(0, None), title=title)
+    axes.legend(frameon=False)
+    ends = "; ".join(f"{name} {curve[0] / size:.2f} to {curve[-1] / size:.2f} {unit}" for name, curve in curves.items())
+    return _picture(figure, f"States per rank after backward, from 1 to {counts[-1]} ranks: {ends}.")
+
+
+def partition_map(shapes: Shapes, ranks: int) -> Picture:
+    """Which rank owns which slice of which parameter at stages 1 and 2, one lane per param group.
+
+    Boxes are parameters in the optimizer's order, colours are owners, and what lies over a border (its whole gradient
+    is kept by both sides) is hatched; padding is grey.
+    """
+    from matplotlib.patches import Patch
+
+    figure, axes = _figure(8.6, 0.9 + 0.85 * len(shapes.groups))
+    straddlers = padded = 0
+    for lane, group in enumerate(shapes.groups):
+        elements = sum(n for _, n in group)
+        part = partition_size(elements, ranks)
+        whole = part * ranks
+        at = 0
+        for _, n in group:
+            cuts = [at, *(b for b in range(part, whole, part) if at < b < at + n), at + n]
+            straddlers += len(cuts) > 2
+            for a, b in itertools.pairwise(cuts):
+                axes.barh(
+                    lane,
+                    (b - a) / whole,
+                    left=a / whole,
+                    height=0.6,
+                    color=PALETTE[min(a // part, ranks - 1) % len(PALETTE)],
+                    edgecolor="white",
+                    linewidth=0.6,
+                    hatch="////" if len(cuts) > 2 else None,
+                )
+            at += n
+        if whole > elements:
+            padded += whole - elements
+            axes.barh(lane, (whole - elements) / whole, left=elements / whole, height=0.6, color="#BBBBBB")
+        for border in range(1, ranks):
+            axes.plot([border / ranks] * 2, [lane - 0.42, lane + 0.42], color="black", linewidth=1.5)
+    names = [f"group {i}\n{len(group)} tensors" for i, group in enumerate(shapes.groups)]
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel="share of the group's elements, in the optimizer's order")
+    axes.set_title(f"Slices ignore tensors: {straddlers} of {shapes.tensors} lie over a border between ranks")
+    keys = [Patch(color=PALETTE[r % len(PALETTE)], label=f"rank {r}") for r in range(min(ranks, len(PALETTE)))]
+    keys.append(Patch(facecolor="white", edgecolor="black", hatch="////", label="over a border"))
+    axes.legend(
+        handles=keys, frameon=False, ncols=len(keys), fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.3)
+    )
+    return _picture(
+        figure,
+        f"{shapes.tensors} tensors in {len(shapes.groups)} param groups cut into {ranks} equal slices each: "
+        f"{straddlers} tensors lie over a border, {padded} elements are padding.",
+    )
+
+
+def step_timeline(memory: Mapping[str, Any], name: str) -> Picture:
+    """Tensors alive through one step of a rank, an entry of a run's `memory` made with `memory_timeline`."""
+    step = memory["step"]
+    begin = next(i for i, (_, held) in enumerate(step["timeline"]) if held == step["before"])
+    totals = [(phase, held + step["unseen"]) for phase, held in step["timeline"][begin:]]
+    size, unit = unit_for(max(held for _, held in totals))
+    figure, axes = _figure(7.6, 3.4)
+    colours = {"forward": PALETTE[0], "backward": PALETTE[1], "step": PALETTE[2]}
+    begin = 0
+    before = step["before"] + step["unseen"]
+    for i in range(1, len(totals) + 1):
+        if i == len(totals) or totals[i][0] != totals[begin][0]:
+            phase = totals[begin][0]
+            known = {line.get_label() for line in axes.lines}
+            label = phase if phase not in known else None
+            values = [held / size for _, held in totals[max(0, begin - 1) : i]]
+            x = range(max(0, begin - 1), i)
+            axes.plot(x, values, color=colours.get(phase, PALETTE[6]), linewidth=1.2, label=label)
+            begin = i
+    peak, phase = step["peak"]["total"] + step["unseen"], step["peak"]["phase"]
+    where = max(range(len(totals)), key=lambda i: totals[i][1])
+    axes.plot(where, peak / size, "v", color="black")
+    axes.axhline(before / size, color="#888888", linestyle=":", linewidth=1)
+    title = f"{name}: the most is held in {_phase(phase)}, {peak / before:.1f} times what lies there between steps"
+    axes.set(xlabel="tensors made and freed, in order", ylabel=f"{unit} of tensors", ylim=(0, None), title=title)
+    axes.legend(frameon=False)
+    return _picture(
+        figure,
+        f"Bytes of tensors through one step of {name}: {before / size:.2f} {unit} before it, at most "
+        f"{peak / size:.2f} {unit}, in {_phase(phase)}.",
+    )
+
+
+def _phase(phase: str) -> str:
+    return {"step": "the optimizer's step"}.get(phase, phase)

@@ -1,0 +1,116 @@
+"""`minisft memory` and `minisft lint`, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from minisft.errors import UserError
+from minisft.memory_report import Batch, of_model, of_parameters
+from minisft.zero_memory import OWNERS, total
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+def cli(*arguments):
+    return subprocess.run([sys.executable, "-m", "minisft.cli", *arguments], capture_output=True, text=True)
+
+
+def test_a_folder_gives_every_stage_rank_owner_and_moment(tiny_model):
+    done = cli("memory", "--model", str(tiny_model), "--ranks", "2", "--max-length", "64", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report["strategies"]) == {"ddp", "zero0", "zero1", "zero2", "zero3"}
+    for found in report["strategies"].values():
+        assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
+        for rank in found["ranks"]:
+            assert set(OWNERS) <= set(rank["at rest"])
+            assert total(rank["at rest"]) <= total(rank["after backward"]) < total(rank["peak"])
+    assert report["activations"]["bytes"] > 0
+    assert report["formulas"]["zero3"]["buckets"]
+
+
+def test_seventy_billion_parameters_on_512_ranks(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA_70B))
+    report = of_model(str(file), 512, "bf16", Batch(1, 2048, activation_checkpointing=True), say=lambda line: None)
+    assert 68e9 < report.parameters < 70e9
+    (rank,) = report.strategies["zero3"]["ranks"]
+    assert 16 * report.parameters / 512 < total(rank["at rest"]) < 16 * report.parameters / 512 + 4e9
+    report.add_plan(80e9, 1)
+    assert report.plan.best.strategy == "zero3"
+    assert "zero3" in report.text()
+
+
+def test_a_bare_number_is_the_papers_formula_and_says_so():
+    report = of_parameters(7.5e9, 64)
+    assert report.strategies["zero3"]["states"] == 1_875_000_000
+    assert "paper's formula alone" in report.text()
+
+
+def test_a_model_that_cannot_be_traced_has_states_and_a_note(tmp_path):
+    file = tmp_path / "config.json"
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    about = {"model_type": "mixtral", "vocab_size": 300, "num_hidden_layers": 1, "num_local_experts": 4}
+    file.write_text(json.dumps(about | sizes))
+    report = of_model(str(file), 2, "fp32", Batch(1, 8), say=lambda line: None)
+    assert "only its states can be predicted" in report.note
+    assert total(report.strategies["zero2"]["ranks"][0]["at rest"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--params", "0"], "give a number from 1"),
+        (["--params", "7e9", "--ranks", "0"], "ranks is 0"),
+        (["--params", "7e9", "--model", "smollm2"], "either --model or --params"),
+        ([], "either --model or --params"),
+        (["--params", "7e9", "--gpu-memory", "1"], "no GPU"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, said):
+    done = cli("memory", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text("[]")
+    with pytest.raises(UserError, match="no transformers config"):
+        of_model(str(file), 2, "bf16", None, say=lambda line: None)
+    file.write_text('{"model_type": "nonesuch"}')
+    with pytest.raises(UserError, match="transformers knows"):
+        of_model(str(file), 2, "bf16", None, say=lambda line: None)
+    with pytest.raises(UserError, match="ranks is 0"):
+        file.write_text(json.dumps(LLAMA_70B | {"num_hidden_layers": 1}))
+        of_model(str(file), 0, "bf16", None, say=lambda line: None)
+
+
+def test_lint_says_what_is_wrong_and_exits_1(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(
+        json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2, "stage3_max_live_parameters": 1}})
+    )
+    done = cli("lint", str(file))
+    assert done.returncode == 0
+    assert "does nothing at stage 2" in done.stdout
+    done = cli("lint", str(file), "--ranks", "3")
+    assert done.returncode == 1
+    assert "no multiple of 3 ranks" in done.stdout
+    assert cli("lint", str(tmp_path / "none.json")).returncode == 2
