@@ -68,7 +68,7 @@ class RunConfig:
       save_steps             None: a checkpoint per epoch
       keep_checkpoints       None: all; else the last so many, and the best
       eval_rows              64 test rows whose loss is taken at every checkpoint, which tells the best; 0 for none
-      memory_timeline        False: True follows every tensor of the third step, for `memory.json`; that step is slower
+      memory_timeline        False: True follows every tensor of one early step, for `memory.json`; it slows that step
       resumable              True: a killed run goes on where it was; its checkpoints are three times as large
       trust_remote_code      False: True runs code that comes with a model; only for those you trust
     """
@@ -170,6 +170,7 @@ class RunConfig:
             "precision": "fp32",
             "eval_rows": 16,
             "resumable": False,
+            "memory_timeline": True,
         }
         return cls(**(preset | changes), strategy=strategy, ranks=ranks)
 

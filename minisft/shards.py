@@ -33,12 +33,12 @@ def main() -> None:
 
 
 def tiny_config() -> Any:
-    """A Llama of three thousand parameters with odd sizes, so that the cuts fall inside tensors."""
+    """A Llama of four thousand parameters with odd sizes, so that the cuts fall inside tensors."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
         vocab_size=47,
-        hidden_size=18,
+        hidden_size=20,
         intermediate_size=26,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -77,17 +77,17 @@ def owned(stage: int, ranks: int) -> list[str]:
         first, last = max(begin - at, 0), min(end - at, p.numel())
         if first < last:
             part = "all" if (first, last) == (0, p.numel()) else f"{first}-{last - 1}"
-            lines.append(f"{name:<42} {part:>9} of {p.numel()}")
+            lines.append(f"{name:<46} {part:>9} of {p.numel()}")
         at += p.numel()
     if end > at:
-        lines.append(f"{'(padding)':<42} {end - max(at, begin):>9}")
+        lines.append(f"{'(padding)':<46} {end - max(at, begin):>9}")
     return lines
 
 
 def _slice_of_tensor(name: str, parameter: Any, rank: int) -> str:
     size = parameter.ds_tensor.ds_numel
     first, last = rank * size, min((rank + 1) * size, parameter.ds_numel)
-    return f"{name:<42} {f'{first}-{last - 1}':>9} of {parameter.ds_numel}"
+    return f"{name:<46} {f'{first}-{last - 1}':>9} of {parameter.ds_numel}"
 
 
 if __name__ == "__main__":

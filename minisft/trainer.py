@@ -307,8 +307,9 @@ class _Clock(TrainerCallback):
             trainer.allocations = None
 
     def _is_measured(self, state: Any, step: int) -> bool:
-        # By the third step all states exist, and DDP has laid out its buckets anew.
-        return step == min(self.trainer.start + 3, state.max_steps)
+        # In the second step all states exist; DDP lays out its buckets anew there, and is itself in the third.
+        after = 3 if self.trainer.run.config.strategy == "ddp" else 2
+        return step == min(self.trainer.start + after, state.max_steps)
 
     def _measure(self, moment: str) -> None:
         began = time.perf_counter()

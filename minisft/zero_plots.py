@@ -55,10 +55,11 @@ def predicted_bars(
     if measured:
         worst = max(abs(held - total(bars[strategy])) for strategy, held in measured.items())
         verdict = ", measured to the byte" if not worst else f", measured within {worst:,} bytes"
-    least = min(bars, key=lambda name: total(bars[name]))
-    first = next(iter(bars))
-    title = f"{least} holds {total(bars[least]) / total(bars[first]):.0%} of {first}'s states{verdict}"
-    axes.set(xlabel=f"{unit} of states on the fullest rank, {moment}", title=title)
+    first, least = next(iter(bars)), min(map(total, bars.values()))
+    lightest = [name for name, bar in bars.items() if total(bar) == least]
+    does = "hold" if len(lightest) > 1 else "holds"
+    title = f"{' and '.join(lightest)} {does} {least / total(bars[first]):.0%} of {first}'s states{verdict}"
+    axes.set(xlabel=f"{unit} of states on the fullest rank, {moment}", title=title, xlim=(0, 1.03 * max(left)))
     axes.invert_yaxis()
     axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.28))
     each = "; ".join(
@@ -209,7 +210,9 @@ def step_timeline(memory: Mapping[str, Any], name: str) -> Picture:
     axes.plot(where, peak / size, "v", color="black")
     axes.axhline(before / size, color="#888888", linestyle=":", linewidth=1)
     title = f"{name}: the most is held in {_phase(phase)}, {peak / before:.1f} times what lies there between steps"
-    axes.set(xlabel="tensors made and freed, in order", ylabel=f"{unit} of tensors", ylim=(0, None), title=title)
+    axes.set(
+        xlabel="tensors made and freed, in order", ylabel=f"{unit} of tensors", ylim=(0, 1.1 * peak / size), title=title
+    )
     axes.legend(frameon=False)
     return _picture(
         figure,

@@ -27,7 +27,6 @@ STEPS = 20
 
 def tiny_run(strategy, tiny_model, data, **changes):
     settings = {"max_steps": STEPS, "save_steps": 12, "max_characters": None, "learning_rate": 1e-3}
-    settings["memory_timeline"] = True
     return RunConfig.course(strategy, model=str(tiny_model), data=str(data), **(settings | changes))
 
 
