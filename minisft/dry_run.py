@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from minisft.errors import UserError
 
 ACTIVATIONS, LOGITS, GRADIENTS, BACKWARD = "activations", "logits and loss", "gradients", "temporaries of backward"
+
+DEEP = 12  # layers from which on a model is traced with fewer, of each:
+SHALLOW = (6, 8)
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,7 @@ def dry_run(
     level = quiet.level
     quiet.setLevel(logging.CRITICAL)
     try:
-        staying, retained = _trace(config, freeing=False, **options)
-        freeing, _ = _trace(config, freeing=True, **options)
+        staying, freeing = (_all_layers(config, freeing=gone, **options) for gone in (False, True))
     except Exception as error:  # whatever a model's own code raises on tensors without values
         reason = " ".join(str(error).split())[:200]
         name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
@@ -67,7 +70,48 @@ def dry_run(
         ) from error
     finally:
         quiet.setLevel(level)
-    return DryRun(retained, staying, freeing)
+    return DryRun(staying.retained, staying.peak, freeing.peak)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """Bytes by owner: what forward retains, and the most that is alive before and after the middle of backward."""
+
+    retained: dict[str, int]
+    early: dict[str, int]
+    late: dict[str, int]
+
+    @property
+    def peak(self) -> dict[str, int]:
+        return max(self.early, self.late, key=lambda held: sum(held.values()))
+
+
+def _all_layers(config: Any, **options: Any) -> _Trace:
+    """The trace of a model with all its layers; of a deep one from two shallow ones, if its layers are all alike.
+
+    Each further layer then adds the same: to what is retained, to what is alive as backward begins and as it ends.
+    """
+    layers = getattr(config, "num_hidden_layers", 0)
+    kinds = getattr(config, "layer_types", None)
+    if not isinstance(layers, int) or layers <= DEEP or len(set(kinds or ())) > 1:
+        return _trace(config, **options)
+    few, more = SHALLOW
+    a, b = (_trace(_with_layers(config, n), **options) for n in SHALLOW)
+
+    def extended(which: str) -> dict[str, int]:
+        x, y = getattr(a, which), getattr(b, which)
+        each = {owner: (y.get(owner, 0) - x.get(owner, 0)) // (more - few) for owner in {*x, *y}}
+        return {owner: x.get(owner, 0) + size * (layers - few) for owner, size in each.items()}
+
+    return _Trace(extended("retained"), extended("early"), extended("late"))
+
+
+def _with_layers(config: Any, layers: int) -> Any:
+    config = deepcopy(config)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.num_hidden_layers = layers
+    return config
 
 
 def _trace(
@@ -82,16 +126,15 @@ def _trace(
     trust_remote_code: bool,
     freeing: bool,
     real: bool = False,
-) -> tuple[dict[str, int], dict[str, int]]:
-    """(Bytes at the peak, bytes that forward retains), by owner; `real` runs on tensors that have values."""
+) -> _Trace:
+    """`real` runs on tensors that have values."""
     from contextlib import nullcontext
-    from copy import deepcopy
 
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
     from transformers import AutoModelForCausalLM
 
-    from minisft.allocations import Allocations
+    from minisft.allocations import Allocations, Moment
     from minisft.attention import PER_DOCUMENT, supports_padding_free
     from minisft.loss import LossHead, supports_loss_head
     from minisft.wide_products import needs_wide_products, widen_linear_layers
@@ -135,13 +178,21 @@ def _trace(
         for tensor in (*model.parameters(), *model.buffers()):
             count.ignore(tensor)
 
+        parameters = list(model.parameters())
+        here = 0  # gradients
+        early: dict[str, int] = {}
+
         def arrived(parameter: Any) -> None:
+            nonlocal here, early
+            here += 1
+            if here == len(parameters) // 2:
+                early, count.peak = dict(count.peak.held), Moment("backward", {})
             if freeing:
                 parameter.grad = None
             else:
                 count.see(parameter.grad, GRADIENTS)
 
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(arrived)
         if head is not None:
             whole = head.layer.forward
@@ -165,4 +216,4 @@ def _trace(
             retained = dict(count.held)
             count.phase, count.owner = "backward", BACKWARD
             loss.backward()
-        return dict(count.peak.held), retained
+        return _Trace(retained, early, dict(count.peak.held))

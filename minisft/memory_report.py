@@ -12,7 +12,7 @@ from minisft.errors import UserError
 from minisft.planner import Plan, plan, traffic
 from minisft.runs import read_json
 from minisft.zero_config import STRATEGIES, zero_stage
-from minisft.zero_memory import DEEPSPEED, FORMULAS, PAPER, Shapes, paper, predict, total
+from minisft.zero_memory import DEEPSPEED, FORMULAS, MOMENTS, PAPER, Shapes, paper, predict, total
 from minisft.zero_peak import at_peak
 
 SHOWN = 8  # ranks whose numbers are all written out; beyond, the fullest stands for all
@@ -86,7 +86,11 @@ class Report:
                 f"{'fullest rank':<14} {'at rest':>12} {'after backward':>15} {'at the peak':>13} {'traffic':>8}"
             )
             for name, found in self.strategies.items():
-                fullest = [max(total(rank[moment]) for rank in found["ranks"]) for moment in found["ranks"][0]]
+                fullest = [
+                    max(total(rank[moment]) for rank in found["ranks"])
+                    for moment in (*MOMENTS, "peak")
+                    if moment in found["ranks"][0]
+                ]
                 cells = [_size(held) for held in fullest] + ["-"] * (3 - len(fullest))
                 lines.append(f"{name:<14} {cells[0]:>12} {cells[1]:>15} {cells[2]:>13} {traffic(name):>6} P")
         if self.note:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+from copy import deepcopy
 
 import pytest
 import torch
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
 from minisft.allocations import Allocations
-from minisft.dry_run import ACTIVATIONS, GRADIENTS, LOGITS, _trace, dry_run
+from minisft.dry_run import ACTIVATIONS, GRADIENTS, LOGITS, _all_layers, _trace, dry_run
 from minisft.errors import UserError
 
 LLAMA = LlamaConfig(
@@ -45,10 +46,18 @@ PLAIN = {
 def test_fake_tensors_count_what_real_ones_take(config, changes, freeing):
     settings = PLAIN | changes | {"freeing": freeing}
     gc.collect()
-    peak, retained = _trace(config, **settings)
-    real_peak, real_retained = _trace(config, **settings, real=True)
-    assert retained == real_retained
-    assert peak == real_peak
+    assert _trace(config, **settings) == _trace(config, **settings, real=True)
+
+
+@pytest.mark.parametrize("freeing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_deep_model_is_traced_by_way_of_shallow_ones(freeing, checkpointing):
+    config = deepcopy(LLAMA)
+    config.num_hidden_layers = 16
+    settings = PLAIN | {"freeing": freeing, "activation_checkpointing": checkpointing}
+    found, whole = _all_layers(config, **settings), _trace(config, **settings)
+    assert found.retained == whole.retained
+    assert sum(found.peak.values()) == sum(whole.peak.values())
 
 
 def test_what_is_known_of_activations():

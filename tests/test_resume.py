@@ -126,7 +126,7 @@ def test_killed_at_random_again_and_again(small, reference, own_outputs):
     config = config_of("vanilla", *small)
     run = Run(own_outputs / "model" / "vanilla")
     chance = random.Random(20)
-    for _ in range(4):
+    for _ in range(3):
         process = start(config)
         deadline = time.monotonic() + 60
         while process.poll() is None and not (run.folder / "logs").exists() and time.monotonic() < deadline:
@@ -196,9 +196,10 @@ def test_a_flipped_byte_is_found_and_named(small, interrupted, name):
         launch(prepare(config_of("vanilla", *small), say=quiet), say=quiet)
     assert run.status == "failed"
     assert files_of(first) == before
-    shutil.rmtree(last)
-    launch(prepare(config_of("vanilla", *small), say=quiet), say=quiet)
-    assert run.status == "done"
+    if name == "model.safetensors":  # once is enough: what follows does not depend on which file it was
+        shutil.rmtree(last)
+        launch(prepare(config_of("vanilla", *small), say=quiet), say=quiet)
+        assert run.status == "done"
 
 
 def test_another_strategy_or_number_of_ranks_is_refused_with_the_reason(small, interrupted):
