@@ -84,7 +84,7 @@ def plan(
     reason = f"{best.strategy} fits with {best.left / 1e9:,.1f} GB to spare"
     below = [option for option in options if not option.fits and _cheaper(option, best, accumulation)]
     if below:
-        reason += f"; {' and '.join(o.strategy for o in below)} would talk no more, but {_does(below)} not fit"
+        reason += f"; {', '.join(o.strategy for o in below)} would talk no more, but {_does(below)} not fit"
     else:
         reason += ", and nothing that fits talks less"
     return Plan(tuple(options), best, reason)
