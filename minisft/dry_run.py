@@ -16,8 +16,8 @@ from minisft.errors import UserError
 
 ACTIVATIONS, LOGITS, GRADIENTS, BACKWARD = "activations", "logits and loss", "gradients", "temporaries of backward"
 
-DEEP = 12  # layers from which on a model is traced with fewer, of each:
-SHALLOW = (6, 8)
+DEEP = 8  # layers from which on a model is traced with fewer, of each:
+SHALLOW = (3, 5)
 
 
 @dataclass(frozen=True)

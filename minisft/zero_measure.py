@@ -67,11 +67,13 @@ def measure(model: Any, optimizer: Any, device_type: str, buckets: Mapping[int, 
 
 
 def live_tensors() -> list[Any]:
-    """Every tensor that Python can reach, on whatever device."""
+    """Every tensor with values that Python can reach, on whatever device."""
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
 
     # isinstance would wake up proxies and deprecated names
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    kinds = ((thing, type(thing)) for thing in gc.get_objects())
+    return [thing for thing, kind in kinds if issubclass(kind, torch.Tensor) and not issubclass(kind, FakeTensor)]
 
 
 def _claim_deepspeed(wrapper: Any, claim: Callable[[str, Any], None]) -> None:

@@ -147,7 +147,10 @@ def test_a_dead_kernel_is_reported_and_leaves_nothing(tmp_path, death, why):
 def test_an_interrupted_runner_leaves_nothing(tmp_path, number):
     pid = tmp_path / "child.pid"
     write(tmp_path, "00_long", sleeper(pid) + "import time\ntime.sleep(60)")
-    code = "import sys, pathlib; from minisft.book import execute; sys.exit(execute(pathlib.Path(sys.argv[1]), None))"
+    # Tests that run in the background of a shell inherit a SIGINT that is ignored.
+    code = "import sys, pathlib, signal; from minisft.book import execute; "
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "sys.exit(execute(pathlib.Path(sys.argv[1]), None))"
     command = [sys.executable, "-c", code, str(tmp_path)]
     runner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     patience = time.monotonic() + 20
