@@ -166,8 +166,8 @@ def started(tiny_model, tmp_path, strategy):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # Tests that run in the background of a shell inherit a SIGINT that is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # Tests that run in the background of a shell, or under nohup, inherit signals that are ignored.
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
     )
     run = Run(tmp_path / "outputs" / "model" / strategy)
     deadline = time.monotonic() + 120
