@@ -161,14 +161,7 @@ def started(tiny_model, tmp_path, strategy):
     command = [sys.executable, "-m", "minisft.cli", "launch", "--strategy", strategy, "--model", str(tiny_model)]
     command += ["--data", str(data), "--max-steps", "100000", "--save-steps", "100000", "--ranks"]
     command += ["1" if strategy == "vanilla" else "2"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # Tests that run in the background of a shell, or under nohup, inherit signals that are ignored.
-        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     run = Run(tmp_path / "outputs" / "model" / strategy)
     deadline = time.monotonic() + 120
     while not (run.folder / "metrics.jsonl").exists():
