@@ -136,7 +136,7 @@ def _trace(
 
     from minisft.allocations import Allocations, Moment
     from minisft.attention import PER_DOCUMENT, supports_padding_free
-    from minisft.loss import LossHead, supports_loss_head
+    from minisft.loss import LossHead, summed_loss, supports_loss_head
     from minisft.wide_products import needs_wide_products, widen_linear_layers
 
     device = "cuda" if on_gpu else "cpu"
@@ -175,10 +175,9 @@ def _trace(
                 inputs["cu_seq_lens_q"] = fake.from_tensor(inputs["cu_seq_lens_q"]).to(device)
 
         count = Allocations(ACTIVATIONS)
-        for tensor in (*model.parameters(), *model.buffers()):
-            count.ignore(tensor)
-
         parameters = list(model.parameters())
+        for tensor in (*parameters, *model.buffers()):
+            count.ignore(tensor)
         here = 0  # gradients
         early: dict[str, int] = {}
 
@@ -205,14 +204,7 @@ def _trace(
         cast = torch.autocast(device, dtype=half) if half and not half_weights else nullcontext()
         with count:
             with cast:
-                if head is not None:
-                    loss = head.loss(model, inputs, positions, targets)
-                elif padding_free:
-                    logits = model(**inputs, logits_to_keep=positions).logits[0]
-                    loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-                else:
-                    logits = model(**inputs).logits.flatten(0, -2)[positions]
-                    loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+                loss = summed_loss(model, inputs, positions, targets, head, padding_free)
             retained = dict(count.held)
             count.phase, count.owner = "backward", BACKWARD
             loss.backward()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
+from minisft.zero_config import DEFAULT_BUCKET
 
 
 def _words(text: str) -> frozenset[str]:
@@ -114,14 +115,9 @@ HALF_KEYS = {
     ),
 }
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
-DEFAULT_BUCKET = 500_000_000
 DEFAULT_LIVE = 1_000_000_000
 # What transformers' Trainer fills in where a file says "auto", and nowhere else.
-AUTO_KEYS = {
-    "stage3_prefetch_bucket_size": "0.9 x hidden size squared",
-    "stage3_param_persistence_threshold": "10 x hidden size",
-    "reduce_bucket_size": "hidden size squared",
-}
+AUTO_KEYS = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "reduce_bucket_size")
 FILLED_BY_TRAINER = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",

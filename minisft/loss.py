@@ -45,6 +45,28 @@ class LossHead:
             self.wanted = None
 
 
+def summed_loss(
+    model: Any,
+    inputs: dict[str, Any],
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    head: LossHead | None,
+    padding_free: bool,
+) -> torch.Tensor:
+    """The sum of the loss over the trained tokens of one micro-batch, a scalar in fp32.
+
+    `positions` and `targets` are those of `trained_positions`. Without a `head` the model makes the logits itself: at
+    the trained positions alone where the batch is `padding_free`, else at all of them.
+    """
+    if head is not None:
+        return head.loss(model, inputs, positions, targets)
+    if padding_free:
+        logits = model(**inputs, logits_to_keep=positions).logits[0]
+    else:
+        logits = model(**inputs).logits.flatten(0, -2)[positions]
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
 def trained_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a model predicts a trained token, and which: (positions, targets), int64 [n] each.
 

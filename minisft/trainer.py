@@ -14,7 +14,7 @@ from minisft import checkpoints
 from minisft.allocations import Allocations
 from minisft.errors import UserError
 from minisft.heap import release_free_memory
-from minisft.loss import LossHead, trained_positions
+from minisft.loss import LossHead, summed_loss, trained_positions
 from minisft.observe import Observer
 from minisft.runs import Run, write_json
 from minisft.sampling import RankBatches
@@ -97,13 +97,7 @@ class RunTrainer(Trainer):
         """The sum of the loss over the trained tokens of one micro-batch, a scalar in fp32."""
         positions, targets = trained_positions(batch["labels"])
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "rows")}
-        if self.head is not None:
-            return self.head.loss(model, inputs, positions, targets)
-        if self.padding_free:
-            logits = model(**inputs, logits_to_keep=positions).logits[0]
-        else:
-            logits = model(**inputs).logits.flatten(0, -2)[positions]
-        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return summed_loss(model, inputs, positions, targets, self.head, self.padding_free)
 
     def test_loss(self) -> float | None:
         """The mean loss over the trained tokens of the test rows, or None without any; all ranks take part."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# What DeepSpeed takes where a configuration is silent, in elements: buckets, and tensors that stage 3 keeps whole.
+DEFAULT_BUCKET = 500_000_000
+DEFAULT_PERSISTENCE = 100_000
 STRATEGIES = ("vanilla", "ddp", "zero0", "zero1", "zero2", "zero3")
 
 # The numbers are written out, not "auto": what is in the file is what runs, and Trainer checks that they agree.

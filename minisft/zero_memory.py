@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 
 from minisft.errors import UserError
-from minisft.zero_config import STRATEGIES, deepspeed_config, zero_stage
+from minisft.zero_config import DEFAULT_BUCKET, DEFAULT_PERSISTENCE, STRATEGIES, deepspeed_config, zero_stage
 
 OWNERS = ("parameters", "gradients", "fp32 masters", "optimizer states", "buckets", "persistent parameters")
 MOMENTS = ("at rest", "after backward")
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
 STEP = 4  # bytes of AdamW's own step counter, an fp32 scalar per tensor it steps
-DEFAULT_BUCKET = 500_000_000  # DeepSpeed's `reduce_bucket_size`, where a configuration gives none
-DEFAULT_PERSISTENCE = 100_000
 
 DEEPSPEED = "DeepSpeed 0.19, runtime/zero"
 PAPER = "Rajbhandari et al. 2020 (arXiv:1910.02054), section 3.1"
