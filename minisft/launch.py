@@ -33,7 +33,7 @@ from minisft.lint import lint
 from minisft.runs import Run, RunConfig, outputs_root, project_root, write_json
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import write_data
-from minisft.zero_config import deepspeed_config
+from minisft.zero_config import deepspeed_config, offloads
 
 Say = Callable[[str], None]
 SAY = "[minisft] "  # what a worker wants the person to see; its other output goes to the log alone
@@ -90,7 +90,9 @@ def _prepare(config: RunConfig, folder: Path, scratch: Path, say: Say) -> Run:
     parameters = sum(map(math.prod, shapes.values()))
     preflight.require_fit(config, architecture, rows)
     preflight.require_space(config, rows, parameters)
-    preflight.warn_of_memory(config, architecture, parameters, precision, on_gpu, say)
+    preflight.warn_of_memory(config, architecture, precision, on_gpu, say)
+    if offloads(config.strategy) and not on_gpu:
+        say("Without a GPU everything is in main memory already: offloading works here, and saves nothing")
     write_json(scratch / "ledger.json", ledger.to_dict())
     about = {
         "config": config.to_dict(),

@@ -11,12 +11,17 @@ from typing import Any
 from minisft.errors import UserError
 from minisft.planner import Plan, plan, traffic
 from minisft.runs import read_json
-from minisft.zero_config import STRATEGIES, zero_stage
-from minisft.zero_memory import DEEPSPEED, FORMULAS, MOMENTS, PAPER, Shapes, paper, predict, total
+from minisft.zero_config import STRATEGIES, offloads, zero_stage
+from minisft.zero_memory import DEEPSPEED, FORMULAS, MOMENTS, PAPER, Shapes, generated, on_gpu, paper, predict, total
 from minisft.zero_peak import at_peak
 
 SHOWN = 8  # ranks whose numbers are all written out; beyond, the fullest stands for all
 KINDS = {None: "plain", 0: "stage 0", 1: "stage 1, 2", 2: "stage 1, 2", 3: "stage 3"}
+
+
+def _kind(strategy: str) -> str:
+    """The name of a strategy's formulas."""
+    return KINDS[zero_stage(strategy)] + (", offloaded" if offloads(strategy) else "")
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,18 @@ class Report:
             precision=self.precision,
             activation_bytes=activation_bytes,
             accumulation=accumulation,
+            peaks=self._peaks(),
         )
+
+    def _peaks(self) -> dict[str, float]:
+        """Bytes on the GPU at the worst moment, of each strategy whose peak is known."""
+        found = {}
+        for name, about in self.strategies.items():
+            ranks = about.get("ranks", [])
+            if self.shapes is not None and all("peak" in rank for rank in ranks):
+                config = generated(self.shapes, name, self.ranks, self.precision)
+                found[name] = max(total(on_gpu(rank["peak"], config)) for rank in ranks)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         found = {
@@ -68,7 +84,7 @@ class Report:
         if self.activations:
             found["activations"] = self.activations
         if self.shapes is not None:
-            found["formulas"] = {name: FORMULAS[KINDS[zero_stage(name)]] for name in self.strategies}
+            found["formulas"] = {name: FORMULAS[_kind(name)] for name in self.strategies}
         if self.plan is not None:
             best = self.plan.best and self.plan.best.strategy
             options = [vars(option) | {"fits": option.fits} for option in self.plan.options]
@@ -106,7 +122,7 @@ def of_parameters(parameters: float, ranks: int) -> Report:
         raise UserError(f"{parameters:g} parameters: give a number from 1, e.g. 7e9")
     if ranks < 1:
         raise UserError(f"ranks is {ranks}: give at least 1")
-    names = [name for name in STRATEGIES if name != "vanilla" or ranks == 1]
+    names = [name for name in STRATEGIES if (name != "vanilla" or ranks == 1) and not offloads(name)]
     states = {name: {"states": int(paper(parameters, ranks, zero_stage(name)))} for name in names}
     basis = f"by the paper's formula alone ({PAPER}): no buckets, padding or activations; --model is exact"
     return Report(f"{parameters:g} parameters", parameters, "bf16", ranks, basis, states)

@@ -6,14 +6,16 @@ of parameters. Cheapest means the least traffic between the ranks: whoever fits 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minisft.errors import UserError
-from minisft.zero_config import zero_stage
-from minisft.zero_memory import Shapes, most, paper, predict
+from minisft.zero_config import offloads, zero_stage
+from minisft.zero_memory import Shapes, generated, on_gpu, paper, predict, total
 
-# From the least traffic to the most; at equal traffic from the simplest to the leanest.
-CANDIDATES = ("ddp", "zero1", "zero2", "zero3")
+# From the least traffic to the most; at equal traffic from the simplest to the leanest. Offloading comes last: main
+# memory is an order of magnitude further away than another GPU.
+CANDIDATES = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 RESERVED = 1.5e9  # bytes of a GPU that are never ours: the CUDA context, the libraries' workspaces, fragmentation
 
 
@@ -60,16 +62,19 @@ def plan(
     precision: str = "bf16",
     activation_bytes: float = 0,
     accumulation: int = 1,
+    peaks: Mapping[str, float] | None = None,
 ) -> Plan:
-    """What each strategy needs on one of `ranks` GPUs of `gpu_bytes` each; `activation_bytes` of a micro-batch come on
-    top. Raises `UserError` for numbers that cannot be."""
+    """What each strategy needs on one of `ranks` GPUs of `gpu_bytes` each.
+
+    `peaks` gives a strategy's bytes on the GPU at the worst moment, where they are known; elsewhere it is the states
+    after backward, and `activation_bytes` of a micro-batch on top. Raises `UserError` for numbers that cannot be.
+    """
     if not gpu_bytes > RESERVED:
         raise UserError(f"a GPU of {gpu_bytes / 1e9:.1f} GB is no GPU: give its memory in GB, e.g. 80")
-    names = CANDIDATES if ranks > 1 else ("vanilla", *CANDIDATES[1:])
     options = []
-    for strategy in names:
+    for strategy in candidates(model, ranks):
         states = state_bytes(model, strategy, ranks, precision)
-        needed = states + activation_bytes
+        needed = (peaks or {}).get(strategy, states + activation_bytes)
         options.append(Option(strategy, states, needed, gpu_bytes - RESERVED - needed))
     able = [option for option in options if option.fits]
     if not able:
@@ -80,7 +85,7 @@ def plan(
             f"nothing fits: even {leanest.strategy} needs {leanest.total / 1e9:,.1f} GB of each GPU, "
             f"{-leanest.left / 1e9:,.1f} GB more than there is; take more GPUs, larger ones, or a smaller micro-batch",
         )
-    best = min(able, key=lambda option: (traffic(option.strategy, accumulation), options.index(option)))
+    best = min(able, key=lambda option: (_price(option, accumulation), options.index(option)))
     reason = f"{best.strategy} fits with {best.left / 1e9:,.1f} GB to spare"
     below = [option for option in options if not option.fits and _cheaper(option, best, accumulation)]
     if below:
@@ -90,8 +95,18 @@ def plan(
     return Plan(tuple(options), best, reason)
 
 
+def candidates(model: Shapes | float, ranks: int) -> tuple[str, ...]:
+    """The strategies worth a thought; of a bare number nobody knows what ZeRO-3 with everything offloaded gathers."""
+    names = CANDIDATES if isinstance(model, Shapes) else CANDIDATES[:-1]
+    return names if ranks > 1 else ("vanilla", *names[1:])
+
+
+def _price(option: Option, accumulation: int) -> tuple[bool, int]:
+    return offloads(option.strategy), traffic(option.strategy, accumulation)
+
+
 def _cheaper(option: Option, best: Option, accumulation: int) -> bool:
-    return traffic(option.strategy, accumulation) <= traffic(best.strategy, accumulation)
+    return _price(option, accumulation) <= _price(best, accumulation)
 
 
 def _does(options: list[Option]) -> str:
@@ -99,14 +114,22 @@ def _does(options: list[Option]) -> str:
 
 
 def state_bytes(model: Shapes | float, strategy: str, ranks: int, precision: str = "bf16") -> float:
-    """Bytes of states on the rank that holds the most, after backward; the paper's formula for a bare number."""
+    """Bytes of states on the GPU of the rank that holds the most, after backward; of a bare number by the paper's
+    formula."""
     if isinstance(model, Shapes):
-        return most(predict(model, strategy, ranks, precision), "after backward")
+        config = generated(model, strategy, ranks, precision)
+        held = predict(model, strategy, ranks, precision, config)
+        return max(total(on_gpu(rank["after backward"], config)) for rank in held)
     if ranks < 1 or not model > 0:
         raise UserError(f"{model:g} parameters on {ranks} ranks: give at least one of each")
-    return paper(model, ranks, zero_stage(strategy))
+    return model * _per_parameter(strategy, ranks)
+
+
+def _per_parameter(strategy: str, ranks: int) -> float:
+    # Offloaded (Ren et al. 2021, arXiv:2101.06840), the half-precision parameters alone stay.
+    return 2.0 if offloads(strategy) else paper(1, ranks, zero_stage(strategy))
 
 
 def largest_model(strategy: str, ranks: int, gpu_bytes: float, activation_bytes: float = 0) -> float:
     """Parameters of the largest model whose states fit, by the paper's formula."""
-    return max(0.0, gpu_bytes - RESERVED - activation_bytes) / paper(1, ranks, zero_stage(strategy))
+    return max(0.0, gpu_bytes - RESERVED - activation_bytes) / _per_parameter(strategy, ranks)

@@ -27,6 +27,7 @@ OWNER_COLOURS = {
     "optimizer states": "#E69F00",
     "buckets": "#CC79A7",
     "persistent parameters": "#D55E00",
+    "offload buffers": "#F0E442",
     OTHER: "#BBBBBB",
 }
 
@@ -81,8 +82,9 @@ def memory_bars(runs: Sequence[Run]) -> Picture:
     ranks = [max(run.memory, key=model_states) for run in runs]
     left = [0.0] * len(runs)
     for owner, colour in OWNER_COLOURS.items():
-        sizes = [rank["at rest"][owner] / 1e9 for rank in ranks]
-        axes.barh(names, sizes, left=left, color=colour, label=owner, edgecolor="white")
+        sizes = [rank["at rest"].get(owner, 0) / 1e9 for rank in ranks]
+        if any(sizes):
+            axes.barh(names, sizes, left=left, color=colour, label=owner, edgecolor="white")
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     least = min(left)
     lightest = " and ".join(run.name for run, total in zip(runs, left, strict=True) if total < 1.01 * least)

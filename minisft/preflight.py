@@ -13,7 +13,6 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.runs import RunConfig, outputs_root
-from minisft.zero_config import zero_stage
 
 GB = 1e9
 
@@ -73,23 +72,16 @@ def require_space(config: RunConfig, rows: int, parameters: int) -> None:
         )
 
 
-def state_bytes(strategy: str, ranks: int, parameters: int, precision: str) -> float:
-    """Bytes of parameters, gradients, fp32 masters and Adam's two states on one rank (Rajbhandari et al. 2020, 3.1).
+def state_bytes(config: RunConfig, model: Any, precision: str, on_gpu: bool) -> float:
+    """Bytes of states on the fullest rank of a run; on a GPU those that lie there alone."""
+    from minisft import zero_memory
 
-    DeepSpeed keeps masters in fp32 runs as well; bf16 and fp16 runs without it keep fp32 weights and gradients.
-    """
-    stage = zero_stage(strategy)
-    if stage is None:
-        return 16 * parameters
-    low = 4 if precision == "fp32" else 2
-    weights, gradients, optimizer = low * parameters, low * parameters, 12 * parameters
-    if stage >= 1:
-        optimizer /= ranks
-    if stage >= 2:
-        gradients /= ranks
-    if stage >= 3:
-        weights /= ranks
-    return weights + gradients + optimizer
+    shapes = zero_memory.Shapes.of_config(model, config.trust_remote_code)
+    deepspeed = zero_memory.generated(shapes, config.strategy, config.ranks, precision)
+    held = zero_memory.predict(shapes, config.strategy, config.ranks, precision, deepspeed)
+    if on_gpu:
+        return max(zero_memory.total(zero_memory.on_gpu(rank["after backward"], deepspeed)) for rank in held)
+    return zero_memory.most(held, "after backward")
 
 
 def activation_bytes(config: RunConfig, model: Any, precision: str) -> float:
@@ -103,11 +95,9 @@ def activation_bytes(config: RunConfig, model: Any, precision: str) -> float:
     return config.batch_size * config.max_length * text.num_hidden_layers * text.hidden_size * per_unit
 
 
-def warn_of_memory(
-    config: RunConfig, model: Any, parameters: int, precision: str, on_gpu: bool, say: Callable[[str], None]
-) -> None:
+def warn_of_memory(config: RunConfig, model: Any, precision: str, on_gpu: bool, say: Callable[[str], None]) -> None:
     """Say so where a run will probably need more memory than is free, with both numbers."""
-    states = state_bytes(config.strategy, config.ranks, parameters, precision)
+    states = state_bytes(config, model, precision, on_gpu)
     try:
         activations = activation_bytes(config, model, precision)
     except AttributeError:  # an architecture that counts its layers in its own way

@@ -18,6 +18,8 @@ from minisft.loss import LossHead, summed_loss, trained_positions
 from minisft.observe import Observer
 from minisft.runs import Run, write_json
 from minisft.sampling import RankBatches
+from minisft.traffic import Counter, ddp_traffic
+from minisft.zero_config import offloads
 from minisft.zero_measure import held_bytes, live_tensors, measure, peak_bytes
 
 
@@ -46,10 +48,13 @@ class RunTrainer(Trainer):
         self.began = self.seconds = 0.0
         self.observed = 0.0  # seconds spent on observing alone
         self.held: dict[str, dict[str, int]] = {}  # bytes by owner, at each moment measured
+        self.in_main_memory: dict[str, dict[str, int]] = {}  # the same of what a GPU's rank has offloaded
         self.allocations: Allocations | None = None  # while one step's tensors are followed
         self.base = 0  # bytes that were alive before that step
         self.adopted: set[int] = set()  # where they lie
         self.buckets: dict[int, int] = {}  # DDP's: where they lie, and their bytes
+        self.counter: Counter | None = None  # while one step's communication is counted
+        self.moved: dict[str, int] = {}  # bytes by operation of that step
         self.rows: list[list[tuple[str, int, int]]] = []  # of this step's micro-batches, on this rank
         self.losses: list[torch.Tensor] = []
         self.add_callback(_Clock(self))
@@ -217,10 +222,15 @@ class RunTrainer(Trainer):
             storages = [p.grad.untyped_storage() for p in model.parameters() if p.grad is not None]
             self.buckets = {storage.data_ptr(): storage.nbytes() for storage in storages}
         self.held[moment] = measure(model, self.optimizer, self.args.device.type, self.buckets)
+        if self.args.device.type != "cpu" and offloads(self.run.config.strategy):
+            self.in_main_memory[moment] = measure(model, self.optimizer, "cpu")
 
     def write_memory(self) -> None:
         """All that was measured, of all ranks, into `memory.json`."""
         mine = {"rank": self.args.process_index, **self.held, "peak": peak_bytes(self.args.device.type)}
+        mine["communication"] = self.moved
+        if self.in_main_memory:
+            mine["in main memory"] = self.in_main_memory
         if self.allocations is not None:
             rows = [row for batch in self.rows for row in batch]
             about = {"lengths": [tokens for _, tokens, _ in rows], "trained": sum(trained for _, _, trained in rows)}
@@ -239,6 +249,19 @@ class RunTrainer(Trainer):
                 self.allocations.see(tensor, "before")
         self.base = self.allocations.peak.total
         self.allocations.__enter__()
+
+    def count_traffic(self) -> None:
+        """From now on count what the ranks tell each other."""
+        if self.run.deepspeed and self.args.world_size > 1:
+            self.counter = Counter()
+            self.counter.start()
+
+    def stop_counting(self) -> None:
+        if self.counter is not None:
+            self.moved = self.counter.stop()
+            self.counter = None
+        elif self.run.config.strategy == "ddp" and self.args.world_size > 1:
+            self.moved = ddp_traffic(self.model_wrapped)
 
     def enter_phase(self, phase: str) -> None:
         if self.allocations is not None:
@@ -267,8 +290,10 @@ class _Clock(TrainerCallback):
             self.trainer.observer = Observer(self.trainer.run.folder, self.trainer.start, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._is_measured(state, state.global_step + 1) and self.trainer.run.config.memory_timeline:
-            self.trainer.follow_allocations()
+        if self._is_measured(state, state.global_step + 1):
+            self.trainer.count_traffic()
+            if self.trainer.run.config.memory_timeline:
+                self.trainer.follow_allocations()
         # DeepSpeed steps where backward ends, before Trainer's own hooks for that moment.
         if self._is_measured(state, state.global_step + 1) and self.trainer.run.deepspeed:
             engine = self.trainer.model_wrapped
@@ -294,6 +319,7 @@ class _Clock(TrainerCallback):
         trainer.seconds = time.perf_counter() - trainer.began
         trainer.position["step"] = state.global_step
         if self._is_measured(state, state.global_step):
+            trainer.stop_counting()
             if trainer.allocations is not None:
                 trainer.allocations.__exit__(None, None, None)
             self._measure("at rest")

@@ -1,7 +1,8 @@
 """Strategy -> DeepSpeed configuration, every key with a reason.
 
 Strategies: `vanilla` (one process, no DeepSpeed), `ddp` (plain data parallel under torchrun), `zero0` (DeepSpeed's
-own data parallel), `zero1` (optimizer states split), `zero2` (and gradients), `zero3` (and parameters).
+own data parallel), `zero1` (optimizer states split), `zero2` (and gradients), `zero3` (and parameters); with
+`-offload`, the optimizer's part of ZeRO-2 or all states of ZeRO-3 lie in main memory instead of the GPU's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 # What DeepSpeed takes where a configuration is silent, in elements: buckets, and tensors that stage 3 keeps whole.
 DEFAULT_BUCKET = 500_000_000
 DEFAULT_PERSISTENCE = 100_000
-STRATEGIES = ("vanilla", "ddp", "zero0", "zero1", "zero2", "zero3")
+STRATEGIES = ("vanilla", "ddp", "zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 
 # The numbers are written out, not "auto": what is in the file is what runs, and Trainer checks that they agree.
 REASONS = {
@@ -36,12 +37,22 @@ REASONS = {
     "elements; the default 1e9 never lets go",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "without it a stage-3 checkpoint has no "
     "model.safetensors",
+    "zero_optimization.offload_optimizer": "masters, optimizer states and gradients lie in main memory; the step is "
+    "computed there; pinned, so that the GPU copies while it computes",
+    "zero_optimization.offload_param": "the slices of the parameters, too: the GPU holds what a layer needs just now",
+    "zero_force_ds_cpu_optimizer": "false steps with PyTorch's fused AdamW, which is vectorised and needs no compiler; "
+    "DeepSpeed would otherwise build an Adam of its own",
 }
 
 
 def zero_stage(strategy: str) -> int | None:
     """The ZeRO stage of a strategy, or None for those that do not use DeepSpeed."""
-    return int(strategy.removeprefix("zero")) if strategy.startswith("zero") else None
+    return int(strategy[4]) if strategy.startswith("zero") else None
+
+
+def offloads(strategy: str) -> bool:
+    """Whether a strategy keeps states in main memory."""
+    return strategy.endswith("-offload")
 
 
 def deepspeed_config(
@@ -63,7 +74,8 @@ def deepspeed_config(
     stage = zero_stage(strategy)
     if stage is None:
         return None
-    bucket = -(-largest_tensor // 1_000_000) * 1_000_000
+    unit = 10 ** max(0, len(str(largest_tensor)) - 2)
+    bucket = -(-largest_tensor // unit) * unit  # the largest tensor, rounded up to two digits
     zero: dict[str, Any] = {"stage": stage}
     if stage >= 1:
         zero |= {"reduce_bucket_size": bucket, "overlap_comm": on_gpu, "contiguous_gradients": True}
@@ -77,7 +89,10 @@ def deepspeed_config(
             "stage3_max_reuse_distance": bucket,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
-    return {
+    if offloads(strategy):
+        place = {"device": "cpu", "pin_memory": on_gpu}
+        zero |= {"offload_optimizer": place} | ({"offload_param": place} if stage == 3 else {})
+    about = {
         "train_batch_size": micro_batch * accumulation * ranks,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -86,3 +101,4 @@ def deepspeed_config(
         "bf16": {"enabled": precision == "bf16"},
         "zero_optimization": zero,
     }
+    return about | ({"zero_force_ds_cpu_optimizer": False} if offloads(strategy) else {})

@@ -20,9 +20,9 @@ def measure(model: Any, optimizer: Any, device_type: str, buckets: Mapping[int, 
 
     `model` is the engine's module and `optimizer` what steps it (torch's, or Trainer's or DeepSpeed's wrapper of it).
     `fp32 masters` are optimizer parameters that are no model parameters; `buckets` what DeepSpeed reduces gradients
-    through; `persistent parameters` those that stage 3 keeps whole beside its slices. `other tensors` are buffers,
-    batches, and everything else that is alive. `buckets` are storages, address to bytes, that are known to be alive
-    though Python may not see them: DDP's.
+    through; `persistent parameters` those that stage 3 keeps whole beside its slices; `offload buffers` what lies
+    between a GPU and offloaded states. `other tensors` are buffers, batches, and everything else that is alive.
+    `buckets` are storages, address to bytes, that are known to be alive though Python may not see them: DDP's.
     """
     import torch
 
@@ -81,6 +81,7 @@ def _claim_deepspeed(wrapper: Any, claim: Callable[[str, Any], None]) -> None:
     # Stage 3 lends its masters to the inner optimizer only while it steps, and keeps its gradients allocated.
     for tensor in getattr(wrapper, "fp32_partitioned_groups_flat", []):
         claim("fp32 masters", tensor)
+        claim("gradients", tensor.grad)
     claim("gradients", getattr(wrapper, "grad_partitions_flat_buffer", None))
     # Stages 1 and 2 keep what a rank's slice needs of the gradients, whole parameters' and padding.
     for tensors in (getattr(wrapper, "averaged_gradients", None) or {}).values():
@@ -90,6 +91,13 @@ def _claim_deepspeed(wrapper: Any, claim: Callable[[str, Any], None]) -> None:
         buffers = bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
         for tensor in buffers:
             claim("buckets", tensor)
+    # Offloading: a gradient passes through a buffer here and one there; steps and micro-batches have theirs.
+    claim("buckets", getattr(wrapper, "temp_grad_buffer_for_gpu_offload", None))
+    claim("offload buffers", getattr(wrapper, "temp_grad_buffer_for_cpu_offload", None))
+    for tensor in getattr(wrapper, "param_buffer_of_bit16_for_cpu_offload_groups", []):
+        claim("offload buffers", tensor)
+    for tensor in getattr(wrapper, "accumulated_grads_in_cpu", {}).values():
+        claim("offload buffers", tensor)
 
 
 def peak_bytes(device_type: str) -> int:

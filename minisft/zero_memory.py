@@ -17,7 +17,15 @@ import numpy as np
 from minisft.errors import UserError
 from minisft.zero_config import DEFAULT_BUCKET, DEFAULT_PERSISTENCE, STRATEGIES, deepspeed_config, zero_stage
 
-OWNERS = ("parameters", "gradients", "fp32 masters", "optimizer states", "buckets", "persistent parameters")
+OWNERS = (
+    "parameters",
+    "gradients",
+    "fp32 masters",
+    "optimizer states",
+    "buckets",
+    "persistent parameters",
+    "offload buffers",
+)
 MOMENTS = ("at rest", "after backward")
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
 STEP = 4  # bytes of AdamW's own step counter, an fp32 scalar per tensor it steps
@@ -53,6 +61,23 @@ FORMULAS: dict[str, dict[str, str]] = {
         "optimizer states": "8 Q + 4 per group",
         "buckets": "e x reduce_bucket_size, allocated all the time",
         "persistent parameters": "e W Q over parameters up to the persistence threshold, kept whole; none on 1 rank",
+    },
+    "stage 1, 2, offloaded": {
+        "parameters": "e Pad per group, whole on every rank, on the GPU",
+        "gradients": "4 part per group in main memory, allocated all the time",
+        "fp32 masters": "4 part per group in main memory",
+        "optimizer states": "8 part + 4 per group in main memory",
+        "buckets": "e x the largest parameter on the GPU: a gradient on its way",
+        "offload buffers": "in main memory e part per group, e x the largest parameter; with accumulation also e x all "
+        "of every parameter that touches this rank's slice",
+    },
+    "stage 3, offloaded": {
+        "parameters": "e Q in main memory with offload_param",
+        "gradients": "(e + 4) Q in main memory, allocated all the time",
+        "fp32 masters": "4 Q in main memory",
+        "optimizer states": "8 Q + 4 per group in main memory",
+        "buckets": "e x reduce_bucket_size on the GPU",
+        "persistent parameters": "e W Q over parameters up to the persistence threshold, on the GPU",
     },
 }
 
@@ -109,8 +134,8 @@ def partition_size(elements: int, ranks: int) -> int:
     return -(-elements // (2 * ranks)) * 2
 
 
-def touching(group: Sequence[tuple[str, int]], ranks: int) -> np.ndarray:
-    """For each rank the elements, int64 [ranks], of all parameters that its slice of `group` touches, and padding.
+def touching(group: Sequence[tuple[str, int]], ranks: int, padding: bool = True) -> np.ndarray:
+    """For each rank the elements, int64 [ranks], of all parameters that its slice of `group` touches, and its padding.
 
     A parameter over a border counts whole on both sides: each of the two ranks keeps its whole gradient.
     """
@@ -121,8 +146,8 @@ def touching(group: Sequence[tuple[str, int]], ranks: int) -> np.ndarray:
     first = np.searchsorted(ends, begins, side="right")
     last = np.searchsorted(ends - sizes, begins + part, side="left")
     before = np.concatenate([[0], ends])
-    padding = np.clip(begins + part - np.maximum(begins, ends[-1]), 0, None)
-    return np.maximum(before[last] - before[first], 0) + padding
+    touched = np.maximum(before[last] - before[first], 0)
+    return touched + padding * np.clip(begins + part - np.maximum(begins, ends[-1]), 0, None)
 
 
 def split_size(group: Iterable[tuple[str, int]], ranks: int) -> int:
@@ -154,9 +179,14 @@ def predict(
         rest, gradients = _stage12(shapes, ranks, precision)
     else:
         rest, gradients = _stage3(shapes, ranks, precision, deepspeed["zero_optimization"])
+    extra = np.zeros(ranks, dtype=np.int64)
+    if deepspeed and offloaded(deepspeed, "optimizer"):
+        accumulation = int(deepspeed.get("gradient_accumulation_steps", 1))
+        rest, gradients, extra = _offloaded(shapes, ranks, precision, stage, accumulation, rest)
     predicted = []
     for rank in range(ranks):
         resting = dict.fromkeys(OWNERS, 0) | rest
+        resting["offload buffers"] += int(extra[rank])
         after = resting | {"gradients": resting["gradients"] + int(gradients[rank])}
         if strategy == "ddp":  # the gradients lie in the buckets
             after["buckets"] = 0
@@ -229,6 +259,41 @@ def _stage3(shapes: Shapes, ranks: int, precision: str, zero: Mapping[str, Any])
         "persistent parameters": e * ranks * split_size(small, ranks) if ranks > 1 else 0,
     }
     return rest, np.zeros(ranks, dtype=np.int64)
+
+
+def offloaded(deepspeed: Mapping[str, Any] | None, what: str) -> bool:
+    """Whether a DeepSpeed configuration keeps `what`, `optimizer` or `param`, in main memory."""
+    place = (deepspeed or {}).get("zero_optimization", {}).get(f"offload_{what}") or {}
+    return place.get("device", "none") == "cpu"
+
+
+def _offloaded(
+    shapes: Shapes, ranks: int, precision: str, stage: int, accumulation: int, rest: dict[str, int]
+) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
+    """What offloading the optimizer changes, wherever it lies: at rest, in backward, and by rank at rest."""
+    e = ELEMENT[precision]
+    none = np.zeros(ranks, dtype=np.int64)
+    if stage == 3:
+        split = sum(split_size(group, ranks) for group in shapes.groups)
+        return rest | {"gradients": (e + 4) * split}, none, none
+    parts = sum(partition_size(sum(n for _, n in group), ranks) for group in shapes.groups)
+    rest = rest | {
+        "gradients": 4 * parts,
+        "buckets": e * shapes.largest,
+        "offload buffers": e * (parts + shapes.largest),
+    }
+    kept = e * sum(touching(group, ranks, padding=False) for group in shapes.groups) if accumulation > 1 else none
+    return rest, none, kept
+
+
+def on_gpu(held: Mapping[str, int], deepspeed: Mapping[str, Any] | None) -> dict[str, int]:
+    """Of one rank's bytes by owner, those that lie on its GPU; all of them, unless something is offloaded."""
+    away = set()
+    if offloaded(deepspeed, "optimizer"):
+        away |= {"gradients", "fp32 masters", "optimizer states", "offload buffers"}
+    if offloaded(deepspeed, "param"):
+        away.add("parameters")
+    return {owner: 0 if owner in away else size for owner, size in held.items()}
 
 
 def paper(parameters: float, ranks: int, stage: int | None, optimizer: int = 12) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from minisft.dry_run import DryRun
 from minisft.zero_config import zero_stage
-from minisft.zero_memory import ELEMENT, Shapes, generated, partition_size, split_size, total
+from minisft.zero_memory import ELEMENT, Shapes, generated, offloaded, partition_size, split_size, total
 
 STEP_OWNER = "temporaries of the step"
 
@@ -27,7 +27,8 @@ def at_peak(
 ) -> list[dict[str, int]]:
     """Bytes by owner at each rank's worst moment, given what `zero_memory.predict` says and a micro-batch's dry run.
 
-    Exact for vanilla; for the others within a few percent, tested against live engines.
+    Exact for vanilla; for the others within a few percent, tested against live engines. What is offloaded counts as
+    well, and `zero_memory.on_gpu` leaves it out again.
     """
     if deepspeed is None and zero_stage(strategy) is not None:
         deepspeed = generated(shapes, strategy, ranks, precision)
@@ -35,7 +36,7 @@ def at_peak(
     peaks = []
     for moments in predicted:
         computing = _computing(shapes, strategy, precision, moments, dry, zero)
-        stepping = _stepping(shapes, strategy, ranks, precision, moments)
+        stepping = _stepping(shapes, strategy, ranks, precision, moments, offloaded(deepspeed, "optimizer"))
         peaks.append(max(computing, stepping, key=total))
     return peaks
 
@@ -56,7 +57,7 @@ def _computing(
         held[owner] = held.get(owner, 0) + size
     if stage in (1, 2):
         held["buckets"] += e * int(zero["reduce_bucket_size"]) * (2 if zero.get("overlap_comm") else 1)
-    if stage == 2:
+    if stage == 2 and not held["gradients"]:
         held["gradients"] += moments["after backward"]["gradients"]
     if stage == 3:
         live = min(int(zero["stage3_max_live_parameters"]), shapes.parameters)
@@ -65,10 +66,12 @@ def _computing(
 
 
 def _stepping(
-    shapes: Shapes, strategy: str, ranks: int, precision: str, moments: Mapping[str, dict[str, int]]
+    shapes: Shapes, strategy: str, ranks: int, precision: str, moments: Mapping[str, dict[str, int]], away: bool
 ) -> dict[str, int]:
     stage, e = zero_stage(strategy), ELEMENT[precision]
     held = dict(moments["after backward"])
+    if away:
+        return held  # gradients wait in fp32 where the optimizer is
     if stage == 0:
         held[STEP_OWNER] = e * shapes.parameters  # flattened to be reduced
     elif stage in (1, 2):

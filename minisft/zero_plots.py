@@ -79,7 +79,7 @@ def _measured(strategies: Mapping[str, int], runs: Sequence[Run], moment: str) -
     for strategy, ranks in strategies.items():
         for run in runs:
             if _same(run, strategy, ranks) and run.memory:
-                found[strategy] = max(sum(rank[moment][owner] for owner in OWNERS) for rank in run.memory)
+                found[strategy] = max(sum(rank[moment].get(owner, 0) for owner in OWNERS) for rank in run.memory)
     return found
 
 

@@ -21,7 +21,7 @@ def test_a_small_model_needs_no_splitting():
 def test_seven_billion_on_eight_gpus():
     """112 GB of states: not whole, but split by stage 1 (14 + 14 + 10.5 GB)."""
     found = plan(7e9, 8, 80 * GB)
-    assert [option.fits for option in found.options] == [False, True, True, True]
+    assert {o.strategy: o.fits for o in found.options if not o.fits} == {"ddp": False}
     assert found.best.strategy == "zero1"
     assert "ddp would talk no more, but does not fit" in found.reason
     assert plan(7e9, 8, 24 * GB).best.strategy == "zero3"
@@ -31,6 +31,17 @@ def test_nothing_fits_and_it_is_said_by_how_much():
     found = plan(1e12, 8, 80 * GB)
     assert found.best is None
     assert "even zero3 needs 2,000.0 GB" in found.reason
+
+
+def test_offloading_is_the_last_resort():
+    """13 billion parameters on two GPUs: 104 GB of ZeRO-3's states do not fit, 26 GB of parameters alone do."""
+    found = plan(13e9, 2, 80 * GB)
+    assert found.best.strategy == "zero2-offload"
+    assert plan(13e9, 16, 80 * GB).best.strategy == "zero1"
+
+
+def test_known_peaks_decide():
+    assert plan(1e9, 2, 80 * GB, peaks={"ddp": 90 * GB}).best.strategy == "zero1"
 
 
 def test_a_trillion_parameters_on_ten_thousand_ranks_takes_milliseconds():
@@ -46,7 +57,7 @@ def test_accumulation_is_where_stage_1_beats_stage_2():
 
 @given(st.floats(1e6, 1e12), st.integers(1, 4096), st.floats(2, 200))
 def test_the_largest_model_just_fits(parameters, ranks, gigabytes):
-    for strategy in CANDIDATES:
+    for strategy in CANDIDATES[:-1]:
         biggest = largest_model(strategy, ranks, gigabytes * GB)
         assert state_bytes(biggest, strategy, ranks) == pytest.approx(gigabytes * GB - RESERVED)
         fits = state_bytes(parameters, strategy, ranks) <= gigabytes * GB - RESERVED

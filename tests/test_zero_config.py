@@ -1,6 +1,6 @@
 import pytest
 
-from minisft.zero_config import REASONS, STRATEGIES, deepspeed_config
+from minisft.zero_config import REASONS, STRATEGIES, deepspeed_config, offloads, zero_stage
 
 
 def config(strategy, **changes):
@@ -34,14 +34,17 @@ def test_deepspeed_itself_accepts_it(strategy, precision):
 
     made = config(strategy, precision=precision)
     parsed = DeepSpeedZeroConfig(**made["zero_optimization"])
-    assert parsed.stage == int(strategy[-1])
+    assert parsed.stage == zero_stage(strategy)
+    assert (parsed.offload_optimizer is not None) == offloads(strategy)
+    assert (parsed.offload_param is not None) == (strategy == "zero3-offload")
     assert made["train_batch_size"] == 4 * 2 * 3
     assert (made["fp16"]["enabled"], made["bf16"]["enabled"]) == (precision == "fp16", precision == "bf16")
-    if strategy == "zero3":
+    if parsed.stage == 3:
         assert parsed.gather_16bit_weights_on_model_save
 
 
 def test_buckets_hold_the_largest_tensor_and_no_more_than_needed():
     zero = config("zero2")["zero_optimization"]
     assert 28_311_552 <= zero["reduce_bucket_size"] < 30_000_000
-    assert config("zero2", largest_tensor=300)["zero_optimization"]["reduce_bucket_size"] == 1_000_000
+    assert config("zero2", largest_tensor=301)["zero_optimization"]["reduce_bucket_size"] == 310
+    assert config("zero3", largest_tensor=7)["zero_optimization"]["reduce_bucket_size"] == 7

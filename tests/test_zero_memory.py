@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -15,8 +16,11 @@ from transformers import LlamaForCausalLM
 from zero_engines import tiny
 
 from minisft.errors import UserError
+from minisft.planner import traffic
+from minisft.traffic import predict_traffic, sent
 from minisft.zero_config import STRATEGIES
 from minisft.zero_memory import (
+    ELEMENT,
     MOMENTS,
     OWNERS,
     Shapes,
@@ -46,26 +50,28 @@ def shapes_of(tied: bool, two_groups: bool) -> Shapes:
 
 
 def cases(ranks: int) -> list[tuple[Shapes, dict]]:
-    """Stages 0 to 3, fp32 and bf16, one and two param groups, tied and untied embeddings."""
+    """Stages 0 to 3, fp32 and bf16, one and two param groups, tied and untied; then offloading and accumulation."""
+    grid = itertools.product(("zero0", "zero1", "zero2", "zero3"), ("fp32", "bf16"), (False, True), (False, True), (1,))
+    more = itertools.product(("zero2-offload", "zero3-offload"), ("fp32", "bf16"), (True,), (False,), (1, 2))
+    again = itertools.product(("zero0", "zero1", "zero2", "zero3"), ("bf16",), (True,), (False,), (3,))
     made = []
-    for stage in range(4):
-        for precision in ("fp32", "bf16"):
-            for two_groups in (False, True):
-                for tied in (False, True):
-                    shapes = shapes_of(tied, two_groups)
-                    config = generated(shapes, f"zero{stage}", ranks, precision)
-                    zero = config["zero_optimization"]
-                    zero |= {key: BUCKET for key, value in zero.items() if key.endswith("bucket_size") and value}
-                    if stage == 3:
-                        zero["stage3_param_persistence_threshold"] = PERSISTENCE
-                    about = {"stage": stage, "precision": precision, "two_groups": two_groups, "tied": tied}
-                    made.append((shapes, about | {"deepspeed": config}))
+    for strategy, precision, two_groups, tied, accumulation in itertools.chain(grid, more, again):
+        shapes = shapes_of(tied, two_groups)
+        config = generated(shapes, strategy, ranks, precision)
+        config |= {"gradient_accumulation_steps": accumulation, "train_batch_size": accumulation * ranks}
+        zero = config["zero_optimization"]
+        zero |= {key: BUCKET for key, value in zero.items() if key.endswith("bucket_size") and value}
+        if zero["stage"] == 3:  # nothing is kept from one use to the next
+            zero |= {"stage3_param_persistence_threshold": PERSISTENCE, "stage3_max_reuse_distance": 0}
+            zero["stage3_max_live_parameters"] = 0
+        about = {"strategy": strategy, "precision": precision, "accumulation": accumulation, "deepspeed": config}
+        made.append((shapes, about | {"stage": zero["stage"], "two_groups": two_groups, "tied": tied}))
     return made
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_live_engines_hold_what_is_predicted_to_the_byte(ranks, tmp_path):
+def test_live_engines_hold_and_send_what_is_predicted_to_the_byte(ranks, tmp_path):
     chosen = cases(ranks)
     out = tmp_path / "measured.json"
     done = subprocess.run(
@@ -79,11 +85,31 @@ def test_live_engines_hold_what_is_predicted_to_the_byte(ranks, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for (shapes, about), measured in zip(chosen, json.loads(out.read_text()), strict=True):
-        predicted = predict(shapes, f"zero{about['stage']}", ranks, about["precision"], about["deepspeed"])
+        strategy, precision, deepspeed = about["strategy"], about["precision"], about["deepspeed"]
+        predicted = predict(shapes, strategy, ranks, precision, deepspeed)
         for rank in range(ranks):
             for moment in MOMENTS:
                 found = {owner: measured[rank][moment][owner] for owner in OWNERS}
                 assert found == predicted[rank][moment], (about, rank, moment)
+        if ranks == 1:
+            continue
+        moved = predict_traffic(shapes, strategy, ranks, precision, about["accumulation"], deepspeed)
+        for operation, size in measured[0]["communication"].items():
+            # Norms and flags are reduced, too: some bytes.
+            slack = 64 if operation == "all-reduce" else 0
+            if about["tied"] and strategy.startswith("zero3") and operation == "all-gather":
+                slack = 2 * 97 * 20 * 4 + 4 * ranks  # the tied weights are gathered for each of their uses
+            assert moved[operation] <= size <= moved[operation] + slack, (about, operation)
+
+
+@given(st.sampled_from(STRATEGIES[1:]), st.integers(2, 64), st.sampled_from(["fp32", "bf16"]), st.integers(1, 16))
+def test_traffic_is_the_papers(strategy, ranks, precision, accumulation):
+    """Section 7: 2 for data parallelism and stages 1 and 2, 3 for stage 3; the planner's factors under accumulation."""
+    shapes = Shapes(((("a", 4_000_000), ("b", 6_000_000)),))
+    moved = predict_traffic(shapes, strategy, ranks, precision, accumulation)
+    element = 4 if strategy == "ddp" else ELEMENT[precision]
+    whole = sent(moved, ranks) * ranks / (ranks - 1) / element / shapes.parameters
+    assert whole == pytest.approx(traffic(strategy, accumulation), rel=1e-3)
 
 
 # --- the paper ---------------------------------------------------------------------------------------------

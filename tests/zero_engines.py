@@ -3,7 +3,7 @@
     torchrun --nproc_per_node W tests/zero_engines.py OUT.json '[{"stage": 0, "precision": "fp32", …}, …]'
 
 The worker of `test_zero_memory`. Every engine trains a tiny Llama two steps with AdamW and is measured in the second,
-after backward and after the step.
+after backward and after the step; what its ranks tell each other in that step is counted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
+from minisft.traffic import Counter
 from minisft.zero_measure import measure
 
 TOKENS = 7
@@ -51,6 +52,7 @@ def groups_of(model: Any, two: bool) -> list[dict[str, Any]]:
 def engine_bytes(settings: dict[str, Any]) -> dict[str, dict[str, int]]:
     import deepspeed
 
+    accumulation = settings["deepspeed"]["gradient_accumulation_steps"]
     torch.manual_seed(0)
     with deepspeed.zero.Init(config_dict_or_path=settings["deepspeed"], enabled=settings["stage"] == 3):
         model = LlamaForCausalLM(tiny(settings["tied"]))
@@ -58,13 +60,17 @@ def engine_bytes(settings: dict[str, Any]) -> dict[str, dict[str, int]]:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings["deepspeed"])
     ids = torch.randint(5, 97, (1, TOKENS))
     found = {}
-    for step in range(2):
+    counter = Counter()
+    for micro_step in range(2 * accumulation):
+        if micro_step == accumulation:
+            counter.start()
         loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
         engine.backward(loss)
         del loss
-        if step:
+        if micro_step == 2 * accumulation - 1:
             found["after backward"] = measure(engine.module, engine.optimizer, "cpu")
         engine.step()
+    found["communication"] = counter.stop()
     gc.collect()
     found["at rest"] = measure(engine.module, engine.optimizer, "cpu")
     engine.destroy()
