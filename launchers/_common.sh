@@ -64,4 +64,6 @@ use_environment() {
         is_up_to_date "$folder" || exit "$status"
     fi
     export PATH="$folder/bin:$PATH" MINISFT_OUTPUTS="${MINISFT_OUTPUTS:-$ROOT/outputs}"
+    # An operator that is built belongs to the environment: others have other paths and tools.
+    [[ ! -w "$folder" ]] || export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$folder/torch_extensions}"
 }

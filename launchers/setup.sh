@@ -138,7 +138,8 @@ for option in "$@"; do
 done
 
 # pip ends a Ctrl-C like any failure: say what it was.
-trap 'die "stopped; run this again to finish"' INT TERM
+builder=""
+trap '[[ -z "$builder" ]] || kill "$builder" 2>/dev/null; die "stopped; run this again to finish"' INT TERM
 
 FOLDER=$(environment_folder)
 fresh=no
@@ -148,6 +149,11 @@ else
     fresh=yes
     make_environment
     install
+    # The first ZeRO run on a CPU would wait half a minute for it; without a compiler, runs do without.
+    if ! command -v nvidia-smi >/dev/null; then
+        "$FOLDER/bin/python" -m minisft.operators >"$FOLDER/minisft-operator.log" 2>&1 &
+        builder=$!
+    fi
 fi
 
 fetched=0
@@ -156,6 +162,10 @@ if [[ $fetch == yes ]]; then
     "$FOLDER/bin/minisft" fetch || fetched=1
 fi
 
+if [[ -n "$builder" ]]; then
+    wait "$builder" || true
+    builder=""
+fi
 if [[ $fresh == yes ]]; then
     say "Looking at this machine"
     "$FOLDER/bin/minisft" doctor --brief || true # it says what is missing, which is no failure of the set-up

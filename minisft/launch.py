@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from minisft import assets, preflight
+from minisft import assets, operators, preflight
 from minisft.checkpoints import latest_resumable
 from minisft.errors import UserError
 from minisft.ledger import Ledger
@@ -237,8 +237,9 @@ def _supervise(command: list[str], log: Path, say: Say, lock: int) -> tuple[int,
     Should this process be killed outright, the workers notice and end, and the launcher holds `lock` (a file
     descriptor) until it is gone, so that nothing can replace the folder under a live run.
     """
+    operators.remove_stale_locks(operators.extensions_folder())
     # The environment of this interpreter, even if nobody activated it.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = os.environ | operators.build_environment() | {"PYTHONUNBUFFERED": "1"}
     parent = os.getppid()
     stop: list[int] = []
     old = {}
@@ -249,7 +250,7 @@ def _supervise(command: list[str], log: Path, say: Say, lock: int) -> tuple[int,
     process = subprocess.Popen(
         command,
         cwd=project_root(),
-        env=os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "MINISFT_SUPERVISOR": str(os.getpid())},
+        env=environment | {"MINISFT_SUPERVISOR": str(os.getpid())},
         pass_fds=[lock],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

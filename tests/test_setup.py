@@ -27,6 +27,7 @@ case "$*" in
     *find_spec*) exit "${TORCH_MISSING:-0}" ;;
     *"import venv"*) exit "${NO_VENV:-0}" ;;
     "-m pip --version") ;;
+    "-m minisft.operators") touch "$here/built" ;;
     "-m pip index versions torch") echo "$TORCH_VERSIONS" ;;
     *)
         echo "$*" >>"$here/calls.txt"
@@ -185,6 +186,7 @@ def test_it_installs_the_lock_then_minisft_then_fetches_then_examines(repository
     setup = repository / "launchers" / "setup.sh"
     done = run(setup, VIRTUAL_ENV=str(active))
     assert done.returncode == 0, done.stderr
+    assert (active / "bin" / "built").exists(), "the operator of DeepSpeed's CPU ranks"
     lock, itself = calls(active)
     assert lock.endswith(f"-r {repository}/launchers/requirements.lock")
     assert itself.endswith(f"--no-deps --no-build-isolation -e {repository}")
