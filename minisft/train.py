@@ -8,6 +8,7 @@ all, `DONE` or `FAILED`.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -142,6 +143,8 @@ def make_trainer(
     from minisft.training_data import TEST_ROWS, load_rows, row_lengths
     from minisft.wide_products import needs_wide_products, widen_linear_layers
 
+    # A million objects of imported modules: neither garbage nor tensors, and never looked through again.
+    gc.freeze()
     config = run.config
     trust = config.trust_remote_code
     tokenizer = HuggingFaceTokenizer(run.model_folder, config.template)
