@@ -20,10 +20,14 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes alive after one allocation or release, by owner, and the phase that it happened in."""
+    """Bytes alive after one allocation or release, by owner, and the phase that it happened in.
+
+    `mark` is what `Allocations.mark` was then: whatever its user counts.
+    """
 
     phase: str
     held: dict[str, int]
+    mark: int = 0
 
     @property
     def total(self) -> int:
@@ -39,7 +43,7 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self, owner: str = "activations", phase: str = "forward"):
         super().__init__()
-        self.owner, self.phase = owner, phase
+        self.owner, self.phase, self.mark = owner, phase, 0
         self.held: dict[str, int] = {}
         self.peak = Moment(phase, {})
         self.timeline: list[tuple[str, int]] = []
@@ -102,4 +106,4 @@ class Allocations(TorchDispatchMode):
         self._total += size
         self.timeline.append((self.phase, self._total))
         if self._total > self.peak.total:
-            self.peak = Moment(self.phase, dict(self.held))
+            self.peak = Moment(self.phase, dict(self.held), self.mark)

@@ -26,12 +26,19 @@ class DryRun:
 
     `retained`: what forward keeps for backward, by owner. `peak`: the most that is alive at once, by owner, the
     parameters' gradients as they arrive included (all of them stay). `peak_freeing`: the same if each gradient goes
-    as soon as it is there, as with ZeRO's stages 2 and 3, where it moves into a bucket.
+    as soon as it is there, as with ZeRO's stages 2 and 3, where it moves into a bucket. `gradients_then`: how many
+    elements of the gradients had arrived by each of the two moments of `moments_freeing`, the most before and after
+    the middle of backward; a rank of stage 2 keeps its share of those.
     """
 
     retained: dict[str, int]
     peak: dict[str, int]
-    peak_freeing: dict[str, int]
+    moments_freeing: tuple[dict[str, int], dict[str, int]]
+    gradients_then: tuple[int, int]
+
+    @property
+    def peak_freeing(self) -> dict[str, int]:
+        return max(self.moments_freeing, key=lambda held: sum(held.values()))
 
 
 def dry_run(
@@ -70,16 +77,20 @@ def dry_run(
         ) from error
     finally:
         quiet.setLevel(level)
-    return DryRun(staying.retained, staying.peak, freeing.peak)
+    return DryRun(staying.retained, staying.peak, (freeing.early, freeing.late), freeing.arrived)
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """Bytes by owner: what forward retains, and the most that is alive before and after the middle of backward."""
+    """Bytes by owner: what forward retains, and the most that is alive before and after the middle of backward.
+
+    `arrived` are the elements of the gradients that are there by then.
+    """
 
     retained: dict[str, int]
     early: dict[str, int]
     late: dict[str, int]
+    arrived: tuple[int, int]
 
     @property
     def peak(self) -> dict[str, int]:
@@ -103,7 +114,8 @@ def _all_layers(config: Any, **options: Any) -> _Trace:
         each = {owner: (y.get(owner, 0) - x.get(owner, 0)) // (more - few) for owner in {*x, *y}}
         return {owner: x.get(owner, 0) + size * (layers - few) for owner, size in each.items()}
 
-    return _Trace(extended("retained"), extended("early"), extended("late"))
+    arrived = [x + (y - x) // (more - few) * (layers - few) for x, y in zip(a.arrived, b.arrived, strict=True)]
+    return _Trace(extended("retained"), extended("early"), extended("late"), tuple(arrived))
 
 
 def _with_layers(config: Any, layers: int) -> Any:
@@ -179,13 +191,14 @@ def _trace(
         for tensor in (*parameters, *model.buffers()):
             count.ignore(tensor)
         here = 0  # gradients
-        early: dict[str, int] = {}
+        early = Moment("backward", {})
 
         def arrived(parameter: Any) -> None:
             nonlocal here, early
             here += 1
             if here == len(parameters) // 2:
-                early, count.peak = dict(count.peak.held), Moment("backward", {})
+                early, count.peak = count.peak, Moment("backward", {})
+            count.mark += parameter.numel()
             if freeing:
                 parameter.grad = None
             else:
@@ -208,4 +221,4 @@ def _trace(
             retained = dict(count.held)
             count.phase, count.owner = "backward", BACKWARD
             loss.backward()
-        return _Trace(retained, early, dict(count.peak.held))
+        return _Trace(retained, early.held, count.peak.held, (early.mark, count.peak.mark))

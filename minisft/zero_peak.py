@@ -51,18 +51,23 @@ def _computing(
 ) -> dict[str, int]:
     stage, e = zero_stage(strategy), ELEMENT[precision]
     held = dict(moments["at rest"])
-    # Stage 1 and plain data parallelism keep each whole gradient until backward is over.
-    passing = dry.peak if strategy in ("vanilla", "zero0", "zero1") else dry.peak_freeing
+    # Stage 1 and plain data parallelism keep each whole gradient until backward is over, stage 2 this rank's share.
+    kept = moments["after backward"]["gradients"] - held["gradients"] if stage == 2 else 0
+    passing = dry.peak if strategy in ("vanilla", "zero0", "zero1") else _most_with(kept / shapes.parameters, dry)
     for owner, size in passing.items():
         held[owner] = held.get(owner, 0) + size
     if stage in (1, 2):
         held["buckets"] += e * int(zero["reduce_bucket_size"]) * (2 if zero.get("overlap_comm") else 1)
-    if stage == 2 and not held["gradients"]:
-        held["gradients"] += moments["after backward"]["gradients"]
     if stage == 3:
         live = min(int(zero["stage3_max_live_parameters"]), shapes.parameters)
         held["persistent parameters"] += e * live
     return held
+
+
+def _most_with(kept: float, dry: DryRun) -> dict[str, int]:
+    """The worst moment of backward if gradients go as they arrive, but for `kept` bytes per element of them."""
+    moments = zip(dry.moments_freeing, dry.gradients_then, strict=True)
+    return max(({**held, "gradients": int(kept * elements)} for held, elements in moments), key=total)
 
 
 def _stepping(

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from minisft.dry_run import dry_run
 from minisft.launch import RunFailed, launch, prepare
 from minisft.runs import Run, RunConfig
+from minisft.traffic import predict_traffic
 from minisft.zero_config import STRATEGIES
 from minisft.zero_memory import OWNERS, Shapes, predict, total
 from minisft.zero_peak import at_peak
@@ -104,6 +105,18 @@ def test_measured_memory_is_predicted_to_the_byte(runs, strategy):
         for moment in ("at rest", "after backward"):
             assert {owner: rank[moment][owner] for owner in OWNERS} == expected[moment]
         assert rank["peak"] > sum(expected["after backward"].values())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_what_the_ranks_sent_was_predicted(runs, strategy):
+    run = runs[strategy]
+    shapes = Shapes.of_config(AutoConfig.from_pretrained(run.model_folder, local_files_only=True))
+    expected = predict_traffic(shapes, strategy, 2, run.precision, 1, run.deepspeed)
+    for operation, size in run.memory[0]["communication"].items():
+        if operation == "all-gather" and strategy.startswith("zero3"):  # some tensors need not be gathered again
+            assert 0 < size <= expected[operation]
+        else:
+            assert size == pytest.approx(expected[operation], abs=64), operation  # norms and flags
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
