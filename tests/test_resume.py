@@ -20,7 +20,7 @@ from minisft.launch import RunFailed, launch, prepare
 from minisft.runs import Run, RunConfig, checkpoint_step
 
 pytestmark = pytest.mark.distributed
-STEPS, EVERY = 48, 12
+STEPS, EVERY = 32, 8
 SMALL = {"max_characters": 100_000, "learning_rate": 1e-3, "resumable": True, "eval_rows": 8}
 
 
