@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Usage: launchers/run_zero.sh vanilla|ddp|0|1|2|3 [options]
+# Usage: launchers/run_zero.sh vanilla|ddp|0|1|2|3|2-offload|3-offload [options]
 #
 # Trains with one strategy, after launchers/setup.sh where that is needed, into outputs/model/<name>/.
 #
 #   vanilla   one process, no DeepSpeed            1   ZeRO-1: optimizer states split over the ranks
 #   ddp       plain data parallel, under torchrun  2   ZeRO-2: and gradients
 #   0         DeepSpeed's own data parallel        3   ZeRO-3: and parameters
+#   2-offload, 3-offload    with the states in main memory, for GPUs that hold too little
 #
 # Options go to `minisft launch`; the ones most used:
 #   --ranks N               processes (default 2, vanilla 1)
@@ -23,9 +24,9 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 help_if_asked "$@"
 case "${1:-}" in
     vanilla | ddp) strategy=$1 ;;
-    0 | 1 | 2 | 3) strategy=zero$1 ;;
-    '') die "no strategy given: use one of vanilla, ddp, 0, 1, 2, 3" ;;
-    *) die "unknown strategy '$1': use one of vanilla, ddp, 0, 1, 2, 3" ;;
+    0 | 1 | 2 | 3 | 2-offload | 3-offload) strategy=zero$1 ;;
+    '') die "no strategy given: use one of vanilla, ddp, 0, 1, 2, 3, 2-offload, 3-offload" ;;
+    *) die "unknown strategy '$1': use one of vanilla, ddp, 0, 1, 2, 3, 2-offload, 3-offload" ;;
 esac
 shift
 

@@ -11,6 +11,7 @@ from typing import Any
 from minisft.errors import UserError
 from minisft.planner import Plan, plan, traffic
 from minisft.runs import read_json
+from minisft.traffic import predict_traffic
 from minisft.zero_config import STRATEGIES, offloads, zero_stage
 from minisft.zero_memory import DEEPSPEED, FORMULAS, MOMENTS, PAPER, Shapes, generated, on_gpu, paper, predict, total
 from minisft.zero_peak import at_peak
@@ -84,6 +85,9 @@ class Report:
         if self.activations:
             found["activations"] = self.activations
         if self.shapes is not None:
+            found["communication"] = {
+                name: predict_traffic(self.shapes, name, self.ranks, self.precision) for name in self.strategies
+            }
             found["formulas"] = {name: FORMULAS[_kind(name)] for name in self.strategies}
         if self.plan is not None:
             best = self.plan.best and self.plan.best.strategy

@@ -2,12 +2,16 @@
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 --module minisft.shards --stage 1
 
-A live DeepSpeed engine at stage 1, 2 or 3 on a tiny Llama, asked rank by rank. Nothing is trained or written.
+A live DeepSpeed engine at stage 1, 2 or 3 on a tiny Llama, asked rank by rank. Nothing is written. With `--set`, one
+engine per JSON object, each with those keys of `zero_optimization` switched, trains two steps and says what rank 0
+holds: between steps by owner, and at the worst moment of a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import os
 from typing import Any
 
@@ -15,7 +19,9 @@ from typing import Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=1)
-    stage = parser.parse_args().stage
+    parser.add_argument("--set", nargs="+", metavar="JSON", help="e.g. {} '{\"reduce_bucket_size\": 500000}'")
+    options = parser.parse_args()
+    stage = options.stage
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import torch
@@ -23,6 +29,16 @@ def main() -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if options.set:
+        for number, text in enumerate(options.set):
+            held = switched(stage, ranks, json.loads(text))
+            if rank == 0:
+                lines = [_label(text), f"{'':<8}" + "".join(f"{size:>12,}" for size in held.values())]
+                if number == 0:
+                    lines.insert(0, f"{'bytes':<8}" + "".join(f"{name:>12}" for name in held))
+                print("\n".join(lines), flush=True)
+        torch.distributed.barrier()
+        os._exit(0)
     said: list[Any] = [None] * ranks
     torch.distributed.all_gather_object(said, owned(stage, ranks))
     if rank == 0:
@@ -30,6 +46,11 @@ def main() -> None:
             print("\n".join([f"rank {other} owns", *(f"  {line}" for line in lines)]), flush=True)
     torch.distributed.barrier()
     os._exit(0)  # tearing down the threads of a process group now and then aborts the process
+
+
+def _label(changes: str) -> str:
+    said = [f"{key.removeprefix('stage3_')} = {value}" for key, value in json.loads(changes).items()]
+    return ", ".join(said) or "as minisft sets it"
 
 
 def tiny_config() -> Any:
@@ -48,8 +69,8 @@ def tiny_config() -> Any:
     )
 
 
-def owned(stage: int, ranks: int) -> list[str]:
-    """What this rank owns, a line per tensor: its name, and which of its elements, counted from 0."""
+def live_engine(stage: int, ranks: int, **changes: Any) -> Any:
+    """A DeepSpeed engine of the tiny model, `changes` in its `zero_optimization`."""
     import deepspeed
     import torch
     from transformers import LlamaForCausalLM
@@ -60,10 +81,47 @@ def owned(stage: int, ranks: int) -> list[str]:
     with torch.device("meta"):
         shapes = Shapes.of_model(LlamaForCausalLM(config))
     settings = generated(shapes, f"zero{stage}", ranks, "fp32")
+    settings["zero_optimization"] |= changes
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3):
         model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def switched(stage: int, ranks: int, changes: dict[str, Any]) -> dict[str, int]:
+    """Bytes that a live engine with `changes` holds on this rank at rest, and what a step adds at its worst moment."""
+    import torch
+
+    from minisft.allocations import Allocations
+    from minisft.zero_measure import live_tensors, measure
+
+    engine = live_engine(stage, ranks, **changes)
+    ids = torch.arange(24).view(1, -1)
+    following = Allocations()
+    for step in range(2):
+        if step:
+            for tensor in live_tensors():
+                following.see(tensor, "before")
+            base = following.peak.total
+            following.__enter__()
+        engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+        engine.step()
+    following.__exit__(None, None, None)
+    gc.collect()
+    held = measure(engine.module, engine.optimizer, "cpu")
+    engine.destroy()
+    states = sum(size for owner, size in held.items() if owner != "other tensors")
+    some = {"buckets": held["buckets"], "persistent": held["persistent parameters"]}
+    return some | {"all states": states, "step adds": following.peak.total - base}
+
+
+def owned(stage: int, ranks: int) -> list[str]:
+    """What this rank owns, a line per tensor: its name, and which of its elements, counted from 0."""
+    import torch
+
+    engine = live_engine(stage, ranks)
+    model = engine.module
     rank = torch.distributed.get_rank()
     named = list(model.named_parameters())
     if stage == 3:

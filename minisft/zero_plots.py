@@ -6,8 +6,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minisft.planner import RESERVED, Plan
 from minisft.plots import OWNER_COLOURS, PALETTE, Picture, _figure, _picture
 from minisft.runs import Run
+from minisft.traffic import OPERATIONS, predict_traffic, sent
 from minisft.zero_memory import MOMENTS, OWNERS, Shapes, paper, partition_size, predict, total
 
 STAGES = ("nothing split", "ZeRO-1: optimizer states", "ZeRO-2: and gradients", "ZeRO-3: and parameters")
@@ -219,6 +221,81 @@ def step_timeline(memory: Mapping[str, Any], name: str) -> Picture:
         f"Bytes of tensors through one step of {name}: {before / size:.2f} {unit} before it, at most "
         f"{peak / size:.2f} {unit}, in {_phase(phase)}.",
     )
+
+
+def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulation: int = 8) -> Picture:
+    """Bytes that each rank sends per optimizer step: predicted bars by operation with measured ticks, one per run that
+    has several ranks; beside it, how they grow with the micro-batches per step, up to `accumulation`."""
+    runs = [run for run in runs if run.config.ranks > 1]
+    figure, (left, right) = _figure(9.4, 1.9 + 0.4 * len(runs), ncols=2)
+    predicted = {run.name: _predicted_traffic(shapes, run) for run in runs}
+    size, unit = unit_for(
+        max(sent(moved, run.config.ranks) for run, moved in zip(runs, predicted.values(), strict=True))
+    )
+    edge = [0.0] * len(runs)
+    for i, operation in enumerate(OPERATIONS):
+        sizes = [sent({operation: predicted[run.name][operation]}, run.config.ranks) / size for run in runs]
+        if any(sizes):
+            left.barh(list(predicted), sizes, left=edge, color=PALETTE[i], label=operation, edgecolor="white")
+            edge = [a + b for a, b in zip(edge, sizes, strict=True)]
+    measured = {}
+    for i, run in enumerate(runs):
+        if run.memory and (moved := run.memory[0].get("communication")):
+            measured[run.name] = sent(moved, run.config.ranks)
+            label = "measured" if len(measured) == 1 else None
+            left.plot([measured[run.name] / size] * 2, [i - 0.46, i + 0.46], color="black", linewidth=2, label=label)
+    left.set(xlabel=f"{unit} sent by each rank in one step", xlim=(0, 1.05 * max(*edge, 1e-9)))
+    left.invert_yaxis()
+    left.legend(frameon=False, ncols=2, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    counts = range(1, accumulation + 1)
+    ranks = max(run.config.ranks for run in runs)
+    for i, strategy in enumerate(("ddp", "zero1", "zero2", "zero3")):
+        curve = [sent(predict_traffic(shapes, strategy, ranks, precision, n), ranks) / size for n in counts]
+        style = "--" if strategy == "zero1" else "-"
+        right.plot(list(counts), curve, style, marker="o", markersize=3, color=PALETTE[i], label=strategy)
+    right.set(xlabel="micro-batches per step", ylabel=f"{unit} per step, predicted", ylim=(0, None))
+    right.legend(frameon=False, fontsize=8)
+    once, again = (sent(predict_traffic(shapes, s, ranks, precision, accumulation), ranks) for s in ("zero1", "zero2"))
+    figure.suptitle(
+        f"With {accumulation} micro-batches per step ZeRO-2 sends {again / once:.1f} times what ZeRO-1 sends",
+        fontsize=11,
+    )
+    each = "; ".join(
+        f"{run.name} {sent(predicted[run.name], run.config.ranks) / size:.2f} {unit} predicted"
+        + (f", {measured[run.name] / size:.2f} {unit} measured" if run.name in measured else "")
+        for run in runs
+    )
+    return _picture(figure, f"Bytes that each rank sends per optimizer step: {each}.")
+
+
+def _predicted_traffic(shapes: Shapes, run: Run) -> dict[str, int]:
+    config = run.config
+    return predict_traffic(shapes, config.strategy, config.ranks, run.precision, config.accumulation, run.deepspeed)
+
+
+def plan_bars(found: Plan, gpu_bytes: float) -> Picture:
+    """What each strategy of a plan needs of a GPU, against what the GPU has; the chosen one stands out."""
+    figure, axes = _figure(7.6, 1.0 + 0.45 * len(found.options))
+    size, unit = unit_for(gpu_bytes)
+    names = [option.strategy for option in found.options]
+    chosen = found.best.strategy if found.best else None
+    edge = 2 * gpu_bytes / size  # what needs more than two GPUs runs out of the picture
+    for i, option in enumerate(found.options):
+        colour = PALETTE[2] if option.strategy == chosen else PALETTE[0] if option.fits else "#BBBBBB"
+        end = min(option.total / size, edge)
+        axes.barh(i, end, color=colour, edgecolor="white")
+        verdict = f"{option.left / size:,.1f} {unit} left" if option.fits else "does not fit"
+        axes.text(end, i, f"  {option.total / size:,.1f} {unit}: {verdict}", va="center", fontsize=8)
+    axes.axvline((gpu_bytes - RESERVED) / size, color="black", linestyle="--", linewidth=1)
+    title = f"{chosen} is the cheapest that fits" if chosen else "Nothing fits"
+    widest = min(max(option.total for option in found.options) / size, edge)
+    axes.set(xlim=(0, 1.5 * max(widest, edge / 2)), xlabel=f"{unit} of one GPU (dashed: what it can give)", title=title)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    each = "; ".join(
+        f"{o.strategy} {o.total / size:,.1f} {unit}" + ("" if o.fits else ", too much") for o in found.options
+    )
+    return _picture(figure, f"Memory that each strategy needs of a GPU of {gpu_bytes / size:,.0f} {unit}: {each}.")
 
 
 def _phase(phase: str) -> str:

@@ -43,6 +43,7 @@ def test_a_folder_gives_every_stage_rank_owner_and_moment(tiny_model):
             assert total(rank["at rest"]) <= total(rank["after backward"]) < total(rank["peak"])
     assert report["activations"]["bytes"] > 0
     assert report["formulas"]["zero3"]["buckets"]
+    assert report["communication"]["zero2"]["reduce"] > 0
 
 
 def test_seventy_billion_parameters_on_512_ranks(tmp_path):
