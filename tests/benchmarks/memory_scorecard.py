@@ -25,12 +25,14 @@ from collections import defaultdict
 from typing import Any
 
 from minisft.assets import find_model
+from minisft.dry_run import dry_run
 from minisft.errors import UserError
 from minisft.launch import RunFailed, launch, prepare
 from minisft.preflight import model_config
 from minisft.runs import Run, RunConfig
 from minisft.zero_config import STRATEGIES, zero_stage
-from minisft.zero_memory import OWNERS, Shapes, most, paper, predict
+from minisft.zero_memory import OWNERS, Shapes, most, paper, predict, total
+from minisft.zero_peak import at_peak
 
 RANKS = 2
 METHODS = ("paper", "deepspeed", "accelerate", "minisft")
@@ -40,9 +42,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--models", nargs="+", default=["smollm2"])
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"])
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES[1:], default=list(STRATEGIES[1:]))
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES[1:6], default=list(STRATEGIES[1:6]))
     options = parser.parse_args()
     worst: dict[str, float] = defaultdict(float)
+    peaks = []
     print(f"{'states after backward':<24} {'measured GB':>12} " + " ".join(f"{m:>11}" for m in METHODS))
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["MINISFT_OUTPUTS"] = scratch
@@ -61,7 +64,12 @@ def main() -> None:
                         worst[method] = max(worst[method], abs(error or 0))
                         cells.append(f"{'-' if error is None else f'{error:+.2%}':>11}")
                     print(f"{f'{strategy} {precision}':<24} {measured / 1e9:>12.4f} {' '.join(cells)}", flush=True)
+                    peaks.append((f"{strategy} {precision}", *peak(run, model)))
     print(f"{'largest error':<24} {'':>12} " + " ".join(f"{worst[m]:>11.2%}" for m in METHODS))
+    print(f"\n{'peak of a step':<24} {'measured GB':>12} {'minisft':>11}")
+    for name, measured, predicted in peaks:
+        print(f"{name:<24} {measured / 1e9:>12.4f} {predicted / measured - 1:>+11.2%}")
+    print(f"{'largest error':<24} {'':>12} {max(abs(b / a - 1) for _, a, b in peaks):>11.2%}")
 
 
 def train(model: str, precision: str, strategy: str) -> Run:
@@ -79,6 +87,22 @@ def ask(run: Run, model: str, strategy: str, precision: str) -> dict[str, float 
         "accelerate": accelerate_says(config, precision),
         "minisft": most(predict(shapes, strategy, RANKS, precision, run.deepspeed), "after backward"),
     }
+
+
+def peak(run: Run, model: str) -> tuple[int, int]:
+    """Bytes at the worst moment of the followed step, on the rank that holds the most: measured and predicted."""
+    config = model_config(find_model(model).path, trust_remote_code=False)
+    strategy, ranks, precision = run.config.strategy, run.config.ranks, run.precision
+    shapes = Shapes.of_config(config)
+    predicted = predict(shapes, strategy, ranks, precision, run.deepspeed)
+    half = precision != "fp32" and zero_stage(strategy) is not None
+    found = []
+    for rank in run.memory:
+        step = rank["step"]
+        dry = dry_run(config, step["lengths"], trained=step["trained"], precision=precision, half_weights=half)
+        expected = at_peak(shapes, strategy, ranks, precision, predicted, dry, run.deepspeed)[rank["rank"]]
+        found.append((step["peak"]["total"] + step["unseen"], total(expected)))
+    return max(found)
 
 
 def deepspeed_says(config: Any, parameters: int, strategy: str) -> float | None:

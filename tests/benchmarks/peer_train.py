@@ -44,6 +44,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, *arguments: Any, **options: Any) -> None:
         _wait()
         self.seconds.append(time.perf_counter() - self.began)
+        print(f"ended step {len(self.seconds)}", file=sys.stderr, flush=True)
 
 
 def _wait() -> None:

@@ -1,7 +1,7 @@
 """How fast and how lean training is: minisft against what people would use instead, in alternating runs.
 
     python tests/benchmarks/training_speed.py [--rounds 3] [--max-length 512] [--batch 8] [--precision bf16]
-        [--kinds minisft minisft-lean trl trl-plain hf original] [--steps 1]
+        [--kinds minisft minisft-lean trl trl-plain hf original] [--steps 1] [--give-up 300]
 
 Every run is a process of its own that trains SmolLM2-135M on the same real rows of ShareGPT, in the same order, with
 the same batch per step, maximum length, precision, learning rate and AdamW. The first step, on short rows, is warm-up:
@@ -17,6 +17,9 @@ original       the recipe of the original work: every row padded to 2048, full l
                Every row costs the same there, so one such micro-batch is timed in place of the whole batch
 
 Peak memory is that of the process up to the end of the last step (VmHWM), or what PyTorch allocated on the GPU.
+With `--give-up`, a run whose timed step takes longer than so many seconds is ended: its speed is then below what is
+printed, a ratio above, and its peak memory unknown (marked with <, > and a dash). One timed step only.
+
 TRL's environment is made as `encoding_speed` makes it. `--no-wide` lets minisft multiply bf16 as PyTorch does, to see
 what `minisft.wide_products` brings on a CPU without bf16. Needs Linux; runs on CUDA unchanged.
 """
@@ -26,11 +29,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
@@ -73,8 +78,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--give-up", type=float, help="seconds after which a timed step is not waited for")
     parser.add_argument("--no-wide", action="store_true", help="bf16 products as PyTorch makes them")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.give_up and options.steps > 1:
+        parser.error("--give-up goes with one timed step")
+    return options
 
 
 def run(options: argparse.Namespace) -> None:
@@ -95,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
                 settings = {
                     **{key: getattr(options, key) for key in ("batch", "max_length", "precision")},
                     **{"kind": kind, "model": str(model), "rows": str(rows), "steps": 1 + options.steps},
-                    "wide": not options.no_wide,
+                    **{"wide": not options.no_wide, "give_up": options.give_up},
                 }
                 if kind == "original":
                     result, at_once = measure_original(settings, at_once)
@@ -103,9 +112,10 @@ def run(options: argparse.Namespace) -> None:
                     result = measure(kind, settings)
                 found[kind].append(result)
                 latest = found[kind][-1]
+                below, peak = ("<", "-") if latest["given_up"] else ("", f"{latest['peak'] / 1e9:.2f} GB")
                 print(
-                    f"  round {turn + 1}: {kind:<13} {latest['trained']:8,.1f} trained tokens/s  "
-                    f"{latest['tokens']:8,.1f} tokens/s  peak {latest['peak'] / 1e9:.2f} GB",
+                    f"  round {turn + 1}: {kind:<13} {below + format(latest['trained'], ',.1f'):>9} trained tokens/s  "
+                    f"{below + format(latest['tokens'], ',.1f'):>9} tokens/s  peak {peak}",
                     flush=True,
                 )
         print(table(found))
@@ -119,24 +129,47 @@ def measure(kind: str, settings: dict[str, Any]) -> dict[str, float]:
         python = str(trl_environment())
     elif kind.startswith("minisft"):
         script = "minisft_train.py"
-    done = subprocess.run(
-        [python, str(HERE / script), json.dumps(settings)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )
-    if done.returncode == -signal.SIGKILL or "out of memory" in done.stderr or "can't allocate memory" in done.stderr:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [python, str(HERE / script), json.dumps(settings)], stdout=out, stderr=errors, env=environment
+        )
+        gave_up = wait(process, errors, settings["give_up"])
+        for stream in (out, errors):
+            stream.seek(0)
+        said, failed = out.read(), errors.read()
+    if gave_up is not None:
+        rows = [json.loads(line) for line in Path(settings["rows"]).read_text().splitlines()][settings["batch"] :]
+        tokens = {"tokens": sum(len(row["input_ids"]) for row in rows), "trained": sum(map(trained, rows))}
+        return {key: count / gave_up for key, count in tokens.items()} | {"peak": math.nan, "given_up": True}
+    if process.returncode == -signal.SIGKILL or "out of memory" in failed or "can't allocate memory" in failed:
         raise MemoryError
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"{kind} failed with exit code {done.returncode}: {last}")
-    result = json.loads(done.stdout.splitlines()[-1])
+    if process.returncode:
+        last = (failed.strip() or "no message").splitlines()[-1]
+        raise UserError(f"{kind} failed with exit code {process.returncode}: {last}")
+    result = json.loads(said.splitlines()[-1])
     seconds = sum(result["seconds"][1:])
     return {
         "tokens": sum(result["tokens"][1:]) / seconds,
         "trained": sum(result["trained_tokens"][1:]) / seconds,
         "peak": result["peak"],
+        "given_up": False,
     }
+
+
+def wait(process: subprocess.Popen, errors: Any, give_up: float | None) -> float | None:
+    """Wait for a run's end; if its timed step takes `give_up` seconds, end it and return how long it took so far."""
+    warm_up_ended = None
+    while process.poll() is None:
+        time.sleep(0.2)
+        if warm_up_ended is None:
+            said = os.pread(errors.fileno(), 1 << 20, 0)
+            warm_up_ended = time.monotonic() if b"ended step 1" in said else None
+        elif give_up and (elapsed := time.monotonic() - warm_up_ended) > give_up:
+            process.kill()
+            process.wait()
+            return elapsed
+    return None
 
 
 def measure_original(settings: dict[str, Any], at_once: int) -> tuple[dict[str, float], int]:
@@ -201,21 +234,25 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
     for kind, runs in found.items():
         trained = [r["trained"] for r in runs]
         ratios = [a["trained"] / b["trained"] for a, b in zip(ours or runs, runs, strict=True)]
-        memory = median(a["peak"] / b["peak"] for a, b in zip(ours or runs, runs, strict=True))
-        spread = f"{median(trained):,.1f} ({min(trained):,.1f}-{max(trained):,.1f})"
-        times = f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        lines.append(
-            f"{kind:<14}{spread:>24}{median(r['tokens'] for r in runs):>11,.1f}"
-            f"{median(r['peak'] for r in runs) / 1e9:>9.2f}{times:>22}{memory:>8.0%}"
-        )
+        whole = [r["peak"] for r in runs if not r["given_up"]]
+        below, above = ("<", ">") if len(whole) < len(runs) else ("", "")
+        spread = f"{below}{median(trained):,.1f} ({min(trained):,.1f}-{max(trained):,.1f})"
+        times = f"{above}{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        peak, memory = "-", "-"
+        if whole:
+            peak = f"{median(whole) / 1e9:.2f}"
+            memory = f"{median(r['peak'] for r in ours or runs) / median(whole):.0%}"
+        tokens = below + format(median(r["tokens"] for r in runs), ",.1f")
+        lines.append(f"{kind:<14}{spread:>24}{tokens:>11}{peak:>9}{times:>22}{memory:>9}")
     lines.append("speed-up and memory: minisft against each, the median of the rounds' ratios (and their range)")
     for kind, target in TARGETS.items():
         if kind in found and ours:
             ratio = median(a["trained"] / b["trained"] for a, b in zip(ours, found[kind], strict=True))
             lines.append(f"{ratio:.2f}x of {kind}: {'at least' if ratio >= target else 'BELOW'} the {target}x aimed at")
     lean = found.get("minisft-lean") or ours
-    if "trl" in found and lean:
-        share = median(a["peak"] / b["peak"] for a, b in zip(lean, found["trl"], strict=True))
+    whole = [r["peak"] for r in found.get("trl", []) if not r["given_up"]]
+    if whole and lean:
+        share = median(r["peak"] for r in lean) / median(whole)
         verdict = "within" if share <= MEMORY_TARGET else "ABOVE"
         lines.append(
             f"the leaner of ours takes {share:.0%} of trl's peak memory: {verdict} the {MEMORY_TARGET:.0%} aimed at"
