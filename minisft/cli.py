@@ -391,7 +391,7 @@ def memory(
     batch_size: Annotated[int, typer.Option(help="rows per rank and micro-batch, for the activations")] = 8,
     max_length: MaxLength = 2048,
     activation_checkpointing: Annotated[bool, typer.Option("--activation-checkpointing")] = False,
-    accumulation: Annotated[int, typer.Option(help="micro-batches per step, for the traffic")] = 1,
+    accumulation: Annotated[int, typer.Option(help="micro-batches per step")] = 1,
     gpu_memory: Annotated[float | None, typer.Option(help="GB of one GPU: says what fits and what to take")] = None,
     states_only: Annotated[bool, typer.Option("--states-only", help="leave the activations out")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
@@ -406,9 +406,9 @@ def memory(
     if params is not None:
         report = memory_report.of_parameters(params, ranks)
     else:
-        report = memory_report.of_model(model, ranks, precision, batch, trust_remote_code, _note)
+        report = memory_report.of_model(model, ranks, precision, batch, trust_remote_code, _note, accumulation)
     if gpu_memory is not None:
-        report.add_plan(gpu_memory * 1e9, accumulation)
+        report.add_plan(gpu_memory * 1e9)
     _print_json(report.to_dict()) if as_json else print(report.text())
 
 

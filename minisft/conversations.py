@@ -222,7 +222,8 @@ def _mended_text(messages: list[Message], row_id: str, ledger: Ledger) -> list[M
 
 def _without_lone_bytes(texts: list[str]) -> list[str]:
     # Reading marks each byte that is no UTF-8 with a low surrogate (Python's `surrogateescape`).
-    return [re.sub("[\udc80-\udcff]+", "\N{REPLACEMENT CHARACTER}", text) for text in texts]
+    # Python knows at once that a text is ASCII, and most are.
+    return [text if text.isascii() else re.sub("[\udc80-\udcff]+", "\N{REPLACEMENT CHARACTER}", text) for text in texts]
 
 
 def _with_whole_characters(texts: list[str]) -> list[str]:

@@ -13,7 +13,18 @@ from minisft.planner import Plan, plan, traffic
 from minisft.runs import read_json
 from minisft.traffic import predict_traffic
 from minisft.zero_config import STRATEGIES, offloads, zero_stage
-from minisft.zero_memory import DEEPSPEED, FORMULAS, MOMENTS, PAPER, Shapes, generated, on_gpu, paper, predict, total
+from minisft.zero_memory import (
+    DEEPSPEED,
+    FORMULAS,
+    MOMENTS,
+    PAPER,
+    Shapes,
+    generated,
+    in_main_memory,
+    paper,
+    predict,
+    total,
+)
 from minisft.zero_peak import at_peak
 
 SHOWN = 8  # ranks whose numbers are all written out; beyond, the fullest stands for all
@@ -53,8 +64,9 @@ class Report:
     activations: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     plan: Plan | None = None
+    accumulation: int = 1
 
-    def add_plan(self, gpu_bytes: float, accumulation: int) -> None:
+    def add_plan(self, gpu_bytes: float) -> None:
         activation_bytes = self.activations.get("bytes", 0)
         model = self.shapes or self.parameters
         self.plan = plan(
@@ -63,19 +75,15 @@ class Report:
             gpu_bytes,
             precision=self.precision,
             activation_bytes=activation_bytes,
-            accumulation=accumulation,
+            accumulation=self.accumulation,
             peaks=self._peaks(),
         )
 
     def _peaks(self) -> dict[str, float]:
         """Bytes on the GPU at the worst moment, of each strategy whose peak is known."""
-        found = {}
-        for name, about in self.strategies.items():
-            ranks = about.get("ranks", [])
-            if self.shapes is not None and all("peak" in rank for rank in ranks):
-                config = generated(self.shapes, name, self.ranks, self.precision)
-                found[name] = max(total(on_gpu(rank["peak"], config)) for rank in ranks)
-        return found
+        if self.shapes is None or not self.activations:
+            return {}
+        return {name: _most(about, "peak") for name, about in self.strategies.items()}
 
     def to_dict(self) -> dict[str, Any]:
         found = {
@@ -86,7 +94,8 @@ class Report:
             found["activations"] = self.activations
         if self.shapes is not None:
             found["communication"] = {
-                name: predict_traffic(self.shapes, name, self.ranks, self.precision) for name in self.strategies
+                name: predict_traffic(self.shapes, name, self.ranks, self.precision, self.accumulation)
+                for name in self.strategies
             }
             found["formulas"] = {name: FORMULAS[_kind(name)] for name in self.strategies}
         if self.plan is not None:
@@ -106,18 +115,24 @@ class Report:
                 f"{'fullest rank':<14} {'at rest':>12} {'after backward':>15} {'at the peak':>13} {'traffic':>8}"
             )
             for name, found in self.strategies.items():
-                fullest = [
-                    max(total(rank[moment]) for rank in found["ranks"])
-                    for moment in (*MOMENTS, "peak")
-                    if moment in found["ranks"][0]
-                ]
+                fullest = [_most(found, moment) for moment in (*MOMENTS, "peak") if moment in found["ranks"][0]]
                 cells = [_size(held) for held in fullest] + ["-"] * (3 - len(fullest))
-                lines.append(f"{name:<14} {cells[0]:>12} {cells[1]:>15} {cells[2]:>13} {traffic(name):>6} P")
+                lines.append(
+                    f"{name:<14} {cells[0]:>12} {cells[1]:>15} {cells[2]:>13} {traffic(name, self.accumulation):>6} P"
+                )
+            if any("in main memory" in found for found in self.strategies.values()):
+                lines += ["", "of what is offloaded, the part on the GPU; --json has all owners"]
         if self.note:
             lines += ["", self.note]
         if self.plan is not None:
             lines += ["", self.plan.reason]
         return "\n".join(lines)
+
+
+def _most(about: dict[str, Any], moment: str) -> int:
+    """Bytes on the GPU of the rank that holds the most."""
+    away = about.get("in main memory", ())
+    return max(sum(size for owner, size in rank[moment].items() if owner not in away) for rank in about["ranks"])
 
 
 def of_parameters(parameters: float, ranks: int) -> Report:
@@ -139,17 +154,29 @@ def of_model(
     batch: Batch | None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
+    accumulation: int = 1,
 ) -> Report:
-    """Exact states of every rank, and the peak of a step with `batch`, of a model by its config alone."""
+    """Exact states of every rank, and the peak of a step with `batch`, of a model by its config alone.
+
+    A step has `accumulation` such micro-batches.
+    """
+    if accumulation < 1:
+        raise UserError(f"accumulation is {accumulation}: give at least 1")
     config = _config(name, trust_remote_code, say)
     shapes = Shapes.of_config(config, trust_remote_code)
     names = [strategy for strategy in STRATEGIES if strategy != "vanilla" or ranks == 1]
-    found = {strategy: predict(shapes, strategy, ranks, precision) for strategy in names}
+    settings = {strategy: generated(shapes, strategy, ranks, precision, accumulation) for strategy in names}
+    found = {strategy: predict(shapes, strategy, ranks, precision, settings[strategy]) for strategy in names}
     activations: dict[str, Any] = {}
     note = ""
     if batch is not None:
         try:
-            activations, found = _with_peaks(config, shapes, found, ranks, precision, batch, trust_remote_code)
+            activations, dry = _dry_runs(config, precision, batch, trust_remote_code)
+            for strategy, predicted in found.items():
+                run = dry[precision != "fp32" and zero_stage(strategy) is not None]
+                about = (shapes, strategy, ranks, precision, predicted, run, settings[strategy], accumulation)
+                for moments, peak in zip(predicted, at_peak(*about), strict=True):
+                    moments["peak"] = peak
         except UserError as error:
             note = f"{error}"
     strategies = {}
@@ -159,9 +186,11 @@ def of_model(
             fullest = max(range(ranks), key=lambda r: total(predicted[r]["after backward"]))
             chosen = [(fullest, predicted[fullest])]
         strategies[strategy] = {"ranks": [{"rank": rank, **moments} for rank, moments in chosen]}
-    return Report(
-        name, shapes.parameters, precision, ranks, f"states exact ({DEEPSPEED})", strategies, shapes, activations, note
-    )
+        if away := in_main_memory(settings[strategy]):
+            strategies[strategy]["in main memory"] = sorted(away)
+    basis = f"states exact ({DEEPSPEED})"
+    about = (strategies, shapes, activations, note)
+    return Report(name, shapes.parameters, precision, ranks, basis, *about, accumulation=accumulation)
 
 
 def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> Any:
@@ -183,16 +212,8 @@ def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> A
     return preflight.model_config(folder, trust_remote_code)
 
 
-def _with_peaks(
-    config: Any,
-    shapes: Shapes,
-    found: dict[str, Any],
-    ranks: int,
-    precision: str,
-    batch: Batch,
-    trust_remote_code: bool,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The dry runs' bytes, and `found` with each rank's `peak` added."""
+def _dry_runs(config: Any, precision: str, batch: Batch, trust_remote_code: bool) -> tuple[dict[str, Any], Any]:
+    """What a micro-batch needs beside the states: for the report, and by whether the weights are in half precision."""
     from minisft.dry_run import dry_run
 
     options = {
@@ -200,14 +221,9 @@ def _with_peaks(
         **{"activation_checkpointing": batch.activation_checkpointing, "trust_remote_code": trust_remote_code},
     }
     dry = {half: dry_run(config, half_weights=half, **options) for half in {False, precision != "fp32"}}
-    complete = {}
-    for strategy, predicted in found.items():
-        run = dry[precision != "fp32" and zero_stage(strategy) is not None]
-        peaks = at_peak(shapes, strategy, ranks, precision, predicted, run)
-        complete[strategy] = [moments | {"peak": peak} for moments, peak in zip(predicted, peaks, strict=True)]
     run = dry[precision != "fp32"]
     about = {"rows": batch.rows, "length": batch.length, "bytes": sum(run.peak_freeing.values())}
-    return about | {"retained": run.retained, "peak": run.peak, "peak_freeing": run.peak_freeing}, complete
+    return about | {"retained": run.retained, "peak": run.peak, "peak_freeing": run.peak_freeing}, dry
 
 
 def _size(held: float) -> str:

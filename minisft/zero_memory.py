@@ -194,12 +194,12 @@ def predict(
     return predicted
 
 
-def generated(shapes: Shapes, strategy: str, ranks: int, precision: str) -> dict[str, Any]:
+def generated(shapes: Shapes, strategy: str, ranks: int, precision: str, accumulation: int = 1) -> dict[str, Any]:
     """The configuration that `minisft` writes for such a run, as far as memory depends on it."""
     return deepspeed_config(
         strategy,
         micro_batch=1,
-        accumulation=1,
+        accumulation=accumulation,
         ranks=ranks,
         max_grad_norm=1.0,
         precision=precision,
@@ -286,13 +286,19 @@ def _offloaded(
     return rest, none, kept
 
 
-def on_gpu(held: Mapping[str, int], deepspeed: Mapping[str, Any] | None) -> dict[str, int]:
-    """Of one rank's bytes by owner, those that lie on its GPU; all of them, unless something is offloaded."""
+def in_main_memory(deepspeed: Mapping[str, Any] | None) -> frozenset[str]:
+    """The owners whose bytes a configuration keeps away from the GPU."""
     away = set()
     if offloaded(deepspeed, "optimizer"):
         away |= {"gradients", "fp32 masters", "optimizer states", "offload buffers"}
     if offloaded(deepspeed, "param"):
         away.add("parameters")
+    return frozenset(away)
+
+
+def on_gpu(held: Mapping[str, int], deepspeed: Mapping[str, Any] | None) -> dict[str, int]:
+    """Of one rank's bytes by owner, those that lie on its GPU; all of them, unless something is offloaded."""
+    away = in_main_memory(deepspeed)
     return {owner: 0 if owner in away else size for owner, size in held.items()}
 
 

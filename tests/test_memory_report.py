@@ -53,7 +53,7 @@ def test_seventy_billion_parameters_on_512_ranks(tmp_path):
     assert 68e9 < report.parameters < 70e9
     (rank,) = report.strategies["zero3"]["ranks"]
     assert 16 * report.parameters / 512 < total(rank["at rest"]) < 16 * report.parameters / 512 + 4e9
-    report.add_plan(80e9, 1)
+    report.add_plan(80e9)
     assert report.plan.best.strategy == "zero3"
     assert "zero3" in report.text()
 
@@ -79,6 +79,7 @@ def test_a_model_that_cannot_be_traced_has_states_and_a_note(tmp_path):
     [
         (["--params", "0"], "give a number from 1"),
         (["--params", "7e9", "--ranks", "0"], "ranks is 0"),
+        (["--model", "smollm2", "--accumulation", "0"], "accumulation is 0"),
         (["--params", "7e9", "--model", "smollm2"], "either --model or --params"),
         ([], "either --model or --params"),
         (["--params", "7e9", "--gpu-memory", "1"], "no GPU"),

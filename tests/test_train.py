@@ -1,7 +1,6 @@
 """Real runs of a tiny model under every strategy, through the launchers that users start."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from conftest import write_sharegpt
 from transformers import AutoConfig
 
 from minisft.dry_run import dry_run
+from minisft.errors import UserError
 from minisft.launch import RunFailed, launch, prepare
 from minisft.runs import Run, RunConfig
 from minisft.traffic import predict_traffic
@@ -119,23 +119,28 @@ def test_what_the_ranks_sent_was_predicted(runs, strategy):
             assert size == pytest.approx(expected[operation], abs=64), operation  # norms and flags
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_peak_of_a_step_is_predicted_within_5_percent(runs, strategy):
-    """Against every tensor of a real step, followed one by one."""
-    run = runs[strategy]
+def peaks(run, accumulation=1, **options):
+    """Of each rank the bytes at the worst moment of the step that was followed tensor by tensor, and as predicted."""
     config = AutoConfig.from_pretrained(run.model_folder, local_files_only=True)
     shapes = Shapes.of_config(config)
-    predicted = predict(shapes, strategy, run.config.ranks, run.precision, run.deepspeed)
+    about = (shapes, run.config.strategy, run.config.ranks, run.precision)
+    predicted = predict(*about, run.deepspeed)
     for rank in run.memory:
         step = rank["step"]
-        dry = dry_run(config, step["lengths"], trained=step["trained"])
-        expected = at_peak(shapes, strategy, run.config.ranks, run.precision, predicted, dry, run.deepspeed)
-        assert total(expected[rank["rank"]]) == pytest.approx(step["peak"]["total"] + step["unseen"], rel=0.05)
+        lengths = step["lengths"][-run.config.batch_size :]
+        trained = step["trained"] * len(lengths) // len(step["lengths"])
+        dry = dry_run(config, lengths, trained=trained, **options)
+        expected = at_peak(*about, predicted, dry, run.deepspeed, accumulation)
+        yield step["peak"]["total"] + step["unseen"], total(expected[rank["rank"]])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_peak_of_a_step_is_predicted_within_5_percent(runs, strategy):
+    for measured, predicted in peaks(runs[strategy]):
+        assert predicted == pytest.approx(measured, rel=0.05)
 
 
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(runs, tiny_model, small_data, monkeypatch):
-    from minisft.errors import UserError
-
     run = runs["vanilla"]
     monkeypatch.setenv("MINISFT_OUTPUTS", str(run.folder.parents[1]))
     before = (run.folder / "metrics.jsonl").stat().st_mtime_ns
@@ -146,13 +151,15 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(runs
     assert run.status == "done"
 
 
-def test_accumulation_and_activation_checkpointing_change_nothing(runs, tiny_model, small_data):
-    config = tiny_run(
-        "zero3", tiny_model, small_data, accumulation=2, batch_size=2, activation_checkpointing=True, max_steps=20
-    )
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_accumulation_and_activation_checkpointing_change_the_memory_alone(runs, tiny_model, small_data, strategy):
+    again = {"activation_checkpointing": True}
+    config = tiny_run(strategy, tiny_model, small_data, accumulation=2, batch_size=2, **again)
     run = launch(prepare(config), say=lambda line: None)
     expected = [m["loss"] for m in runs["vanilla"].metrics]
     assert [m["loss"] for m in run.metrics] == pytest.approx(expected, rel=1e-5)
+    for measured, predicted in peaks(run, accumulation=2, **again):
+        assert predicted == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("strategy", ["vanilla", "zero2"])
@@ -183,23 +190,6 @@ def started(tiny_model, tmp_path, strategy):
     return process, run
 
 
-def workers_of(process):
-    return [p for p in psutil.Process(process.pid).children(recursive=True) if "minisft.train" in " ".join(p.cmdline())]
-
-
-def test_killing_one_rank_fails_the_run_and_ends_the_others(tiny_model, tmp_path):
-    process, run = started(tiny_model, tmp_path, "zero2")
-    family = psutil.Process(process.pid).children(recursive=True)
-    ranks = [p for p in workers_of(process) if "--local_rank=1" in p.cmdline()]
-    ranks[0].kill()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "zero2 failed" in output.splitlines()[-1]
-    assert run.status == "failed"
-    assert not (run.folder / "DONE").exists()
-    assert not psutil.wait_procs(family, timeout=10)[1]
-
-
 def test_a_killed_supervisor_takes_the_workers_along(tiny_model, tmp_path):
     process, run = started(tiny_model, tmp_path, "zero2")
     family = psutil.Process(process.pid).children(recursive=True)
@@ -213,22 +203,16 @@ def test_a_killed_supervisor_takes_the_workers_along(tiny_model, tmp_path):
 def test_interrupting_ends_every_process_and_says_so(tiny_model, tmp_path, strategy, number):
     process, run = started(tiny_model, tmp_path, strategy)
     family = psutil.Process(process.pid).children(recursive=True)
+    for start_again in (lambda: prepare(run.config, overwrite=True), lambda: launch(run, say=lambda line: None)):
+        with pytest.raises(UserError, match="being trained right now"):
+            start_again()
+    assert process.poll() is None
     process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 1
     assert f"stopped by {number.name}" in output.splitlines()[-1]
     assert json.loads((run.folder / "FAILED").read_text())["reason"] == f"stopped by {number.name}"
     assert not psutil.wait_procs(family, timeout=10)[1]
-
-
-def test_killing_everything_at_once_leaves_no_done(tiny_model, tmp_path):
-    process, run = started(tiny_model, tmp_path, "vanilla")
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for one in family:
-        os.kill(one.pid, signal.SIGKILL)
-    process.wait()
-    assert run.status in ("failed", "unfinished")
-    assert not (run.folder / "DONE").exists()
 
 
 def test_an_unfinished_run_starts_afresh_and_a_finished_one_is_left_alone(tiny_model, small_data):
@@ -246,21 +230,6 @@ def test_an_unfinished_run_starts_afresh_and_a_finished_one_is_left_alone(tiny_m
     assert pasted.returncode == 2
     assert "trained already" in pasted.stderr
     assert sorted((p, p.stat().st_mtime_ns) for p in run.folder.rglob("*")) == before
-
-
-def test_a_live_run_cannot_be_started_twice(tiny_model, tmp_path):
-    from minisft.errors import UserError
-
-    process, run = started(tiny_model, tmp_path, "vanilla")
-    try:
-        with pytest.raises(UserError, match="being trained right now"):
-            prepare(run.config, overwrite=True)
-        with pytest.raises(UserError, match="being trained right now"):
-            launch(run, say=lambda line: None)
-        assert process.poll() is None
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
 
 
 def test_an_error_in_a_rank_is_reported_with_rank_step_and_reason(tiny_model, small_data):
