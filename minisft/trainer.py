@@ -232,8 +232,8 @@ class RunTrainer(Trainer):
         if self.in_main_memory:
             mine["in main memory"] = self.in_main_memory
         if self.allocations is not None:
-            rows = [row for batch in self.rows for row in batch]
-            about = {"lengths": [tokens for _, tokens, _ in rows], "trained": sum(trained for _, _, trained in rows)}
+            batches = [{"lengths": [n for _, n, _ in b], "trained": sum(t for _, _, t in b)} for b in self.rows]
+            about = {"micro-batches": batches}
             unseen = sum(size for pointer, size in self.buckets.items() if pointer not in self.adopted)
             mine["step"] = {"before": self.base, "unseen": unseen, **about, **self.allocations.summary()}
         ranks = self._gather(mine)

@@ -119,7 +119,7 @@ def test_what_the_ranks_sent_was_predicted(runs, strategy):
             assert size == pytest.approx(expected[operation], abs=64), operation  # norms and flags
 
 
-def peaks(run, accumulation=1, **options):
+def peaks(run, **options):
     """Of each rank the bytes at the worst moment of the step that was followed tensor by tensor, and as predicted."""
     config = AutoConfig.from_pretrained(run.model_folder, local_files_only=True)
     shapes = Shapes.of_config(config)
@@ -127,11 +127,12 @@ def peaks(run, accumulation=1, **options):
     predicted = predict(*about, run.deepspeed)
     for rank in run.memory:
         step = rank["step"]
-        lengths = step["lengths"][-run.config.batch_size :]
-        trained = step["trained"] * len(lengths) // len(step["lengths"])
-        dry = dry_run(config, lengths, trained=trained, **options)
-        expected = at_peak(*about, predicted, dry, run.deepspeed, accumulation)
-        yield step["peak"]["total"] + step["unseen"], total(expected[rank["rank"]])
+        expected = []
+        for turn, batch in enumerate(step["micro-batches"]):  # gradients wait beside all but the first
+            dry = dry_run(config, batch["lengths"], trained=batch["trained"], **options)
+            held = at_peak(*about, predicted, dry, run.deepspeed, accumulation=1 + turn)
+            expected.append(total(held[rank["rank"]]))
+        yield step["peak"]["total"] + step["unseen"], max(expected)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -158,8 +159,9 @@ def test_accumulation_and_activation_checkpointing_change_the_memory_alone(runs,
     run = launch(prepare(config), say=lambda line: None)
     expected = [m["loss"] for m in runs["vanilla"].metrics]
     assert [m["loss"] for m in run.metrics] == pytest.approx(expected, rel=1e-5)
-    for measured, predicted in peaks(run, accumulation=2, **again):
-        assert predicted == pytest.approx(measured, rel=0.05)
+    # With so little in flight it counts how many parameters stage 3 has gathered at once: up to its limit.
+    for measured, predicted in peaks(run, **again):
+        assert predicted == pytest.approx(measured, rel=0.05 if strategy == "zero1" else 0.1)
 
 
 @pytest.mark.parametrize("strategy", ["vanilla", "zero2"])

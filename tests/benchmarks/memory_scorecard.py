@@ -99,7 +99,8 @@ def peak(run: Run, model: str) -> tuple[int, int]:
     found = []
     for rank in run.memory:
         step = rank["step"]
-        dry = dry_run(config, step["lengths"], trained=step["trained"], precision=precision, half_weights=half)
+        (batch,) = step["micro-batches"]
+        dry = dry_run(config, batch["lengths"], trained=batch["trained"], precision=precision, half_weights=half)
         expected = at_peak(shapes, strategy, ranks, precision, predicted, dry, run.deepspeed)[rank["rank"]]
         found.append((step["peak"]["total"] + step["unseen"], total(expected)))
     return max(found)
