@@ -14,6 +14,7 @@ from typing import Any
 
 from minisft.errors import UserError
 
+COPIES = "copies of a bucket"
 ACTIVATIONS, LOGITS, GRADIENTS, BACKWARD = "activations", "logits and loss", "gradients", "temporaries of backward"
 
 DEEP = 8  # layers from which on a model is traced with fewer, of each:
@@ -28,13 +29,15 @@ class DryRun:
     parameters' gradients as they arrive included (all of them stay). `peak_freeing`: the same if each gradient goes
     as soon as it is there, as with ZeRO's stages 2 and 3, where it moves into a bucket. `gradients_then`: how many
     elements of the gradients had arrived by each of the two moments of `moments_freeing`, the most before and after
-    the middle of backward; a rank of stage 2 keeps its share of those.
+    the middle of backward; a rank of stage 2 keeps its share of those. `reducing`: the most if each gradient, as it
+    arrives, is copied twice to be reduced, as stage 3 does with a bucket that it fills.
     """
 
     retained: dict[str, int]
     peak: dict[str, int]
     moments_freeing: tuple[dict[str, int], dict[str, int]]
     gradients_then: tuple[int, int]
+    reducing: dict[str, int]
 
     @property
     def peak_freeing(self) -> dict[str, int]:
@@ -77,7 +80,7 @@ def dry_run(
         ) from error
     finally:
         quiet.setLevel(level)
-    return DryRun(staying.retained, staying.peak, (freeing.early, freeing.late), freeing.arrived)
+    return DryRun(staying.retained, staying.peak, (freeing.early, freeing.late), freeing.arrived, freeing.reducing)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class _Trace:
     early: dict[str, int]
     late: dict[str, int]
     arrived: tuple[int, int]
+    reducing: dict[str, int]
 
     @property
     def peak(self) -> dict[str, int]:
@@ -115,7 +119,7 @@ def _all_layers(config: Any, **options: Any) -> _Trace:
         return {owner: x.get(owner, 0) + size * (layers - few) for owner, size in each.items()}
 
     arrived = [x + (y - x) // (more - few) * (layers - few) for x, y in zip(a.arrived, b.arrived, strict=True)]
-    return _Trace(extended("retained"), extended("early"), extended("late"), tuple(arrived))
+    return _Trace(extended("retained"), extended("early"), extended("late"), tuple(arrived), extended("reducing"))
 
 
 def _with_layers(config: Any, layers: int) -> Any:
@@ -191,13 +195,21 @@ def _trace(
         for tensor in (*parameters, *model.buffers()):
             count.ignore(tensor)
         here = 0  # gradients
-        early = Moment("backward", {})
+        halves = [Moment("forward", {}), Moment("backward", {})]  # the most before and after the middle of backward
+        reducing: dict[str, int] = {}
+
+        def keep_peak() -> None:
+            """Book the most since the gradient before, and begin anew."""
+            half = here > len(parameters) // 2
+            halves[half] = max(halves[half], count.peak, key=lambda moment: moment.total)
+            count.peak = Moment("backward", {})
 
         def arrived(parameter: Any) -> None:
-            nonlocal here, early
+            nonlocal here, reducing
             here += 1
-            if here == len(parameters) // 2:
-                early, count.peak = count.peak, Moment("backward", {})
+            copied = {**count.peak.held, COPIES: 2 * parameter.grad.nbytes}
+            reducing = max(reducing, copied, key=lambda held: sum(held.values()))
+            keep_peak()
             count.mark += parameter.numel()
             if freeing:
                 parameter.grad = None
@@ -221,4 +233,7 @@ def _trace(
             retained = dict(count.held)
             count.phase, count.owner = "backward", BACKWARD
             loss.backward()
-        return _Trace(retained, early.held, count.peak.held, (early.mark, count.peak.mark))
+        here += 1
+        keep_peak()
+        early, late = halves
+        return _Trace(retained, early.held, late.held, (early.mark, late.mark), reducing)

@@ -13,6 +13,7 @@ from minisft.dry_run import DryRun
 from minisft.zero_config import zero_stage
 from minisft.zero_memory import ELEMENT, Shapes, generated, offloaded, partition_size, split_size, total
 
+PERSISTENCE = "stage3_param_persistence_threshold"
 STEP_OWNER = "temporaries of the step"
 
 
@@ -58,36 +59,45 @@ def _computing(
     # Stage 1 and plain data parallelism keep each whole gradient until backward is over, stage 2 this rank's share.
     keeps_all = strategy in ("vanilla", "zero0", "zero1")
     kept = moments["after backward"]["gradients"] - held["gradients"] if stage == 2 else 0
-    if accumulation > 1:  # all that is kept lies there from the first micro-batch on
-        whole = (e if stage is not None else 4) * shapes.parameters
-        passing = dry.peak_freeing | {"gradients": whole if keeps_all else kept}
-    else:
-        passing = dry.peak if keeps_all else _most_with(kept / shapes.parameters, dry)
+    if stage == 3:
+        passing = max(dry.peak_freeing, dry.reducing, key=total)
+    elif keeps_all and accumulation == 1:
+        passing = dry.peak
+    else:  # with accumulation all that is kept lies there from the first micro-batch on
+        whole = (e if stage is not None else 4) * shapes.parameters if keeps_all else kept
+        passing = _most_freeing(dry, whole, accumulation > 1, shapes.parameters)
     for owner, size in passing.items():
         held[owner] = held.get(owner, 0) + size
     if stage in (1, 2):
         held["buckets"] += e * int(zero["reduce_bucket_size"]) * (2 if zero.get("overlap_comm") else 1)
     if stage == 3:
-        live = min(int(zero["stage3_max_live_parameters"]), shapes.parameters)
+        split = sum(n for group in shapes.groups for _, n in group if n > int(zero[PERSISTENCE]))
+        live = min(int(zero["stage3_max_live_parameters"]), split)
         held["persistent parameters"] += e * live
     return held
 
 
-def _most_with(kept: float, dry: DryRun) -> dict[str, int]:
-    """The worst moment of backward if gradients go as they arrive, but for `kept` bytes per element of them."""
+def _most_freeing(dry: DryRun, kept: int, already: bool, parameters: int) -> dict[str, int]:
+    """The worst moment of backward where gradients go as they arrive, but for `kept` bytes in the end.
+
+    `already` says that those lie there from the beginning.
+    """
     moments = zip(dry.moments_freeing, dry.gradients_then, strict=True)
-    return max(({**held, "gradients": int(kept * elements)} for held, elements in moments), key=total)
+    return max(
+        ({**held, "gradients": kept if already else kept * arrived // parameters} for held, arrived in moments),
+        key=total,
+    )
 
 
 def _stepping(
     shapes: Shapes, strategy: str, ranks: int, precision: str, moments: Mapping[str, dict[str, int]], away: bool
 ) -> dict[str, int]:
-    stage, e = zero_stage(strategy), ELEMENT[precision]
+    stage = zero_stage(strategy)
     held = dict(moments["after backward"])
     if away:
         return held  # gradients wait in fp32 where the optimizer is
     if stage == 0:
-        held[STEP_OWNER] = e * shapes.parameters  # flattened to be reduced
+        held[STEP_OWNER] = 4 * shapes.parameters  # flattened to be reduced, or copied for the masters
     elif stage in (1, 2):
         part = max(partition_size(sum(n for _, n in group), ranks) for group in shapes.groups)
         held[STEP_OWNER] = (4 if precision == "fp32" else 6) * part

@@ -3,7 +3,7 @@
     python tests/benchmarks/memory_scorecard.py [--models smollm2 path/to/another] [--precisions fp32 bf16]
         [--strategies ddp zero0 zero1 zero2 zero3]
 
-Each strategy trains two steps on two ranks with the course's preset, and measures the states (parameters, gradients,
+Each strategy trains three steps on two ranks with the course's preset, and measures the states (parameters, gradients,
 masters, optimizer states, buckets) of its fullest rank after backward. The methods are asked about the same model:
 
 paper        16 P, (4 + 12/N) P, (2 + 14/N) P, 16 P / N bytes (Rajbhandari et al. 2020)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def train(model: str, precision: str, strategy: str) -> Run:
-    config = RunConfig.course(strategy, model=model, precision=precision, max_steps=2, save_steps=2, eval_rows=0)
+    config = RunConfig.course(strategy, model=model, precision=precision, max_steps=3, save_steps=3, eval_rows=0)
     return launch(prepare(config, overwrite=True, say=lambda _: None), say=lambda _: None)
 
 
