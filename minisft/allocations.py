@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class Allocations(TorchDispatchMode):
     """Counts the bytes of tensors made while it is active, by the owner that is current when they are made.
 
     `held` is what is alive now; `peak` the moment of the most; `timeline` the total after each change, with its
-    phase. Views count nothing: storages do, each once.
+    phase. Views count nothing: storages do, each once. An owner that is found out later (`name`) shows in `summary`
+    from the tensor's birth on.
     """
 
     def __init__(self, owner: str = "activations", phase: str = "forward"):
@@ -46,7 +48,7 @@ class Allocations(TorchDispatchMode):
         self.owner, self.phase, self.mark = owner, phase, 0
         self.held: dict[str, int] = {}
         self.peak = Moment(phase, {})
-        self.timeline: list[tuple[str, int]] = []
+        self._events: list[tuple[str, list[Any], int]] = []  # phase, entry as in `_known`, 1 for a birth or -1
         self._known: dict[int, list[Any]] = {}  # storage -> [owner, bytes]; the finalizer shares the list
         self._total = 0
 
@@ -68,11 +70,16 @@ class Allocations(TorchDispatchMode):
         if entry is None:
             entry = self._known[key] = [owner or self.owner, storage.nbytes()]
             weakref.finalize(storage, self._gone, key, entry)
-            self._change(entry[0], entry[1])
+            self._change(entry, 1)
         elif owner is not None and owner != entry[0]:
             self.held[entry[0]] -= entry[1]
             self.held[owner] = self.held.get(owner, 0) + entry[1]
             entry[0] = owner
+
+    def name(self, tensor: torch.Tensor, owner: str) -> None:
+        """Let the storage of `tensor` belong to `owner`, if it is counted at all."""
+        if tensor.untyped_storage()._cdata in self._known:
+            self.see(tensor, owner)
 
     def ignore(self, tensor: torch.Tensor) -> None:
         """Never count this one: it was there before."""
@@ -80,11 +87,22 @@ class Allocations(TorchDispatchMode):
 
     def summary(self) -> dict[str, Any]:
         """The peak's phase, owners and total; the most of each phase; and the whole timeline, as plain values."""
+        timeline = self.timeline
         most: dict[str, int] = {}
-        for phase, held in self.timeline:
+        for phase, held in timeline:
             most[phase] = max(held, most.get(phase, held))
-        peak = {"phase": self.peak.phase, "total": self.peak.total, "held": self.peak.held}
-        return {"peak": peak, "most": most, "timeline": self.timeline}
+        worst = max(range(len(timeline)), key=lambda i: timeline[i][1])
+        by_owner: dict[str, int] = {}
+        for _, (owner, size), sign in self._events[: worst + 1]:
+            by_owner[owner] = by_owner.get(owner, 0) + sign * size
+        phase, whole = timeline[worst]
+        peak = {"phase": phase, "total": whole, "held": {owner: size for owner, size in by_owner.items() if size}}
+        return {"peak": peak, "most": most, "timeline": timeline}
+
+    @property
+    def timeline(self) -> list[tuple[str, int]]:
+        sizes = (sign * entry[1] for _, entry, sign in self._events)
+        return [(event[0], held) for event, held in zip(self._events, accumulate(sizes), strict=True)]
 
     @contextmanager
     def owned_by(self, owner: str) -> Iterator[None]:
@@ -97,13 +115,14 @@ class Allocations(TorchDispatchMode):
     def _gone(self, key: int, entry: list[Any]) -> None:
         if self._known.get(key) is entry:
             del self._known[key]
-        self._change(entry[0], -entry[1])
+        self._change(entry, -1)
 
-    def _change(self, owner: str, size: int) -> None:
+    def _change(self, entry: list[Any], sign: int) -> None:
+        owner, size = entry
         if not size:
             return
-        self.held[owner] = self.held.get(owner, 0) + size
-        self._total += size
-        self.timeline.append((self.phase, self._total))
+        self.held[owner] = self.held.get(owner, 0) + sign * size
+        self._total += sign * size
+        self._events.append((self.phase, entry, sign))
         if self._total > self.peak.total:
             self.peak = Moment(self.phase, dict(self.held), self.mark)

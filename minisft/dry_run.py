@@ -219,13 +219,7 @@ def _trace(
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(arrived)
         if head is not None:
-            whole = head.layer.forward
-
-            def forward(hidden: Any) -> Any:
-                with count.owned_by(LOGITS):
-                    return whole(hidden)
-
-            head.layer.forward = forward
+            head.around = lambda: count.owned_by(LOGITS)
         cast = torch.autocast(device, dtype=half) if half and not half_weights else nullcontext()
         with count:
             with cast:

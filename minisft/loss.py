@@ -8,6 +8,8 @@ The idea is that of Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -28,13 +30,15 @@ class LossHead:
 
     def __init__(self, layer: torch.nn.Linear):
         self.layer, self.wanted = layer, None
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered for each call
         layer.forward = self
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.wanted is None:
-            return torch.nn.functional.linear(hidden, self.layer.weight, self.layer.bias)
-        positions, targets = self.wanted
-        return linear_cross_entropy(hidden.flatten(0, -2)[positions], self.layer.weight, targets, self.layer.bias)
+        with self.around():
+            if self.wanted is None:
+                return torch.nn.functional.linear(hidden, self.layer.weight, self.layer.bias)
+            positions, targets = self.wanted
+            return linear_cross_entropy(hidden.flatten(0, -2)[positions], self.layer.weight, targets, self.layer.bias)
 
     def loss(self, model: Any, inputs: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum of -log p of `targets`, int64 [n], at `positions`, int64 [n], which count through the whole batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from minisft import checkpoints
 from minisft.allocations import Allocations
+from minisft.dry_run import ACTIVATIONS, BACKWARD, LOGITS
 from minisft.errors import UserError
 from minisft.heap import release_free_memory
 from minisft.loss import LossHead, summed_loss, trained_positions
@@ -20,7 +22,10 @@ from minisft.runs import Run, write_json
 from minisft.sampling import RankBatches
 from minisft.traffic import Counter, ddp_traffic
 from minisft.zero_config import offloads
-from minisft.zero_measure import held_bytes, live_tensors, measure, peak_bytes
+from minisft.zero_measure import OTHER, held_bytes, live_tensors, measure, owned_storages, peak_bytes
+from minisft.zero_peak import STEP_OWNER
+
+MADE_IN = {"forward": ACTIVATIONS, "backward": BACKWARD, "step": STEP_OWNER}  # the owner of what is made, by phase
 
 
 class RunTrainer(Trainer):
@@ -242,13 +247,35 @@ class RunTrainer(Trainer):
 
     def follow_allocations(self) -> None:
         """From now on count every tensor that this rank makes, and see those go that are there already."""
-        self.allocations = Allocations("forward", "forward")
+        allocations = self.allocations = Allocations(ACTIVATIONS, "forward")
+        owners = self._owners()
         for tensor in live_tensors():
             if tensor.device.type == self.args.device.type and (pointer := tensor.untyped_storage().data_ptr()):
                 self.adopted.add(pointer)
-                self.allocations.see(tensor, "before")
-        self.base = self.allocations.peak.total
-        self.allocations.__enter__()
+                allocations.see(tensor, owners.get(pointer, (OTHER, 0))[0])
+        self.base = allocations.peak.total
+        if self.head is not None:
+            self.head.around = lambda: allocations.owned_by(LOGITS)
+        allocations.__enter__()
+
+    def stop_following(self) -> None:
+        if self.allocations is not None:
+            self.allocations.__exit__(None, None, None)
+            self._name_tensors()
+            if self.head is not None:
+                self.head.around = nullcontext
+
+    def _owners(self) -> dict[int, tuple[str, int]]:
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        return owned_storages(model, self.optimizer, self.args.device.type, self.buckets)
+
+    def _name_tensors(self) -> None:
+        """Tell the tensors that have been followed apart: which are gradients, states, buckets."""
+        owners = self._owners()
+        for tensor in live_tensors():
+            owner = owners.get(tensor.untyped_storage().data_ptr(), (OTHER, 0))[0]
+            if owner != OTHER:
+                self.allocations.name(tensor, owner)
 
     def count_traffic(self) -> None:
         """From now on count what the ranks tell each other."""
@@ -265,7 +292,9 @@ class RunTrainer(Trainer):
 
     def enter_phase(self, phase: str) -> None:
         if self.allocations is not None:
-            self.allocations.phase = self.allocations.owner = phase
+            if phase != self.allocations.phase:
+                self._name_tensors()
+            self.allocations.phase, self.allocations.owner = phase, MADE_IN[phase]
 
     def _gather(self, value: Any) -> list[Any]:
         if self.args.world_size == 1:
@@ -320,8 +349,7 @@ class _Clock(TrainerCallback):
         trainer.position["step"] = state.global_step
         if self._is_measured(state, state.global_step):
             trainer.stop_counting()
-            if trainer.allocations is not None:
-                trainer.allocations.__exit__(None, None, None)
+            trainer.stop_following()
             self._measure("at rest")
             trainer.write_memory()
             trainer.allocations = None

@@ -24,6 +24,16 @@ def measure(model: Any, optimizer: Any, device_type: str, buckets: Mapping[int, 
     between a GPU and offloaded states. `other tensors` are buffers, batches, and everything else that is alive.
     `buckets` are storages, address to bytes, that are known to be alive though Python may not see them: DDP's.
     """
+    held = dict.fromkeys(OWNERS, 0)
+    for owner, size in owned_storages(model, optimizer, device_type, buckets).values():
+        held[owner] += size
+    return held
+
+
+def owned_storages(
+    model: Any, optimizer: Any, device_type: str, buckets: Mapping[int, int] | None = None
+) -> dict[int, tuple[str, int]]:
+    """Every storage that `measure` counts: its address, its owner and its bytes."""
     import torch
 
     owner_of: dict[int, str] = {}
@@ -59,11 +69,7 @@ def measure(model: Any, optimizer: Any, device_type: str, buckets: Mapping[int, 
         bytes_of[pointer] = size
     for tensor in live_tensors():
         claim(OTHER, tensor)
-
-    held = dict.fromkeys(OWNERS, 0)
-    for pointer, owner in owner_of.items():
-        held[owner] += bytes_of[pointer]
-    return held
+    return {pointer: (owner, bytes_of[pointer]) for pointer, owner in owner_of.items()}
 
 
 def live_tensors() -> list[Any]:

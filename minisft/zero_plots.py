@@ -6,13 +6,16 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minisft.dry_run import ACTIVATIONS, BACKWARD, LOGITS
 from minisft.planner import RESERVED, Plan
 from minisft.plots import OWNER_COLOURS, PALETTE, Picture, _figure, _picture
 from minisft.runs import Run
 from minisft.traffic import OPERATIONS, predict_traffic, sent
 from minisft.zero_memory import MOMENTS, OWNERS, Shapes, paper, partition_size, predict, total
+from minisft.zero_peak import STEP_OWNER
 
 STAGES = ("nothing split", "ZeRO-1: optimizer states", "ZeRO-2: and gradients", "ZeRO-3: and parameters")
+STEP_COLOURS = OWNER_COLOURS | {ACTIVATIONS: "#7A5195", LOGITS: "#B7A1D6", BACKWARD: "#444444", STEP_OWNER: "#888888"}
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -189,12 +192,15 @@ def partition_map(shapes: Shapes, ranks: int) -> Picture:
 
 
 def step_timeline(memory: Mapping[str, Any], name: str) -> Picture:
-    """Tensors alive through one step of a rank, an entry of a run's `memory` made with `memory_timeline`."""
+    """Tensors alive through one step of a rank, and who holds them at the worst moment.
+
+    `memory` is an entry of the memory of a run that was made with `memory_timeline`.
+    """
     step = memory["step"]
     begin = next(i for i, (_, held) in enumerate(step["timeline"]) if held == step["before"])
     totals = [(phase, held + step["unseen"]) for phase, held in step["timeline"][begin:]]
     size, unit = unit_for(max(held for _, held in totals))
-    figure, axes = _figure(7.6, 3.4)
+    figure, (axes, column) = _figure(9.4, 3.6, ncols=2, width_ratios=(4, 1))
     colours = {"forward": PALETTE[0], "backward": PALETTE[1], "step": PALETTE[2]}
     begin = 0
     before = step["before"] + step["unseen"]
@@ -211,15 +217,31 @@ def step_timeline(memory: Mapping[str, Any], name: str) -> Picture:
     where = max(range(len(totals)), key=lambda i: totals[i][1])
     axes.plot(where, peak / size, "v", color="black")
     axes.axhline(before / size, color="#888888", linestyle=":", linewidth=1)
-    title = f"{name}: the most is held in {_phase(phase)}, {peak / before:.1f} times what lies there between steps"
-    axes.set(
-        xlabel="tensors made and freed, in order", ylabel=f"{unit} of tensors", ylim=(0, 1.1 * peak / size), title=title
-    )
+    axes.set(xlabel="tensors made and freed, in order", ylabel=f"{unit} of tensors", ylim=(0, 1.1 * peak / size))
     axes.legend(frameon=False)
+    owners = dict(sorted(step["peak"]["held"].items(), key=lambda item: -item[1]))
+    if step["unseen"]:
+        owners["buckets"] = owners.get("buckets", 0) + step["unseen"]
+    bottom = 0.0
+    for owner, held in owners.items():
+        column.bar(0, held / size, bottom=bottom, width=0.8, color=STEP_COLOURS[owner], edgecolor="white")
+        if held > 0.03 * peak:
+            text = f"{owner}  {held / size:.2f}"
+            column.text(0.5, bottom + held / size / 2, text, va="center", fontsize=8)
+        bottom += held / size
+    column.set(xlim=(-0.5, 3.2), ylim=axes.get_ylim(), xticks=[0], xticklabels=["at the peak"], yticks=[])
+    column.spines[["left", "bottom"]].set_visible(False)
+    most = next(iter(owners))
+    figure.suptitle(
+        f"{name} holds the most in {_phase(phase)}, {peak / before:.1f} times what lies there between steps: "
+        f"{owners[most] / peak:.0%} of it are {most}",
+        fontsize=11,
+    )
+    each = ", ".join(f"{held / size:.2f} {unit} {owner}" for owner, held in owners.items())
     return _picture(
         figure,
         f"Bytes of tensors through one step of {name}: {before / size:.2f} {unit} before it, at most "
-        f"{peak / size:.2f} {unit}, in {_phase(phase)}.",
+        f"{peak / size:.2f} {unit}, in {_phase(phase)}: {each}.",
     )
 
 

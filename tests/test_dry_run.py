@@ -115,3 +115,18 @@ def test_allocations_count_storages_once_and_see_them_go():
     assert count.peak.total == 8000
     assert count.peak.phase == "forward"
     assert count.timeline == [("forward", 4000), ("forward", 8000), ("backward", 4000), ("backward", 0)]
+
+
+def test_an_owner_found_out_later_holds_from_the_beginning():
+    with Allocations() as count:
+        a = torch.zeros(1000)
+        gone = torch.zeros(500)
+        del gone
+        count.name(a, "gradients")
+    count.name(torch.zeros(1), "unknown to it")
+    assert count.held["gradients"] == 4000
+    assert count.summary()["peak"] == {
+        "phase": "forward",
+        "total": 6000,
+        "held": {"gradients": 4000, "activations": 2000},
+    }

@@ -119,8 +119,8 @@ def test_what_the_ranks_sent_was_predicted(runs, strategy):
             assert size == pytest.approx(expected[operation], abs=64), operation  # norms and flags
 
 
-def peaks(run, **options):
-    """Of each rank the bytes at the worst moment of the step that was followed tensor by tensor, and as predicted."""
+def peaks_by_owner(run, **options):
+    """Of each rank the bytes by owner at the worst moment of the step that was followed, and as predicted."""
     config = AutoConfig.from_pretrained(run.model_folder, local_files_only=True)
     shapes = Shapes.of_config(config)
     about = (shapes, run.config.strategy, run.config.ranks, run.precision)
@@ -131,8 +131,23 @@ def peaks(run, **options):
         for turn, batch in enumerate(step["micro-batches"]):  # gradients wait beside all but the first
             dry = dry_run(config, batch["lengths"], trained=batch["trained"], **options)
             held = at_peak(*about, predicted, dry, run.deepspeed, accumulation=1 + turn)
-            expected.append(total(held[rank["rank"]]))
-        yield step["peak"]["total"] + step["unseen"], max(expected)
+            expected.append(held[rank["rank"]])
+        measured = dict(step["peak"]["held"])
+        assert sum(measured.values()) == step["peak"]["total"]
+        measured["buckets"] = measured.get("buckets", 0) + step["unseen"]
+        yield measured, max(expected, key=total)
+
+
+def peaks(run, **options):
+    return [(total(measured), total(expected)) for measured, expected in peaks_by_owner(run, **options)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_peak_names_who_holds_it(runs, strategy):
+    for measured, expected in peaks_by_owner(runs[strategy]):
+        for owner in {*measured, *expected}:
+            difference = abs(measured.get(owner, 0) - expected.get(owner, 0))
+            assert difference < 0.05 * total(expected), (owner, measured, expected)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
