@@ -18,7 +18,8 @@ original       the recipe of the original work: every row padded to 2048, full l
 
 Peak memory is that of the process up to the end of the last step (VmHWM), or what PyTorch allocated on the GPU.
 With `--give-up`, a run whose timed step takes longer than so many seconds is ended: its speed is then below what is
-printed, a ratio above, and its peak memory unknown (marked with <, > and a dash). One timed step only.
+printed, a ratio above, and its peak memory at least what it had held by then (marked with < and >; on a GPU it is
+not known from outside, and a dash). One timed step only.
 
 TRL's environment is made as `encoding_speed` makes it. `--no-wide` lets minisft multiply bf16 as PyTorch does, to see
 what `minisft.wide_products` brings on a CPU without bf16. Needs Linux; runs on CUDA unchanged.
@@ -112,7 +113,8 @@ def run(options: argparse.Namespace) -> None:
                     result = measure(kind, settings)
                 found[kind].append(result)
                 latest = found[kind][-1]
-                below, peak = ("<", "-") if latest["given_up"] else ("", f"{latest['peak'] / 1e9:.2f} GB")
+                below, above = ("<", ">") if latest["given_up"] else ("", "")
+                peak = "-" if math.isnan(latest["peak"]) else f"{above}{latest['peak'] / 1e9:.2f} GB"
                 print(
                     f"  round {turn + 1}: {kind:<13} {below + format(latest['trained'], ',.1f'):>9} trained tokens/s  "
                     f"{below + format(latest['tokens'], ',.1f'):>9} tokens/s  peak {peak}",
@@ -141,7 +143,8 @@ def measure(kind: str, settings: dict[str, Any]) -> dict[str, float]:
     if gave_up is not None:
         rows = [json.loads(line) for line in Path(settings["rows"]).read_text().splitlines()][settings["batch"] :]
         tokens = {"tokens": sum(len(row["input_ids"]) for row in rows), "trained": sum(map(trained, rows))}
-        return {key: count / gave_up for key, count in tokens.items()} | {"peak": math.nan, "given_up": True}
+        elapsed, peak = gave_up
+        return {key: count / elapsed for key, count in tokens.items()} | {"peak": peak, "given_up": True}
     if process.returncode == -signal.SIGKILL or "out of memory" in failed or "can't allocate memory" in failed:
         raise MemoryError
     if process.returncode:
@@ -157,8 +160,11 @@ def measure(kind: str, settings: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def wait(process: subprocess.Popen, errors: Any, give_up: float | None) -> float | None:
-    """Wait for a run's end; if its timed step takes `give_up` seconds, end it and return how long it took so far."""
+def wait(process: subprocess.Popen, errors: Any, give_up: float | None) -> tuple[float, float] | None:
+    """Wait for a run's end; if its timed step takes `give_up` seconds, end it.
+
+    Returns how long it took so far, and the most it held in main memory (nan if it is on a GPU).
+    """
     warm_up_ended = None
     while process.poll() is None:
         time.sleep(0.2)
@@ -166,10 +172,19 @@ def wait(process: subprocess.Popen, errors: Any, give_up: float | None) -> float
             said = os.pread(errors.fileno(), 1 << 20, 0)
             warm_up_ended = time.monotonic() if b"ended step 1" in said else None
         elif give_up and (elapsed := time.monotonic() - warm_up_ended) > give_up:
+            peak = most_resident(process.pid)
             process.kill()
             process.wait()
-            return elapsed
+            return elapsed, peak
     return None
+
+
+def most_resident(pid: int) -> float:
+    """VmHWM of a living process, in bytes."""
+    if torch.cuda.is_available():
+        return math.nan
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def measure_original(settings: dict[str, Any], at_once: int) -> tuple[dict[str, float], int]:
@@ -234,14 +249,14 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
     for kind, runs in found.items():
         trained = [r["trained"] for r in runs]
         ratios = [a["trained"] / b["trained"] for a, b in zip(ours or runs, runs, strict=True)]
-        whole = [r["peak"] for r in runs if not r["given_up"]]
-        below, above = ("<", ">") if len(whole) < len(runs) else ("", "")
+        peaks = [r["peak"] for r in runs if not math.isnan(r["peak"])]
+        below, above = ("<", ">") if any(r["given_up"] for r in runs) else ("", "")
         spread = f"{below}{median(trained):,.1f} ({min(trained):,.1f}-{max(trained):,.1f})"
         times = f"{above}{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         peak, memory = "-", "-"
-        if whole:
-            peak = f"{median(whole) / 1e9:.2f}"
-            memory = f"{median(r['peak'] for r in ours or runs) / median(whole):.0%}"
+        if peaks:
+            peak = f"{above}{median(peaks) / 1e9:.2f}"
+            memory = f"{below}{median(r['peak'] for r in ours or runs) / median(peaks):.0%}"
         tokens = below + format(median(r["tokens"] for r in runs), ",.1f")
         lines.append(f"{kind:<14}{spread:>24}{tokens:>11}{peak:>9}{times:>22}{memory:>9}")
     lines.append("speed-up and memory: minisft against each, the median of the rounds' ratios (and their range)")
@@ -250,9 +265,9 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
             ratio = median(a["trained"] / b["trained"] for a, b in zip(ours, found[kind], strict=True))
             lines.append(f"{ratio:.2f}x of {kind}: {'at least' if ratio >= target else 'BELOW'} the {target}x aimed at")
     lean = found.get("minisft-lean") or ours
-    whole = [r["peak"] for r in found.get("trl", []) if not r["given_up"]]
-    if whole and lean:
-        share = median(r["peak"] for r in lean) / median(whole)
+    peaks = [r["peak"] for r in found.get("trl", []) if not math.isnan(r["peak"])]
+    if peaks and lean:
+        share = median(r["peak"] for r in lean) / median(peaks)
         verdict = "within" if share <= MEMORY_TARGET else "ABOVE"
         lines.append(
             f"the leaner of ours takes {share:.0%} of trl's peak memory: {verdict} the {MEMORY_TARGET:.0%} aimed at"
