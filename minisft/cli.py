@@ -352,7 +352,7 @@ def _launch(run: Any) -> None:
     progress = TerminalProgress(sys.stdout)
     try:
         launch(run, say=progress)
-    except RunFailed as error:
+    except (RunFailed, KeyboardInterrupt) as error:
         progress.close()
         _complain(error)
         sys.exit(1)

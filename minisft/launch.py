@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import queue
 import shlex
 import shutil
 import signal
@@ -18,7 +19,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -30,13 +30,18 @@ from minisft.checkpoints import latest_resumable
 from minisft.errors import UserError
 from minisft.ledger import Ledger
 from minisft.lint import lint
+from minisft.live import LiveView, in_notebook
+from minisft.pulse import clear, read_signs
 from minisft.runs import Run, RunConfig, outputs_root, project_root, write_json
+from minisft.supervisor import Task
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import write_data
 from minisft.zero_config import deepspeed_config, offloads
 
 Say = Callable[[str], None]
-SAY = "[minisft] "  # what a worker wants the person to see; its other output goes to the log alone
+TICK = 0.25  # seconds between two looks for an interrupt
+SILENCE = 60.0  # seconds without a sign of life after which a rank counts as hanging: it gives one every second
+STALL = 1800.0  # seconds without progress: what PyTorch's collectives wait at most, too
 
 
 class RunFailed(RuntimeError):
@@ -181,13 +186,19 @@ def _free_port() -> int:
 # --- running -----------------------------------------------------------------------------------------------
 
 
-def launch(run: Run, say: Say = print) -> Run:
+def launch(run: Run, say: Say | None = None, *, silence: float = SILENCE, stall: float = STALL) -> Run:
     """Run the prepared command to its end; returns when it is done.
 
-    The processes live in a session of their own and are all ended if this one is interrupted or loses its
-    parent. Success is exit code 0 and the `DONE` marker. Raises `RunFailed`, or `UserError` if the run is live.
+    What the run says goes to `say`; without one, a live view in a notebook, printed lines elsewhere.
+
+    The processes live in a session of their own, under a supervisor (`minisft.supervisor`) that ends them all if this
+    process is interrupted or gone, if a rank dies, gives no sign of life for `silence` seconds, or if none moves for
+    `stall` seconds. Success is exit code 0, the `DONE` marker, and every rank's word. Raises `RunFailed` or
+    `KeyboardInterrupt`, once all processes are gone, or `UserError` if the run is live.
     """
+    say = say or (LiveView(run) if in_notebook() else print)
     if run.status == "done":
+        say = print if isinstance(say, LiveView) else say
         say(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
         return run
     _require_sound_deepspeed(run, say)
@@ -197,15 +208,26 @@ def launch(run: Run, say: Say = print) -> Run:
         (run.folder / "command.txt").write_text(shlex.join(command) + "\n")
         (run.folder / "logs").mkdir(exist_ok=True)
         say(run.command)
-        code, reason = _supervise(command, run.folder / "logs" / "launcher.log", say, lock)
-    if code == 0 and run.status == "done":
+        task = Task(str(run.folder), command, str(project_root()), run.config.ranks, silence, stall)
+        interrupted = _follow(task, say, lock)
+        if run.status != "done" and run.failure is None:  # the supervisor itself was killed
+            _wait_for_ranks(run)
+            write_json(run.folder / "FAILED", {"rank": None, "step": None, "reason": "the supervisor was killed"})
+        if isinstance(say, LiveView):
+            say.close()
+    if run.status == "done":
         return run
-    if run.failure is None:
-        write_json(run.folder / "FAILED", {"rank": None, "step": None, "reason": reason or f"exit code {code}"})
+    if interrupted:
+        raise KeyboardInterrupt(f"{run.name} was stopped: the same command goes on from its last checkpoint")
+    raise RunFailed(_why(run))
+
+
+def _why(run: Run) -> str:
     failure = run.failure
-    where = "" if failure["rank"] is None else f" on rank {failure['rank']}, step {failure['step']}"
-    log = run.folder / "logs" / ("launcher.log" if failure["rank"] is None else f"rank{failure['rank']}.log")
-    raise RunFailed(f"{run.name} failed{where}: {failure['reason']} (see {_shown(log)})")
+    rank = failure["rank"]
+    where = "" if rank is None else f" on rank {rank}, step {failure['step']}"
+    log = run.folder / "logs" / ("launcher.log" if rank is None else f"rank{rank}.log")
+    return f"{run.name} failed{where}: {failure['reason']} (see {_shown(log)})"
 
 
 def _require_sound_deepspeed(run: Run, say: Say) -> None:
@@ -223,6 +245,7 @@ def _require_sound_deepspeed(run: Run, say: Say) -> None:
 def _clear_earlier_try(run: Run) -> None:
     """What an unfinished run left must not be taken for the new one's; with a checkpoint to go on from, all stays."""
     (run.folder / "FAILED").unlink(missing_ok=True)
+    clear(run.folder)
     if latest_resumable(run):
         return
     for name in ("metrics.jsonl", "memory.json"):
@@ -231,93 +254,76 @@ def _clear_earlier_try(run: Run) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _supervise(command: list[str], log: Path, say: Say, lock: int) -> tuple[int, str]:
-    """Run `command`, its output to `log`; returns its exit code and, if it was stopped, why.
+def _follow(task: Task, say: Say, lock: int) -> bool:
+    """Let a supervisor run `task`, and pass on what it says, until it is gone; returns whether SIGINT stopped it.
 
-    Should this process be killed outright, the workers notice and end, and the launcher holds `lock` (a file
-    descriptor) until it is gone, so that nothing can replace the folder under a live run.
+    It holds `lock` (a file descriptor) as well, so that nothing can replace the folder under a live run.
     """
     operators.remove_stale_locks(operators.extensions_folder())
-    # The environment of this interpreter, even if nobody activated it.
-    environment = os.environ | operators.build_environment() | {"PYTHONUNBUFFERED": "1"}
-    parent = os.getppid()
     stop: list[int] = []
     old = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
                 old[number] = signal.signal(number, lambda number, _: stop.append(number))
-    process = subprocess.Popen(
-        command,
-        cwd=project_root(),
-        env=environment | {"MINISFT_SUPERVISOR": str(os.getpid())},
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "minisft.supervisor", task.to_json()],
+        # The environment of this interpreter, even if nobody activated it.
+        env=os.environ | operators.build_environment(),
         pass_fds=[lock],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
         start_new_session=True,
     )
-    reader = threading.Thread(target=_copy_output, args=(process.stdout, log, say), daemon=True)
-    reader.start()
-    reason = ""
-    family: set[Any] = set()
+    lines: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read_lines, args=(supervisor.stdout, lines), daemon=True).start()
+    parent = os.getppid()
+    asked = False
     try:
-        while process.poll() is None:
-            family |= _below(process)
-            if stop:
-                reason = f"stopped by {signal.Signals(stop[0]).name}"
-            elif os.getppid() != parent:
-                reason = "stopped because the process that started it is gone"
-            if reason:
-                break
-            time.sleep(0.5)  # looking at the process table has its price, and the workers need the cores
+        while True:
+            with suppress(queue.Empty):
+                if (line := lines.get(timeout=TICK)) is None:
+                    break
+                say(line)
+            if isinstance(say, LiveView):
+                say.tick()
+            if not asked and (stop or os.getppid() != parent):
+                why = f"stopped by {signal.Signals(stop[0]).name}" if stop else "stopped because its parent is gone"
+                with suppress(OSError):
+                    print(why, file=supervisor.stdin, flush=True)
+                asked = True
+        supervisor.wait()
     finally:
-        _end_all(process, family | _below(process))
+        with suppress(OSError):
+            supervisor.stdin.close()  # whatever happened here: it ends everything now
         for number, handler in old.items():
             signal.signal(number, handler)
-    reader.join(timeout=5)
-    return process.returncode, reason
+    return stop[:1] == [signal.SIGINT]
 
 
-def _copy_output(stream: Any, log: Path, say: Say) -> None:
-    with log.open("wb", buffering=0) as out:
-        for line in stream:
-            with suppress(OSError):  # a full disk must not stop the reading, or the workers would wait forever
-                out.write(line)
-            text = line.decode(errors="replace").rstrip()
-            if text.startswith(SAY):
-                say(text.removeprefix(SAY))
+def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
+    for line in stream:
+        lines.put(line.rstrip("\n"))
+    lines.put(None)
 
 
-def _below(process: subprocess.Popen) -> set[Any]:
-    """Every process that a launcher has started, at any depth."""
+def _wait_for_ranks(run: Run) -> None:
+    """The ranks notice by themselves that their supervisor is gone; see to it that they do."""
     import psutil
 
-    try:
-        return set(psutil.Process(process.pid).children(recursive=True))
-    except psutil.NoSuchProcess:
-        return set()
-
-
-def _end_all(process: subprocess.Popen, family: set[Any]) -> None:
-    """End a launcher and everything it has started: first politely, then surely.
-
-    `family` was collected while it lived: a launcher that dies takes the way to its children with it.
-    """
-    import psutil
-
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=3)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    left = psutil.wait_procs(family, timeout=0.5)[1]
-    for child in left:
+    here = [sign.pid for sign in read_signs(run.folder) if sign.host == socket.gethostname()]
+    ranks = []
+    for pid in here:
         with suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(left, timeout=3)
+            process = psutil.Process(pid)
+            if str(run.folder) in process.cmdline() or _shown(run.folder) in process.cmdline():
+                ranks.append(process)
+    for process in psutil.wait_procs(ranks, timeout=3)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(ranks, timeout=3)
 
 
 @contextmanager

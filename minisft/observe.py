@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, TextIO
 
 from minisft.checkpoints import cut_metrics
-from minisft.launch import SAY
+from minisft.pulse import SAY
 
 WARM_UP_STEPS = 2  # left out of every speed: the first steps fill caches and allocate optimizer states
 COUNTS = ("tokens", "trained_tokens")

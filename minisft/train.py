@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from minisft import checkpoints
 from minisft.errors import UserError
-from minisft.launch import SAY
+from minisft.pulse import SAY, Pulse, end_with_supervisor
 from minisft.runs import Run, checkpoint_step, write_json
 
 if TYPE_CHECKING:
@@ -37,37 +36,25 @@ def main() -> None:
         print(f"{run.name} is trained already: minisft launch --overwrite trains it again", file=sys.stderr)
         sys.exit(2)
     finish_log = _log_to(run.folder / "logs" / f"rank{rank}.log", and_terminal=rank == 0)
-    _end_with(os.environ.get("MINISFT_SUPERVISOR"))
-    position = {"step": 0}
+    pulse = Pulse(run.folder, rank)
+    end_with_supervisor(run.folder, pulse)
     try:
-        _train(run, rank, position)
+        _train(run, rank, pulse)
     except BaseException as error:
         traceback.print_exc()
         with suppress(OSError):
             checkpoints.discard_unfinished(run)
         reason = " ".join(str(error).split())[:500]
-        write_once(run.folder / "FAILED", {"rank": rank, **position, "reason": f"{type(error).__name__}: {reason}"})
+        failure = {"rank": rank, "step": pulse.step, "reason": f"{type(error).__name__}: {reason}"}
+        write_once(run.folder / "FAILED", failure)
+        pulse.stop("failed")
         finish_log()
         # Not sys.exit: other ranks may be waiting inside a collective, and teardown would wait for them.
         os._exit(1)
+    pulse.stop("done")
     finish_log()
     # Nor here: all is written, and tearing down the threads of a process group now and then aborts the process.
     os._exit(0)
-
-
-def _end_with(supervisor: str | None) -> None:
-    """End this process soon after the one that supervises the run is gone, however it went."""
-    if supervisor is None:  # started by hand: there is none
-        return
-
-    def watch() -> None:
-        import psutil
-
-        while psutil.pid_exists(int(supervisor)):
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def write_once(file: Path, value: Any) -> None:
@@ -79,7 +66,7 @@ def write_once(file: Path, value: Any) -> None:
         pass
 
 
-def _train(run: Run, rank: int, position: dict[str, int]) -> None:
+def _train(run: Run, rank: int, pulse: Pulse) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local folder by now
     # DeepSpeed loads its checkpoints as pickles; so they are restricted to tensors and plain values.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -103,7 +90,7 @@ def _train(run: Run, rank: int, position: dict[str, int]) -> None:
         _unlink_shared_memory(rank)
 
     checkpoint = _start_from(run, rank)
-    trainer = make_trainer(run, rank, world, on_gpu, checkpoint, position)
+    trainer = make_trainer(run, rank, world, on_gpu, checkpoint, pulse)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if world > 1:
         torch.distributed.barrier()
@@ -128,9 +115,7 @@ def _start_from(run: Run, rank: int) -> Path | None:
     return checkpoint
 
 
-def make_trainer(
-    run: Run, rank: int, world: int, on_gpu: bool, checkpoint: Path | None, position: dict[str, int]
-) -> RunTrainer:
+def make_trainer(run: Run, rank: int, world: int, on_gpu: bool, checkpoint: Path | None, pulse: Pulse) -> RunTrainer:
     from minisft.attention import PER_DOCUMENT, supports_padding_free
     from minisft.batches import PaddingFree, PadRight, WithRows
     from minisft.loss import LossHead, supports_loss_head
@@ -184,7 +169,7 @@ def make_trainer(
         head=LossHead(model.get_output_embeddings()) if with_head else None,
         padding_free=padding_free,
         start=checkpoint_step(checkpoint) if checkpoint else 0,
-        position=position,
+        pulse=pulse,
         model=model,
         args=arguments,
         train_dataset=rows,

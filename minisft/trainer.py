@@ -18,6 +18,7 @@ from minisft.errors import UserError
 from minisft.heap import release_free_memory
 from minisft.loss import LossHead, summed_loss, trained_positions
 from minisft.observe import Observer
+from minisft.pulse import Pulse
 from minisft.runs import Run, write_json
 from minisft.sampling import RankBatches
 from minisft.traffic import Counter, ddp_traffic
@@ -42,12 +43,12 @@ class RunTrainer(Trainer):
         head: LossHead | None,
         padding_free: bool,
         start: int,
-        position: dict[str, int],
+        pulse: Pulse,
         **options: Any,
     ):
         super().__init__(**options)
         self.run, self.batches, self.head, self.padding_free = run, batches, head, padding_free
-        self.start, self.position = start, position
+        self.start, self.pulse = start, pulse
         self.observer: Observer | None = None
         self.saving = False
         self.began = self.seconds = 0.0
@@ -83,6 +84,7 @@ class RunTrainer(Trainer):
         return super().get_batch_samples(*arguments)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.pulse.micro_batch()
         self.rows.append(inputs["rows"])
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._release_free_memory()
@@ -138,7 +140,9 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
+        self.pulse.says("testing")
         loss = self.test_loss()
+        self.pulse.says("saving")
         first = self.is_world_process_zero()
         if first:
             checkpoints.discard_unfinished(self.run)
@@ -319,6 +323,7 @@ class _Clock(TrainerCallback):
             self.trainer.observer = Observer(self.trainer.run.folder, self.trainer.start, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.pulse.says("training")
         if self._is_measured(state, state.global_step + 1):
             self.trainer.count_traffic()
             if self.trainer.run.config.memory_timeline:
@@ -346,7 +351,7 @@ class _Clock(TrainerCallback):
         if args.device.type == "cuda":
             torch.cuda.synchronize()
         trainer.seconds = time.perf_counter() - trainer.began
-        trainer.position["step"] = state.global_step
+        trainer.pulse.step = state.global_step
         if self._is_measured(state, state.global_step):
             trainer.stop_counting()
             trainer.stop_following()

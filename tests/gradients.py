@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from minisft.pulse import Pulse
 from minisft.runs import Run
 from minisft.train import make_trainer
 
@@ -29,7 +30,7 @@ class _Take(TrainerCallback):
 
 def first_gradients(run: Run, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
     """What the optimizer would get in the first step: of the whole global batch, before clipping changes it."""
-    trainer = make_trainer(run, rank, world, on_gpu=False, checkpoint=None, position={})
+    trainer = make_trainer(run, rank, world, on_gpu=False, checkpoint=None, pulse=Pulse(run.folder, rank))
     taken = _Take()
     trainer.add_callback(taken)
     trainer._clip_grad_norm = lambda model: torch.tensor(0.0)

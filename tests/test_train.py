@@ -1,22 +1,18 @@
 """Real runs of a tiny model under every strategy, through the launchers that users start."""
 
-import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from conftest import write_sharegpt
 from transformers import AutoConfig
 
 from minisft.dry_run import dry_run
 from minisft.errors import UserError
+from minisft.errors import UserError
 from minisft.launch import RunFailed, launch, prepare
-from minisft.runs import Run, RunConfig
+from minisft.runs import RunConfig
 from minisft.traffic import predict_traffic
 from minisft.zero_config import STRATEGIES
 from minisft.zero_memory import OWNERS, Shapes, predict, total
@@ -189,47 +185,6 @@ def test_bf16_stays_close_to_fp32(runs, tiny_model, small_data, strategy):
 
 
 # --- failing honestly --------------------------------------------------------------------------------------
-
-
-def started(tiny_model, tmp_path, strategy):
-    """A run of many steps, started as from a shell, after its first logged step."""
-    data = write_sharegpt(tmp_path / "many.json", 400)
-    command = [sys.executable, "-m", "minisft.cli", "launch", "--strategy", strategy, "--model", str(tiny_model)]
-    command += ["--data", str(data), "--max-steps", "100000", "--save-steps", "100000", "--ranks"]
-    command += ["1" if strategy == "vanilla" else "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    run = Run(tmp_path / "outputs" / "model" / strategy)
-    deadline = time.monotonic() + 120
-    while not (run.folder / "metrics.jsonl").exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return process, run
-
-
-def test_a_killed_supervisor_takes_the_workers_along(tiny_model, tmp_path):
-    process, run = started(tiny_model, tmp_path, "zero2")
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    assert not psutil.wait_procs(family, timeout=20)[1]
-    assert not (run.folder / "DONE").exists()
-
-
-@pytest.mark.parametrize(("strategy", "number"), [("vanilla", signal.SIGINT), ("zero2", signal.SIGHUP)])
-def test_interrupting_ends_every_process_and_says_so(tiny_model, tmp_path, strategy, number):
-    process, run = started(tiny_model, tmp_path, strategy)
-    family = psutil.Process(process.pid).children(recursive=True)
-    for start_again in (lambda: prepare(run.config, overwrite=True), lambda: launch(run, say=lambda line: None)):
-        with pytest.raises(UserError, match="being trained right now"):
-            start_again()
-    assert process.poll() is None
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert f"stopped by {number.name}" in output.splitlines()[-1]
-    assert json.loads((run.folder / "FAILED").read_text())["reason"] == f"stopped by {number.name}"
-    assert not psutil.wait_procs(family, timeout=10)[1]
 
 
 def test_an_unfinished_run_starts_afresh_and_a_finished_one_is_left_alone(tiny_model, small_data):

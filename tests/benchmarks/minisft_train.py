@@ -21,6 +21,7 @@ from worker import memory
 from minisft import wide_products
 from minisft.labels import Row
 from minisft.preflight import resolve_precision
+from minisft.pulse import Pulse
 from minisft.runs import Run, RunConfig, write_json
 from minisft.sampling import RankBatches
 from minisft.train import make_trainer
@@ -89,7 +90,7 @@ def main() -> None:
         write_rows([Row(r["id"], r["input_ids"], r["labels"]) for r in rows], run.folder / "data" / TRAIN)
         write_rows([], run.folder / "data" / TEST_ROWS)
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        trainer = make_trainer(run, rank=0, world=1, on_gpu=on_gpu, checkpoint=None, position={})
+        trainer = make_trainer(run, rank=0, world=1, on_gpu=on_gpu, checkpoint=None, pulse=Pulse(run.folder, 0))
         trainer.batches.__class__ = InOrder
         trainer.args.save_strategy = "no"
         clock = Clock()

@@ -1,0 +1,273 @@
+"""The process between a notebook and a run's ranks: whatever happens to either, nothing is left behind.
+
+`minisft.launch` starts it, in a session of its own, with one argument: a `Task` as JSON. It starts the task's command,
+watches the ranks (`minisft.pulse`), and ends everything when the command ends, when a rank hangs or dies, when its
+standard input says so or closes, or when its parent is gone. On Linux, processes whose parents die become its own
+children, so that none escapes; should it be killed itself, the ranks notice and end.
+
+What the ranks want a person to see goes to its standard output; all else goes to the log. `FAILED` is written last.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from minisft.pulse import BEAT, SAY, SUPERVISOR, Sign, SupervisorSign, Watch, read_signs
+
+LOOK = 0.25  # seconds between two looks at the launcher
+POLITE = 2.0  # seconds between asking a process to end and ending it
+GRACE = 5.0  # seconds that a launcher has to notice that one of its ranks is gone
+GONE = "the process that started it is gone"
+# How the death of one rank shows in the others: not the reason for anything.
+LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|closed by peer|recvvalue failed|sendbytes failed|"
+    r"remote process exited|nccl.*(abort|remote error)|socket.*(timeout|closed)|DistNetworkError",
+    re.IGNORECASE,
+)
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to run: `command` in `working_directory`, which makes `ranks` ranks that write into the run `folder`.
+
+    A rank that gives no sign of life for `silence` seconds, or a run in which no rank moves for `stall` seconds, is
+    ended.
+    """
+
+    folder: str
+    command: list[str]
+    working_directory: str
+    ranks: int
+    silence: float
+    stall: float
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+
+def main() -> None:
+    task = Task(**json.loads(sys.argv[1]))
+    supervisor = Supervisor(task)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: supervisor.stop(f"stopped by {signal.Signals(number).name}"))
+    sys.exit(supervisor.run())
+
+
+class Supervisor:
+    """Runs one task to its end; see the module's first lines."""
+
+    def __init__(self, task: Task):
+        self.task, self.folder = task, Path(task.folder)
+        self.watch = Watch()
+        self.reason = ""  # why the run was ended before its time
+        self.blamed: Sign | None = None  # the rank that this is about
+        self.gone: list[Sign] = []  # ranks that ended without last words, in the order in which they did
+        self.gone_at = 0.0
+
+    def stop(self, reason: str, blamed: Sign | None = None) -> None:
+        """End the run soon, for the first reason that is given."""
+        if not self.reason:
+            self.reason, self.blamed = reason, blamed
+
+    def run(self) -> int:
+        """Returns 0 if the command, every rank and `DONE` say that all went well, else 1; then `FAILED` says why."""
+        _adopt_orphans()
+        parent = os.getppid()
+        sign = SupervisorSign(self.folder)
+        launcher = subprocess.Popen(
+            self.task.command,
+            cwd=self.task.working_directory,
+            env=os.environ | {SUPERVISOR: sign.name, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,  # before any thread is started
+        )
+        reader = threading.Thread(target=self._copy_output, args=(launcher.stdout,), daemon=True)
+        reader.start()
+        looked = beaten = 0.0
+        interval = max(0.5, self.task.ranks / 100)  # as many files to read as there are ranks
+        while launcher.poll() is None and not self.reason:
+            self._listen(LOOK)
+            now = time.monotonic()
+            if now - beaten > BEAT:
+                sign.beat()
+                beaten = now
+                if os.getppid() != parent:
+                    self.stop(GONE)
+            if now - looked > interval:
+                self._look_at_ranks()
+                looked = now
+        if launcher.poll() is not None:
+            self._look_at_ranks()
+        end_all(launcher)
+        reader.join(timeout=2)
+        code = self._verdict(launcher.returncode)
+        _remove_shared_memory(self.task.command)
+        sign.remove()
+        return code
+
+    def _listen(self, seconds: float) -> None:
+        """Wait; a line from the parent is a reason to stop, and so is the end of the line to it."""
+        try:
+            ready, _, _ = select.select([sys.stdin], [], [], seconds)
+        except InterruptedError:
+            return
+        if ready:
+            said = sys.stdin.readline()
+            self.stop(said.strip() or GONE)
+
+    def _look_at_ranks(self) -> None:
+        signs = read_signs(self.folder)
+        for sign in signs:
+            if sign.ended:
+                continue
+            if sign.host == socket.gethostname() and not _lives(sign.pid):
+                if sign.rank not in {other.rank for other in self.gone}:
+                    self.gone.append(sign)
+                    self.gone_at = self.gone_at or time.monotonic()
+            elif (silent := self.watch.unchanged(("life", sign.rank), sign.changed)) > self.task.silence:
+                self.stop(f"no sign of life for {silent:.0f} s ({sign}): it hangs, or was halted", sign)
+        if self.gone and time.monotonic() - self.gone_at > GRACE:
+            self.stop(_killed(self.gone[0]), self.gone[0])
+        progress = tuple((sign.rank, *sign.progress) for sign in signs)
+        if (stalled := self.watch.unchanged("progress", progress)) > self.task.stall:
+            missing = sorted(set(range(self.task.ranks)) - {sign.rank for sign in signs})
+            if missing:
+                self.stop(f"rank {missing[0]} has not started within {stalled:.0f} s")
+            else:
+                last = min(signs, key=lambda sign: (sign.step, sign.micro_batch))
+                self.stop(f"no rank has moved for {stalled:.0f} s; the last of them is here: {last}", last)
+
+    def _verdict(self, code: int) -> int:
+        """Write `FAILED` unless all is well; the ranks' own words come first, unless they are about another's end."""
+        signs = read_signs(self.folder)
+        done = [sign.rank for sign in signs if sign.phase == "done"]
+        if code == 0 and (self.folder / "DONE").exists() and len(done) == self.task.ranks:
+            return 0
+        failure = _read(self.folder / "FAILED")
+        # A rank that broke before it could speak has told the launcher's log; the others were ended for it.
+        said = _last_error(self.folder / "logs" / "launcher.log") if len(signs) < self.task.ranks else ""
+        if self.reason:
+            failure = _failure(self.blamed, self.reason)
+        elif failure is None and said:
+            failure = _failure(None, said)
+        elif (failure is None or LOST.search(failure["reason"])) and self.gone:
+            failure = _failure(self.gone[0], _killed(self.gone[0], code))
+        elif failure is None:
+            done_of = f"{len(done)} of {self.task.ranks} ranks were done"
+            failure = _failure(None, f"the launcher ended with exit code {code}, and {done_of}")
+        with suppress(OSError):
+            (self.folder / "DONE").unlink(missing_ok=True)
+            (self.folder / "FAILED").write_text(json.dumps(failure, indent=2) + "\n")
+        return 1
+
+    def _copy_output(self, stream: Any) -> None:
+        file = self.folder / "logs" / "launcher.log"
+        with file.open("wb", buffering=0) as log:
+            for line in stream:
+                with suppress(OSError):  # a full disk or a gone reader must not stop it: the workers would wait
+                    log.write(line)
+                text = line.decode(errors="replace").rstrip()
+                if text.startswith(SAY):
+                    with suppress(OSError):
+                        print(text.removeprefix(SAY), flush=True)
+
+
+def end_all(process: subprocess.Popen) -> None:
+    """End a launcher and all that it has started: first politely, then surely."""
+    me = psutil.Process()
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=POLITE)
+    deadline = time.monotonic() + POLITE
+    while family := [child for child in me.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]:
+        for child in family:
+            with suppress(psutil.NoSuchProcess):
+                child.terminate() if time.monotonic() < deadline - 1.5 else child.kill()
+        psutil.wait_procs(family, timeout=0.2)
+        if time.monotonic() > deadline + POLITE:
+            break  # not even SIGKILL ends a process that waits for a dead disk
+    process.wait()
+    for child in me.children():
+        with suppress(psutil.Error):
+            child.wait(timeout=0)  # adopted, and dead
+
+
+def _failure(sign: Sign | None, reason: str) -> dict[str, Any]:
+    if sign is None:
+        return {"rank": None, "step": None, "reason": reason}
+    return {"rank": sign.rank, "step": sign.step, "reason": reason}
+
+
+def _killed(sign: Sign, code: int = 0) -> str:
+    how = {247: " by SIGKILL", -9: " by SIGKILL", 245: " by a segmentation fault", -11: " by a segmentation fault"}
+    return f"process {sign.pid} ended without a word ({sign}): killed{how.get(code, '')}, perhaps for want of memory"
+
+
+def _last_error(log: Path) -> str:
+    """The last line of a log that names an exception."""
+    with suppress(OSError):
+        for line in reversed(log.read_text(errors="replace").splitlines()):
+            if match := re.search(r"(?<![\w.])(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt): .+", line):
+                return match[0][:500]
+    return ""
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        return json.loads(file.read_text())
+    return None
+
+
+def _adopt_orphans() -> None:
+    """From now on descendants whose parents die become children of this process (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _die_with_parent() -> None:
+    """In a child, before its program: be killed when the supervisor is (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _remove_shared_memory(command: list[str]) -> None:
+    """The buffers through which DeepSpeed's CPU ranks talk have names until all ranks have opened them."""
+    if "--master_port" in command:
+        port = command[command.index("--master_port") + 1]
+        for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # noqa: S108
+            with suppress(OSError):
+                file.unlink()
+
+
+if __name__ == "__main__":
+    main()

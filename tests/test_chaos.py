@@ -1,0 +1,266 @@
+"""Whatever is killed, halted or broken: every process of a run ends, its lock is free, and it says what happened.
+
+Each fault strikes a real run of two DeepSpeed ranks. `MINISFT_CHAOS=20` repeats each so many times
+(`tests/benchmarks/chaos.py` counts them).
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import write_sharegpt
+
+from minisft.errors import UserError
+from minisft.launch import RunFailed, launch, prepare
+from minisft.pulse import read_signs
+from minisft.runs import Run, RunConfig
+
+pytestmark = [pytest.mark.distributed, pytest.mark.chaos]
+REPEATS = int(os.environ.get("MINISFT_CHAOS", "1"))
+SOON = 5.0  # seconds in which everything is gone
+STARTER = """
+import sys
+from minisft.launch import launch
+from minisft.runs import Run
+launch(Run.load(sys.argv[1]), silence=float(sys.argv[2]))
+"""
+
+
+def prepared_run(tiny_model, tmp_path, strategy="zero2"):
+    data = write_sharegpt(tmp_path / "many.json", 400)
+    endless = {"max_steps": 100_000, "save_steps": 100_000, "max_characters": None}
+    return prepare(RunConfig.course(strategy, model=str(tiny_model), data=str(data), **endless), say=lambda line: None)
+
+
+@pytest.fixture(params=range(REPEATS))
+def prepared(request, tiny_model, tmp_path):
+    return prepared_run(tiny_model, tmp_path)
+
+
+class Victim:
+    """A run under way, and all of its processes."""
+
+    def __init__(self, run, process):
+        self.run, self.process = run, process
+        wait_until(lambda: len(run.metrics) > 2, process)
+        self.family = psutil.Process(process.pid).children(recursive=True)
+        self.ranks = [psutil.Process(sign.pid) for sign in read_signs(run.folder)]
+        assert len(self.ranks) == run.config.ranks
+        words = run.command.split()
+        self.port = int(words[words.index("--master_port") + 1]) if "--master_port" in words else None
+
+    def process_of(self, program):
+        (found,) = [p for p in self.family if program in " ".join(p.cmdline())]
+        return found
+
+    def everything_is_gone(self, within=SOON):
+        alive = psutil.wait_procs(self.family, timeout=within)[1]
+        assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        if self.port:
+            with socket.socket() as probe:  # raises if somebody still listens
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", self.port))
+            assert not list(Path("/dev/shm").glob(f"*_{self.port}_*"))
+        wait_until(lambda: self.run.status == "failed")
+        assert not (self.run.folder / "DONE").exists()
+
+    def says(self, pattern):
+        assert re.search(pattern, self.run.failure["reason"]), self.run.failure
+        output, _ = self.process.communicate(timeout=10)
+        assert re.search(pattern, output.splitlines()[-1])
+
+
+def wait_until(happens, process=None, within=120):
+    deadline = time.monotonic() + within
+    while not happens():
+        assert process is None or process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def heed_signals():
+    """As in a terminal, wherever these tests were started from: under nohup or in the background some are ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def started(run, silence=60.0):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(run.folder), str(silence)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=heed_signals,
+    )
+    return Victim(run, process)
+
+
+@pytest.fixture
+def victim(prepared):
+    victim = started(prepared)
+    yield victim
+    end(victim)
+
+
+def end(victim):
+    for process in (*victim.family, psutil.Process(victim.process.pid) if victim.process.poll() is None else None):
+        with suppress(psutil.NoSuchProcess, AttributeError):
+            process.kill()
+    victim.process.communicate()
+
+
+def test_the_starter_is_killed(victim):
+    victim.process.kill()
+    victim.everything_is_gone()
+    assert victim.run.failure["reason"] == "the process that started it is gone"
+
+
+@pytest.mark.parametrize("strategy", ["vanilla", "ddp"])
+def test_other_launchers_end_as_well(tiny_model, tmp_path, strategy):
+    victim = started(prepared_run(tiny_model, tmp_path, strategy))
+    try:
+        victim.process.kill()
+        victim.everything_is_gone()
+    finally:
+        end(victim)
+
+
+def test_a_live_run_is_left_alone(victim):
+    for start_again in (lambda: prepare(victim.run.config, overwrite=True), lambda: launch(victim.run)):
+        with pytest.raises(UserError, match="being trained right now"):
+            start_again()
+    assert victim.process.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_starter_is_interrupted(victim, number):
+    victim.process.send_signal(number)
+    victim.everything_is_gone()
+    assert victim.run.failure["reason"] == f"stopped by {number.name}"
+    output, _ = victim.process.communicate(timeout=10)
+    expected = "KeyboardInterrupt: zero2 was stopped" if number == signal.SIGINT else "RunFailed: zero2 failed: stopped"
+    assert expected in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("program", ["bin/deepspeed", "deepspeed.launcher.launch"])
+def test_a_launcher_is_killed(victim, program, number):
+    victim.process_of(program).send_signal(number)
+    victim.everything_is_gone(within=SOON + 5)
+    victim.says("launcher ended|ended without a word")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_killed(victim, rank, number):
+    victim.ranks[rank].send_signal(number)
+    victim.everything_is_gone(within=2 * SOON + 5)
+    assert victim.run.failure["rank"] == rank
+    victim.says("ended without a word")
+
+
+def test_a_rank_hangs(prepared):
+    victim = started(prepared, silence=4)
+    try:
+        victim.ranks[1].suspend()
+        victim.everything_is_gone(within=4 + 2 * SOON)
+        assert victim.run.failure["rank"] == 1
+        victim.says("no sign of life for 4 s")
+    finally:
+        end(victim)
+
+
+def test_the_supervisor_is_killed(victim):
+    victim.process_of("minisft.supervisor").kill()
+    victim.everything_is_gone(within=2 * SOON)
+    victim.says("the supervisor was killed")
+
+
+def test_a_crash_at_import(prepared, tmp_path, monkeypatch):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "class Broken:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'minisft.checkpoints' and os.environ.get('LOCAL_RANK') == '1':\n"
+        "            raise ImportError('libbroken.so.1: cannot open shared object file')\n"
+        "sys.meta_path.insert(0, Broken())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    with pytest.raises(RunFailed, match=r"ImportError: libbroken.so.1: cannot open .*launcher.log"):
+        launch(prepared, say=lambda line: None)
+    assert not [p for p in psutil.Process().children(recursive=True) if "minisft" in " ".join(p.cmdline())]
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(prepared, victim):
+    """The second one is of another name; it fails, and the first goes on."""
+    config = RunConfig.from_dict(prepared.config.to_dict() | {"name": "other"})
+    other = started(prepare(config, say=lambda line: None))
+    assert other.port != victim.port
+    other.ranks[0].kill()
+    other.everything_is_gone(within=2 * SOON + 5)
+    before = len(victim.run.metrics)
+    wait_until(lambda: len(victim.run.metrics) > before + 2, victim.process)
+    victim.process.send_signal(signal.SIGINT)
+    victim.everything_is_gone()
+
+
+# --- from a notebook's kernel ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel():
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3")
+    yield manager, client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def in_cell(run, kernel, how):
+    """The run under way, started in a cell: by `launch`, or by a shell command."""
+    manager, client = kernel
+    environment = {"MINISFT_OUTPUTS": os.environ["MINISFT_OUTPUTS"], "HF_HUB_OFFLINE": "1"}
+    client.execute(f"import os; os.environ.update({environment})", reply=True)
+    cells = {
+        "launch": f"from minisft.launch import launch, Run\nlaunch(Run.load({str(run.folder)!r}))",
+        "shell": f"!{sys.executable} -m minisft.cli train {run.folder}",
+    }
+    client.execute(cells[how])
+    wait_until(lambda: len(run.metrics) > 2)
+    pid = manager.provisioner.pid
+    stand_in = type("Process", (), {"pid": pid, "poll": lambda self: None, "communicate": lambda self: None})()
+    return Victim(run, stand_in)
+
+
+@pytest.mark.parametrize("how", ["launch", "shell"])
+def test_the_cell_is_interrupted(prepared, kernel, how):
+    victim = in_cell(prepared, kernel, how)
+    kernel[0].interrupt_kernel()
+    victim.everything_is_gone()
+    assert victim.run.failure["reason"] == "stopped by SIGINT"
+    assert kernel[0].is_alive()
+    assert Run.load(prepared.folder).status == "failed"
+
+
+@pytest.mark.parametrize("how", ["launch", "shell"])
+def test_the_kernel_is_restarted(prepared, kernel, how):
+    victim = in_cell(prepared, kernel, how)
+    kernel[0].restart_kernel(now=False)
+    victim.everything_is_gone(within=2 * SOON)
+
+
+@pytest.mark.parametrize("how", ["launch", "shell"])
+def test_the_kernel_is_killed(prepared, kernel, how):
+    victim = in_cell(prepared, kernel, how)
+    os.kill(kernel[0].provisioner.pid, signal.SIGKILL)
+    victim.everything_is_gone(within=2 * SOON)
