@@ -10,7 +10,6 @@ from transformers import AutoConfig
 
 from minisft.dry_run import dry_run
 from minisft.errors import UserError
-from minisft.errors import UserError
 from minisft.launch import RunFailed, launch, prepare
 from minisft.runs import RunConfig
 from minisft.traffic import predict_traffic
