@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -221,7 +222,9 @@ def check(
 
 
 def _config(
-    strategy: Annotated[str, typer.Option("--strategy", "-s", help="vanilla, ddp, zero0, zero1, zero2 or zero3")],
+    strategy: Annotated[
+        str, typer.Option("--strategy", "-s", help="vanilla, ddp, zero0 to zero3, zero2-offload or zero3-offload")
+    ],
     ranks: Annotated[int | None, typer.Option(help="processes; 1 for vanilla, else 2 or the number of GPUs")] = None,
     preset: Annotated[
         str, typer.Option(help="course (a minute on two cores) or full (the original settings)")
@@ -319,10 +322,13 @@ def _with_run_options(function: Any) -> Any:
 @app.command()
 @_with_run_options
 def command(options: dict[str, Any], overwrite: Overwrite = False) -> None:
-    """Write a run folder and print the command that trains it."""
+    """Write a run folder, print the command that trains it, and say (on stderr) what each part of it is for."""
+    from minisft.commands import explain
     from minisft.launch import prepare
 
     run = prepare(_run_config(options), overwrite=overwrite, say=_note)
+    for part in explain(shlex.split(run.command)):
+        _note(str(part))
     print(run.command)
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from minisft import assets, operators, preflight
 from minisft.checkpoints import latest_resumable
+from minisft.commands import command_line, shown
 from minisft.errors import UserError
 from minisft.ledger import Ledger
 from minisft.lint import lint
@@ -64,7 +65,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, say: Say = print) -> 
             old = Run(folder)
             if old.config != config and (old.status == "done" or old.checkpoints):
                 raise UserError(
-                    f"{_shown(folder)} holds a run with other settings ({_difference(old.config, config)}): "
+                    f"{shown(folder)} holds a run with other settings ({_difference(old.config, config)}): "
                     f"{_why_not_resumed(old.config, config)}give this run another --name, or replace the old one with "
                     "--overwrite"
                 )
@@ -126,31 +127,6 @@ def _prepare(config: RunConfig, folder: Path, scratch: Path, say: Say) -> Run:
     return Run(folder)
 
 
-def command_line(config: RunConfig, folder: Path) -> list[str]:
-    """The command that trains the run in `folder`, as an argument list. Every start gets a free port."""
-    run = _shown(folder)
-    port = str(_free_port())
-    ranks = str(config.ranks)
-    if config.strategy == "vanilla":
-        return ["python", "-m", "minisft.train", run]
-    if config.strategy == "ddp":
-        return [
-            "torchrun",
-            "--nproc_per_node",
-            ranks,
-            "--master_port",
-            port,
-            "--module",
-            "minisft.train",
-            run,
-        ]
-    # An explicit empty hostfile keeps DeepSpeed on this machine, whatever /job/hostfile may hold.
-    return [
-        *("deepspeed", "--hostfile", "", "--num_accelerators", ranks, "--master_port", port),
-        *("--module", "minisft.train", run),
-    ]
-
-
 def _why_not_resumed(old: RunConfig, new: RunConfig) -> str:
     if (old.strategy, old.ranks) == (new.strategy, new.ranks):
         return ""
@@ -169,18 +145,6 @@ def _difference(old: RunConfig, new: RunConfig) -> str:
 def _versions() -> dict[str, str]:
     packages = ("minisft", "torch", "transformers", "accelerate", "deepspeed", "datasets")
     return {"python": ".".join(map(str, sys.version_info[:3]))} | {name: version(name) for name in packages}
-
-
-def _shown(path: Path) -> str:
-    """A path as a person types it: relative to the project where it lies inside."""
-    root = project_root()
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # --- running -----------------------------------------------------------------------------------------------
@@ -227,7 +191,7 @@ def _why(run: Run) -> str:
     rank = failure["rank"]
     where = "" if rank is None else f" on rank {rank}, step {failure['step']}"
     log = run.folder / "logs" / ("launcher.log" if rank is None else f"rank{rank}.log")
-    return f"{run.name} failed{where}: {failure['reason']} (see {_shown(log)})"
+    return f"{run.name} failed{where}: {failure['reason']} (see {shown(log)})"
 
 
 def _require_sound_deepspeed(run: Run, say: Say) -> None:
@@ -237,7 +201,7 @@ def _require_sound_deepspeed(run: Run, say: Say) -> None:
     findings = lint(config, ranks=run.config.ranks)
     if errors := [finding for finding in findings if finding.severity == "error"]:
         said = "; ".join(f"{finding.key} {finding.message}" for finding in errors)
-        raise UserError(f"{_shown(run.folder / 'deepspeed.json')} cannot be trained with: {said}")
+        raise UserError(f"{shown(run.folder / 'deepspeed.json')} cannot be trained with: {said}")
     for finding in findings:
         say(f"deepspeed.json: {finding}")
 
@@ -318,7 +282,7 @@ def _wait_for_ranks(run: Run) -> None:
     for pid in here:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
-            if str(run.folder) in process.cmdline() or _shown(run.folder) in process.cmdline():
+            if str(run.folder) in process.cmdline() or shown(run.folder) in process.cmdline():
                 ranks.append(process)
     for process in psutil.wait_procs(ranks, timeout=3)[1]:
         with suppress(psutil.NoSuchProcess):

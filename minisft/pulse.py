@@ -31,7 +31,10 @@ LAST = ("done", "failed")  # a rank's last words
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank said last. `changed` is its file's time of change: it moves, in jumps, while the rank lives."""
+    """What a rank said last. `changed` is its file's time of change: it moves, in jumps, while the rank lives.
+
+    `began` is when it first said each of its phases, by its host's clock, in seconds since 1970.
+    """
 
     rank: int
     host: str
@@ -39,6 +42,7 @@ class Sign:
     phase: str
     step: int
     micro_batch: int
+    began: dict[str, float]
     changed: float
 
     @property
@@ -65,6 +69,7 @@ class Pulse:
         self.step = 0
         self._about = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
         self._micro_batch = 0
+        self._began: dict[str, float] = {}
         self._written = 0.0
         self._stop = threading.Event()
         self.file.parent.mkdir(exist_ok=True)
@@ -73,6 +78,7 @@ class Pulse:
 
     def says(self, phase: str) -> None:
         self._phase, self._micro_batch = phase, 0
+        self._began.setdefault(phase, time.time())
         self._write()
 
     def micro_batch(self) -> None:
@@ -86,7 +92,7 @@ class Pulse:
         self.says(last_word)
 
     def _write(self) -> None:
-        now = {"phase": self._phase, "step": self.step, "micro_batch": self._micro_batch}
+        now = {"phase": self._phase, "step": self.step, "micro_batch": self._micro_batch, "began": self._began}
         _write(self.file, self._about | now)
         self._written = time.monotonic()
 

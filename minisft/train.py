@@ -89,6 +89,7 @@ def _train(run: Run, rank: int, pulse: Pulse) -> None:
         deepspeed.init_distributed()
         _unlink_shared_memory(rank)
 
+    pulse.says("loading")
     checkpoint = _start_from(run, rank)
     trainer = make_trainer(run, rank, world, on_gpu, checkpoint, pulse)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -9,9 +9,11 @@ from conftest import sharegpt_row
 
 from minisft import launch as launching
 from minisft import preflight
+from minisft.commands import command_line, explain
 from minisft.errors import UserError
-from minisft.launch import command_line, prepare
+from minisft.launch import prepare
 from minisft.runs import RunConfig
+from minisft.zero_config import STRATEGIES
 
 
 @pytest.fixture
@@ -52,6 +54,15 @@ def test_the_command_in_the_folder_is_the_strategys(config, strategy):
     assert words[-1] == str(run.folder)
     assert ("deepspeed" in words) == (run.deepspeed is not None) == strategy.startswith("zero")
     assert command_line(run.config, run.folder)[-1] == words[-1]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_word_of_a_command_is_explained(config, strategy, tmp_path):
+    command = command_line(config(strategy), tmp_path / "a b; rm 'c'")
+    parts = explain(command)
+    assert [word for part in parts for word in part.words] == command
+    assert shlex.split(shlex.join(command)) == command
+    assert all(part.meaning for part in parts)
 
 
 def test_two_commands_have_two_ports(config):
