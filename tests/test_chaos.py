@@ -1,7 +1,7 @@
 """Whatever is killed, halted or broken: every process of a run ends, its lock is free, and it says what happened.
 
-Each fault strikes a real run of two DeepSpeed ranks. `MINISFT_CHAOS=20` repeats each so many times
-(`tests/benchmarks/chaos.py` counts them).
+Each fault strikes a real run of two DeepSpeed ranks. `MINISFT_CHAOS=20` repeats each so many times, and tries more
+combinations of who is struck and how (`tests/benchmarks/chaos.py` counts them).
 """
 
 import os
@@ -25,6 +25,7 @@ from minisft.runs import Run, RunConfig
 
 pytestmark = [pytest.mark.distributed, pytest.mark.chaos]
 REPEATS = int(os.environ.get("MINISFT_CHAOS", "1"))
+AT_LENGTH = pytest.mark.skipif("MINISFT_CHAOS" not in os.environ, reason="one more combination: MINISFT_CHAOS=1")
 SOON = 5.0  # seconds in which everything is gone
 STARTER = """
 import sys
@@ -123,7 +124,7 @@ def test_the_starter_is_killed(victim):
     assert victim.run.failure["reason"] == "the process that started it is gone"
 
 
-@pytest.mark.parametrize("strategy", ["vanilla", "ddp"])
+@pytest.mark.parametrize("strategy", [pytest.param("vanilla", marks=AT_LENGTH), "ddp"])
 def test_other_launchers_end_as_well(tiny_model, tmp_path, strategy):
     victim = started(prepared_run(tiny_model, tmp_path, strategy))
     try:
@@ -133,15 +134,14 @@ def test_other_launchers_end_as_well(tiny_model, tmp_path, strategy):
         end(victim)
 
 
-def test_a_live_run_is_left_alone(victim):
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(number, marks=AT_LENGTH) for number in (signal.SIGINT, signal.SIGHUP))]
+)
+def test_the_starter_is_interrupted(victim, number):
     for start_again in (lambda: prepare(victim.run.config, overwrite=True), lambda: launch(victim.run)):
         with pytest.raises(UserError, match="being trained right now"):
             start_again()
     assert victim.process.poll() is None
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_starter_is_interrupted(victim, number):
     victim.process.send_signal(number)
     victim.everything_is_gone()
     assert victim.run.failure["reason"] == f"stopped by {number.name}"
@@ -158,8 +158,15 @@ def test_a_launcher_is_killed(victim, program, number):
     victim.says("launcher ended|ended without a word")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        (0, signal.SIGTERM),
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=AT_LENGTH),
+        pytest.param(1, signal.SIGTERM, marks=AT_LENGTH),
+    ],
+)
 def test_a_rank_is_killed(victim, rank, number):
     victim.ranks[rank].send_signal(number)
     victim.everything_is_gone(within=2 * SOON + 5)
@@ -207,6 +214,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(prepared, victim):
     assert other.port != victim.port
     other.ranks[0].kill()
     other.everything_is_gone(within=2 * SOON + 5)
+    end(other)
     before = len(victim.run.metrics)
     wait_until(lambda: len(victim.run.metrics) > before + 2, victim.process)
     victim.process.send_signal(signal.SIGINT)
@@ -252,14 +260,14 @@ def test_the_cell_is_interrupted(prepared, kernel, how):
     assert Run.load(prepared.folder).status == "failed"
 
 
-@pytest.mark.parametrize("how", ["launch", "shell"])
+@pytest.mark.parametrize("how", ["launch", pytest.param("shell", marks=AT_LENGTH)])
 def test_the_kernel_is_restarted(prepared, kernel, how):
     victim = in_cell(prepared, kernel, how)
     kernel[0].restart_kernel(now=False)
     victim.everything_is_gone(within=2 * SOON)
 
 
-@pytest.mark.parametrize("how", ["launch", "shell"])
+@pytest.mark.parametrize("how", [pytest.param("launch", marks=AT_LENGTH), "shell"])
 def test_the_kernel_is_killed(prepared, kernel, how):
     victim = in_cell(prepared, kernel, how)
     os.kill(kernel[0].provisioner.pid, signal.SIGKILL)

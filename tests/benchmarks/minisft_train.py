@@ -81,7 +81,7 @@ def main() -> None:
         eval_rows=0,
     )
     precision, on_gpu = resolve_precision(config.precision)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # TensorBoard may still be writing
         run = Run(Path(scratch))
         began = time.perf_counter()
         about = {"config": config.to_dict(), "model_folder": settings["model"], "precision": precision}
