@@ -441,12 +441,18 @@ def compare(
     runs: Annotated[list[str] | None, typer.Argument(help="runs by name or folder; all if not given")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Losses, speed and memory of several runs, side by side."""
-    from minisft.compare import summary_rows, table
+    """Losses, speed, memory and communication of several runs, side by side, and which was best here."""
+    from minisft.compare import summary_rows, table, verdict
     from minisft.runs import Run, all_runs
 
-    rows = summary_rows([Run.load(name) for name in runs] if runs else all_runs())
-    _print_json(rows) if as_json else print(table(rows))
+    chosen = [Run.load(name) for name in runs] if runs else all_runs()
+    rows = summary_rows(chosen)
+    if as_json:
+        _print_json(rows)
+        return
+    print(table(rows))
+    if said := verdict(chosen):
+        print(f"\n{said}")
 
 
 @app.command()

@@ -1,13 +1,20 @@
-"""Several runs side by side: losses, speed, memory."""
+"""Several runs side by side: losses, speed, memory, communication; as rows, as tables, and in a sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minisft.observe import speed
-from minisft.runs import Run
+from minisft.runs import Run, checkpoint_step
+from minisft.traffic import sent
 from minisft.zero_measure import OTHER
+
+if TYPE_CHECKING:
+    import pandas
+
+MOMENTS = ("at rest", "after backward")  # of `memory.json`
+NEAR = 0.05  # runs whose speed differs by less are said to be equally fast: repeating one moves it by as much
 
 
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -27,9 +34,79 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 **speed(metrics),
                 "model_state_bytes": max((model_states(rank) for rank in memory), default=None),
                 "peak_bytes": max((rank["peak"] for rank in memory), default=None),
+                "sent_bytes": sent(memory[0].get("communication", {}), run.config.ranks) if memory else None,
             }
         )
     return rows
+
+
+def tables(runs: Sequence[Run]) -> dict[str, pandas.DataFrame]:
+    """All that the runs have written down, tidy: one observation per line, the run's name in the first column.
+
+    metrics        a line per step: step, epoch, loss, lr, grad_norm, tokens, trained_tokens, seconds, warm_up, and
+                   `bytes`, the most that a rank held in memory
+    memory         a line per rank, moment (`at rest`, `after backward`) and owner: bytes
+    communication  a line per rank and operation: the bytes of one step
+    checkpoints    a line per checkpoint: step, test_loss, bytes, best, folder
+    logs           a line per log file: name, lines, and the last line
+    """
+    import pandas
+
+    found: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("metrics", "memory", "communication", "checkpoints", "logs")
+    }
+    for run in runs:
+        name = {"run": run.name}
+        found["metrics"] += [name | line | {"bytes": max(line.get("bytes", [0]))} for line in run.metrics]
+        for rank in run.memory:
+            about = name | {"rank": rank["rank"]}
+            for moment in MOMENTS:
+                for owner, size in rank.get(moment, {}).items():
+                    found["memory"].append(about | {"moment": moment, "owner": owner, "bytes": size})
+            for operation, size in rank.get("communication", {}).items():
+                found["communication"].append(about | {"operation": operation, "bytes": size})
+        losses, best = run.test_losses, run.best_checkpoint
+        for folder in run.checkpoints:
+            step = checkpoint_step(folder)
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            about = {"step": step, "test_loss": losses.get(step), "bytes": size, "best": folder == best}
+            found["checkpoints"].append(name | about | {"folder": str(folder)})
+        for file in sorted((run.folder / "logs").glob("*.log")):
+            lines = file.read_text(errors="replace").splitlines()
+            found["logs"].append(name | {"log": file.name, "lines": len(lines), "last": lines[-1] if lines else ""})
+    return {name: pandas.DataFrame(lines) for name, lines in found.items()}
+
+
+def verdict(runs: Sequence[Run]) -> str:
+    """Which of the runs was fastest and which leanest here, and how far that carries. Empty without two to compare."""
+    rows = [row for row in summary_rows(runs) if row["tokens_per_second"] and row["model_state_bytes"]]
+    if len(rows) < 2:
+        return ""
+    most = max(row["tokens_per_second"] for row in rows)
+    least = min(row["tokens_per_second"] for row in rows)
+    fastest = [row["run"] for row in rows if row["tokens_per_second"] > (1 - NEAR) * most]
+    states = {row["run"]: row["model_state_bytes"] for row in rows}
+    leanest = [name for name, size in states.items() if size < 1.01 * min(states.values())]
+    heaviest = max(states, key=states.__getitem__)
+    share = min(states.values()) / states[heaviest]
+    said = [
+        f"Fastest here: {_listed(fastest)}, with {most:,.0f} tokens/s; the slowest made {least / most:.0%} of that.",
+        f"Leanest: {_listed(leanest)}, with {share:.0%} of {heaviest}'s states per rank.",
+    ]
+    if any(run.on_gpu for run in runs):
+        said.append("Between other GPUs, or over a network, communication takes another share of each step.")
+    else:
+        ranks = max(row["ranks"] for row in rows)
+        said.append(
+            f"That is about this machine: up to {ranks} ranks share its cores, so more ranks compute no faster, and "
+            "they talk through its main memory. On GPUs each rank brings its own compute and memory, and the links "
+            "between them decide."
+        )
+    return " ".join(said)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def model_states(rank: dict[str, Any]) -> int:
@@ -43,14 +120,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         return "no runs yet: train one with ./launchers/run_zero.sh vanilla"
     lines = [
         f"{'run':<14} {'status':<10} {'ranks':>5} {'steps':>5} {'first loss':>10} {'last loss':>10} {'tokens/s':>9} "
-        f"{'states/rank':>12} {'peak/rank':>10}"
+        f"{'states/rank':>12} {'peak/rank':>10} {'sent/step':>10}"
     ]
     for row in rows:
         lines.append(
             f"{row['run']:<14} {row['status']:<10} {row['ranks']:>5} {row['steps']:>5} "
             f"{_number(row['first_loss'], '.4f'):>10} {_number(row['last_loss'], '.4f'):>10} "
             f"{_number(row['tokens_per_second'], ',.0f'):>9} {_size(row['model_state_bytes']):>12} "
-            f"{_size(row['peak_bytes']):>10}"
+            f"{_size(row['peak_bytes']):>10} {_size(row['sent_bytes']):>10}"
         )
     return "\n".join(lines)
 

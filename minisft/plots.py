@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minisft.compare import model_states
+from minisft.compare import model_states, summary_rows
 from minisft.conversations import Conversation
 from minisft.labels import Row, encode_segments
 from minisft.ledger import Ledger
@@ -73,6 +73,49 @@ def loss_curves(runs: Sequence[Run]) -> Picture:
         f"Loss curves of {', '.join(curves)}: {base} goes {first_to_last}; "
         f"the largest relative distance of any other run from it is {worst:.1e}.",
     )
+
+
+def comparison(runs: Sequence[Run]) -> Picture:
+    """Runs side by side: loss against steps and against time, tokens per second, memory and communication per rank."""
+    rows = {row["run"]: row for row in summary_rows(runs)}
+    colours = {run.name: PALETTE[i % 7] for i, run in enumerate(runs)}
+    figure, axes = _figure(10, 6, nrows=2, ncols=3)
+    (by_step, by_time, speeds), (states, peaks, traffic) = axes
+    for i, run in enumerate(runs):
+        losses = [m["loss"] for m in run.metrics]
+        seconds = [sum(m["seconds"] for m in run.metrics[: n + 1]) for n in range(len(losses))]
+        width = 7 - 5.5 * i / max(1, len(runs) - 1)
+        by_step.plot([m["step"] for m in run.metrics], losses, color=colours[run.name], linewidth=width, label=run.name)
+        by_time.plot(seconds, losses, color=colours[run.name], linewidth=1.8)
+    by_step.set(xlabel="optimizer step", ylabel="loss (nats per trained token)")
+    by_time.set(xlabel="seconds of training", ylabel="loss")
+    panels = (
+        (speeds, "tokens_per_second", 1, "tokens/s"),
+        (states, "model_state_bytes", 1e9, "GB of states per rank"),
+        (peaks, "peak_bytes", 1e9, "GB per rank at its peak"),
+        (traffic, "sent_bytes", 1e9, "GB sent per rank and step"),
+    )
+    for panel, key, size, label in panels:
+        values = [(row[key] or 0) / size for row in rows.values()]
+        panel.barh(list(rows), values, color=list(colours.values()))
+        panel.set(xlabel=label, xlim=(0, 1.25 * max(*values, 1e-9)))
+        panel.invert_yaxis()
+        for y, value in enumerate(values):
+            panel.text(value, y, f" {value:,.0f}" if size == 1 else f" {value:.2f}", va="center", fontsize=8)
+    figure.legend(*by_step.get_legend_handles_labels(), frameon=False, ncols=len(rows), loc="outside lower center")
+    fastest = max(rows, key=lambda name: rows[name]["tokens_per_second"] or 0)
+    leanest = min(rows, key=lambda name: rows[name]["model_state_bytes"] or float("inf"))
+    figure.suptitle(f"On this machine {fastest} was the fastest and {leanest} holds the least between steps")
+    each = "; ".join(
+        f"{name} {row['tokens_per_second'] or 0:,.0f} tokens/s, {_gigabytes(row['model_state_bytes'])} of states, "
+        f"{_gigabytes(row['peak_bytes'])} at the peak, {_gigabytes(row['sent_bytes'])} sent per step"
+        for name, row in rows.items()
+    )
+    return _picture(figure, f"Runs side by side: {each}.")
+
+
+def _gigabytes(size: float | None) -> str:
+    return f"{(size or 0) / 1e9:.2f} GB"
 
 
 def memory_bars(runs: Sequence[Run]) -> Picture:

@@ -243,6 +243,10 @@ class Run:
         return self._about()["precision"]
 
     @property
+    def on_gpu(self) -> bool:
+        return bool(self._about().get("on_gpu"))
+
+    @property
     def command(self) -> str:
         return (self.folder / "command.txt").read_text().strip()
 
