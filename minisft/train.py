@@ -79,7 +79,8 @@ def _train(run: Run, rank: int, pulse: Pulse) -> None:
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips DeepSpeed's probing for accelerators
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        # torchrun's name for it, and DeepSpeed's: threads that outnumber the cores only wait for each other.
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     if run.deepspeed:
         import deepspeed

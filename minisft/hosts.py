@@ -1,0 +1,115 @@
+"""The machines of a run: a hostfile in DeepSpeed's form, read and checked before any process starts.
+
+    # one line per machine: its name or address, and how many ranks it takes
+    worker-1 slots=8
+    worker-2 slots=8
+
+DeepSpeed takes a missing hostfile for "this machine alone", and says no more than a warning; here it is an error.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisft.errors import UserError
+
+LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
+# No host may look like an option, or be more than a name to a shell.
+NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:_-]*[A-Za-z0-9])?")
+# Settings of the launching machine that the others need as well: of networks, devices, libraries, and ours.
+TRAVELS = re.compile(
+    r"(NCCL|GLOO|UCX|OMP|MKL|HF|TORCH|TORCHINDUCTOR|DS|MINISFT|CUDA|TOKENIZERS|TRITON)_\w+|LD_LIBRARY_PATH|PYTHONPATH"
+)
+STAYS = frozenset({"CUDA_VISIBLE_DEVICES", "MINISFT_SUPERVISOR", "MINISFT_HOST"})  # each machine's own
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine and how many ranks it takes."""
+
+    name: str
+    slots: int
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the machine that asks: by a loopback address, `localhost`, or its own name."""
+        if self.name in ("localhost", socket.gethostname()):
+            return True
+        try:
+            return ipaddress.ip_address(self.name).is_loopback
+        except ValueError:
+            return False
+
+
+def read_hostfile(file: Path | str) -> list[Host]:
+    """The hosts of a hostfile, in its order. Raises `UserError`, with the line, for what DeepSpeed could not use."""
+    file = Path(file)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"there is no hostfile {file}: give one with a line 'name slots=N' for each machine") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"hostfile {file} cannot be read ({error}): give a text file") from error
+    hosts: list[Host] = []
+    at: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        where = f"hostfile {file}, line {number}"
+        match = LINE.fullmatch(text)
+        if match is None:
+            raise UserError(
+                f"{where}: {text[:80]!r} is no host: write its name and its ranks, as in 'worker-1 slots=8'"
+            )
+        name, slots = match["name"], int(match["slots"])
+        if not NAME.fullmatch(name):
+            raise UserError(f"{where}: {name[:80]!r} cannot be a host's name: use letters, digits, dots and dashes")
+        if slots < 1:
+            raise UserError(f"{where}: {name} has no slots: give at least 1, or leave the line out")
+        if name in at:
+            raise UserError(f"{where}: {name} is in line {at[name]} already: add its slots up in one line")
+        at[name] = number
+        hosts.append(Host(name, slots))
+    if not hosts:
+        raise UserError(f"hostfile {file} names no host: write a line 'name slots=N' for each machine")
+    return hosts
+
+
+def require_names(hosts: Sequence[Host]) -> None:
+    """Refuse a host whose name means nothing here. Raises `UserError`."""
+    for host in hosts:
+        try:
+            socket.getaddrinfo(host.name, None)
+        except OSError as error:
+            raise UserError(
+                f"host {host.name} cannot be found ({error.strerror or error}): correct its name in the hostfile, or "
+                "give its address"
+            ) from error
+
+
+def share_out(hosts: Sequence[Host], ranks: int) -> list[Host]:
+    """The hosts that `ranks` ranks take, filled one after the other. Raises `UserError` if there are too few slots."""
+    slots = sum(host.slots for host in hosts)
+    if ranks > slots:
+        raise UserError(f"{ranks} ranks were asked for, but the hosts have {slots} slots: lower --ranks, or add hosts")
+    taken = []
+    for host in hosts:
+        if count := min(host.slots, ranks):
+            taken.append(Host(host.name, count))
+            ranks -= count
+    return taken
+
+
+def hostfile_text(hosts: Sequence[Host]) -> str:
+    return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
+
+
+def travelling(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that must be the same on every machine of a run."""
+    return {k: v for k, v in sorted(environment.items()) if TRAVELS.fullmatch(k) and k not in STAYS and "\n" not in v}
