@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -290,12 +289,26 @@ def _run_config(options: dict[str, Any]) -> Any:
     return RunConfig(**options)
 
 
+def _with_place(options: dict[str, Any], hostfile: Path | None, launcher: str) -> tuple[Any, Any]:
+    """The run's settings, and its hosts if a hostfile names them: as many ranks as they have slots, if not given."""
+    from minisft.hosts import Place, read_hostfile
+
+    if hostfile is None:
+        return _run_config(options), None
+    options.setdefault("ranks", sum(host.slots for host in read_hostfile(hostfile)))
+    return _run_config(options), Place.of_hostfile(hostfile, options["ranks"], launcher)
+
+
 def _devices() -> int:
     import torch
 
     return torch.cuda.device_count() or 2
 
 
+Hostfile = Annotated[Path | None, typer.Option("--hostfile", "-H", help="machines, one per line: name slots=N")]
+LauncherName = Annotated[
+    str, typer.Option(help="what starts the ranks on other machines: ssh, pdsh, or none (you do, with command.txt)")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a run of this name")]
 
 
@@ -321,24 +334,30 @@ def _with_run_options(function: Any) -> Any:
 
 @app.command()
 @_with_run_options
-def command(options: dict[str, Any], overwrite: Overwrite = False) -> None:
+def command(
+    options: dict[str, Any], overwrite: Overwrite = False, hostfile: Hostfile = None, launcher: LauncherName = "ssh"
+) -> None:
     """Write a run folder, print the command that trains it, and say (on stderr) what each part of it is for."""
-    from minisft.commands import explain
+    from minisft.commands import commands, explain
     from minisft.launch import prepare
 
-    run = prepare(_run_config(options), overwrite=overwrite, say=_note)
-    for part in explain(shlex.split(run.command)):
+    config, place = _with_place(options, hostfile, launcher)
+    run = prepare(config, place=place, overwrite=overwrite, say=_note)
+    for part in explain(commands(config, run.folder, place)[0].words):
         _note(str(part))
     print(run.command)
 
 
 @app.command()
 @_with_run_options
-def launch(options: dict[str, Any], overwrite: Overwrite = False) -> None:
+def launch(
+    options: dict[str, Any], overwrite: Overwrite = False, hostfile: Hostfile = None, launcher: LauncherName = "ssh"
+) -> None:
     """Write a run folder, train it, and follow it to its end."""
     from minisft.launch import prepare
 
-    _launch(prepare(_run_config(options), overwrite=overwrite, say=_note))
+    config, place = _with_place(options, hostfile, launcher)
+    _launch(prepare(config, place=place, overwrite=overwrite, say=_note))
 
 
 @app.command()

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import socket
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from minisft.errors import UserError
+from minisft.hosts import Place, hostfile_text, travelling
+from minisft.pulse import HOST, SUPERVISOR
 from minisft.runs import RunConfig, project_root
+
+HOSTFILE, ENVIRONMENT = "hostfile", "environment"  # of a run folder, where the run has several hosts
+PLAIN = re.compile(r"[\w@%+=:,./-]*")  # what passes through a shell as it is
 
 PER_DEVICE = "processes on this machine: where it has GPUs, each takes one"
 MODULE = "what follows is a module of a package, not a file"
@@ -18,7 +27,13 @@ MEANINGS = {  # a word of a command: how many words belong to it, itself include
     "torchrun": (1, "PyTorch's launcher: starts the processes, and ends them all when one fails"),
     "--nproc_per_node": (2, PER_DEVICE),
     "deepspeed": (1, "DeepSpeed's launcher: starts the processes, and ends them all when one fails"),
-    "--hostfile": (2, "empty: this machine alone, even if it has an /job/hostfile that names others"),
+    "--hostfile": (2, "the machines, and how many processes each takes"),
+    "--no_ssh": (1, "start this machine's processes alone: the other machines have commands of their own"),
+    "--node_rank": (2, "which of the machines this is, counted from 0"),
+    "--launcher": (2, "what starts the processes on the other machines"),
+    "--force_multi": (1, "through that launcher even if the hostfile names a single machine"),
+    "--master_addr": (2, "the machine of rank 0, through which all find each other"),
+    "ssh": (5, "what this machine's processes are started with there: a connection without questions, by key"),
     "--num_accelerators": (2, PER_DEVICE),
     "--master_port": (2, "where they find each other; it was free just now, so that two runs never meet"),
     "--module": (1, MODULE),
@@ -26,19 +41,66 @@ MEANINGS = {  # a word of a command: how many words belong to it, itself include
 }
 
 
-def command_line(config: RunConfig, folder: Path) -> list[str]:
-    """The command that trains the run in `folder`, as an argument list. Every start gets a free port."""
+@dataclass(frozen=True)
+class Command:
+    """A command, the variables it needs beside those that are there, and the host it is for ("" for all)."""
+
+    words: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    host: str = ""
+
+    def __str__(self) -> str:
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        return shlex.join(["env", *variables, *self.words] if variables else self.words)
+
+
+def commands(config: RunConfig, folder: Path, place: Place | None = None) -> list[Command]:
+    """What starts the run in `folder`: one command, or one for each host of `place`. Every start gets a free port."""
     worker = ["minisft.train", shown(folder)]
     port, ranks = str(_free_port()), str(config.ranks)
+    if place is not None:
+        return _on_hosts(folder, place, ["--master_addr", place.master, "--master_port", port, "--module", *worker])
     if config.strategy == "vanilla":
-        return ["python", "-m", *worker]
+        return [Command(["python", "-m", *worker])]
     if config.strategy == "ddp":
-        return ["torchrun", "--nproc_per_node", ranks, "--master_port", port, "--module", *worker]
+        return [Command(["torchrun", "--nproc_per_node", ranks, "--master_port", port, "--module", *worker])]
     # An explicit empty hostfile keeps DeepSpeed on this machine, whatever /job/hostfile may hold.
-    return [
-        *("deepspeed", "--hostfile", "", "--num_accelerators", ranks, "--master_port", port),
-        *("--module", *worker),
-    ]
+    local = ["deepspeed", "--hostfile", "", "--num_accelerators", ranks]
+    return [Command([*local, "--master_port", port, "--module", *worker])]
+
+
+def _on_hosts(folder: Path, place: Place, rest: list[str]) -> list[Command]:
+    hostfile = ["deepspeed", "--hostfile", shown(folder / HOSTFILE)]
+    if place.launcher == "pdsh":
+        unsafe = [text for text in (str(folder), str(project_root()), sys.executable) if not PLAIN.fullmatch(text)]
+        if unsafe:
+            raise UserError(f"pdsh would break the path {unsafe[0]!r} apart: use a plainer one, or --launcher ssh")
+        words = [*hostfile, "--launcher", "pdsh", "--force_multi", *rest]
+        return [Command(words, {"DS_ENV_FILE": str(folder / ENVIRONMENT)})]
+    found = []
+    for k, host in enumerate(place.hosts):
+        words = [*hostfile, "--no_ssh", "--node_rank", str(k), *rest]
+        if place.launcher == "none" or host.is_here:
+            found.append(Command(words, {HOST: host.name}, host.name))
+        else:
+            there = Command(words, environment_there() | {HOST: host.name, SUPERVISOR: f"{socket.gethostname()}:0"})
+            line = f"cd {shlex.quote(str(project_root()))} && exec {there}"
+            found.append(Command(["ssh", "-o", "BatchMode=yes", host.name, line], {}, host.name))
+    return found
+
+
+def environment_there() -> dict[str, str]:
+    """What makes a process on another host like one here: the settings that travel, and this environment's programs."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
+    return travelling(os.environ) | {"PATH": path}
+
+
+def write_place(folder: Path, place: Place) -> None:
+    """The files beside a run's command that DeepSpeed reads: the hostfile, and what the variables are for pdsh."""
+    (folder / HOSTFILE).write_text(hostfile_text(place.hosts))
+    variables = environment_there() | {SUPERVISOR: f"{socket.gethostname()}:0"}
+    plain = {name: value for name, value in variables.items() if PLAIN.fullmatch(value)}
+    (folder / ENVIRONMENT).write_text("".join(f"{name}={value}\n" for name, value in plain.items()))
 
 
 @dataclass(frozen=True)
@@ -53,10 +115,12 @@ class Part:
 
 
 def explain(command: Sequence[str]) -> list[Part]:
-    """What each part of a command of `command_line` is for; all of its words, in their order."""
+    """What each part of a command of `commands` is for; all of its words, in their order."""
     parts, at = [], 0
     while at < len(command):
         size, meaning = MEANINGS[command[at]]
+        if command[at : at + 2] == ["--hostfile", ""]:
+            meaning = "empty: this machine alone, even if it has a /job/hostfile that names others"
         parts.append(Part(tuple(command[at : at + size]), meaning))
         at += size
     return parts

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minisft.errors import UserError
 
+LAUNCHERS = ("ssh", "pdsh", "none")
 LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
 # No host may look like an option, or be more than a name to a shell.
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:_-]*[A-Za-z0-9])?")
@@ -44,6 +47,46 @@ class Host:
             return ipaddress.ip_address(self.name).is_loopback
         except ValueError:
             return False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run takes place: its hosts, each with the ranks it takes, and what starts them there.
+
+    `ssh`   one ssh connection for each host; a host that is this very machine needs none
+    `pdsh`  DeepSpeed's own way: one pdsh for all
+    `none`  nobody: each host's command is started there, by hand or by a cluster's scheduler
+    """
+
+    hosts: tuple[Host, ...]
+    launcher: str = "ssh"
+
+    @property
+    def master(self) -> str:
+        """The host of rank 0, through which all find each other."""
+        return self.hosts[0].name
+
+    @property
+    def ranks(self) -> int:
+        return sum(host.slots for host in self.hosts)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"launcher": self.launcher, "hosts": {host.name: host.slots for host in self.hosts}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Place:
+        return cls(tuple(Host(name, slots) for name, slots in values["hosts"].items()), values["launcher"])
+
+    @classmethod
+    def of_hostfile(cls, file: Path | str, ranks: int, launcher: str = "ssh") -> Place:
+        """`ranks` ranks on the hosts of a hostfile, all of it checked. Raises `UserError`."""
+        if launcher not in LAUNCHERS:
+            raise UserError(f"unknown launcher {launcher!r}: use one of {', '.join(LAUNCHERS)}")
+        hosts = share_out(read_hostfile(file), ranks)
+        require_names(hosts)
+        if launcher == "pdsh" and shutil.which("pdsh") is None:
+            raise UserError("pdsh is not installed here: install it (Debian, Ubuntu: apt install pdsh), or use ssh")
+        return cls(tuple(hosts), launcher)
 
 
 def read_hostfile(file: Path | str) -> list[Host]:

@@ -12,7 +12,6 @@ import fcntl
 import math
 import os
 import queue
-import shlex
 import shutil
 import signal
 import socket
@@ -27,19 +26,21 @@ from typing import Any
 
 from minisft import assets, operators, preflight
 from minisft.checkpoints import latest_resumable
-from minisft.commands import command_line, shown
+from minisft.commands import Command, commands, shown, write_place
 from minisft.errors import UserError
+from minisft.hosts import Place
 from minisft.ledger import Ledger
 from minisft.lint import lint
 from minisft.live import LiveView, in_notebook
 from minisft.pulse import clear, read_signs
-from minisft.runs import Run, RunConfig, outputs_root, project_root, write_json
+from minisft.runs import Run, RunConfig, outputs_root, project_root, read_json, write_json
 from minisft.supervisor import Task
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import write_data
-from minisft.zero_config import deepspeed_config, offloads
+from minisft.zero_config import deepspeed_config, offloads, zero_stage
 
 Say = Callable[[str], None]
+HOSTS = "hosts.json"  # of a run folder: where it takes place
 TICK = 0.25  # seconds between two looks for an interrupt
 SILENCE = 60.0  # seconds without a sign of life after which a rank counts as hanging: it gives one every second
 STALL = 1800.0  # seconds without progress: what PyTorch's collectives wait at most, too
@@ -52,13 +53,15 @@ class RunFailed(RuntimeError):
 # --- preparing ---------------------------------------------------------------------------------------------
 
 
-def prepare(config: RunConfig, *, overwrite: bool = False, say: Say = print) -> Run:
+def prepare(config: RunConfig, *, place: Place | None = None, overwrite: bool = False, say: Say = print) -> Run:
     """Make the run folder: data split and encoded, the DeepSpeed configuration, and the command.
 
     A finished run with the same settings is returned as it is, and so is an unfinished one that can go on from a
     checkpoint; without one it is prepared afresh. Any other run of this name is only replaced with `overwrite`.
-    The folder appears whole, by one rename. Raises `UserError`.
+    The folder appears whole, by one rename. `place` are the hosts to run on, if not this machine alone; they may be
+    others when a run goes on. Raises `UserError`.
     """
+    _require_place(config, place)
     folder = outputs_root() / "model" / config.name
     with _only_one(folder):
         if (folder / "run.json").exists() and not overwrite:
@@ -73,15 +76,16 @@ def prepare(config: RunConfig, *, overwrite: bool = False, say: Say = print) -> 
                 return old
             if old.config == config and (checkpoint := latest_resumable(old)):
                 say(f"{config.name} was interrupted: it goes on from {checkpoint.name}")
+                _write_commands(config, folder, folder, place)
                 return old
         scratch = folder.with_name(f".{folder.name}.preparing")
         try:
-            return _prepare(config, folder, scratch, say)
+            return _prepare(config, place, folder, scratch, say)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _prepare(config: RunConfig, folder: Path, scratch: Path, say: Say) -> Run:
+def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path, say: Say) -> Run:
     model = assets.find_model(config.model, say)
     tokenizer = HuggingFaceTokenizer(model.path, config.template)
     architecture = preflight.model_config(model.path, config.trust_remote_code)
@@ -121,10 +125,33 @@ def _prepare(config: RunConfig, folder: Path, scratch: Path, say: Say) -> Run:
     )
     if deepspeed:
         write_json(scratch / "deepspeed.json", deepspeed)
-    (scratch / "command.txt").write_text(shlex.join(command_line(config, folder)) + "\n")
+    _write_commands(config, folder, scratch, place)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
     return Run(folder)
+
+
+def _require_place(config: RunConfig, place: Place | None) -> None:
+    if place is None:
+        return
+    if zero_stage(config.strategy) is None:
+        raise UserError(
+            f"{config.strategy} runs on one machine: on several, use zero0 to zero3 (zero0 is DeepSpeed's ddp)"
+        )
+    if place.ranks != config.ranks:
+        raise UserError(f"the hosts take {place.ranks} ranks, but {config.ranks} were asked for: make them equal")
+
+
+def _write_commands(config: RunConfig, folder: Path, into: Path, place: Place | None) -> list[Command]:
+    """Write what starts the run that lies, or will lie, in `folder`: command.txt, and what several hosts need."""
+    found = commands(config, folder, place)
+    (into / "command.txt").write_text("".join(f"{command}\n" for command in found))
+    if place is None:
+        (into / HOSTS).unlink(missing_ok=True)
+    else:
+        write_json(into / HOSTS, place.to_dict())
+        write_place(into, place)
+    return found
 
 
 def _why_not_resumed(old: RunConfig, new: RunConfig) -> str:
@@ -165,14 +192,28 @@ def launch(run: Run, say: Say | None = None, *, silence: float = SILENCE, stall:
         say = print if isinstance(say, LiveView) else say
         say(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
         return run
+    place = _place_of(run)
+    if place is not None and place.launcher == "none":
+        raise UserError(
+            f"{run.name} waits to be started on its hosts: give each its line of {shown(run.folder / 'command.txt')}"
+        )
     _require_sound_deepspeed(run, say)
     with _only_one(run.folder) as lock:
         _clear_earlier_try(run)
-        command = command_line(run.config, run.folder)
-        (run.folder / "command.txt").write_text(shlex.join(command) + "\n")
+        started = _write_commands(run.config, run.folder, run.folder, place)
         (run.folder / "logs").mkdir(exist_ok=True)
-        say(run.command)
-        task = Task(str(run.folder), command, str(project_root()), run.config.ranks, silence, stall)
+        for line in run.command.splitlines():
+            say(line)
+        task = Task(
+            folder=str(run.folder),
+            commands=[command.words for command in started],
+            environments=[command.environment for command in started],
+            hosts=[command.host for command in started],
+            working_directory=str(project_root()),
+            ranks=run.config.ranks,
+            silence=silence,
+            stall=stall,
+        )
         interrupted = _follow(task, say, lock)
         if run.status != "done" and run.failure is None:  # the supervisor itself was killed
             _wait_for_ranks(run)
@@ -184,6 +225,11 @@ def launch(run: Run, say: Say | None = None, *, silence: float = SILENCE, stall:
     if interrupted:
         raise KeyboardInterrupt(f"{run.name} was stopped: the same command goes on from its last checkpoint")
     raise RunFailed(_why(run))
+
+
+def _place_of(run: Run) -> Place | None:
+    found = read_json(run.folder / HOSTS)
+    return None if found is None else Place.from_dict(found)
 
 
 def _why(run: Run) -> str:

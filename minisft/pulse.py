@@ -23,9 +23,11 @@ from typing import Any
 SAY = "[minisft] "  # begins a line that a rank wants the person to see; its other output goes to the log alone
 FOLDER = "ranks"  # of a run folder
 SUPERVISOR = "MINISFT_SUPERVISOR"  # host:process, in a rank's environment; not there if it was started by hand
+HOST = "MINISFT_HOST"  # a rank's host, as the hostfile calls it
 BEAT = 1.0  # seconds between two signs of life
 FORGIVEN = 30.0  # seconds for which another host's sign may be late: file systems that are shared take their time
 OFTEN = 0.2  # seconds between two micro-batches that are written down
+MISSED = 2.0  # seconds after which a file that is not there counts as removed
 LAST = ("done", "failed")  # a rank's last words
 
 
@@ -67,7 +69,9 @@ class Pulse:
     def __init__(self, run_folder: Path, rank: int):
         self.file = run_folder / FOLDER / f"rank{rank}.json"
         self.step = 0
-        self._about = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+        # A machine that plays several hosts tells them apart by name.
+        host = os.environ.get(HOST) or socket.gethostname()
+        self._about = {"rank": rank, "host": host, "pid": os.getpid()}
         self._micro_batch = 0
         self._began: dict[str, float] = {}
         self._written = 0.0
@@ -180,11 +184,11 @@ class Watch:
         return now - before[1]
 
     def late(self, file: Path, most: float) -> bool:
-        """Whether `file` is gone, or has not been touched for `most` seconds."""
+        """Whether `file` is gone for good, or has not been touched for `most` seconds."""
         try:
             return self.unchanged(file, file.stat().st_mtime_ns) > most
         except OSError:
-            return self.unchanged(file, None) > most
+            return self.unchanged(file, None) > min(most, MISSED)
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

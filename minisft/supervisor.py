@@ -17,11 +17,11 @@ import os
 import re
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +29,13 @@ from typing import Any
 
 import psutil
 
+from minisft.hosts import Host
 from minisft.pulse import BEAT, SAY, SUPERVISOR, Sign, SupervisorSign, Watch, read_signs
 
 LOOK = 0.25  # seconds between two looks at the launcher
 POLITE = 2.0  # seconds between asking a process to end and ending it
 GRACE = 5.0  # seconds that a launcher has to notice that one of its ranks is gone
+SSH_FAILED = 255  # ssh's own exit code, where it is not the command's
 GONE = "the process that started it is gone"
 # How the death of one rank shows in the others: not the reason for anything.
 LOST = re.compile(
@@ -46,14 +48,17 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 @dataclass(frozen=True)
 class Task:
-    """What to run: `command` in `working_directory`, which makes `ranks` ranks that write into the run `folder`.
+    """What to run: `commands` in `working_directory`, which make `ranks` ranks that write into the run `folder`.
 
-    A rank that gives no sign of life for `silence` seconds, or a run in which no rank moves for `stall` seconds, is
-    ended.
+    There is one command for each of the `hosts`, or one for all; `environments` are what each needs beside this
+    process's own. A rank that gives no sign of life for `silence` seconds, or a run in which no rank moves for `stall`
+    seconds, is ended.
     """
 
     folder: str
-    command: list[str]
+    commands: list[list[str]]
+    environments: list[dict[str, str]]
+    hosts: list[str]
     working_directory: str
     ranks: int
     silence: float
@@ -79,8 +84,9 @@ class Supervisor:
         self.watch = Watch()
         self.reason = ""  # why the run was ended before its time
         self.blamed: Sign | None = None  # the rank that this is about
+        self.over = False  # a host has failed, and the ranks have said why
         self.gone: list[Sign] = []  # ranks that ended without last words, in the order in which they did
-        self.gone_at = 0.0
+        self.gone_at = self.failed_at = 0.0
 
     def stop(self, reason: str, blamed: Sign | None = None) -> None:
         """End the run soon, for the first reason that is given."""
@@ -92,21 +98,27 @@ class Supervisor:
         _adopt_orphans()
         parent = os.getppid()
         sign = SupervisorSign(self.folder)
-        launcher = subprocess.Popen(
-            self.task.command,
-            cwd=self.task.working_directory,
-            env=os.environ | {SUPERVISOR: sign.name, "PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_die_with_parent,  # before any thread is started
-        )
-        reader = threading.Thread(target=self._copy_output, args=(launcher.stdout,), daemon=True)
-        reader.start()
+        own = os.environ | {SUPERVISOR: sign.name, "PYTHONUNBUFFERED": "1"}
+        launchers = [
+            subprocess.Popen(
+                command,
+                cwd=self.task.working_directory,
+                env=own | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # before any thread is started
+            )
+            for command, environment in zip(self.task.commands, self.task.environments, strict=True)
+        ]
+        log = (self.folder / "logs" / "launcher.log").open("wb", buffering=0)
+        readers = [threading.Thread(target=_copy_output, args=(one.stdout, log), daemon=True) for one in launchers]
+        for reader in readers:
+            reader.start()
         looked = beaten = 0.0
         interval = max(0.5, self.task.ranks / 100)  # as many files to read as there are ranks
-        while launcher.poll() is None and not self.reason:
+        while any(one.poll() is None for one in launchers) and not (self.reason or self.over):
             self._listen(LOOK)
             now = time.monotonic()
             if now - beaten > BEAT:
@@ -116,15 +128,36 @@ class Supervisor:
                     self.stop(GONE)
             if now - looked > interval:
                 self._look_at_ranks()
+                self._look_at(launchers)
                 looked = now
-        if launcher.poll() is not None:
+        if not self.reason:
             self._look_at_ranks()
-        end_all(launcher)
-        reader.join(timeout=2)
-        code = self._verdict(launcher.returncode)
-        _remove_shared_memory(self.task.command)
-        sign.remove()
+        sign.remove()  # ranks on other hosts end with it
+        end_all(launchers)
+        for reader in readers:
+            reader.join(timeout=2)
+        code = self._verdict(next((one.returncode for one in launchers if one.returncode), 0))
+        for command in self.task.commands:
+            _remove_shared_memory(command)
         return code
+
+    def _look_at(self, launchers: Sequence[subprocess.Popen]) -> None:
+        """One host's launcher that fails fails the run: the others' ranks would wait for its ranks."""
+        for launcher, host in zip(launchers, self.task.hosts, strict=True):
+            if launcher.poll():
+                self.failed_at = self.failed_at or time.monotonic()
+                if time.monotonic() - self.failed_at < GRACE or len(launchers) == 1:
+                    continue
+                failure = _read(self.folder / "FAILED")
+                self.over = True
+                if failure is None or LOST.search(failure["reason"]):
+                    self.stop(self._why(host, launcher.returncode), self.gone[0] if self.gone else None)
+
+    def _why(self, host: str, code: int) -> str:
+        if code == SSH_FAILED:
+            said = _last_line(self.folder / "logs" / "launcher.log")
+            return f"host {host} could not be reached, or the connection to it was lost ({said})"
+        return f"the ranks of host {host} ended before the others (exit code {code})"
 
     def _listen(self, seconds: float) -> None:
         """Wait; a line from the parent is a reason to stop, and so is the end of the line to it."""
@@ -141,7 +174,7 @@ class Supervisor:
         for sign in signs:
             if sign.ended:
                 continue
-            if sign.host == socket.gethostname() and not _lives(sign.pid):
+            if Host(sign.host, 1).is_here and not _lives(sign.pid):
                 if sign.rank not in {other.rank for other in self.gone}:
                     self.gone.append(sign)
                     self.gone_at = self.gone_at or time.monotonic()
@@ -181,35 +214,39 @@ class Supervisor:
             (self.folder / "FAILED").write_text(json.dumps(failure, indent=2) + "\n")
         return 1
 
-    def _copy_output(self, stream: Any) -> None:
-        file = self.folder / "logs" / "launcher.log"
-        with file.open("wb", buffering=0) as log:
-            for line in stream:
-                with suppress(OSError):  # a full disk or a gone reader must not stop it: the workers would wait
-                    log.write(line)
-                text = line.decode(errors="replace").rstrip()
-                if text.startswith(SAY):
-                    with suppress(OSError):
-                        print(text.removeprefix(SAY), flush=True)
+
+def _copy_output(stream: Any, log: Any) -> None:
+    for line in stream:
+        with suppress(OSError):  # a full disk or a gone reader must not stop it: the workers would wait
+            log.write(line)
+        text = line.decode(errors="replace").rstrip()
+        if text.startswith(SAY):
+            with suppress(OSError):
+                print(text.removeprefix(SAY), flush=True)
 
 
-def end_all(process: subprocess.Popen) -> None:
-    """End a launcher and all that it has started: first politely, then surely."""
+def end_all(launchers: Sequence[subprocess.Popen]) -> None:
+    """End launchers and all that they have started: first politely, then surely."""
     me = psutil.Process()
-    if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+    for launcher in launchers:
+        if launcher.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGTERM)
+    until = time.monotonic() + POLITE
+    for launcher in launchers:
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=POLITE)
-    deadline = time.monotonic() + POLITE
+            launcher.wait(timeout=max(0.0, until - time.monotonic()))
+    began = time.monotonic()
     while family := [child for child in me.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]:
         for child in family:
             with suppress(psutil.NoSuchProcess):
-                child.terminate() if time.monotonic() < deadline - 1.5 else child.kill()
+                child.terminate() if time.monotonic() - began < POLITE / 4 else child.kill()
         psutil.wait_procs(family, timeout=0.2)
-        if time.monotonic() > deadline + POLITE:
+        if time.monotonic() - began > 2 * POLITE:
             break  # not even SIGKILL ends a process that waits for a dead disk
-    process.wait()
+    for launcher in launchers:
+        with suppress(subprocess.TimeoutExpired):
+            launcher.wait(timeout=1)
     for child in me.children():
         with suppress(psutil.Error):
             child.wait(timeout=0)  # adopted, and dead
@@ -224,6 +261,13 @@ def _failure(sign: Sign | None, reason: str) -> dict[str, Any]:
 def _killed(sign: Sign, code: int = 0) -> str:
     how = {247: " by SIGKILL", -9: " by SIGKILL", 245: " by a segmentation fault", -11: " by a segmentation fault"}
     return f"process {sign.pid} ended without a word ({sign}): killed{how.get(code, '')}, perhaps for want of memory"
+
+
+def _last_line(log: Path) -> str:
+    with suppress(OSError):
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1][:300] if lines else ""
+    return ""
 
 
 def _last_error(log: Path) -> str:

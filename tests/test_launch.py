@@ -9,7 +9,7 @@ from conftest import sharegpt_row
 
 from minisft import launch as launching
 from minisft import preflight
-from minisft.commands import command_line, explain
+from minisft.commands import commands, explain
 from minisft.errors import UserError
 from minisft.launch import prepare
 from minisft.runs import RunConfig
@@ -53,12 +53,12 @@ def test_the_command_in_the_folder_is_the_strategys(config, strategy):
     words = shlex.split(run.command)
     assert words[-1] == str(run.folder)
     assert ("deepspeed" in words) == (run.deepspeed is not None) == strategy.startswith("zero")
-    assert command_line(run.config, run.folder)[-1] == words[-1]
+    assert commands(run.config, run.folder)[0].words[-1] == words[-1]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_word_of_a_command_is_explained(config, strategy, tmp_path):
-    command = command_line(config(strategy), tmp_path / "a b; rm 'c'")
+    command = commands(config(strategy), tmp_path / "a b; rm 'c'")[0].words
     parts = explain(command)
     assert [word for part in parts for word in part.words] == command
     assert shlex.split(shlex.join(command)) == command
@@ -66,7 +66,7 @@ def test_every_word_of_a_command_is_explained(config, strategy, tmp_path):
 
 
 def test_two_commands_have_two_ports(config):
-    a, b = (command_line(config(), launching.outputs_root()) for _ in range(2))
+    a, b = (commands(config(), launching.outputs_root())[0].words for _ in range(2))
     port = a.index("--master_port") + 1
     assert a[port] != b[port]
 

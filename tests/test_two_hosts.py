@@ -1,0 +1,178 @@
+"""A run over two hosts, with DeepSpeed's real launcher for each: it computes what one host computes, and fails as one.
+
+Both hosts are this machine, under two of its loopback addresses; where network namespaces can be made, two of those
+with an address of their own each, joined by a cable.
+"""
+
+import re
+import signal
+import subprocess
+import time
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from minisft.commands import commands
+from minisft.errors import UserError
+from minisft.hosts import Host, Place
+from minisft.launch import RunFailed, launch, prepare
+from minisft.pulse import read_signs
+from minisft.runs import RunConfig
+
+pytestmark = pytest.mark.distributed
+HERE = Place((Host("127.0.0.1", 1), Host("127.0.0.2", 1)))
+STEPS = 6
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture
+def config(tiny_model, small_data):
+    def make(name, **changes):
+        settings = {"max_steps": STEPS, "save_steps": 4, "max_characters": None, "resumable": True, "eval_rows": 0}
+        return RunConfig.course("zero2", name=name, model=str(tiny_model), data=str(small_data), **(settings | changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def one_host(tiny_model, small_data, tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MINISFT_OUTPUTS", str(tmp_path_factory.mktemp("one-host")))
+    settings = {"max_steps": STEPS, "save_steps": 4, "max_characters": None, "resumable": True, "eval_rows": 0}
+    settings |= {"model": str(tiny_model), "data": str(small_data)}
+    run = launch(prepare(RunConfig.course("zero2", **settings), say=quiet), say=quiet)
+    patch.undo()
+    return [m["loss"] for m in run.metrics]
+
+
+def test_two_hosts_compute_what_one_computes(config, one_host):
+    run = launch(prepare(config("two"), place=HERE, say=quiet), say=quiet)
+    assert [m["loss"] for m in run.metrics] == pytest.approx(one_host, rel=1e-6)
+    assert [(sign.rank, sign.host) for sign in read_signs(run.folder)] == [(0, "127.0.0.1"), (1, "127.0.0.2")]
+    assert len(run.command.splitlines()) == 2
+    assert (run.folder / "hostfile").read_text() == "127.0.0.1 slots=1\n127.0.0.2 slots=1\n"
+
+
+def test_the_end_of_one_hosts_ranks_fails_the_run_on_the_other_and_it_can_go_on(config, one_host, monkeypatch):
+    config = config("two")
+    run = prepare(config, place=HERE, say=quiet)
+
+    def kill_second_host(line):
+        if line.startswith("step   5/"):
+            second = next(sign for sign in read_signs(run.folder) if sign.host == "127.0.0.2")
+            psutil.Process(psutil.Process(second.pid).ppid()).send_signal(signal.SIGSTOP)  # its launcher cannot tidy up
+            psutil.Process(second.pid).kill()
+
+    with pytest.raises(RunFailed, match=r"two failed on rank 1, step \d: process \d+ ended without a word"):
+        launch(run, say=kill_second_host)
+    assert run.checkpoints
+    said = []
+    resumed = launch(prepare(config, place=HERE, say=said.append), say=said.append)
+    assert "going on from checkpoint-4" in said
+    assert [m["loss"] for m in resumed.metrics] == pytest.approx(one_host, rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["vanilla", "ddp"])
+def test_only_deepspeed_goes_beyond_one_machine(config, strategy):
+    one = RunConfig.from_dict(
+        config("x").to_dict() | {"strategy": strategy, "ranks": 1 if strategy == "vanilla" else 2}
+    )
+    with pytest.raises(UserError, match=rf"{strategy} runs on one machine: .* use zero0"):
+        prepare(one, place=HERE, say=quiet)
+
+
+def test_a_run_that_somebody_else_starts_is_not_launched(config):
+    run = prepare(config("two"), place=Place(HERE.hosts, "none"), say=quiet)
+    with pytest.raises(UserError, match="waits to be started on its hosts"):
+        launch(run, say=quiet)
+
+
+def test_a_hosts_command_reaches_it_through_ssh_in_one_piece(config, tmp_path):
+    """What ssh hands to the other host's shell means, there, exactly the words that were meant."""
+    import shlex
+
+    folder = tmp_path / "a b; $(touch harm) 'c'\n"
+    local, there = commands(config("two"), folder, Place((Host("127.0.0.1", 1), Host("worker-1", 1))))
+    assert local.words[0] == "deepspeed"
+    assert there.words[:4] == ["ssh", "-o", "BatchMode=yes", "worker-1"]
+    words = shlex.split(there.words[4])
+    assert words[0] == "cd"
+    assert words[2:5] == ["&&", "exec", "env"]
+    assert words[-1] == str(folder)
+    assert words[words.index("deepspeed") + 1 : words.index("--module")] == [
+        *("--hostfile", str(folder / "hostfile"), "--no_ssh", "--node_rank", "1", "--master_addr", "127.0.0.1"),
+        *("--master_port", words[words.index("--master_port") + 1]),
+    ]
+
+
+def test_pdsh_gets_no_path_that_it_would_break(config, tmp_path):
+    with pytest.raises(UserError, match=r"pdsh would break the path .*--launcher ssh"):
+        commands(config("two"), tmp_path / "a b", Place(HERE.hosts, "pdsh"))
+
+
+# --- two network namespaces --------------------------------------------------------------------------------
+
+
+def ip(*words):
+    return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+
+@pytest.fixture
+def namespaces():
+    """Two hosts with an address each, joined by a cable; skipped where this machine allows none."""
+    names = ("minisft-a", "minisft-b")
+    try:
+        made = [ip("netns", "add", name) for name in names]
+    except FileNotFoundError:
+        pytest.skip("there is no ip command here")
+    try:
+        if any(one.returncode for one in made):
+            pytest.skip(f"no network namespaces here: {made[0].stderr.strip()}")
+        link = ("link", "add", "sft-a", "netns", names[0], "type", "veth", "peer", "name", "sft-b", "netns", names[1])
+        if (done := ip(*link)).returncode:
+            pytest.skip(f"no virtual cable here: {done.stderr.strip()}")
+        for name, device, address in (*zip(names, ("sft-a", "sft-b"), ("10.213.7.1", "10.213.7.2"), strict=True),):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield dict(zip(("10.213.7.1", "10.213.7.2"), zip(names, ("sft-a", "sft-b"), strict=True), strict=True))
+    finally:
+        for name in names:
+            ip("netns", "delete", name)
+
+
+def test_two_hosts_with_addresses_of_their_own(config, one_host, namespaces):
+    """Each host's line of `command.txt` is started there, as by hand: the launcher's `--no_ssh` path."""
+    place = Place(tuple(Host(address, 1) for address in namespaces), "none")
+    run = prepare(config("two"), place=place, say=quiet)
+    started = []
+    for command in commands(run.config, run.folder, place):
+        name, device = namespaces[command.host]
+        # One port for both: that of the command file.
+        port = re.search(r"--master_port (\d+)", run.command)[1]
+        words = list(command.words)
+        words[words.index("--master_port") + 1] = port
+        variables = [f"{key}={value}" for key, value in command.environment.items()] + [f"GLOO_SOCKET_IFNAME={device}"]
+        started.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, "env", *variables, *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            with suppress(ProcessLookupError):
+                process.kill()
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert [m["loss"] for m in run.metrics] == pytest.approx(one_host, rel=1e-6)
+    assert {sign.host for sign in read_signs(run.folder)} == set(namespaces)
+    assert time.time() - max(sign.changed for sign in read_signs(run.folder)) < 60
