@@ -84,6 +84,8 @@ class Supervisor:
         self.watch = Watch()
         self.reason = ""  # why the run was ended before its time
         self.blamed: Sign | None = None  # the rank that this is about
+        self.ends: dict[int, int] = {}  # file descriptors that become readable when a process ends, and its rank
+        self.watched: set[int] = set()
         self.over = False  # a host has failed, and the ranks have said why
         self.gone: list[Sign] = []  # ranks that ended without last words, in the order in which they did
         self.gone_at = self.failed_at = 0.0
@@ -160,24 +162,42 @@ class Supervisor:
         return f"the ranks of host {host} ended before the others (exit code {code})"
 
     def _listen(self, seconds: float) -> None:
-        """Wait; a line from the parent is a reason to stop, and so is the end of the line to it."""
-        try:
-            ready, _, _ = select.select([sys.stdin], [], [], seconds)
-        except InterruptedError:
-            return
-        if ready:
-            said = sys.stdin.readline()
-            self.stop(said.strip() or GONE)
+        """Wait; a line from the parent is a reason to stop, and so is the end of the line to it.
+
+        The end of a rank wakes it as well: the first to go is the reason, and soon its launcher ends the others.
+        """
+        ready, _, _ = select.select([sys.stdin, *self.ends], [], [], seconds)
+        for end in ready:
+            if end is sys.stdin:
+                said = sys.stdin.readline()
+                self.stop(said.strip() or GONE)
+            else:
+                os.close(end)
+                self._look_at_end(self.ends.pop(end))
+
+    def _look_at_end(self, rank: int) -> None:
+        sign = next((sign for sign in read_signs(self.folder) if sign.rank == rank), None)
+        if sign is not None and not sign.ended and rank not in {other.rank for other in self.gone}:
+            self.gone.append(sign)
+            self.gone_at = self.gone_at or time.monotonic()
+
+    def _watch_end(self, sign: Sign) -> None:
+        """Let the end of a rank of this machine wake `_listen`, where the system can (Linux)."""
+        if sign.rank not in self.watched and hasattr(os, "pidfd_open"):
+            self.watched.add(sign.rank)
+            with suppress(OSError):
+                self.ends[os.pidfd_open(sign.pid)] = sign.rank
 
     def _look_at_ranks(self) -> None:
         signs = read_signs(self.folder)
         for sign in signs:
             if sign.ended:
                 continue
-            if Host(sign.host, 1).is_here and not _lives(sign.pid):
-                if sign.rank not in {other.rank for other in self.gone}:
-                    self.gone.append(sign)
-                    self.gone_at = self.gone_at or time.monotonic()
+            here = Host(sign.host, 1).is_here
+            if here:
+                self._watch_end(sign)
+            if here and not _lives(sign.pid):
+                self._look_at_end(sign.rank)
             elif (silent := self.watch.unchanged(("life", sign.rank), sign.changed)) > self.task.silence:
                 self.stop(f"no sign of life for {silent:.0f} s ({sign}): it hangs, or was halted", sign)
         if self.gone and time.monotonic() - self.gone_at > GRACE:
@@ -260,7 +280,7 @@ def _failure(sign: Sign | None, reason: str) -> dict[str, Any]:
 
 def _killed(sign: Sign, code: int = 0) -> str:
     how = {247: " by SIGKILL", -9: " by SIGKILL", 245: " by a segmentation fault", -11: " by a segmentation fault"}
-    return f"process {sign.pid} ended without a word ({sign}): killed{how.get(code, '')}, perhaps for want of memory"
+    return f"process {sign.pid} ended without a word ({sign}): killed{how.get(code, '')}, or short of memory"
 
 
 def _last_line(log: Path) -> str:
