@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -335,14 +336,25 @@ def _with_run_options(function: Any) -> Any:
 @app.command()
 @_with_run_options
 def command(
-    options: dict[str, Any], overwrite: Overwrite = False, hostfile: Hostfile = None, launcher: LauncherName = "ssh"
+    options: dict[str, Any],
+    overwrite: Overwrite = False,
+    hostfile: Hostfile = None,
+    launcher: LauncherName = "ssh",
+    slurm_nodes: Annotated[int | None, typer.Option(help="write a SLURM batch script for so many nodes")] = None,
 ) -> None:
     """Write a run folder, print the command that trains it, and say (on stderr) what each part of it is for."""
-    from minisft.commands import commands, explain
+    from minisft.commands import commands, explain, shown, slurm_script
     from minisft.launch import prepare
 
     config, place = _with_place(options, hostfile, launcher)
     run = prepare(config, place=place, overwrite=overwrite, say=_note)
+    if slurm_nodes is not None:
+        script = run.folder / "job.sbatch"
+        script.write_text(slurm_script(config, run.folder, slurm_nodes, run.on_gpu))
+        if not run.on_gpu:
+            _note("This machine has no GPU, so the run was prepared for CPUs: prepare it on a GPU node to use those")
+        print(shlex.join(["sbatch", shown(script)]))
+        return
     for part in explain(commands(config, run.folder, place)[0].words):
         _note(str(part))
     print(run.command)
@@ -363,20 +375,25 @@ def launch(
 @app.command()
 def train(
     run: Annotated[str, typer.Argument(help="a run's name or folder, made by `minisft command`")],
+    hostfile: Hostfile = None,
+    launcher: LauncherName = "ssh",
 ) -> None:
     """Train a prepared run."""
+    from minisft.hosts import Place
     from minisft.runs import Run
 
-    _launch(Run.load(run))
+    prepared = Run.load(run)
+    place = Place.of_hostfile(hostfile, prepared.config.ranks, launcher) if hostfile else None
+    _launch(prepared, place)
 
 
-def _launch(run: Any) -> None:
+def _launch(run: Any, place: Any = None) -> None:
     from minisft.launch import RunFailed, launch
     from minisft.observe import TerminalProgress
 
     progress = TerminalProgress(sys.stdout)
     try:
-        launch(run, say=progress)
+        launch(run, say=progress, place=place)
     except (RunFailed, KeyboardInterrupt) as error:
         progress.close()
         _complain(error)

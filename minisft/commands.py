@@ -15,7 +15,9 @@ from minisft.errors import UserError
 from minisft.hosts import Place, hostfile_text, travelling
 from minisft.pulse import HOST, SUPERVISOR
 from minisft.runs import RunConfig, project_root
+from minisft.zero_config import zero_stage
 
+SRUN = ["srun", "--nodes=1", "--ntasks=1", "--overlap"]
 HOSTFILE, ENVIRONMENT = "hostfile", "environment"  # of a run folder, where the run has several hosts
 PLAIN = re.compile(r"[\w@%+=:,./-]*")  # what passes through a shell as it is
 
@@ -33,6 +35,7 @@ MEANINGS = {  # a word of a command: how many words belong to it, itself include
     "--launcher": (2, "what starts the processes on the other machines"),
     "--force_multi": (1, "through that launcher even if the hostfile names a single machine"),
     "--master_addr": (2, "the machine of rank 0, through which all find each other"),
+    "srun": (6, "a step of this SLURM job, on that node alone"),
     "ssh": (5, "what this machine's processes are started with there: a connection without questions, by key"),
     "--num_accelerators": (2, PER_DEVICE),
     "--master_port": (2, "where they find each other; it was free just now, so that two runs never meet"),
@@ -80,13 +83,47 @@ def _on_hosts(folder: Path, place: Place, rest: list[str]) -> list[Command]:
     found = []
     for k, host in enumerate(place.hosts):
         words = [*hostfile, "--no_ssh", "--node_rank", str(k), *rest]
-        if place.launcher == "none" or host.is_here:
+        if place.launcher == "srun":  # the variables of this process travel with it
+            there = [*SRUN, "--nodelist", host.name, *words]
+            found.append(Command(there, {HOST: host.name}, host.name))
+        elif place.launcher == "none" or host.is_here:
             found.append(Command(words, {HOST: host.name}, host.name))
         else:
             there = Command(words, environment_there() | {HOST: host.name, SUPERVISOR: f"{socket.gethostname()}:0"})
             line = f"cd {shlex.quote(str(project_root()))} && exec {there}"
             found.append(Command(["ssh", "-o", "BatchMode=yes", host.name, line], {}, host.name))
     return found
+
+
+def slurm_script(config: RunConfig, folder: Path, nodes: int, on_gpu: bool) -> str:
+    """A SLURM batch script for the run in `folder`: one DeepSpeed launcher per node, under one supervisor on the first.
+
+    Where the job is ended before its time, by a limit or for another job, the same script goes on from the last
+    checkpoint. Raises `UserError` if the ranks cannot be shared out evenly.
+    """
+    if zero_stage(config.strategy) is None:
+        raise UserError(f"{config.strategy} runs on one machine: on several, use zero0 to zero3")
+    if nodes < 1 or config.ranks % nodes:
+        raise UserError(f"{config.ranks} ranks cannot be shared out evenly over {nodes} nodes: change one of them")
+    each = config.ranks // nodes
+    gpus = f"#SBATCH --gpus-per-node={each}\n" if on_gpu else ""
+    hostfile, run = shlex.quote(f"{shown(folder)}/slurm-hostfile"), shlex.quote(shown(folder))
+    return f"""#!/bin/bash
+# {config.name}: {config.strategy} with {config.ranks} ranks on {nodes} nodes. sbatch starts it, scancel stops it.
+#SBATCH --job-name=minisft-{config.name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+{gpus}#SBATCH --signal=B:TERM@60
+#SBATCH --open-mode=append
+#SBATCH --output=minisft-{config.name}-%j.log
+set -euo pipefail
+cd {shlex.quote(str(project_root()))}
+export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"
+# The nodes that this job was given, with as many ranks each.
+scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={each}/' > {hostfile}
+exec minisft train {run} --hostfile {hostfile} --launcher srun
+"""
 
 
 def environment_there() -> dict[str, str]:

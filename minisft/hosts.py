@@ -20,7 +20,7 @@ from typing import Any
 
 from minisft.errors import UserError
 
-LAUNCHERS = ("ssh", "pdsh", "none")
+LAUNCHERS = ("ssh", "pdsh", "srun", "none")
 LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
 # No host may look like an option, or be more than a name to a shell.
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:_-]*[A-Za-z0-9])?")
@@ -55,6 +55,7 @@ class Place:
 
     `ssh`   one ssh connection for each host; a host that is this very machine needs none
     `pdsh`  DeepSpeed's own way: one pdsh for all
+    `srun`  one SLURM job step for each host, from inside an allocation
     `none`  nobody: each host's command is started there, by hand or by a cluster's scheduler
     """
 
@@ -84,8 +85,8 @@ class Place:
             raise UserError(f"unknown launcher {launcher!r}: use one of {', '.join(LAUNCHERS)}")
         hosts = share_out(read_hostfile(file), ranks)
         require_names(hosts)
-        if launcher == "pdsh" and shutil.which("pdsh") is None:
-            raise UserError("pdsh is not installed here: install it (Debian, Ubuntu: apt install pdsh), or use ssh")
+        if launcher in ("pdsh", "srun") and shutil.which(launcher) is None:
+            raise UserError(f"{launcher} is not installed here: install it, or use --launcher ssh")
         return cls(tuple(hosts), launcher)
 
 

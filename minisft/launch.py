@@ -177,8 +177,15 @@ def _versions() -> dict[str, str]:
 # --- running -----------------------------------------------------------------------------------------------
 
 
-def launch(run: Run, say: Say | None = None, *, silence: float = SILENCE, stall: float = STALL) -> Run:
-    """Run the prepared command to its end; returns when it is done.
+def launch(
+    run: Run,
+    say: Say | None = None,
+    *,
+    place: Place | None = None,
+    silence: float = SILENCE,
+    stall: float = STALL,
+) -> Run:
+    """Run the prepared command to its end, on other hosts if `place` names some; returns when it is done.
 
     What the run says goes to `say`; without one, a live view in a notebook, printed lines elsewhere.
 
@@ -192,7 +199,8 @@ def launch(run: Run, say: Say | None = None, *, silence: float = SILENCE, stall:
         say = print if isinstance(say, LiveView) else say
         say(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
         return run
-    place = _place_of(run)
+    place = place or _place_of(run)
+    _require_place(run.config, place)
     if place is not None and place.launcher == "none":
         raise UserError(
             f"{run.name} waits to be started on its hosts: give each its line of {shown(run.folder / 'command.txt')}"

@@ -4,6 +4,7 @@ Both hosts are this machine, under two of its loopback addresses; where network 
 with an address of their own each, joined by a cable.
 """
 
+import os
 import re
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from minisft.commands import commands
+from minisft.commands import commands, slurm_script
 from minisft.errors import UserError
 from minisft.hosts import Host, Place
 from minisft.launch import RunFailed, launch, prepare
@@ -112,6 +113,39 @@ def test_a_hosts_command_reaches_it_through_ssh_in_one_piece(config, tmp_path):
 def test_pdsh_gets_no_path_that_it_would_break(config, tmp_path):
     with pytest.raises(UserError, match=r"pdsh would break the path .*--launcher ssh"):
         commands(config("two"), tmp_path / "a b", Place(HERE.hosts, "pdsh"))
+
+
+def test_a_slurm_job_is_one_launcher_per_node_under_one_supervisor(config, one_host, tmp_path, monkeypatch):
+    """The script itself, run by bash; stand-ins for SLURM's programs, which do on this machine what they would do."""
+    run = prepare(config("two"), say=quiet)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames two-nodes" ] && printf "127.0.0.1\\n127.0.0.2\\n"\n'
+    )
+    (programs / "srun").write_text(
+        '#!/bin/sh\n[ "$1 $2 $3 $4" = "--nodes=1 --ntasks=1 --overlap --nodelist" ] || exit 9\nshift 5\nexec "$@"\n'
+    )
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    script = tmp_path / "job.sbatch"
+    script.write_text(slurm_script(run.config, run.folder, 2, on_gpu=False))
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "two-nodes")
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [m["loss"] for m in run.metrics] == pytest.approx(one_host, rel=1e-6)
+    assert [sign.host for sign in read_signs(run.folder)] == ["127.0.0.1", "127.0.0.2"]
+    assert run.command.count("srun --nodes=1 --ntasks=1") == 2
+
+
+def test_a_slurm_script_asks_for_what_the_run_needs(config):
+    run = prepare(config("two", ranks=4), say=quiet)
+    script = slurm_script(run.config, run.folder, 2, on_gpu=True)
+    assert {"#SBATCH --nodes=2", "#SBATCH --gpus-per-node=2", "#SBATCH --ntasks-per-node=1"} <= set(script.splitlines())
+    for nodes in (3, 0, 8):
+        with pytest.raises(UserError, match="evenly"):
+            slurm_script(run.config, run.folder, nodes, on_gpu=True)
 
 
 # --- two network namespaces --------------------------------------------------------------------------------
