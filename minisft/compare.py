@@ -90,8 +90,8 @@ def verdict(runs: Sequence[Run]) -> str:
     heaviest = max(states, key=states.__getitem__)
     share = min(states.values()) / states[heaviest]
     said = [
-        f"Fastest here: {_listed(fastest)}, with {most:,.0f} tokens/s; the slowest made {least / most:.0%} of that.",
-        f"Leanest: {_listed(leanest)}, with {share:.0%} of {heaviest}'s states per rank.",
+        f"Fastest here: {listed(fastest)}, with {most:,.0f} tokens/s; the slowest made {least / most:.0%} of that.",
+        f"Leanest: {listed(leanest)}, with {share:.0%} of {heaviest}'s states per rank.",
     ]
     if any(run.on_gpu for run in runs):
         said.append("Between other GPUs, or over a network, communication takes another share of each step.")
@@ -105,7 +105,7 @@ def verdict(runs: Sequence[Run]) -> str:
     return " ".join(said)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 

@@ -1,8 +1,10 @@
-"""What the exercises need: a check that tells "not attempted" from "wrong", and says where."""
+"""What the notebooks need: a check that tells "not attempted" from "wrong", and says where; a model to play with."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -16,3 +18,24 @@ def check(answer: Sequence[Any] | None, expected: Sequence[Any], what: str = "po
         if mine != right:
             return f"Not yet: look at {what} {i}, where you have {mine!r}."
     return f"Right: all {len(expected)} agree."
+
+
+def small_model(folder: Path, like: Path) -> Path:
+    """A model that steps many times a second: one narrow layer of random weights, with the tokenizer of `like`.
+
+    Both are model folders; returns `folder`.
+    """
+    import torch
+
+    if not torch.cuda.is_available():  # DeepSpeed, which comes in with the model's class, would search, and say so
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    config = AutoConfig.from_pretrained(like, local_files_only=True, **size, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(like, local_files_only=True).save_pretrained(folder)
+    return folder

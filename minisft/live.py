@@ -93,10 +93,12 @@ class LiveView:
         return f"{self.run.name}: step {self.step} of {self.steps}  {self.said}"
 
     def ranks(self) -> list[dict[str, str]]:
-        """A row per rank that has spoken."""
+        """A row per rank that has spoken; with its host, where there are several."""
+        signs = read_signs(self.run.folder)
+        several = len({sign.host for sign in signs}) > 1
         return [
-            {"rank": str(s.rank), "host": s.host, "process": str(s.pid), "does": s.phase, "step": str(s.step)}
-            for s in read_signs(self.run.folder)
+            {"rank": str(s.rank)} | ({"host": s.host} if several else {}) | {"does": s.phase, "step": str(s.step)}
+            for s in signs
         ]
 
     def log_lines(self) -> list[str]:
@@ -119,15 +121,17 @@ class LiveView:
             head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
             body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in r.values()) + "</tr>" for r in rows)
             table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        log = escape("\n".join(self.log_lines()))
+        log = ""
+        if self.run.status != "done":  # then nobody needs it
+            lines = escape("\n".join(self.log_lines()))
+            log = f'<details><summary>log</summary><pre style="font-size:85%">{lines}</pre></details>'
         notes = "".join(f"<div>{escape(note)}</div>" for note in self.notes)
         return (
             f'<div style="max-width:46em"><div style="font-weight:600;color:{colour}">{escape(self.headline)}</div>'
             f'<div role="progressbar" aria-valuenow="{share:.0f}" aria-valuemin="0" aria-valuemax="100" '
             'style="background:rgba(128,128,128,.25);height:8px;border-radius:4px;margin:6px 0">'
             f'<div style="background:{colour};width:{share:.1f}%;height:8px;border-radius:4px"></div></div>'
-            f"{curve(self.losses)}{table}{notes}"
-            f'<details><summary>log</summary><pre style="font-size:85%">{log}</pre></details></div>'
+            f"{curve(self.losses)}{table}{notes}{log}</div>"
         )
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from minisft.course import check
+from minisft.course import check, small_model
 
 
 @pytest.mark.parametrize(
@@ -9,3 +9,13 @@ from minisft.course import check
 )
 def test_check_tells_the_cases_apart(answer, says):
     assert says in check(answer, [1, 2])
+
+
+def test_the_small_model_speaks_the_large_ones_tokens(tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = small_model(tmp_path / "small", like=tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    assert model.config.num_hidden_layers == 1
+    ids, expected = (AutoTokenizer.from_pretrained(p, local_files_only=True)("the cat") for p in (folder, tiny_model))
+    assert ids == expected
