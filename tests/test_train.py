@@ -139,10 +139,12 @@ def peaks(run, **options):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_peak_names_who_holds_it(runs, strategy):
+    """What lies there all the time, exactly; of the rest the largest: two moments of a step may hold nearly as much."""
     for measured, expected in peaks_by_owner(runs[strategy]):
-        for owner in {*measured, *expected}:
-            difference = abs(measured.get(owner, 0) - expected.get(owner, 0))
-            assert difference < 0.05 * total(expected), (owner, measured, expected)
+        for owner in ("parameters", "fp32 masters", "optimizer states"):
+            assert measured.get(owner, 0) == expected[owner]
+        assert max(measured, key=measured.__getitem__) == max(expected, key=expected.__getitem__) == "activations"
+        assert measured.get("other tensors", 0) < 0.02 * total(expected)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
