@@ -220,6 +220,7 @@ def _trace(
             parameter.register_post_accumulate_grad_hook(arrived)
         if head is not None:
             head.around = lambda: count.owned_by(LOGITS)
+            head.most_chunks = None if real else 2
         cast = torch.autocast(device, dtype=half) if half and not half_weights else nullcontext()
         with count:
             with cast:

@@ -30,6 +30,7 @@ class LossHead:
 
     def __init__(self, layer: torch.nn.Linear):
         self.layer, self.wanted = layer, None
+        self.most_chunks: int | None = None  # for those who count bytes and need no loss: one chunk is like another
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered for each call
         layer.forward = self
 
@@ -38,7 +39,9 @@ class LossHead:
             if self.wanted is None:
                 return torch.nn.functional.linear(hidden, self.layer.weight, self.layer.bias)
             positions, targets = self.wanted
-            return linear_cross_entropy(hidden.flatten(0, -2)[positions], self.layer.weight, targets, self.layer.bias)
+            chosen = hidden.flatten(0, -2)[positions]
+            options = {"most_chunks": self.most_chunks}
+            return linear_cross_entropy(chosen, self.layer.weight, targets, self.layer.bias, **options)
 
     def loss(self, model: Any, inputs: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum of -log p of `targets`, int64 [n], at `positions`, int64 [n], which count through the whole batch."""
@@ -110,17 +113,18 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     bias: torch.Tensor | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    most_chunks: int | None = None,
 ) -> torch.Tensor:
     """`cross_entropy(hidden @ weight.T + bias, targets, reduction="sum")`, with at most `chunk_bytes` of logits alive.
 
     `hidden` is [n, size], `weight` [vocabulary, size], `targets` int64 [n]. Products run in the dtype of autocast or
     of `hidden` (`minisft.wide_products` says what that is in bf16 on a CPU); softmax, sum and the weight's gradient in
-    fp32 or wider. Returns a scalar.
+    fp32 or wider. Returns a scalar; with `most_chunks` that of so many chunks alone, in the memory of all.
     """
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype, chunk_bytes)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype, chunk_bytes, most_chunks)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -133,6 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         dtype: torch.dtype,
         chunk_bytes: int,
+        most_chunks: int | None,
     ) -> torch.Tensor:
         exact = torch.promote_types(dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -145,7 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight = torch.zeros(w.shape, dtype=exact, device=h.device) if needs[1] else None
             d_bias = torch.zeros(bias.shape, dtype=exact, device=h.device) if needs[2] else None
             rows = max(1, chunk_bytes // (len(w) * exact.itemsize))
-            for a in range(0, len(h), rows):
+            for a in range(0, len(h), rows)[:most_chunks]:
                 part = slice(a, a + rows)
                 wanted = targets[part, None]
                 logits = h[part] @ w.T
@@ -179,4 +184,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None  # they have been scaled in place: a second backward must fail, not be wrong
-        return *found, None, None, None
+        return *found, None, None, None, None
