@@ -343,7 +343,7 @@ def command(
     slurm_nodes: Annotated[int | None, typer.Option(help="write a SLURM batch script for so many nodes")] = None,
 ) -> None:
     """Write a run folder, print the command that trains it, and say (on stderr) what each part of it is for."""
-    from minisft.commands import commands, explain, shown, slurm_script
+    from minisft.commands import explain, shown, slurm_script
     from minisft.launch import prepare
 
     config, place = _with_place(options, hostfile, launcher)
@@ -355,7 +355,7 @@ def command(
             _note("This machine has no GPU, so the run was prepared for CPUs: prepare it on a GPU node to use those")
         print(shlex.join(["sbatch", shown(script)]))
         return
-    for part in explain(commands(config, run.folder, place)[0].words):
+    for part in explain(shlex.split(run.command.splitlines()[0])):
         _note(str(part))
     print(run.command)
 

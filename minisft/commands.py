@@ -24,6 +24,7 @@ PLAIN = re.compile(r"[\w@%+=:,./-]*")  # what passes through a shell as it is
 PER_DEVICE = "processes on this machine: where it has GPUs, each takes one"
 MODULE = "what follows is a module of a package, not a file"
 MEANINGS = {  # a word of a command: how many words belong to it, itself included, and what they are for
+    "env": (1, "settings of these processes, by name"),  # and those that follow
     "python": (1, "one process, without a launcher"),
     "-m": (1, MODULE),
     "torchrun": (1, "PyTorch's launcher: starts the processes, and ends them all when one fails"),
@@ -89,10 +90,18 @@ def _on_hosts(folder: Path, place: Place, rest: list[str]) -> list[Command]:
         elif place.launcher == "none" or host.is_here:
             found.append(Command(words, {HOST: host.name}, host.name))
         else:
-            there = Command(words, environment_there() | {HOST: host.name, SUPERVISOR: f"{socket.gethostname()}:0"})
+            there = Command(words, environment_there() | {HOST: host.name})
             line = f"cd {shlex.quote(str(project_root()))} && exec {there}"
             found.append(Command(["ssh", "-o", "BatchMode=yes", host.name, line], {}, host.name))
     return found
+
+
+def require_deepspeed(config: RunConfig) -> None:
+    """Refuse a strategy that does not go beyond one machine. Raises `UserError`."""
+    if zero_stage(config.strategy) is None:
+        raise UserError(
+            f"{config.strategy} runs on one machine: on several, use zero0 to zero3 (zero0 is DeepSpeed's ddp)"
+        )
 
 
 def slurm_script(config: RunConfig, folder: Path, nodes: int, on_gpu: bool) -> str:
@@ -101,8 +110,7 @@ def slurm_script(config: RunConfig, folder: Path, nodes: int, on_gpu: bool) -> s
     Where the job is ended before its time, by a limit or for another job, the same script goes on from the last
     checkpoint. Raises `UserError` if the ranks cannot be shared out evenly.
     """
-    if zero_stage(config.strategy) is None:
-        raise UserError(f"{config.strategy} runs on one machine: on several, use zero0 to zero3")
+    require_deepspeed(config)
     if nodes < 1 or config.ranks % nodes:
         raise UserError(f"{config.ranks} ranks cannot be shared out evenly over {nodes} nodes: change one of them")
     each = config.ranks // nodes
@@ -127,16 +135,16 @@ exec minisft train {run} --hostfile {hostfile} --launcher srun
 
 
 def environment_there() -> dict[str, str]:
-    """What makes a process on another host like one here: the settings that travel, and this environment's programs."""
+    """What makes a process on another host like one here: settings that travel, this environment's programs, and
+    whom to end with: no process of that host, but the supervisor that leaves its sign in the run folder."""
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
-    return travelling(os.environ) | {"PATH": path}
+    return travelling(os.environ) | {"PATH": path, SUPERVISOR: f"{socket.gethostname()}:0"}
 
 
 def write_place(folder: Path, place: Place) -> None:
     """The files beside a run's command that DeepSpeed reads: the hostfile, and what the variables are for pdsh."""
     (folder / HOSTFILE).write_text(hostfile_text(place.hosts))
-    variables = environment_there() | {SUPERVISOR: f"{socket.gethostname()}:0"}
-    plain = {name: value for name, value in variables.items() if PLAIN.fullmatch(value)}
+    plain = {name: value for name, value in environment_there().items() if PLAIN.fullmatch(value)}
     (folder / ENVIRONMENT).write_text("".join(f"{name}={value}\n" for name, value in plain.items()))
 
 
@@ -156,6 +164,8 @@ def explain(command: Sequence[str]) -> list[Part]:
     parts, at = [], 0
     while at < len(command):
         size, meaning = MEANINGS[command[at]]
+        if command[at] == "env":
+            size += next(i for i, word in enumerate(command[at + 1 :]) if "=" not in word)
         if command[at : at + 2] == ["--hostfile", ""]:
             meaning = "empty: this machine alone, even if it has a /job/hostfile that names others"
         parts.append(Part(tuple(command[at : at + size]), meaning))

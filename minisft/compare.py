@@ -9,11 +9,11 @@ from minisft.observe import speed
 from minisft.runs import Run, checkpoint_step
 from minisft.traffic import sent
 from minisft.zero_measure import OTHER
+from minisft.zero_memory import MOMENTS
 
 if TYPE_CHECKING:
     import pandas
 
-MOMENTS = ("at rest", "after backward")  # of `memory.json`
 NEAR = 0.05  # runs whose speed differs by less are said to be equally fast: repeating one moves it by as much
 
 
@@ -86,12 +86,11 @@ def verdict(runs: Sequence[Run]) -> str:
     least = min(row["tokens_per_second"] for row in rows)
     fastest = [row["run"] for row in rows if row["tokens_per_second"] > (1 - NEAR) * most]
     states = {row["run"]: row["model_state_bytes"] for row in rows}
-    leanest = [name for name, size in states.items() if size < 1.01 * min(states.values())]
     heaviest = max(states, key=states.__getitem__)
     share = min(states.values()) / states[heaviest]
     said = [
         f"Fastest here: {listed(fastest)}, with {most:,.0f} tokens/s; the slowest made {least / most:.0%} of that.",
-        f"Leanest: {listed(leanest)}, with {share:.0%} of {heaviest}'s states per rank.",
+        f"Leanest: {listed(leanest(rows))}, with {share:.0%} of {heaviest}'s states per rank.",
     ]
     if any(run.on_gpu for run in runs):
         said.append("Between other GPUs, or over a network, communication takes another share of each step.")
@@ -103,6 +102,12 @@ def verdict(runs: Sequence[Run]) -> str:
             "between them decide."
         )
     return " ".join(said)
+
+
+def leanest(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The runs of these rows that hold the fewest states per rank, those within a hundredth of it included."""
+    states = {row["run"]: row["model_state_bytes"] for row in rows if row["model_state_bytes"]}
+    return [name for name, size in states.items() if size < 1.01 * min(states.values())]
 
 
 def listed(names: Sequence[str]) -> str:

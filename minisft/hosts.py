@@ -31,6 +31,16 @@ TRAVELS = re.compile(
 STAYS = frozenset({"CUDA_VISIBLE_DEVICES", "MINISFT_SUPERVISOR", "MINISFT_HOST"})  # each machine's own
 
 
+def is_here(name: str) -> bool:
+    """Whether a host is the machine that asks: by a loopback address, `localhost`, or its own name."""
+    if name in ("localhost", socket.gethostname()):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class Host:
     """A machine and how many ranks it takes."""
@@ -40,13 +50,7 @@ class Host:
 
     @property
     def is_here(self) -> bool:
-        """Whether this is the machine that asks: by a loopback address, `localhost`, or its own name."""
-        if self.name in ("localhost", socket.gethostname()):
-            return True
-        try:
-            return ipaddress.ip_address(self.name).is_loopback
-        except ValueError:
-            return False
+        return is_here(self.name)
 
 
 @dataclass(frozen=True)

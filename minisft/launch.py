@@ -14,7 +14,6 @@ import os
 import queue
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,9 +25,9 @@ from typing import Any
 
 from minisft import assets, operators, preflight
 from minisft.checkpoints import latest_resumable
-from minisft.commands import Command, commands, shown, write_place
+from minisft.commands import Command, commands, require_deepspeed, shown, write_place
 from minisft.errors import UserError
-from minisft.hosts import Place
+from minisft.hosts import Place, is_here
 from minisft.ledger import Ledger
 from minisft.lint import lint
 from minisft.live import LiveView, in_notebook
@@ -37,7 +36,7 @@ from minisft.runs import Run, RunConfig, outputs_root, project_root, read_json, 
 from minisft.supervisor import Task
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import write_data
-from minisft.zero_config import deepspeed_config, offloads, zero_stage
+from minisft.zero_config import deepspeed_config, offloads
 
 Say = Callable[[str], None]
 HOSTS = "hosts.json"  # of a run folder: where it takes place
@@ -134,10 +133,7 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
 def _require_place(config: RunConfig, place: Place | None) -> None:
     if place is None:
         return
-    if zero_stage(config.strategy) is None:
-        raise UserError(
-            f"{config.strategy} runs on one machine: on several, use zero0 to zero3 (zero0 is DeepSpeed's ddp)"
-        )
+    require_deepspeed(config)
     if place.ranks != config.ranks:
         raise UserError(f"the hosts take {place.ranks} ranks, but {config.ranks} were asked for: make them equal")
 
@@ -194,11 +190,10 @@ def launch(
     `stall` seconds. Success is exit code 0, the `DONE` marker, and every rank's word. Raises `RunFailed` or
     `KeyboardInterrupt`, once all processes are gone, or `UserError` if the run is live.
     """
-    say = say or (LiveView(run) if in_notebook() else print)
     if run.status == "done":
-        say = print if isinstance(say, LiveView) else say
-        say(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
+        (say or print)(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
         return run
+    say = say or (LiveView(run) if in_notebook() else print)
     place = place or _place_of(run)
     _require_place(run.config, place)
     if place is not None and place.launcher == "none":
@@ -214,9 +209,7 @@ def launch(
             say(line)
         task = Task(
             folder=str(run.folder),
-            commands=[command.words for command in started],
-            environments=[command.environment for command in started],
-            hosts=[command.host for command in started],
+            commands=started,
             working_directory=str(project_root()),
             ranks=run.config.ranks,
             silence=silence,
@@ -331,7 +324,7 @@ def _wait_for_ranks(run: Run) -> None:
     """The ranks notice by themselves that their supervisor is gone; see to it that they do."""
     import psutil
 
-    here = [sign.pid for sign in read_signs(run.folder) if sign.host == socket.gethostname()]
+    here = [sign.pid for sign in read_signs(run.folder) if is_here(sign.host)]
     ranks = []
     for pid in here:
         with suppress(psutil.NoSuchProcess):

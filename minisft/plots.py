@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minisft.compare import listed, model_states, summary_rows
+from minisft.compare import leanest, listed, model_states, summary_rows
 from minisft.conversations import Conversation
 from minisft.labels import Row, encode_segments
 from minisft.ledger import Ledger
@@ -104,9 +104,8 @@ def comparison(runs: Sequence[Run]) -> Picture:
             panel.text(value, y, f" {value:,.0f}" if size == 1 else f" {value:.2f}", va="center", fontsize=8)
     figure.legend(*by_step.get_legend_handles_labels(), frameon=False, ncols=len(rows), loc="outside lower center")
     fastest = max(rows, key=lambda name: rows[name]["tokens_per_second"] or 0)
-    states = {name: row["model_state_bytes"] for name, row in rows.items() if row["model_state_bytes"]}
-    leanest = [name for name, held in states.items() if held < 1.01 * min(states.values())]
-    least = f", and {listed(leanest)} held the least between steps" if leanest else ""
+    lightest = leanest(list(rows.values()))
+    least = f", and {listed(lightest)} held the least between steps" if lightest else ""
     figure.suptitle(f"On this machine {fastest} was the fastest{least}")
     each = "; ".join(
         f"{name} {row['tokens_per_second'] or 0:,.0f} tokens/s, {_gigabytes(row['model_state_bytes'])} of states, "

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minisft.runs import write_json
+
 SAY = "[minisft] "  # begins a line that a rank wants the person to see; its other output goes to the log alone
 FOLDER = "ranks"  # of a run folder
 SUPERVISOR = "MINISFT_SUPERVISOR"  # host:process, in a rank's environment; not there if it was started by hand
@@ -97,7 +99,8 @@ class Pulse:
 
     def _write(self) -> None:
         now = {"phase": self._phase, "step": self.step, "micro_batch": self._micro_batch, "began": self._began}
-        _write(self.file, self._about | now)
+        with suppress(OSError):
+            write_json(self.file, self._about | now)
         self._written = time.monotonic()
 
     def _beat(self) -> None:
@@ -126,7 +129,8 @@ class SupervisorSign:
     def __init__(self, run_folder: Path):
         self.file = run_folder / FOLDER / "supervisor.json"
         self.file.parent.mkdir(exist_ok=True)
-        _write(self.file, {"host": socket.gethostname(), "pid": os.getpid()})
+        with suppress(OSError):
+            write_json(self.file, {"host": socket.gethostname(), "pid": os.getpid()})
 
     @property
     def name(self) -> str:
@@ -189,10 +193,3 @@ class Watch:
             return self.unchanged(file, file.stat().st_mtime_ns) > most
         except OSError:
             return self.unchanged(file, None) > min(most, MISSED)
-
-
-def _write(file: Path, value: dict[str, Any]) -> None:
-    scratch = file.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):
-        scratch.write_text(json.dumps(value))
-        scratch.replace(file)

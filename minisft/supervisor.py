@@ -29,7 +29,8 @@ from typing import Any
 
 import psutil
 
-from minisft.hosts import Host
+from minisft.commands import Command
+from minisft.hosts import is_here
 from minisft.pulse import BEAT, SAY, SUPERVISOR, Sign, SupervisorSign, Watch, read_signs
 
 LOOK = 0.25  # seconds between two looks at the launcher
@@ -50,15 +51,12 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 class Task:
     """What to run: `commands` in `working_directory`, which make `ranks` ranks that write into the run `folder`.
 
-    There is one command for each of the `hosts`, or one for all; `environments` are what each needs beside this
-    process's own. A rank that gives no sign of life for `silence` seconds, or a run in which no rank moves for `stall`
-    seconds, is ended.
+    A rank that gives no sign of life for `silence` seconds, or a run in which no rank moves for `stall` seconds, is
+    ended.
     """
 
     folder: str
-    commands: list[list[str]]
-    environments: list[dict[str, str]]
-    hosts: list[str]
+    commands: list[Command]
     working_directory: str
     ranks: int
     silence: float
@@ -67,10 +65,14 @@ class Task:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        values = json.loads(text)
+        return cls(**values | {"commands": [Command(**command) for command in values["commands"]]})
+
 
 def main() -> None:
-    task = Task(**json.loads(sys.argv[1]))
-    supervisor = Supervisor(task)
+    supervisor = Supervisor(Task.from_json(sys.argv[1]))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: supervisor.stop(f"stopped by {signal.Signals(number).name}"))
     sys.exit(supervisor.run())
@@ -103,16 +105,16 @@ class Supervisor:
         own = os.environ | {SUPERVISOR: sign.name, "PYTHONUNBUFFERED": "1"}
         launchers = [
             subprocess.Popen(
-                command,
+                command.words,
                 cwd=self.task.working_directory,
-                env=own | environment,
+                env=own | command.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,  # before any thread is started
             )
-            for command, environment in zip(self.task.commands, self.task.environments, strict=True)
+            for command in self.task.commands
         ]
         log = (self.folder / "logs" / "launcher.log").open("wb", buffering=0)
         readers = [threading.Thread(target=_copy_output, args=(one.stdout, log), daemon=True) for one in launchers]
@@ -140,12 +142,12 @@ class Supervisor:
             reader.join(timeout=2)
         code = self._verdict(next((one.returncode for one in launchers if one.returncode), 0))
         for command in self.task.commands:
-            _remove_shared_memory(command)
+            _remove_shared_memory(command.words)
         return code
 
     def _look_at(self, launchers: Sequence[subprocess.Popen]) -> None:
         """One host's launcher that fails fails the run: the others' ranks would wait for its ranks."""
-        for launcher, host in zip(launchers, self.task.hosts, strict=True):
+        for launcher, command in zip(launchers, self.task.commands, strict=True):
             if launcher.poll():
                 self.failed_at = self.failed_at or time.monotonic()
                 if time.monotonic() - self.failed_at < GRACE or len(launchers) == 1:
@@ -153,7 +155,7 @@ class Supervisor:
                 failure = _read(self.folder / "FAILED")
                 self.over = True
                 if failure is None or LOST.search(failure["reason"]):
-                    self.stop(self._why(host, launcher.returncode), self.gone[0] if self.gone else None)
+                    self.stop(self._why(command.host, launcher.returncode), self.gone[0] if self.gone else None)
 
     def _why(self, host: str, code: int) -> str:
         if code == SSH_FAILED:
@@ -176,6 +178,7 @@ class Supervisor:
                 self._look_at_end(self.ends.pop(end))
 
     def _look_at_end(self, rank: int) -> None:
+        # Read anew: between an earlier reading and its end the rank may have said that it is done.
         sign = next((sign for sign in read_signs(self.folder) if sign.rank == rank), None)
         if sign is not None and not sign.ended and rank not in {other.rank for other in self.gone}:
             self.gone.append(sign)
@@ -193,7 +196,7 @@ class Supervisor:
         for sign in signs:
             if sign.ended:
                 continue
-            here = Host(sign.host, 1).is_here
+            here = is_here(sign.host)
             if here:
                 self._watch_end(sign)
             if here and not _lives(sign.pid):

@@ -153,6 +153,8 @@ def test_command_prints_only_the_command(tiny_model, small_data, own_outputs):
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert "--num_accelerators 4" in done.stdout
+    port = done.stdout.split("--master_port ")[1].split()[0]
+    assert f"--master_port {port} " in done.stderr, "what is explained is what is printed"
     assert (own_outputs / "model" / "big" / "deepspeed.json").exists()
     listed = json.loads(minisft("compare", "--json").stdout)
     assert [(row["run"], row["status"]) for row in listed] == [("big", "prepared")]

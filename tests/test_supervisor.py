@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 
+from minisft.commands import Command
 from minisft.pulse import Pulse, Watch, read_signs
 from minisft.supervisor import LOST, Task
 
@@ -66,8 +67,8 @@ def launcher(folder, first_rank, *deeds, quiet=False):
 
 def supervise(folder, commands, ranks, silence=30.0, stall=30.0, hosts=None):
     (folder / "logs").mkdir(exist_ok=True)
-    hosts = hosts or [""] * len(commands)
-    task = Task(str(folder), commands, [{} for _ in commands], hosts, str(folder), ranks, silence, stall)
+    named = [Command(words, {}, host) for words, host in zip(commands, hosts or [""] * len(commands), strict=True)]
+    task = Task(str(folder), named, str(folder), ranks, silence, stall)
     process = subprocess.Popen(
         [sys.executable, "-m", "minisft.supervisor", task.to_json()],
         stdin=subprocess.PIPE,

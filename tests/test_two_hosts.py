@@ -5,7 +5,7 @@ with an address of their own each, joined by a cable.
 """
 
 import os
-import re
+import shlex
 import signal
 import subprocess
 import time
@@ -14,9 +14,9 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from minisft.commands import commands, slurm_script
+from minisft.commands import commands, explain, slurm_script
 from minisft.errors import UserError
-from minisft.hosts import Host, Place
+from minisft.hosts import LAUNCHERS, Host, Place
 from minisft.launch import RunFailed, launch, prepare
 from minisft.pulse import read_signs
 from minisft.runs import RunConfig
@@ -30,11 +30,13 @@ def quiet(line):
     pass
 
 
+SETTINGS = {"max_steps": STEPS, "save_steps": 4, "max_characters": None, "resumable": True, "eval_rows": 0}
+
+
 @pytest.fixture
 def config(tiny_model, small_data):
     def make(name, **changes):
-        settings = {"max_steps": STEPS, "save_steps": 4, "max_characters": None, "resumable": True, "eval_rows": 0}
-        return RunConfig.course("zero2", name=name, model=str(tiny_model), data=str(small_data), **(settings | changes))
+        return RunConfig.course("zero2", name=name, model=str(tiny_model), data=str(small_data), **(SETTINGS | changes))
 
     return make
 
@@ -43,9 +45,8 @@ def config(tiny_model, small_data):
 def one_host(tiny_model, small_data, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("MINISFT_OUTPUTS", str(tmp_path_factory.mktemp("one-host")))
-    settings = {"max_steps": STEPS, "save_steps": 4, "max_characters": None, "resumable": True, "eval_rows": 0}
-    settings |= {"model": str(tiny_model), "data": str(small_data)}
-    run = launch(prepare(RunConfig.course("zero2", **settings), say=quiet), say=quiet)
+    about = SETTINGS | {"model": str(tiny_model), "data": str(small_data)}
+    run = launch(prepare(RunConfig.course("zero2", **about), say=quiet), say=quiet)
     patch.undo()
     return [m["loss"] for m in run.metrics]
 
@@ -94,8 +95,6 @@ def test_a_run_that_somebody_else_starts_is_not_launched(config):
 
 def test_a_hosts_command_reaches_it_through_ssh_in_one_piece(config, tmp_path):
     """What ssh hands to the other host's shell means, there, exactly the words that were meant."""
-    import shlex
-
     folder = tmp_path / "a b; $(touch harm) 'c'\n"
     local, there = commands(config("two"), folder, Place((Host("127.0.0.1", 1), Host("worker-1", 1))))
     assert local.words[0] == "deepspeed"
@@ -108,6 +107,14 @@ def test_a_hosts_command_reaches_it_through_ssh_in_one_piece(config, tmp_path):
         *("--hostfile", str(folder / "hostfile"), "--no_ssh", "--node_rank", "1", "--master_addr", "127.0.0.1"),
         *("--master_port", words[words.index("--master_port") + 1]),
     ]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_word_that_starts_a_host_is_explained(config, tmp_path, launcher):
+    place = Place((Host("127.0.0.1", 1), Host("worker-1", 1)), launcher)
+    for command in commands(config("two"), tmp_path, place):
+        words = shlex.split(str(command))
+        assert [word for part in explain(words) for word in part.words] == words
 
 
 def test_pdsh_gets_no_path_that_it_would_break(config, tmp_path):
@@ -184,16 +191,12 @@ def test_two_hosts_with_addresses_of_their_own(config, one_host, namespaces):
     place = Place(tuple(Host(address, 1) for address in namespaces), "none")
     run = prepare(config("two"), place=place, say=quiet)
     started = []
-    for command in commands(run.config, run.folder, place):
-        name, device = namespaces[command.host]
-        # One port for both: that of the command file.
-        port = re.search(r"--master_port (\d+)", run.command)[1]
-        words = list(command.words)
-        words[words.index("--master_port") + 1] = port
-        variables = [f"{key}={value}" for key, value in command.environment.items()] + [f"GLOO_SOCKET_IFNAME={device}"]
+    for host, line in zip(place.hosts, run.command.splitlines(), strict=True):
+        name, device = namespaces[host.name]
+        variables = ["env", f"GLOO_SOCKET_IFNAME={device}"]
         started.append(
             subprocess.Popen(
-                ["ip", "netns", "exec", name, "env", *variables, *words],
+                ["ip", "netns", "exec", name, *variables, *shlex.split(line)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
