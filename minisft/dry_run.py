@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from minisft.errors import UserError
@@ -17,8 +17,7 @@ from minisft.errors import UserError
 COPIES = "copies of a bucket"
 ACTIVATIONS, LOGITS, GRADIENTS, BACKWARD = "activations", "logits and loss", "gradients", "temporaries of backward"
 
-DEEP = 8  # layers from which on a model is traced with fewer, of each:
-SHALLOW = (3, 5)
+DEEP = 8  # layers from which on a model is traced with fewer
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def dry_run(
     level = quiet.level
     quiet.setLevel(logging.CRITICAL)
     try:
-        staying, freeing = (_all_layers(config, freeing=gone, **options) for gone in (False, True))
+        found = _all_layers(config, **options)
     except Exception as error:  # whatever a model's own code raises on tensors without values
         reason = " ".join(str(error).split())[:200]
         name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
@@ -80,38 +79,43 @@ def dry_run(
         ) from error
     finally:
         quiet.setLevel(level)
-    return DryRun(staying.retained, staying.peak, (freeing.early, freeing.late), freeing.arrived, freeing.reducing)
+    return DryRun(found.retained, found.peak, (found.early, found.late), found.arrived, found.reducing)
 
 
 @dataclass(frozen=True)
 class _Trace:
     """Bytes by owner: what forward retains, and the most that is alive before and after the middle of backward.
 
-    `arrived` are the elements of the gradients that are there by then.
+    `early` and `late` without the gradients that have arrived, `early_staying` and `late_staying` with them; `arrived`
+    are the elements of those.
     """
 
     retained: dict[str, int]
     early: dict[str, int]
     late: dict[str, int]
+    early_staying: dict[str, int]
+    late_staying: dict[str, int]
     arrived: tuple[int, int]
     reducing: dict[str, int]
 
     @property
     def peak(self) -> dict[str, int]:
-        return max(self.early, self.late, key=lambda held: sum(held.values()))
+        return max(self.early_staying, self.late_staying, key=lambda held: sum(held.values()))
 
 
 def _all_layers(config: Any, **options: Any) -> _Trace:
     """The trace of a model with all its layers; of a deep one from two shallow ones, if its layers are all alike.
 
     Each further layer then adds the same: to what is retained, to what is alive as backward begins and as it ends.
+    All have an even number of layers, or all an odd one: else the middle would be in the midst of a layer for some.
     """
     layers = getattr(config, "num_hidden_layers", 0)
     kinds = getattr(config, "layer_types", None)
     if not isinstance(layers, int) or layers <= DEEP or len(set(kinds or ())) > 1:
         return _trace(config, **options)
-    few, more = SHALLOW
-    a, b = (_trace(_with_layers(config, n), **options) for n in SHALLOW)
+    few = 2 + layers % 2
+    more = few + 2
+    a, b = (_trace(_with_layers(config, n), **options) for n in (few, more))
 
     def extended(which: str) -> dict[str, int]:
         x, y = getattr(a, which), getattr(b, which)
@@ -119,7 +123,8 @@ def _all_layers(config: Any, **options: Any) -> _Trace:
         return {owner: x.get(owner, 0) + size * (layers - few) for owner, size in each.items()}
 
     arrived = [x + (y - x) // (more - few) * (layers - few) for x, y in zip(a.arrived, b.arrived, strict=True)]
-    return _Trace(extended("retained"), extended("early"), extended("late"), tuple(arrived), extended("reducing"))
+    held = {field.name: extended(field.name) for field in fields(_Trace) if field.name != "arrived"}
+    return _Trace(**held, arrived=tuple(arrived))
 
 
 def _with_layers(config: Any, layers: int) -> Any:
@@ -140,15 +145,18 @@ def _trace(
     activation_checkpointing: bool,
     on_gpu: bool,
     trust_remote_code: bool,
-    freeing: bool,
     real: bool = False,
 ) -> _Trace:
-    """`real` runs on tensors that have values."""
+    """`real` runs on tensors that have values.
+
+    Each gradient is let go as it arrives, and those that would have stayed are added up: one pass tells both.
+    """
     from contextlib import nullcontext
 
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     from minisft.allocations import Allocations, Moment
     from minisft.attention import PER_DOCUMENT, supports_padding_free
@@ -163,8 +171,10 @@ def _trace(
     with_head = supports_loss_head(config, trust_remote_code)
     fake = None if real else FakeTensorMode()
     with fake or nullcontext():
-        with torch.device(device):
+        with torch.device(device), no_init_weights() if fake else nullcontext():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        if fake:
+            model.tie_weights()
         model.train()
         padding_free = supports_padding_free(model)
         if padding_free:
@@ -194,27 +204,28 @@ def _trace(
         parameters = list(model.parameters())
         for tensor in (*parameters, *model.buffers()):
             count.ignore(tensor)
-        here = 0  # gradients
-        halves = [Moment("forward", {}), Moment("backward", {})]  # the most before and after the middle of backward
+        here = kept = 0  # gradients that have arrived, and their bytes
+        freeing, staying = ([Moment("forward", {}), Moment("backward", {})] for _ in range(2))  # before and after half
         reducing: dict[str, int] = {}
 
         def keep_peak() -> None:
             """Book the most since the gradient before, and begin anew."""
             half = here > len(parameters) // 2
-            halves[half] = max(halves[half], count.peak, key=lambda moment: moment.total)
+            most = count.peak
+            freeing[half] = max(freeing[half], most, key=lambda moment: moment.total)
+            most = Moment(most.phase, most.held | {GRADIENTS: kept}, most.mark) if kept else most
+            staying[half] = max(staying[half], most, key=lambda moment: moment.total)
             count.peak = Moment("backward", {})
 
         def arrived(parameter: Any) -> None:
-            nonlocal here, reducing
+            nonlocal here, kept, reducing
             here += 1
             copied = {**count.peak.held, COPIES: 2 * parameter.grad.nbytes}
             reducing = max(reducing, copied, key=lambda held: sum(held.values()))
             keep_peak()
             count.mark += parameter.numel()
-            if freeing:
-                parameter.grad = None
-            else:
-                count.see(parameter.grad, GRADIENTS)
+            kept += parameter.grad.nbytes
+            parameter.grad = None
 
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(arrived)
@@ -230,5 +241,5 @@ def _trace(
             loss.backward()
         here += 1
         keep_peak()
-        early, late = halves
-        return _Trace(retained, early.held, late.held, (early.mark, late.mark), reducing)
+        held = [moment.held for moment in (*freeing, *staying)]
+        return _Trace(retained, *held, arrived=tuple(moment.mark for moment in freeing), reducing=reducing)

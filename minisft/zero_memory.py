@@ -82,6 +82,18 @@ FORMULAS: dict[str, dict[str, str]] = {
 }
 
 
+# What transformers' Trainer spares from weight decay, by name; to ask it itself would load `datasets` and pandas.
+NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+
+
+def decayed_names(model: Any) -> set[str]:
+    """The parameters of a torch module that Trainer gives weight decay: no norms, no biases."""
+    from torch.nn import LayerNorm
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    return set(get_parameter_names(model, [LayerNorm], list(NO_DECAY)))
+
+
 @dataclass(frozen=True)
 class Shapes:
     """A model as ZeRO sees it: the elements of every trained parameter, shared ones once, by param group.
@@ -110,9 +122,7 @@ class Shapes:
     @classmethod
     def of_model(cls, model: Any, source: str = "") -> Shapes:
         """The shapes of a torch module, on whatever device (`meta` is enough), in the groups that Trainer makes."""
-        from transformers import Trainer
-
-        decayed = set(Trainer.get_decay_parameter_names(None, model))
+        decayed = decayed_names(model)
         named = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
         groups = [tuple(x for x in named if x[0] in decayed), tuple(x for x in named if x[0] not in decayed)]
         buffers = sum(b.numel() * b.element_size() for b in model.buffers())

@@ -7,11 +7,13 @@ from copy import deepcopy
 
 import pytest
 import torch
-from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers import AutoConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from minisft.allocations import Allocations
+from minisft.attention import PER_DOCUMENT
 from minisft.dry_run import ACTIVATIONS, GRADIENTS, LOGITS, _all_layers, _trace, dry_run
 from minisft.errors import UserError
+from minisft.loss import LossHead, summed_loss
 
 LLAMA = LlamaConfig(
     vocab_size=301,
@@ -30,7 +32,6 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("freeing", [False, True])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -43,21 +44,40 @@ PLAIN = {
     ],
 )
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["padding-free", "padded"])
-def test_fake_tensors_count_what_real_ones_take(config, changes, freeing):
-    settings = PLAIN | changes | {"freeing": freeing}
+def test_fake_tensors_count_what_real_ones_take(config, changes):
+    settings = PLAIN | changes
     gc.collect()
     assert _trace(config, **settings) == _trace(config, **settings, real=True)
 
 
-@pytest.mark.parametrize("freeing", [False, True])
+@pytest.mark.parametrize("layers", [12, 17])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_deep_model_is_traced_by_way_of_shallow_ones(freeing, checkpointing):
+def test_a_deep_model_is_traced_by_way_of_shallow_ones(checkpointing, layers):
     config = deepcopy(LLAMA)
-    config.num_hidden_layers = 16
-    settings = PLAIN | {"freeing": freeing, "activation_checkpointing": checkpointing}
+    config.num_hidden_layers = layers
+    settings = PLAIN | {"activation_checkpointing": checkpointing}
     found, whole = _all_layers(config, **settings), _trace(config, **settings)
     assert found.retained == whole.retained
-    assert sum(found.peak.values()) == sum(whole.peak.values())
+    for which in ("early", "late", "early_staying", "late_staying", "reducing"):
+        assert sum(getattr(found, which).values()) == sum(getattr(whole, which).values()), which
+    assert found.arrived == whole.arrived
+
+
+def test_gradients_that_stay_are_added_to_what_is_alive():
+    """Against a backward pass that keeps them, on tensors that have values."""
+    model = LlamaForCausalLM(deepcopy(LLAMA)).train()
+    model.set_attn_implementation(PER_DOCUMENT)
+    head, count, tokens, trained = LossHead(model.get_output_embeddings()), Allocations(ACTIVATIONS), 7, 5
+    for tensor in (*model.parameters(), *model.buffers()):
+        count.ignore(tensor)
+    inputs = {"input_ids": torch.ones(1, tokens, dtype=torch.int64), "position_ids": torch.arange(tokens)[None]}
+    inputs |= {"cu_seq_lens_q": torch.tensor([0, 4, 7], dtype=torch.int32), "max_length_q": 4}
+    positions, targets = (torch.zeros(trained, dtype=torch.int64) for _ in range(2))
+    with count:
+        summed_loss(model, inputs, positions, targets, head, padding_free=True).backward()
+    expected = dry_run(LLAMA, [4, 3], trained=trained)
+    assert sum(expected.peak.values()) == count.peak.total
+    assert 0 < expected.peak[GRADIENTS] <= sum(p.grad.nbytes for p in model.parameters())
 
 
 def test_what_is_known_of_activations():

@@ -24,6 +24,7 @@ from minisft.zero_memory import (
     MOMENTS,
     OWNERS,
     Shapes,
+    decayed_names,
     generated,
     paper,
     partition_size,
@@ -215,3 +216,17 @@ def test_every_strategy_has_an_answer_for_every_rank():
 def test_what_cannot_be_is_refused(strategy, ranks, precision, said):
     with pytest.raises(UserError, match=said):
         predict(shapes_of(True, True), strategy, ranks, precision)
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "gpt2", "qwen3", "gemma2", "opt", "bloom", "gpt_neox", "phi", "mamba"]
+)
+def test_weight_decay_is_for_those_that_trainer_gives_it(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(kind, vocab_size=300, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert decayed_names(model) == set(Trainer.get_decay_parameter_names(None, model))
+    assert 0 < len(decayed_names(model)) < len(list(model.parameters()))
