@@ -441,6 +441,7 @@ def memory(
 ) -> None:
     """Bytes per rank and owner under every strategy, predicted without allocating any of them."""
     from minisft import memory_report
+    from minisft.heap import importing
 
     if (model is None) == (params is None):
         raise UserError("give either --model or --params, e.g. minisft memory --model smollm2")
@@ -448,7 +449,8 @@ def memory(
     if params is not None:
         report = memory_report.of_parameters(params, ranks)
     else:
-        report = memory_report.of_model(model, ranks, precision, batch, trust_remote_code, _note, accumulation)
+        with importing():  # and nothing here makes garbage
+            report = memory_report.of_model(model, ranks, precision, batch, trust_remote_code, _note, accumulation)
     if gpu_memory is not None:
         report.add_plan(gpu_memory * 1e9)
     _print_json(report.to_dict()) if as_json else print(report.text())

@@ -8,9 +8,9 @@ all, `DONE` or `FAILED`.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
+import select
 import sys
 import threading
 import traceback
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from minisft import checkpoints
 from minisft.errors import UserError
+from minisft.heap import importing
 from minisft.pulse import SAY, Pulse, end_with_supervisor
 from minisft.runs import Run, checkpoint_step, write_json
 
@@ -70,21 +71,24 @@ def _train(run: Run, rank: int, pulse: Pulse) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local folder by now
     # DeepSpeed loads its checkpoints as pickles; so they are restricted to tensors and plain values.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    import torch
-
     config = run.config
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != config.ranks:
         raise UserError(f"{run.name} was prepared for {config.ranks} ranks, but {world} started: prepare it again")
-    on_gpu = torch.cuda.is_available()
+    with importing():
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips DeepSpeed's probing for accelerators
+        if run.deepspeed:
+            import deepspeed
+        import minisft.trainer  # noqa: F401
     if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips DeepSpeed's probing for accelerators
         # torchrun's name for it, and DeepSpeed's: threads that outnumber the cores only wait for each other.
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     if run.deepspeed:
-        import deepspeed
-
         _allow_deepspeed_states()
         # Before the model is built: stage 3 partitions it while loading and must know the ranks by then.
         deepspeed.init_distributed()
@@ -130,8 +134,6 @@ def make_trainer(run: Run, rank: int, world: int, on_gpu: bool, checkpoint: Path
     from minisft.training_data import TEST_ROWS, load_rows, row_lengths
     from minisft.wide_products import needs_wide_products, widen_linear_layers
 
-    # A million objects of imported modules: neither garbage nor tensors, and never looked through again.
-    gc.freeze()
     config = run.config
     trust = config.trust_remote_code
     tokenizer = HuggingFaceTokenizer(run.model_folder, config.template)
@@ -261,24 +263,33 @@ def _log_to(file: Path, and_terminal: bool) -> Callable[[], None]:
         return flush
     terminal = os.dup(1)
     reading, writing = os.pipe()
+    over, end = os.pipe()
+    os.set_blocking(reading, False)
     os.dup2(writing, 1)
     os.dup2(writing, 2)
     os.close(writing)
 
     def copy() -> None:
-        while data := os.read(reading, 1 << 16):
-            for place in (log, terminal):
-                with suppress(OSError):  # a full disk or a closed terminal must not block the training
-                    os.write(place, data)
+        while True:
+            last = over in select.select([reading, over], [], [])[0]  # all has been written by then
+            with suppress(BlockingIOError):
+                while data := os.read(reading, 1 << 16):
+                    for place in (log, terminal):
+                        with suppress(OSError):  # a full disk or a closed terminal must not block the training
+                            os.write(place, data)
+            if last:
+                return
 
     copier = threading.Thread(target=copy, daemon=True)
     copier.start()
 
     def finish() -> None:
         flush()
-        os.dup2(log, 1)  # the last writers of the pipe go, and the copier comes to its end
+        os.dup2(log, 1)
         os.dup2(log, 2)
-        copier.join(timeout=2)  # a child that inherited the pipe may hold it open
+        # The pipe itself need not come to its end: a child, or a library, may hold another end of it open.
+        os.write(end, b".")
+        copier.join(timeout=2)
 
     return finish
 
