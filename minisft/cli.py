@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from minisft.errors import UserError
+from minisft.pulse import SILENCE, STALL
 
 app = typer.Typer(
     help="Supervised fine-tuning and ZeRO, small enough to read. Start with: minisft doctor",
@@ -310,6 +311,8 @@ Hostfile = Annotated[Path | None, typer.Option("--hostfile", "-H", help="machine
 LauncherName = Annotated[
     str, typer.Option(help="what starts the ranks on other machines: ssh, pdsh, or none (you do, with command.txt)")
 ]
+Silence = Annotated[float, typer.Option(help="seconds without a sign of life after which a rank is ended, and the run")]
+Stall = Annotated[float, typer.Option(help="seconds without a step of any rank after which the run is ended")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a run of this name")]
 
 
@@ -363,13 +366,18 @@ def command(
 @app.command()
 @_with_run_options
 def launch(
-    options: dict[str, Any], overwrite: Overwrite = False, hostfile: Hostfile = None, launcher: LauncherName = "ssh"
+    options: dict[str, Any],
+    overwrite: Overwrite = False,
+    hostfile: Hostfile = None,
+    launcher: LauncherName = "ssh",
+    silence: Silence = SILENCE,
+    stall: Stall = STALL,
 ) -> None:
     """Write a run folder, train it, and follow it to its end."""
     from minisft.launch import prepare
 
     config, place = _with_place(options, hostfile, launcher)
-    _launch(prepare(config, place=place, overwrite=overwrite, say=_note))
+    _launch(prepare(config, place=place, overwrite=overwrite, say=_note), place, silence, stall)
 
 
 @app.command()
@@ -377,6 +385,8 @@ def train(
     run: Annotated[str, typer.Argument(help="a run's name or folder, made by `minisft command`")],
     hostfile: Hostfile = None,
     launcher: LauncherName = "ssh",
+    silence: Silence = SILENCE,
+    stall: Stall = STALL,
 ) -> None:
     """Train a prepared run."""
     from minisft.hosts import Place
@@ -384,16 +394,19 @@ def train(
 
     prepared = Run.load(run)
     place = Place.of_hostfile(hostfile, prepared.config.ranks, launcher) if hostfile else None
-    _launch(prepared, place)
+    _launch(prepared, place, silence, stall)
 
 
-def _launch(run: Any, place: Any = None) -> None:
+def _launch(run: Any, place: Any, silence: float, stall: float) -> None:
     from minisft.launch import RunFailed, launch
     from minisft.observe import TerminalProgress
 
+    for what, seconds in (("--silence", silence), ("--stall", stall)):
+        if not seconds > 0:
+            raise UserError(f"{what} is {seconds:g}: give seconds, more than 0")
     progress = TerminalProgress(sys.stdout)
     try:
-        launch(run, say=progress, place=place)
+        launch(run, say=progress, place=place, silence=silence, stall=stall)
     except (RunFailed, KeyboardInterrupt) as error:
         progress.close()
         _complain(error)

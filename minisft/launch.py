@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ from minisft.hosts import Place, is_here
 from minisft.ledger import Ledger
 from minisft.lint import lint
 from minisft.live import LiveView, in_notebook
-from minisft.pulse import clear, read_signs
+from minisft.pulse import SILENCE, STALL, clear, read_signs
 from minisft.runs import Run, RunConfig, outputs_root, project_root, read_json, write_json
 from minisft.supervisor import Task
 from minisft.tokens import HuggingFaceTokenizer
@@ -41,8 +41,6 @@ from minisft.zero_config import deepspeed_config, offloads
 Say = Callable[[str], None]
 HOSTS = "hosts.json"  # of a run folder: where it takes place
 TICK = 0.25  # seconds between two looks for an interrupt
-SILENCE = 60.0  # seconds without a sign of life after which a rank counts as hanging: it gives one every second
-STALL = 1800.0  # seconds without progress: what PyTorch's collectives wait at most, too
 
 
 class RunFailed(RuntimeError):
@@ -100,6 +98,8 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
     preflight.require_fit(config, architecture, rows)
     preflight.require_space(config, rows, parameters)
     preflight.warn_of_memory(config, architecture, precision, on_gpu, say)
+    if place is None and not on_gpu:
+        preflight.warn_of_cores(config, say)
     if offloads(config.strategy) and not on_gpu:
         say("Without a GPU everything is in main memory already: offloading works here, and saves nothing")
     write_json(scratch / "ledger.json", ledger.to_dict())
@@ -205,6 +205,7 @@ def launch(
         _clear_earlier_try(run)
         started = _write_commands(run.config, run.folder, run.folder, place)
         (run.folder / "logs").mkdir(exist_ok=True)
+        _require_programs(started)
         for line in run.command.splitlines():
             say(line)
         task = Task(
@@ -251,6 +252,13 @@ def _require_sound_deepspeed(run: Run, say: Say) -> None:
         raise UserError(f"{shown(run.folder / 'deepspeed.json')} cannot be trained with: {said}")
     for finding in findings:
         say(f"deepspeed.json: {finding}")
+
+
+def _require_programs(started: Sequence[Command]) -> None:
+    """Refuse to start a program that is not there. Raises `UserError`."""
+    for program in {command.words[0] for command in started}:
+        if shutil.which(program, path=operators.build_environment()["PATH"]) is None:
+            raise UserError(f"there is no {program} in this environment: launchers/setup.sh installs what is missing")
 
 
 def _clear_earlier_try(run: Run) -> None:

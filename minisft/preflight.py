@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,16 @@ def warn_of_memory(config: RunConfig, model: Any, precision: str, on_gpu: bool, 
             f"Warning: this run may need about {need / GB:.1f} GB {what} ({config.ranks} x {states / GB:.1f} GB of "
             f"model states, up to {activations / GB:.1f} GB of activations each) and {free / GB:.1f} GB are free: a "
             "smaller --batch-size with more --accumulation trains the same, --activation-checkpointing saves more"
+        )
+
+
+def warn_of_cores(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Say so where ranks on CPUs would outnumber the cores of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if config.ranks > cores:
+        say(
+            f"Warning: {config.ranks} ranks share {cores} core{'s' if cores > 1 else ''} here, and each waits for all "
+            f"others: far slower than --ranks {cores}, though it computes the same at the same global batch"
         )
 
 

@@ -59,7 +59,7 @@ class Resumed:
     def verdict(self) -> str:
         if self.difference is None:
             return "refused"
-        return "exact" if self.difference <= SAME else "runs, and is wrong"
+        return "exact" if self.difference <= SAME else "wrong"
 
     @property
     def why(self) -> str:
@@ -89,15 +89,18 @@ def resume_matrix(ranks: Sequence[int] = (SAVED_BY, 1), say: Callable[[str], Non
 
 
 def as_table(attempts: Sequence[Resumed], markdown: bool = False) -> str:
-    """One line per checkpoint and way, one column per stage and number of ranks that took it up."""
+    """One line per checkpoint and way, one column for those that took it up: "3 on 2" is stage 3 on two ranks.
+
+    "wrong" is an attempt that runs without a word and computes something else.
+    """
     targets = list(dict.fromkeys((a.ranks, a.stage) for a in attempts))
-    head = ["saved at", "taken up", *(f"stage {stage}, {ranks} rank{'s'[: ranks > 1]}" for ranks, stage in targets)]
+    head = ["saved at", "taken up", *(f"{stage} on {ranks}" for ranks, stage in targets)]
     rows = []
     for saved in dict.fromkeys(a.saved_stage for a in attempts):
         for way in WAYS:
             cells = {(a.ranks, a.stage): a.verdict for a in attempts if (a.saved_stage, a.way) == (saved, way)}
             if cells:
-                rows.append([f"stage {saved}, {SAVED_BY} ranks", way, *(cells.get(target, "") for target in targets)])
+                rows.append([f"{saved} on {SAVED_BY}", way, *(cells.get(target, "") for target in targets)])
     if markdown:
         lines = [head, ["---"] * len(head), *rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,9 +1,14 @@
 """A tiny model and a small data set, made on the spot, so that most tests need no download."""
 
+import io
 import json
 import os
 import random
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,6 +41,18 @@ def write_sharegpt(path: Path, rows: int, seed: int = 0) -> Path:
         made.append(sharegpt_row(f"row{i:04d}", *turns))
     path.write_text(json.dumps(made))
     return path
+
+
+def minisft(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command line, called within this process: what a process of its own would load takes seconds each time."""
+    from minisft import cli
+
+    words = ["minisft", *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    patches = mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", words)
+    with patches[0], patches[1], redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        cli.main()
+    return subprocess.CompletedProcess(words, ended.value.code or 0, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import sharegpt_row
+from conftest import minisft, sharegpt_row
 
 
-def minisft(*arguments, **env):
-    command = [sys.executable, "-m", "minisft.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=120)
+def in_a_process_of_its_own(*arguments):
+    return subprocess.run([sys.executable, "-m", "minisft.cli", *arguments], capture_output=True, text=True)
 
 
 def refused(done, *words):
@@ -49,6 +48,13 @@ def test_every_verb_has_help(verb):
 )
 def test_bad_usage_is_one_sentence_and_exit_2(arguments, words):
     refused(minisft(*arguments), *words)
+
+
+def test_a_process_of_its_own_says_and_returns_the_same():
+    done = in_a_process_of_its_own("launch", "--strategy", "zero9")
+    refused(done, "unknown strategy 'zero9'")
+    assert done.stdout == ""
+    assert in_a_process_of_its_own("--help").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -164,3 +170,12 @@ def test_doctor_json_is_json():
     done = minisft("doctor", "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)
+
+
+def test_more_ranks_than_cores_and_seconds_below_zero(tiny_model, small_data):
+    data = ["--model", tiny_model, "--data", small_data]
+    done = minisft("command", "-s", "zero2", "--ranks", 9, "--batch-size", 1, "--accumulation", 1, *data)
+    assert done.returncode == 0
+    cores = len(os.sched_getaffinity(0))
+    assert (f"Warning: 9 ranks share {cores} core" in done.stderr) == (cores < 9)
+    refused(minisft("launch", "-s", "vanilla", "--silence", -1, *data), "--silence is -1", "more than 0")

@@ -126,3 +126,11 @@ def test_importing_minisft_loads_neither_torch_nor_transformers():
     code = "import sys, minisft, minisft.runs, minisft.cli; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_program_that_is_not_installed_is_named_before_anything_starts(config, monkeypatch):
+    run = prepare(config())
+    monkeypatch.setattr(launching.operators, "build_environment", lambda: {"PATH": "/nowhere"})
+    with pytest.raises(UserError, match=r"there is no deepspeed in this environment: .*setup.sh"):
+        launching.launch(run, say=lambda line: None)
+    assert run.status == "prepared"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+from conftest import minisft
 
 from minisft.errors import UserError
 from minisft.memory_report import Batch, of_model, of_parameters
@@ -27,12 +26,8 @@ LLAMA_70B = {
 }
 
 
-def cli(*arguments):
-    return subprocess.run([sys.executable, "-m", "minisft.cli", *arguments], capture_output=True, text=True)
-
-
 def test_a_folder_gives_every_stage_rank_owner_and_moment(tiny_model):
-    done = cli("memory", "--model", str(tiny_model), "--ranks", "2", "--max-length", "64", "--json")
+    done = minisft("memory", "--model", str(tiny_model), "--ranks", "2", "--max-length", "64", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert set(report["strategies"]) == set(STRATEGIES) - {"vanilla"}
@@ -86,7 +81,7 @@ def test_a_model_that_cannot_be_traced_has_states_and_a_note(tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence(arguments, said):
-    done = cli("memory", *arguments)
+    done = minisft("memory", *arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -110,10 +105,10 @@ def test_lint_says_what_is_wrong_and_exits_1(tmp_path):
     file.write_text(
         json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2, "stage3_max_live_parameters": 1}})
     )
-    done = cli("lint", str(file))
+    done = minisft("lint", str(file))
     assert done.returncode == 0
     assert "does nothing at stage 2" in done.stdout
-    done = cli("lint", str(file), "--ranks", "3")
+    done = minisft("lint", str(file), "--ranks", "3")
     assert done.returncode == 1
     assert "no multiple of 3 ranks" in done.stdout
-    assert cli("lint", str(tmp_path / "none.json")).returncode == 2
+    assert minisft("lint", str(tmp_path / "none.json")).returncode == 2
