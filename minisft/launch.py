@@ -202,10 +202,10 @@ def launch(
         )
     _require_sound_deepspeed(run, say)
     with _only_one(run.folder) as lock:
-        _clear_earlier_try(run)
         started = _write_commands(run.config, run.folder, run.folder, place)
-        (run.folder / "logs").mkdir(exist_ok=True)
         _require_programs(started)
+        _clear_earlier_try(run)
+        (run.folder / "logs").mkdir(exist_ok=True)
         for line in run.command.splitlines():
             say(line)
         task = Task(
