@@ -20,6 +20,10 @@ settings.load_profile("minisft")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# Combinations beyond one of each kind, which would take the whole suite over its twenty minutes.
+AT_LENGTH = bool({"MINISFT_AT_LENGTH", "MINISFT_CHAOS"} & os.environ.keys())
+at_length = pytest.mark.skipif(not AT_LENGTH, reason="one more of its kind: MINISFT_AT_LENGTH=1 runs it")
+
 RHYME = "the cat sat on a mat and saw red rain over old stone walls while small birds sang new songs"
 WORDS = RHYME.split()
 

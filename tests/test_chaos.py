@@ -1,7 +1,8 @@
 """Whatever is killed, halted or broken: every process of a run ends, its lock is free, and it says what happened.
 
-Each fault strikes a real run of two DeepSpeed ranks. `MINISFT_CHAOS=20` repeats each so many times, and tries more
-combinations of who is struck and how (`tests/benchmarks/chaos.py` counts them).
+Each fault strikes a real run: of two DeepSpeed ranks, or of one process where it strikes whoever started the run.
+`MINISFT_CHAOS=20` repeats each so many times, with two ranks throughout, and strikes more of them in more ways
+(`tests/benchmarks/chaos.py` counts them).
 """
 
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import write_sharegpt
+from conftest import AT_LENGTH, at_length, write_sharegpt
 
 from minisft.errors import UserError
 from minisft.launch import RunFailed, launch, prepare
@@ -25,7 +26,7 @@ from minisft.runs import Run, RunConfig
 
 pytestmark = [pytest.mark.distributed, pytest.mark.chaos]
 REPEATS = int(os.environ.get("MINISFT_CHAOS", "1"))
-AT_LENGTH = pytest.mark.skipif("MINISFT_CHAOS" not in os.environ, reason="one more combination: MINISFT_CHAOS=1")
+LIGHT = "zero2" if AT_LENGTH else "vanilla"  # to the supervisor, the one is like the other
 SOON = 5.0  # seconds in which everything is gone
 STARTER = """
 import sys
@@ -44,6 +45,11 @@ def prepared_run(tiny_model, tmp_path, strategy="zero2"):
 @pytest.fixture(params=range(REPEATS))
 def prepared(request, tiny_model, tmp_path):
     return prepared_run(tiny_model, tmp_path)
+
+
+@pytest.fixture(params=range(REPEATS))
+def prepared_light(request, tiny_model, tmp_path):
+    return prepared_run(tiny_model, tmp_path, LIGHT)
 
 
 class Victim:
@@ -111,6 +117,13 @@ def victim(prepared):
     end(victim)
 
 
+@pytest.fixture
+def light_victim(prepared_light):
+    victim = started(prepared_light)
+    yield victim
+    end(victim)
+
+
 def end(victim):
     for process in (*victim.family, psutil.Process(victim.process.pid) if victim.process.poll() is None else None):
         with suppress(psutil.NoSuchProcess, AttributeError):
@@ -118,13 +131,13 @@ def end(victim):
     victim.process.communicate()
 
 
-def test_the_starter_is_killed(victim):
-    victim.process.kill()
-    victim.everything_is_gone()
-    assert victim.run.failure["reason"] == "the process that started it is gone"
+def test_the_starter_is_killed(light_victim):
+    light_victim.process.kill()
+    light_victim.everything_is_gone()
+    assert light_victim.run.failure["reason"] == "the process that started it is gone"
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("vanilla", marks=AT_LENGTH), "ddp"])
+@pytest.mark.parametrize("strategy", [pytest.param("vanilla", marks=at_length), "ddp"])
 def test_other_launchers_end_as_well(tiny_model, tmp_path, strategy):
     victim = started(prepared_run(tiny_model, tmp_path, strategy))
     try:
@@ -135,9 +148,10 @@ def test_other_launchers_end_as_well(tiny_model, tmp_path, strategy):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(number, marks=AT_LENGTH) for number in (signal.SIGINT, signal.SIGHUP))]
+    "number", [signal.SIGTERM, *(pytest.param(number, marks=at_length) for number in (signal.SIGINT, signal.SIGHUP))]
 )
-def test_the_starter_is_interrupted(victim, number):
+def test_the_starter_is_interrupted(light_victim, number):
+    victim, name = light_victim, light_victim.run.name
     for start_again in (lambda: prepare(victim.run.config, overwrite=True), lambda: launch(victim.run)):
         with pytest.raises(UserError, match="being trained right now"):
             start_again()
@@ -146,12 +160,20 @@ def test_the_starter_is_interrupted(victim, number):
     victim.everything_is_gone()
     assert victim.run.failure["reason"] == f"stopped by {number.name}"
     output, _ = victim.process.communicate(timeout=10)
-    expected = "KeyboardInterrupt: zero2 was stopped" if number == signal.SIGINT else "RunFailed: zero2 failed: stopped"
+    interrupted = number == signal.SIGINT
+    expected = f"KeyboardInterrupt: {name} was stopped" if interrupted else f"RunFailed: {name} failed: stopped"
     assert expected in output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("program", ["bin/deepspeed", "deepspeed.launcher.launch"])
+@pytest.mark.parametrize(
+    ("program", "number"),
+    [
+        ("bin/deepspeed", signal.SIGTERM),
+        ("deepspeed.launcher.launch", signal.SIGKILL),
+        pytest.param("bin/deepspeed", signal.SIGKILL, marks=at_length),
+        pytest.param("deepspeed.launcher.launch", signal.SIGTERM, marks=at_length),
+    ],
+)
 def test_a_launcher_is_killed(victim, program, number):
     victim.process_of(program).send_signal(number)
     victim.everything_is_gone(within=SOON + 5)
@@ -161,10 +183,10 @@ def test_a_launcher_is_killed(victim, program, number):
 @pytest.mark.parametrize(
     ("rank", "number"),
     [
-        (0, signal.SIGTERM),
         (1, signal.SIGKILL),
-        pytest.param(0, signal.SIGKILL, marks=AT_LENGTH),
-        pytest.param(1, signal.SIGTERM, marks=AT_LENGTH),
+        pytest.param(0, signal.SIGTERM, marks=at_length),
+        pytest.param(0, signal.SIGKILL, marks=at_length),
+        pytest.param(1, signal.SIGTERM, marks=at_length),
     ],
 )
 def test_a_rank_is_killed(victim, rank, number):
@@ -250,24 +272,24 @@ def in_cell(run, kernel, how):
     return Victim(run, stand_in)
 
 
-@pytest.mark.parametrize("how", ["launch", "shell"])
-def test_the_cell_is_interrupted(prepared, kernel, how):
-    victim = in_cell(prepared, kernel, how)
+@pytest.mark.parametrize("how", ["launch", pytest.param("shell", marks=at_length)])
+def test_the_cell_is_interrupted(prepared_light, kernel, how):
+    victim = in_cell(prepared_light, kernel, how)
     kernel[0].interrupt_kernel()
     victim.everything_is_gone()
     assert victim.run.failure["reason"] == "stopped by SIGINT"
     assert kernel[0].is_alive()
-    assert Run.load(prepared.folder).status == "failed"
+    assert Run.load(prepared_light.folder).status == "failed"
 
 
-@pytest.mark.parametrize("how", ["launch", pytest.param("shell", marks=AT_LENGTH)])
-def test_the_kernel_is_restarted(prepared, kernel, how):
-    victim = in_cell(prepared, kernel, how)
+@pytest.mark.parametrize("how", ["launch", pytest.param("shell", marks=at_length)])
+def test_the_kernel_is_restarted(prepared_light, kernel, how):
+    victim = in_cell(prepared_light, kernel, how)
     kernel[0].restart_kernel(now=False)
     victim.everything_is_gone(within=2 * SOON)
 
 
-@pytest.mark.parametrize("how", [pytest.param("launch", marks=AT_LENGTH), "shell"])
+@pytest.mark.parametrize("how", [pytest.param("launch", marks=at_length), "shell"])
 def test_the_kernel_is_killed(prepared, kernel, how):
     victim = in_cell(prepared, kernel, how)
     os.kill(kernel[0].provisioner.pid, signal.SIGKILL)
