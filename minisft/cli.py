@@ -348,6 +348,7 @@ def command(
     """Write a run folder, print the command that trains it, and say (on stderr) what each part of it is for."""
     from minisft.commands import explain, shown, slurm_script
     from minisft.launch import prepare
+    from minisft.preflight import warn_of_cores
 
     config, place = _with_place(options, hostfile, launcher)
     run = prepare(config, place=place, overwrite=overwrite, say=_note)
@@ -358,6 +359,8 @@ def command(
             _note("This machine has no GPU, so the run was prepared for CPUs: prepare it on a GPU node to use those")
         print(shlex.join(["sbatch", shown(script)]))
         return
+    if place is None and not run.on_gpu:
+        warn_of_cores(config, _note)
     for part in explain(shlex.split(run.command.splitlines()[0])):
         _note(str(part))
     print(run.command)

@@ -98,8 +98,6 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
     preflight.require_fit(config, architecture, rows)
     preflight.require_space(config, rows, parameters)
     preflight.warn_of_memory(config, architecture, precision, on_gpu, say)
-    if place is None and not on_gpu:
-        preflight.warn_of_cores(config, say)
     if offloads(config.strategy) and not on_gpu:
         say("Without a GPU everything is in main memory already: offloading works here, and saves nothing")
     write_json(scratch / "ledger.json", ledger.to_dict())
@@ -201,6 +199,8 @@ def launch(
             f"{run.name} waits to be started on its hosts: give each its line of {shown(run.folder / 'command.txt')}"
         )
     _require_sound_deepspeed(run, say)
+    if place is None and not run.on_gpu:
+        preflight.warn_of_cores(run.config, say)
     with _only_one(run.folder) as lock:
         started = _write_commands(run.config, run.folder, run.folder, place)
         _require_programs(started)

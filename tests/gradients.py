@@ -1,6 +1,6 @@
 """The gradients of a run's first step, through the worker's own trainer; run under torchrun for several ranks.
 
-python tests/gradients.py RUN_FOLDER OUT.safetensors
+python tests/gradients.py RUN_FOLDER… : writes RUN_FOLDER/gradients.safetensors of each
 """
 
 import os
@@ -43,9 +43,10 @@ def first_gradients(run: Run, rank: int = 0, world: int = 1) -> dict[str, torch.
 
 if __name__ == "__main__":
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    found = first_gradients(Run(Path(sys.argv[1])), rank, world)
-    if rank == 0:
-        save_file(found, sys.argv[2])
+    for folder in map(Path, sys.argv[1:]):
+        found = first_gradients(Run(folder), rank, world)
+        if rank == 0:
+            save_file(found, folder / "gradients.safetensors")
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -20,7 +20,7 @@ from minisft.launch import RunFailed, launch, prepare
 from minisft.runs import Run, RunConfig, checkpoint_step
 
 pytestmark = pytest.mark.distributed
-STEPS, EVERY = 32, 8
+STEPS, EVERY = 16, 4
 SMALL = {"max_characters": 100_000, "learning_rate": 1e-3, "resumable": True, "eval_rows": 8}
 
 
@@ -112,7 +112,7 @@ def reference(small, tmp_path_factory):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(small, reference, own_outputs, strategy):
     config = config_of(strategy, *small)
     process, run = start(config), Run(own_outputs / "model" / strategy)
-    wait_for(process, run, EVERY + 5)
+    wait_for(process, run, EVERY + 2)
     kill_all(process)
     assert run.status in ("failed", "unfinished")
     assert run.checkpoints
@@ -142,7 +142,7 @@ def test_killed_at_random_again_and_again(small, reference, own_outputs):
 def test_a_dead_rank_fails_the_run_and_it_can_go_on(small, reference, own_outputs):
     config = config_of("zero2", *small)
     process, run = start(config), Run(own_outputs / "model" / "zero2")
-    wait_for(process, run, EVERY + 5)
+    wait_for(process, run, EVERY + 2)
     below = psutil.Process(process.pid).children(recursive=True)
     next(p for p in below if "--local_rank=1" in p.cmdline()).kill()
     _, said = process.communicate(timeout=60)

@@ -6,10 +6,13 @@ with an address of their own each, joined by a cable.
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -158,6 +161,9 @@ def test_a_slurm_script_asks_for_what_the_run_needs(config):
 # --- two network namespaces --------------------------------------------------------------------------------
 
 
+ADDRESSES, DEVICE = ("10.213.7.1", "10.213.7.2"), "sft0"
+
+
 def ip(*words):
     return subprocess.run(["ip", *words], capture_output=True, text=True)
 
@@ -173,14 +179,14 @@ def namespaces():
     try:
         if any(one.returncode for one in made):
             pytest.skip(f"no network namespaces here: {made[0].stderr.strip()}")
-        link = ("link", "add", "sft-a", "netns", names[0], "type", "veth", "peer", "name", "sft-b", "netns", names[1])
+        link = ("link", "add", DEVICE, "netns", names[0], "type", "veth", "peer", "name", DEVICE, "netns", names[1])
         if (done := ip(*link)).returncode:
             pytest.skip(f"no virtual cable here: {done.stderr.strip()}")
-        for name, device, address in (*zip(names, ("sft-a", "sft-b"), ("10.213.7.1", "10.213.7.2"), strict=True),):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", device)
-            ip("-n", name, "link", "set", device, "up")
+        for name, address in zip(names, ADDRESSES, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", DEVICE)
+            ip("-n", name, "link", "set", DEVICE, "up")
             ip("-n", name, "link", "set", "lo", "up")
-        yield dict(zip(("10.213.7.1", "10.213.7.2"), zip(names, ("sft-a", "sft-b"), strict=True), strict=True))
+        yield dict(zip(ADDRESSES, names, strict=True))
     finally:
         for name in names:
             ip("netns", "delete", name)
@@ -192,11 +198,10 @@ def test_two_hosts_with_addresses_of_their_own(config, one_host, namespaces):
     run = prepare(config("two"), place=place, say=quiet)
     started = []
     for host, line in zip(place.hosts, run.command.splitlines(), strict=True):
-        name, device = namespaces[host.name]
-        variables = ["env", f"GLOO_SOCKET_IFNAME={device}"]
+        variables = ["env", f"GLOO_SOCKET_IFNAME={DEVICE}"]
         started.append(
             subprocess.Popen(
-                ["ip", "netns", "exec", name, *variables, *shlex.split(line)],
+                ["ip", "netns", "exec", namespaces[host.name], *variables, *shlex.split(line)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -213,3 +218,52 @@ def test_two_hosts_with_addresses_of_their_own(config, one_host, namespaces):
     assert [m["loss"] for m in run.metrics] == pytest.approx(one_host, rel=1e-6)
     assert {sign.host for sign in read_signs(run.folder)} == set(namespaces)
     assert time.time() - max(sign.changed for sign in read_signs(run.folder)) < 60
+
+
+@pytest.fixture
+def ssh_servers(namespaces, tmp_path):
+    """A real sshd on each of the two hosts, and a folder with an `ssh` that knows the way in, as a user's settings."""
+    sshd, ssh, keygen = (shutil.which(name, path="/usr/sbin:/usr/bin") for name in ("sshd", "ssh", "ssh-keygen"))
+    if not (sshd and ssh and keygen):
+        pytest.skip("there is no sshd here: apt install openssh-server")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    for key in ("host", "user"):
+        subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / key)], check=True)
+    (tmp_path / "authorized").write_text((tmp_path / "user.pub").read_text())
+    servers = []
+    for address, name in namespaces.items():
+        settings = {
+            "ListenAddress": address,
+            "HostKey": tmp_path / "host",
+            "AuthorizedKeysFile": tmp_path / "authorized",
+        }
+        settings |= {"StrictModes": "no", "UsePAM": "no", "PermitRootLogin": "prohibit-password", "PidFile": "none"}
+        file = tmp_path / f"{name}.conf"
+        file.write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
+        servers.append(subprocess.Popen(["ip", "netns", "exec", name, sshd, "-D", "-f", str(file)]))
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    options = ["-i", str(tmp_path / "user"), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+    (programs / "ssh").write_text(f'#!/bin/sh\nexec {shlex.join([ssh, "-q", *options])} "$@"\n')
+    (programs / "ssh").chmod(0o755)
+    yield programs
+    for server in servers:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.parametrize("launcher", ["ssh", "pdsh"])
+def test_two_hosts_over_real_ssh(config, one_host, namespaces, ssh_servers, tmp_path, launcher):
+    """From the first host, which reaches itself and the other by ssh alone."""
+    if not shutil.which(launcher):
+        pytest.skip(f"there is no {launcher} here: apt install {launcher}")
+    run = prepare(config("two"), say=quiet)
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    variables = [f"GLOO_SOCKET_IFNAME={DEVICE}", f"PATH={ssh_servers}:{os.environ['PATH']}"]
+    command = ["ip", "netns", "exec", namespaces[ADDRESSES[0]], "env", *variables, sys.executable, "-m", "minisft.cli"]
+    command += ["train", str(run.folder), "--hostfile", str(hostfile), "--launcher", launcher]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [m["loss"] for m in run.metrics] == pytest.approx(one_host, rel=1e-6)
+    assert len(read_signs(run.folder)) == 2

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import at_length
 
 from minisft import zero_plots
 from minisft.launch import prepare
@@ -55,6 +56,7 @@ def test_the_map_counts_straddlers_and_padding(made):
     assert picture.alt.endswith("2 tensors lie over a border, 3 elements are padding.")
 
 
+@at_length  # notebook 03 runs the same, and shows it
 @pytest.mark.distributed
 def test_switches_of_a_live_engine():
     """Buckets and persistent parameters cost at rest, live parameters within the step."""
