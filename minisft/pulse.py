@@ -149,7 +149,11 @@ class SupervisorSign:
 
 
 def end_with_supervisor(run_folder: Path, pulse: Pulse) -> None:
-    """End this process soon after the supervisor named in the environment is gone, however it went."""
+    """End this process soon after the supervisor named in the environment is gone, however it went.
+
+    Without a process of its own (0), it is known by the sign that it leaves in the run folder alone: machines may
+    share a name, and a host may be reached by ssh though it is this very machine.
+    """
     named = os.environ.get(SUPERVISOR)
     if not named:
         return
@@ -157,7 +161,7 @@ def end_with_supervisor(run_folder: Path, pulse: Pulse) -> None:
     file = run_folder / FOLDER / "supervisor.json"
 
     def lost() -> bool:
-        if host == socket.gethostname():
+        if int(pid) and host == socket.gethostname():
             import psutil
 
             return not psutil.pid_exists(int(pid))

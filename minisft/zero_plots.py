@@ -224,7 +224,8 @@ def step_timeline(memory: Mapping[str, Any], name: str) -> Picture:
         owners["buckets"] = owners.get("buckets", 0) + step["unseen"]
     bottom = 0.0
     for owner, held in owners.items():
-        column.bar(0, held / size, bottom=bottom, width=0.8, color=STEP_COLOURS.get(owner, "#BBBBBB"), edgecolor="white")
+        colour = STEP_COLOURS.get(owner, "#BBBBBB")
+        column.bar(0, held / size, bottom=bottom, width=0.8, color=colour, edgecolor="white")
         if held > 0.03 * peak:
             text = f"{owner}  {held / size:.2f}"
             column.text(0.5, bottom + held / size / 2, text, va="center", fontsize=8)
