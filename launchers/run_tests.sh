@@ -24,6 +24,6 @@ ruff check .
 ruff format --check .
 failed=0
 # The quick ones side by side, with a thread each; those that start processes of their own one after the other.
-OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadgroup -m "not distributed and not notebook" || failed=1
+OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile -m "not distributed and not notebook" || failed=1
 pytest -m "distributed or notebook" || failed=1
 exit "$failed"

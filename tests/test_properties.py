@@ -18,7 +18,6 @@ from minisft.mistral import VERSIONS, MistralTemplate
 from minisft.reference import reference
 from minisft.tokens import HuggingFaceTokenizer, MistralCommonTokenizer, load_tokenizer
 
-pytestmark = pytest.mark.xdist_group("properties")  # one process counts them all
 GENERATED = Counter()  # conversations that went through all checks, by test
 thorough = settings(max_examples=1000, database=None)
 
