@@ -2,7 +2,8 @@
 # Usage: launchers/run_tests.sh [pytest options]
 #
 # Runs all tests, after launchers/setup.sh where that is needed: style, the quick tests, the ones that start several
-# processes, and the notebooks, each executed from top to bottom.
+# processes, and the notebooks, each executed from top to bottom. MINISFT_AT_LENGTH=1 in the environment adds more
+# combinations of what is tested once.
 #
 # With options, only pytest runs, with them: launchers/run_tests.sh -m "not distributed and not notebook" is the
 # quick part; -k NAME picks tests by name.

@@ -465,7 +465,7 @@ def memory(
     if params is not None:
         report = memory_report.of_parameters(params, ranks)
     else:
-        with importing():  # and nothing here makes garbage
+        with importing():  # in there; what garbage the rest makes goes with this process
             report = memory_report.of_model(model, ranks, precision, batch, trust_remote_code, _note, accumulation)
     if gpu_memory is not None:
         report.add_plan(gpu_memory * 1e9)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minisft.errors import UserError
 from minisft.hosts import Place, hostfile_text, travelling
-from minisft.pulse import HOST, SUPERVISOR
+from minisft.pulse import HOST, SUPERVISOR, SUPERVISOR_ELSEWHERE
 from minisft.runs import RunConfig, project_root
 from minisft.zero_config import zero_stage
 
@@ -138,7 +138,7 @@ def environment_there() -> dict[str, str]:
     """What makes a process on another host like one here: settings that travel, this environment's programs, and
     whom to end with: no process of that host, but the supervisor that leaves its sign in the run folder."""
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
-    return travelling(os.environ) | {"PATH": path, SUPERVISOR: f"{socket.gethostname()}:0"}
+    return travelling(os.environ) | {"PATH": path, SUPERVISOR: SUPERVISOR_ELSEWHERE}
 
 
 def write_place(folder: Path, place: Place) -> None:

@@ -171,10 +171,9 @@ def _trace(
     with_head = supports_loss_head(config, trust_remote_code)
     fake = None if real else FakeTensorMode()
     with fake or nullcontext():
-        with torch.device(device), no_init_weights() if fake else nullcontext():
+        with torch.device(device), no_init_weights():  # whatever the values: their bytes are the same
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        if fake:
-            model.tie_weights()
+        model.tie_weights()  # which comes with initialising them
         model.train()
         padding_free = supports_padding_free(model)
         if padding_free:

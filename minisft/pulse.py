@@ -25,6 +25,8 @@ from minisft.runs import write_json
 SAY = "[minisft] "  # begins a line that a rank wants the person to see; its other output goes to the log alone
 FOLDER = "ranks"  # of a run folder
 SUPERVISOR = "MINISFT_SUPERVISOR"  # host:process, in a rank's environment; not there if it was started by hand
+# Of one elsewhere: known by the sign that it leaves in the run folder alone, as machines may share a name.
+SUPERVISOR_ELSEWHERE = ":0"
 HOST = "MINISFT_HOST"  # a rank's host, as the hostfile calls it
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without a sign of life after which a rank counts as hanging: it gives one every second
@@ -149,11 +151,7 @@ class SupervisorSign:
 
 
 def end_with_supervisor(run_folder: Path, pulse: Pulse) -> None:
-    """End this process soon after the supervisor named in the environment is gone, however it went.
-
-    Without a process of its own (0), it is known by the sign that it leaves in the run folder alone: machines may
-    share a name, and a host may be reached by ssh though it is this very machine.
-    """
+    """End this process soon after the supervisor named in the environment is gone, however it went."""
     named = os.environ.get(SUPERVISOR)
     if not named:
         return
@@ -161,7 +159,7 @@ def end_with_supervisor(run_folder: Path, pulse: Pulse) -> None:
     file = run_folder / FOLDER / "supervisor.json"
 
     def lost() -> bool:
-        if int(pid) and host == socket.gethostname():
+        if host == socket.gethostname():
             import psutil
 
             return not psutil.pid_exists(int(pid))

@@ -123,32 +123,30 @@ def _start(ranks: int, folder: str, *options: str) -> None:
 
 @contextlib.contextmanager
 def _engine(stage: int, ranks: int, universal: bool = False) -> Iterator[Any]:
-    """A fresh DeepSpeed engine of the tiny model, in fp32."""
-    import deepspeed
+    """A fresh DeepSpeed engine of the tiny model, the same each time."""
     import torch
-    from transformers import LlamaForCausalLM
 
-    from minisft.shards import tiny_config
-    from minisft.zero_memory import Shapes, decayed_names, generated
+    from minisft.shards import live_engine
 
-    config = tiny_config()
-    with torch.device("meta"):
-        shapes = Shapes.of_model(LlamaForCausalLM(config))
-    settings = generated(shapes, f"zero{stage}", ranks, "fp32")
-    if universal:
-        settings["checkpoint"] = {"load_universal": True}
     torch.manual_seed(0)
-    with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3):
-        model = LlamaForCausalLM(config)
-    decayed = decayed_names(model)
-    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in DECAYS]
-    for name, parameter in model.named_parameters():
-        groups[name not in decayed]["params"].append(parameter)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=settings)
+    settings = {"checkpoint": {"load_universal": True}} if universal else {}
+    engine = live_engine(stage, ranks, optimizer_of=_two_groups, **settings)
     try:
         yield engine
     finally:
         engine.destroy()
+
+
+def _two_groups(model: Any) -> Any:
+    import torch
+
+    from minisft.zero_memory import decayed_names
+
+    decayed = decayed_names(model)
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in DECAYS]
+    for name, parameter in model.named_parameters():
+        groups[name not in decayed]["params"].append(parameter)
+    return torch.optim.AdamW(groups, lr=1e-2)
 
 
 def _train(engine: Any, first: int, rank: int, ranks: int) -> None:

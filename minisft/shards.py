@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -69,8 +70,17 @@ def tiny_config() -> Any:
     )
 
 
-def live_engine(stage: int, ranks: int, **changes: Any) -> Any:
-    """A DeepSpeed engine of the tiny model, `changes` in its `zero_optimization`."""
+def live_engine(
+    stage: int,
+    ranks: int,
+    changes: Mapping[str, Any] | None = None,
+    optimizer_of: Callable[[Any], Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """A DeepSpeed engine of the tiny model in fp32, `changes` in its `zero_optimization`, `settings` beside that.
+
+    `optimizer_of` makes the model's optimizer; AdamW with one param group, if not given.
+    """
     import deepspeed
     import torch
     from transformers import LlamaForCausalLM
@@ -78,13 +88,11 @@ def live_engine(stage: int, ranks: int, **changes: Any) -> Any:
     from minisft.zero_memory import Shapes, generated
 
     config = tiny_config()
-    with torch.device("meta"):
-        shapes = Shapes.of_model(LlamaForCausalLM(config))
-    settings = generated(shapes, f"zero{stage}", ranks, "fp32")
-    settings["zero_optimization"] |= changes
+    settings = generated(Shapes.of_config(config), f"zero{stage}", ranks, "fp32") | settings
+    settings["zero_optimization"] |= changes or {}
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3):
         model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = optimizer_of(model) if optimizer_of else torch.optim.AdamW(model.parameters(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
@@ -96,7 +104,7 @@ def switched(stage: int, ranks: int, changes: dict[str, Any]) -> dict[str, int]:
     from minisft.allocations import Allocations
     from minisft.zero_measure import live_tensors, measure
 
-    engine = live_engine(stage, ranks, **changes)
+    engine = live_engine(stage, ranks, changes)
     ids = torch.arange(24).view(1, -1)
     following = Allocations()
     for step in range(2):

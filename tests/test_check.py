@@ -1,26 +1,21 @@
 """`minisft check`: conversations and tokenised data of every kind of file, exit codes, and bad input."""
 
 import json
-import sys
 
 import pytest
-from conftest import sharegpt_row, write_sharegpt
+from conftest import minisft, sharegpt_row, write_sharegpt
 
-from minisft import cli
 from minisft.errors import UserError
 from minisft.tokenised import Tokenised, is_tokenised
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run():
     """Call the command line; gives exit code, stdout and stderr."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["minisft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
+        done = minisft(*arguments)
+        return done.returncode, done.stdout, done.stderr
 
     return call
 
