@@ -205,9 +205,11 @@ def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> A
         if not isinstance(values, dict) or "model_type" not in values:
             raise UserError(f"{name!r} is no transformers config: give a config.json, a model folder or a hub id")
         try:
-            return AutoConfig.for_model(**values)
+            config = AutoConfig.for_model(**values)
         except ValueError as error:
             raise UserError(f"{name!r} is of no model that transformers knows ({str(error)[:200]})") from error
+        preflight.require_language_model(config, name)
+        return config
     folder = path if (path / "config.json").is_file() else assets.find_model(name, say).path
     return preflight.model_config(folder, trust_remote_code)
 

@@ -130,11 +130,11 @@ def warn_of_cores(config: RunConfig, say: Callable[[str], None]) -> None:
 
 
 def model_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The transformers config of the model in `folder`. Raises `UserError` if transformers does not know it."""
+    """The transformers config of the language model in `folder`. Raises `UserError` if transformers knows none such."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each kind of damage raises an error of its own
         reason = " ".join(str(error).split())[:200]
         if "trust_remote_code" in str(error):
@@ -142,3 +142,17 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
                 f"{folder} brings code of its own: read it, and give --trust-remote-code if you trust it"
             ) from error
         raise UserError(f"{folder / 'config.json'} is of no model that transformers knows ({reason})") from error
+    require_language_model(config, folder / "config.json")
+    return config
+
+
+def require_language_model(config: Any, source: str | Path) -> None:
+    """Raise `UserError` unless a model of this transformers config predicts the next token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        raise UserError(
+            f"{source} is of a {config.model_type} model, which does not predict the next token from those before it: "
+            "take a causal language model"
+        )

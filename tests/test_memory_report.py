@@ -95,6 +95,10 @@ def test_what_is_no_model_is_refused(tmp_path):
     file.write_text('{"model_type": "nonesuch"}')
     with pytest.raises(UserError, match="transformers knows"):
         of_model(str(file), 2, "bf16", None, say=lambda line: None)
+    file.write_text('{"model_type": "t5"}')
+    for name in (str(file), str(tmp_path)):
+        with pytest.raises(UserError, match="t5 model, which does not predict the next token"):
+            of_model(name, 2, "bf16", None, say=lambda line: None)
     with pytest.raises(UserError, match="ranks is 0"):
         file.write_text(json.dumps(LLAMA_70B | {"num_hidden_layers": 1}))
         of_model(str(file), 0, "bf16", None, say=lambda line: None)
