@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def seal(run: Run, folder: Path, about: dict[str, Any]) -> Path:
     for name in UNSAFE:
         (folder / name).unlink(missing_ok=True)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    digests = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _digest(p, sync=True)} for p in files}
+    digests = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": digest(p, sync=True)} for p in files}
     write_json(folder / MANIFEST, {**about, "files": digests})
     place = run.folder / folder.name
     remove(place)  # an earlier one of this step, from before a resume
@@ -75,19 +76,25 @@ def latest_resumable(run: Run) -> Path | None:
 
 def verify(run: Run, folder: Path) -> None:
     """Raise `UserError` unless every file of the checkpoint is as it was written."""
-    for name, expected in read_json(folder / MANIFEST)["files"].items():
-        file = folder / name
-        if not file.exists():
-            wrong = "is missing"
-        elif file.stat().st_size != expected["bytes"]:
-            wrong = f"has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        elif _digest(file) != expected["sha256"]:
-            wrong = "differs from its checksum"
-        else:
-            continue
+    if wrong := damage(folder):
         earlier = [c for c in run.checkpoints if checkpoint_step(c) < checkpoint_step(folder)]
         then = f"it then goes on from {earlier[-1].name}" if earlier else "it then starts from the beginning"
-        raise UserError(f"{folder.name} is damaged: {name} {wrong}; remove {folder} and start the run again, {then}")
+        raise UserError(f"{folder.name} is damaged: {wrong}; remove {folder} and start the run again, {then}")
+
+
+def damage(folder: Path, only: Collection[str] | None = None) -> str:
+    """How the first file that differs from the manifest differs from it; empty if all, or all of `only`, are whole."""
+    for name, expected in (read_json(folder / MANIFEST) or {"files": {}})["files"].items():
+        file = folder / name
+        if only is not None and name not in only:
+            continue
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        if digest(file) != expected["sha256"]:
+            return f"{name} differs from its checksum"
+    return ""
 
 
 def cut_metrics(file: Path, step: int) -> None:
@@ -105,7 +112,8 @@ def cut_metrics(file: Path, step: int) -> None:
         stream.writelines(kept)
 
 
-def _digest(file: Path, sync: bool = False) -> str:
+def digest(file: Path, sync: bool = False) -> str:
+    """SHA-256 of a file, in hexadecimal; `sync` first waits until it is on the disk."""
     with file.open("rb") as stream:
         if sync:
             os.fsync(stream.fileno())

@@ -421,23 +421,43 @@ def _launch(run: Any, place: Any, silence: float, stall: float) -> None:
 @app.command()
 def evaluate(
     runs: Annotated[
-        list[str] | None, typer.Argument(help="runs by name or folder; all finished ones if not given")
+        list[str] | None, typer.Argument(help="runs by name or folder; all with checkpoints if not given")
     ] = None,
     rows: Annotated[int, typer.Option(help="test conversations to answer")] = 12,
     max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 48,
-    batch_size: Annotated[int, typer.Option(help="conversations answered at once")] = 16,
+    batch_size: Annotated[int, typer.Option(help="conversations answered at once; changes no answer")] = 32,
+    answers: Annotated[str, typer.Option(help="of each conversation the last answer, or all")] = "last",
+    resamples: Annotated[int, typer.Option(help="bootstrap samples for the intervals; 0 for none")] = 1000,
+    exclude_leaked: Annotated[
+        bool, typer.Option("--exclude-leaked", help="take other conversations for those with a trained question")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="wait for runs that are being trained")] = False,
 ) -> None:
-    """BLEU and three example answers for every checkpoint, and for the model before training."""
-    from minisft.evaluate import Settings, evaluate_runs
+    """BLEU, loss and three example answers for every checkpoint, and for the model before training."""
+    from minisft.evaluate import evaluate_runs, settled
+    from minisft.exam import Settings
     from minisft.runs import Run, all_runs
 
-    chosen = [Run.load(name) for name in runs] if runs else [run for run in all_runs() if run.checkpoints]
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    settings = Settings(rows, max_new_tokens, batch_size, answers, resamples, exclude_leaked)
+    wanted = [Run.load(name) for name in runs] if runs else all_runs()
+    chosen = settled(wanted, wait, typer.confirm if sys.stdin.isatty() else None, say)
+    if runs and not chosen:
+        raise UserError(f"{wanted[0].name} is being trained: give --wait, or evaluate it when it is done")
+    if not runs:
+        for run in chosen:
+            if not run.checkpoints:
+                say(f"{run.name} is left out: it has no checkpoint (it is {run.status})")
+        chosen = [run for run in chosen if run.checkpoints]
     if not chosen:
         raise UserError(
             "no run in outputs/model has a checkpoint: train one first, e.g. ./launchers/run_zero.sh vanilla"
         )
-    settings = Settings(rows=rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    evaluate_runs(chosen, settings, say=lambda line: print(line, flush=True))
+    if broken := evaluate_runs(chosen, settings, say):
+        _complain(f"not all could be evaluated, for {len(broken)} cannot be used: {broken[0]}")
+        sys.exit(1)
 
 
 @app.command()

@@ -32,7 +32,7 @@ from minisft.ledger import Ledger
 from minisft.lint import lint
 from minisft.live import LiveView, in_notebook
 from minisft.pulse import SILENCE, STALL, clear, read_signs
-from minisft.runs import Run, RunConfig, outputs_root, project_root, read_json, write_json
+from minisft.runs import Run, RunConfig, lock_of, outputs_root, project_root, read_json, write_json
 from minisft.supervisor import Task
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import write_data
@@ -347,12 +347,9 @@ def _wait_for_ranks(run: Run) -> None:
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[int]:
-    """Hold a run for this process; the kernel lets go of the lock however the process ends.
-
-    The lock lies beside the folder, because preparing a run anew replaces the folder.
-    """
+    """Hold a run for this process; the kernel lets go of the lock however the process ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+    with lock_of(folder).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

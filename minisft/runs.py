@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -292,6 +293,18 @@ class Run:
         return self.folder / f"checkpoint-{min(losses, key=losses.__getitem__)}" if losses else None
 
     @property
+    def live(self) -> bool:
+        """Whether a process of this machine is preparing or training it right now."""
+        try:
+            with lock_of(self.folder).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    @property
     def failure(self) -> dict[str, Any] | None:
         return read_json(self.folder / "FAILED")
 
@@ -315,6 +328,11 @@ def all_runs() -> list[Run]:
     runs = [Run(p.parent.absolute()) for p in (outputs_root() / "model").glob("*/run.json")]
     order = {strategy: i for i, strategy in enumerate(STRATEGIES)}
     return sorted(runs, key=lambda run: (order.get(run.name, len(order)), run.name))
+
+
+def lock_of(folder: Path) -> Path:
+    """The file that whoever prepares or trains a run holds locked; beside its folder, which may be replaced."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -1,125 +1,282 @@
+import fcntl
 import json
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import minisft, sharegpt_row
 
 from minisft import evaluate
+from minisft.answering import Answer, answer_loss, ask, generate
 from minisft.errors import UserError
-from minisft.evaluate import Answer, Settings, answer_loss, ask, evaluate_runs, generate, side_by_side
+from minisft.evaluate import evaluate_runs, settled
+from minisft.evaluation_report import side_by_side, through_training
+from minisft.exam import Settings, prompt_ids, set_exam, tools_of
+from minisft.labels import IGNORE_INDEX, encode
 from minisft.launch import prepare
 from minisft.mistral import MistralTemplate
-from minisft.runs import RunConfig, read_json
+from minisft.runs import Run, RunConfig, lock_of, read_json
 from minisft.tokens import HuggingFaceTokenizer
+
+QUICK = Settings(rows=5, max_new_tokens=6, batch_size=2, resamples=20)
+
+
+def quiet(line):
+    pass
 
 
 @pytest.fixture
 def run(tiny_model, small_data):
     """A prepared run with two checkpoints; the second has other weights."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    made = prepare(RunConfig.course("vanilla", model=str(tiny_model), data=str(small_data), max_characters=None))
+    made = prepare(
+        RunConfig.course("vanilla", model=str(tiny_model), data=str(small_data), max_characters=None), say=quiet
+    )
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = MistralTemplate.for_tokenizer(HuggingFaceTokenizer(tiny_model)).jinja()
     for step in (10, 9):
         with torch.no_grad():
             model.model.norm.weight.mul_(1 + step)
         model.save_pretrained(made.folder / f"checkpoint-{step}")
+        tokenizer.save_pretrained(made.folder / f"checkpoint-{step}")
     return made
 
 
-QUICK = Settings(rows=5, max_new_tokens=6, batch_size=2)
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the models that are evaluated and not looked up."""
+    found = []
+    real = evaluate.evaluate_model
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda *a: found.append(a[1].name) or real(*a))
+    return found
 
 
-def test_every_checkpoint_is_scored_in_step_order(run, own_outputs):
-    evaluate_runs([run], QUICK, say=lambda line: None)
-    folder = own_outputs / "evaluation" / "vanilla"
-    summary = read_json(folder / "summary.json")
+@pytest.fixture
+def results(own_outputs):
+    return own_outputs / "evaluation" / "vanilla"
+
+
+def test_every_checkpoint_is_scored_in_step_order(run, results):
+    assert evaluate_runs([run], QUICK, say=quiet) == []
+    summary = read_json(results / "summary.json")
     assert [c["step"] for c in summary["checkpoints"]] == [0, 9, 10]
     for step in (0, 9, 10):
-        result = read_json(folder / f"checkpoint-{step}.json")
-        assert result["step"] == step
-        assert len(result["examples"]) == 3
-        assert result["rows"] == len(result["answers"]) == 5
+        found = read_json(results / f"checkpoint-{step}.json")
+        assert found["step"] == step
+        assert len(found["examples"]) == 3
+        assert found["rows"] == len(found["answers"]) == 5
+        low, high = found["bleu_interval"]
+        assert low <= high
     assert summary["checkpoints"][0]["loss"] != summary["checkpoints"][1]["loss"]
-    assert "Step 10" in (folder / "summary.md").read_text()
+    assert "Step 10" in (results / "summary.md").read_text()
 
 
-def test_the_sacrebleu_command_gives_the_same_score(run, own_outputs, tmp_path):
-    evaluate_runs([run], QUICK, say=lambda line: None)
-    result = read_json(own_outputs / "evaluation" / "vanilla" / "checkpoint-0.json")
-    for name in ("reference", "output"):
-        lines = [a[name].replace("\n", " ") for a in result["answers"]]
-        (tmp_path / name).write_text("\n".join(lines) + "\n")
-    command = [sys.executable, "-m", "sacrebleu", tmp_path / "reference", "-i", tmp_path / "output", "-w", "6"]
-    done = subprocess.run([*command, "--format", "json"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["score"] == pytest.approx(result["bleu"], abs=1e-5)
+def test_the_sacrebleu_command_gives_the_same_score(run, results):
+    evaluate_runs([run], QUICK, say=quiet)
+    for step in (0, 10):
+        found = read_json(results / f"checkpoint-{step}.json")
+        command = [
+            sys.executable,
+            "-m",
+            "sacrebleu",
+            results / "references.txt",
+            "-i",
+            results / f"checkpoint-{step}.txt",
+        ]
+        done = subprocess.run([*command, "-w", "6", "-m", "bleu", "chrf"], capture_output=True, text=True, check=True)
+        bleu, chrf = json.loads(done.stdout)
+        assert bleu["score"] == pytest.approx(found["bleu"], abs=1e-5)
+        assert chrf["score"] == pytest.approx(found["chrf"], abs=1e-5)
 
 
-def test_what_is_scored_is_not_scored_again_unless_it_changed(run, monkeypatch):
-    evaluate_runs([run], QUICK, say=lambda line: None)
-    calls = []
-    real = evaluate.evaluate_model
-    monkeypatch.setattr(evaluate, "evaluate_model", lambda *a: calls.append(a[1].name) or real(*a))
-    evaluate_runs([run], QUICK, say=lambda line: None)
-    assert calls == []
+def test_what_is_scored_is_not_scored_again_unless_it_changed(run, calls):
+    evaluate_runs([run], QUICK, say=quiet)
+    assert len(calls) == 3
+    calls.clear()
     (run.checkpoints[1] / "model.safetensors").touch()
-    evaluate_runs([run], QUICK, say=lambda line: None)
-    assert calls == ["checkpoint-10"]
-    evaluate_runs([run], Settings(rows=4, max_new_tokens=6), say=lambda line: None)
-    assert len(calls) == 4
+    evaluate_runs([run], replace(QUICK, batch_size=5), say=quiet)
+    assert calls == []
+    for name in ("model.safetensors", "config.json"):
+        (run.checkpoints[1] / name).write_bytes((run.checkpoints[0] / name).read_bytes())
+    evaluate_runs([run], QUICK, say=quiet)
+    assert calls == [], "the content is known from checkpoint-9"
+    evaluate_runs([run], replace(QUICK, rows=4), say=quiet)
+    assert len(calls) == 2
 
 
-def test_batching_does_not_change_answers_or_loss(tiny_model, run):
+def test_an_interrupted_evaluation_goes_on_after_its_last_answer(run, results, monkeypatch):
+    real = evaluate.generate
+    asked = []
+
+    def interrupted(model, prompts, *rest):
+        asked.append(len(prompts))
+        for count, found in enumerate(real(model, prompts, *rest)):
+            if len(asked) == 1 and count == 3:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(evaluate, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_runs([run], QUICK, say=quiet)
+    evaluate_runs([run], QUICK, say=quiet)
+    assert asked == [5, 2, 5, 5]
+    assert not list(results.glob(".checkpoint-*"))
+    whole = read_json(results / "checkpoint-0.json")
+    (results / "checkpoint-0.json").unlink()
+    evaluate_runs([run], QUICK, say=quiet)
+    assert read_json(results / "checkpoint-0.json") == whole
+
+
+def test_batching_does_not_change_answers_or_loss(tiny_model, run, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    tokenizer = HuggingFaceTokenizer(tiny_model)
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    from minisft import answering
+
+    tokenizer, template = tools_of(tiny_model, "v1")
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    conversations = evaluate.test_rows(run, 7)
-    prompts = [evaluate.prompt_ids(c, template, tokenizer) for c in conversations]
-    together = generate(model, prompts, tokenizer, 8, 7)
-    alone = [generate(model, [p], tokenizer, 8, 1)[0] for p in prompts]
-    assert together == alone
-    loss, tokens = answer_loss(model, conversations, template, tokenizer, 7)
-    assert (loss, tokens) == pytest.approx(answer_loss(model, conversations, template, tokenizer, 1), rel=1e-5)
+    conversations = set_exam(run, replace(QUICK, rows=7), run.folder).conversations
+    prompts = [prompt_ids(c, template, tokenizer) for c in conversations]
+    together = dict(generate(model, prompts, tokenizer, 8, 7))
+    assert together == {i: found for i, p in enumerate(prompts) for _, found in generate(model, [p], tokenizer, 8, 1)}
+    loss, tokens = answer_loss(model, conversations, template, tokenizer)
+    monkeypatch.setattr(answering, "TOKENS_AT_ONCE", 1)
+    assert (loss, tokens) == pytest.approx(answer_loss(model, conversations, template, tokenizer), rel=1e-5)
+    monkeypatch.setattr("minisft.attention.supports_padding_free", lambda model: False)
+    assert (loss, tokens) == pytest.approx(answer_loss(model, conversations, template, tokenizer), rel=1e-5)
 
 
-def test_a_reply_ends_at_eos_and_holds_no_prompt(tiny_model):
-    class Parrot:
-        """Says the same ids after any prompt, as a model that stops at once for one row would."""
-
-        device = "cpu"
-
-        def generate(self, input_ids, **options):
-            said = torch.tensor([[*tokenizer.encode(" the cat"), tokenizer.eos_id, 7, 7]])
-            return torch.cat([input_ids, said.expand(len(input_ids), -1)], dim=1)
+def test_a_reply_ends_at_eos_and_holds_no_prompt(tiny_model, monkeypatch):
+    from minisft import answering
+    from minisft.generation import Reply
 
     tokenizer = HuggingFaceTokenizer(tiny_model)
-    answers = generate(Parrot(), [[1, 5], [1, 5, 6]], tokenizer, 5, 2)
-    assert answers == [Answer("the cat", True)] * 2
+    said = Reply(0, tokenizer.encode(" the cat"), True)
+    monkeypatch.setattr(answering, "replies", lambda *a, **k: iter([said]))
+    assert list(generate(None, [[1, 5]], tokenizer, 5, 2)) == [(0, Answer("the cat", True))]
+
+
+# --- what is asked -----------------------------------------------------------------------------------------
+
+
+def test_every_answer_is_asked_after_what_was_said_before_it(run, results, calls):
+    several = replace(QUICK, answers="all")
+    exam = set_exam(run, several, run.folder)
+    assert sum(c.answers for c in exam.conversations) == len(exam.questions) > len(exam.conversations)
+    tokenizer, template = tools_of(run.model_folder, "v1")
+    for question in exam.questions:
+        ids = prompt_ids(question, template, tokenizer)
+        row = encode(question, template, tokenizer, 512)
+        answer = next(i for i, label in enumerate(row.labels) if label != IGNORE_INDEX)
+        assert row.input_ids[:answer] == ids, "a prompt ends where training's answer begins"
+        (whole,) = [c for c in exam.conversations if question.id.startswith(c.id)]
+        said = [(m.role, m.content) for m in whole.messages]
+        assert [(m.role, m.content) for m in question.messages] == said[: len(question.messages)]
+    evaluate_runs([run], several, say=quiet)
+    found = read_json(results / "checkpoint-0.json")
+    assert found["rows"] == len(exam.questions)
+    assert "every answer" in (results / "summary.md").read_text()
+
+
+@pytest.fixture
+def leaky(tiny_model, tmp_path):
+    """Every question on the test side is on the train side too, a word longer."""
+    from minisft.conversations import clean
+    from minisft.ledger import Ledger
+    from minisft.splits import assign
+
+    question = "why did the old cat sit on the red mat while small birds sang new songs over walls"
+    rows = [sharegpt_row(f"row{i}", ("human", f"{question} {i}"), ("gpt", "it was late")) for i in range(30)]
+    chosen = assign([clean(row, "", Ledger()) for row in rows], 0.1, 0).test_origins
+    for row in rows:
+        if row["id"] in sorted(chosen)[1:]:
+            row["conversations"][0]["value"] = f"what is {row['id']}"
+    file = tmp_path / "leaky.json"
+    file.write_text(json.dumps(rows))
+    return prepare(RunConfig.course("vanilla", model=str(tiny_model), data=str(file)), say=quiet)
+
+
+def test_questions_that_were_trained_are_counted_and_can_be_left_out(leaky):
+    exam = set_exam(leaky, QUICK, leaky.folder)
+    assert len(exam.conversations) == 3
+    assert len(exam.leaks) == 1
+    about = exam.leakage(QUICK)
+    assert (about["of"], about["exact"], about["near"], about["excluded"]) == (3, 0, 1, False)
+    without = replace(QUICK, exclude_leaked=True)
+    clean = set_exam(leaky, without, leaky.folder)
+    assert {c.id for c in clean.conversations} == {c.id for c in exam.conversations} - exam.leaks.keys()
+    assert clean.leakage(without)["excluded"]
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------
 
 
 def test_nothing_to_evaluate_is_one_sentence(run, tiny_model, small_data):
-    bare = prepare(RunConfig.course("ddp", model=str(tiny_model), data=str(small_data), max_characters=None))
+    bare = prepare(RunConfig.course("ddp", model=str(tiny_model), data=str(small_data), max_characters=None), say=quiet)
     with pytest.raises(UserError, match="ddp has no checkpoint"):
         evaluate_runs([bare], QUICK)
     (run.folder / "data" / "test.jsonl").write_text("")
     with pytest.raises(UserError, match="no test conversations"):
         evaluate_runs([run], QUICK)
-    with pytest.raises(UserError, match="max new tokens is 0"):
-        Settings(max_new_tokens=0)
+    for wrong, said in (
+        ({"max_new_tokens": 0}, "max new tokens is 0"),
+        ({"answers": "none"}, "unknown answers 'none'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Settings(**wrong)
 
 
-def test_an_unloadable_checkpoint_is_named(run):
+def test_a_broken_checkpoint_is_named_the_others_are_evaluated_and_the_exit_code_is_1(run, results):
     (run.checkpoints[0] / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(UserError, match="checkpoint-9 is no checkpoint that transformers can load"):
-        evaluate_runs([run], QUICK, say=lambda line: None)
+    done = minisft("evaluate", "vanilla", "--rows", 3, "--max-new-tokens", 3)
+    assert done.returncode == 1
+    assert "checkpoint-9 cannot be used: model.safetensors cannot be read" in done.stderr
+    summary = read_json(results / "summary.json")
+    assert [c["step"] for c in summary["checkpoints"]] == [0, 10]
+    assert "cannot be read" in summary["unusable"]["9"]
+    assert "Checkpoint 9 cannot be used" in (results / "summary.md").read_text()
 
 
-def test_answers_are_escaped_in_html(tiny_model):
+def test_without_names_all_runs_with_checkpoints_are_evaluated(run, tiny_model, small_data, own_outputs):
+    prepare(RunConfig.course("ddp", model=str(tiny_model), data=str(small_data), max_characters=None), say=quiet)
+    done = minisft("evaluate", "--rows", 2, "--max-new-tokens", 2)
+    assert done.returncode == 0, done.stderr
+    assert "ddp is left out: it has no checkpoint (it is prepared)" in done.stdout
+    assert (own_outputs / "evaluation" / "vanilla" / "summary.json").exists()
+
+
+def test_a_run_that_is_being_trained_is_left_out_asked_about_or_waited_for(run):
+    with lock_of(run.folder).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run.live
+        said = []
+        assert settled([run], False, None, said.append) == []
+        assert "--wait waits for it" in said[0]
+        assert settled([run], False, lambda question: "2 checkpoints so far" in question, quiet) == [run]
+        done = minisft("evaluate", "vanilla")
+        assert (done.returncode, "give --wait" in done.stderr) == (2, True)
+        threading.Timer(0.3, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
+        assert settled([run], True, None, said.append) == [run]
+        assert "waiting for vanilla" in said[-1]
+    assert not run.live
+    assert not Run(run.folder.with_name("nonesuch")).live
+
+
+def test_answers_are_escaped_in_html(tiny_model, run, results):
     evil = Answer("<script>alert(1)</script>", False)
     html = side_by_side(["<b>?</b>"], [evil], [evil])
     assert "<script" not in html
     assert "<b>" not in html
     assert len(ask(tiny_model, ["the cat", "Hi"], max_new_tokens=3)) == 2
+    evaluate_runs([run], QUICK, say=quiet)
+    summary = read_json(results / "summary.json")
+    for checkpoint in summary["checkpoints"]:
+        checkpoint["examples"][0] |= {"prompt": "<b>?</b>", "reference": "<i>", "output": evil.text}
+    html = through_training(summary)
+    assert "<script" not in html
+    assert "<b>?" not in html
+    assert "step 10" in html

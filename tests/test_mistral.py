@@ -281,7 +281,7 @@ def test_parity_ends_where_a_piece_reaches_from_the_marker_into_the_answer(tmp_p
 
 
 def test_the_prompt_is_the_row_up_to_the_last_answer(mistral):
-    from minisft.evaluate import prompt_ids
+    from minisft.exam import prompt_ids
 
     for tokenizer in mistral.values():
         template = MistralTemplate.for_tokenizer(tokenizer)

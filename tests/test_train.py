@@ -14,6 +14,7 @@ from minisft.errors import UserError
 from minisft.launch import RunFailed, launch, prepare
 from minisft.runs import RunConfig
 from minisft.traffic import predict_traffic
+from minisft.training_data import TEST_ROWS, load_rows
 from minisft.zero_config import STRATEGIES
 from minisft.zero_memory import OWNERS, Shapes, predict, total
 from minisft.zero_peak import at_peak
@@ -90,6 +91,23 @@ def test_every_checkpoint_loads_with_plain_transformers(runs, strategy):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
         text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
         assert text == "<s>[INST] Hi [/INST]"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_reloaded_checkpoint_has_the_loss_that_the_live_engine_had(runs, strategy):
+    from transformers import AutoModelForCausalLM
+
+    run = runs[strategy]
+    rows = load_rows(run.folder / "data", TEST_ROWS)
+    for checkpoint, expected in zip(run.checkpoints, run.test_losses.values(), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True)
+        total, trained = 0.0, 0
+        for row in rows:
+            labels = torch.tensor(row["labels"][1:])
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            trained += int((labels != -100).sum())
+        assert total / trained == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

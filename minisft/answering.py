@@ -1,0 +1,105 @@
+"""A model answers: many prompts at once, the loss of given answers, and a question or two of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minisft.batches import PaddingFree, PadRight
+from minisft.conversations import Conversation, Message
+from minisft.exam import prompt_ids, tools_of
+from minisft.generation import replies
+from minisft.labels import encode
+from minisft.mistral import MistralTemplate
+from minisft.models import load_model
+from minisft.tokens import HuggingFaceTokenizer
+
+TOKENS_AT_ONCE = 4096  # of the batches whose loss is taken
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated reply; `stopped` if the model ended it by itself, with EOS."""
+
+    text: str
+    stopped: bool
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[list[int]],
+    tokenizer: HuggingFaceTokenizer,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[tuple[int, Answer]]:
+    """Greedy answers to `prompts` (token ids) as they come, each with the number of its prompt."""
+    ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    for reply in replies(model, prompts, **ids, max_new_tokens=max_new_tokens, batch_size=batch_size):
+        yield reply.index, Answer(tokenizer.decode(reply.ids).strip(), reply.stopped)
+
+
+def answer_loss(
+    model: Any, conversations: Sequence[Conversation], template: MistralTemplate, tokenizer: HuggingFaceTokenizer
+) -> tuple[float, int]:
+    """Teacher-forced loss in nats: the mean over all trained tokens of all rows; and how many those are."""
+    import torch
+
+    from minisft.attention import PER_DOCUMENT, supports_padding_free
+    from minisft.loss import summed_loss, trained_positions
+
+    rows = sorted((encode(c, template, tokenizer, 1 << 30) for c in conversations), key=lambda row: len(row.input_ids))
+    padding_free = supports_padding_free(model)
+    collate = PaddingFree() if padding_free else PadRight(tokenizer.pad_id)
+    before = model.config.get_text_config()._attn_implementation
+    if padding_free:
+        model.set_attn_implementation(PER_DOCUMENT)
+    total, count = 0.0, 0
+    try:
+        for start, stop in _portions([len(row.input_ids) for row in rows]):
+            part = [{"id": r.id, "input_ids": r.input_ids, "labels": r.labels} for r in rows[start:stop]]
+            batch = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in collate(part).items()}
+            positions, targets = trained_positions(batch.pop("labels"))
+            with torch.inference_mode():
+                batch["use_cache"] = False
+                total += float(summed_loss(model, batch, positions, targets, None, padding_free))
+            count += len(targets)
+    finally:
+        model.set_attn_implementation(before)
+    return total / max(1, count), count
+
+
+def _portions(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Slices of rows of about `TOKENS_AT_ONCE` tokens, at least one row each."""
+    start, held = 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and held + length > TOKENS_AT_ONCE:
+            yield start, i
+            start, held = i, 0
+        held += length
+    if lengths:
+        yield start, len(lengths)
+
+
+def ask(folder: Path, questions: Sequence[str], max_new_tokens: int = 40, template: str = "v1") -> list[Answer]:
+    """Greedy answers of the model in `folder` to questions, each asked alone, in the template of training."""
+    tokenizer, form = tools_of(folder, template)
+    asked = [Conversation("asked", (Message("user", q), Message("assistant", ""))) for q in questions]
+    prompts = [prompt_ids(c, form, tokenizer) for c in asked]
+    found = dict(generate(load_to_answer(folder, tokenizer), prompts, tokenizer, max_new_tokens, len(asked)))
+    return [found[i] for i in range(len(asked))]
+
+
+def load_to_answer(
+    folder: Path, tokenizer: HuggingFaceTokenizer, precision: str = "fp32", trust_remote_code: bool = False
+) -> Any:
+    """A model for inference: in fp32, or on a GPU, if there is one, in the `precision` of its training."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading weights, which takes a second
+    model = load_model(folder, tokenizer, trust_remote_code).eval()
+    if not torch.cuda.is_available():
+        return model
+    return model.to("cuda", {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))

@@ -1,0 +1,36 @@
+"""Scores of answers against references, all of them sacreBLEU's own, each with its signature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from minisft.errors import UserError
+
+
+def corpus_scores(outputs: Sequence[str], references: Sequence[str], resamples: int = 1000) -> dict[str, Any]:
+    """Corpus BLEU and chrF (0 to 100) of `outputs`, one reference each, and the ratio of their lengths.
+
+    `bleu_interval` and `chrf_interval` are [low, high] at 95% by bootstrap resampling (Koehn 2004): sacreBLEU's mean
+    over `resamples` corpora drawn from these rows, and its half width. They say how far another draw of as many rows
+    might lie; empty without resamples. Texts count as lines: any white space as one blank.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    if not outputs:
+        raise UserError("there is no answer to score: evaluate at least one row")
+    found: dict[str, Any] = {}
+    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+        lines = [one_line(text) for text in outputs], [[one_line(text) for text in references]]
+        score = metric.corpus_score(*lines, n_bootstrap=resamples or 1)
+        found[name] = score.score
+        found[f"{name}_interval"] = [score._mean - score._ci, score._mean + score._ci] if resamples else []
+        found[f"{name}_signature"] = str(metric.get_signature())
+        if name == "bleu":
+            found["length_ratio"] = score.sys_len / max(1, score.ref_len)
+    return found
+
+
+def one_line(text: str) -> str:
+    """The text as the one line that it is in the files which sacreBLEU's command reads."""
+    return " ".join(text.split())

@@ -1,0 +1,102 @@
+"""Many at once as one at a time, and one at a time as transformers' own `generate`."""
+
+import random
+
+import pytest
+import torch
+
+from minisft.generation import replies, stream
+
+EOS, PAD = 2, 0
+
+
+def model_of(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 60}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256}
+    model = LlamaForCausalLM(LlamaConfig(**(size | heads | changes), eos_token_id=EOS, pad_token_id=PAD)).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 8
+        model.lm_head.weight[EOS] *= 1.5  # so that rows end, each at its own time
+    return model
+
+
+@pytest.fixture(
+    scope="module", params=[{}, {"num_key_value_heads": 6}, {"attn": "eager"}], ids=["grouped", "all", "eager"]
+)
+def model(request):
+    changes = dict(request.param)
+    attention = changes.pop("attn", "sdpa")
+    made = model_of(**changes)
+    made.set_attn_implementation(attention)
+    return made
+
+
+def prompts_of(count, seed=0):
+    chance = random.Random(seed)
+    return [[1, *(chance.randrange(3, 60) for _ in range(chance.randint(1, 40)))] for _ in range(count)]
+
+
+def one_at_a_time(model, prompt, most):
+    """transformers' own greedy decoding."""
+    given = torch.tensor([prompt])
+    found = model.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        do_sample=False,
+        max_new_tokens=most,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )[0, len(prompt) :].tolist()
+    return (found[: found.index(EOS)], True) if EOS in found else (found, False)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 24])
+def test_batches_answer_as_generate_does_one_by_one(model, batch_size):
+    prompts = prompts_of(24)
+    found = {
+        r.index: (r.ids, r.stopped)
+        for r in replies(model, prompts, eos_id=EOS, pad_id=PAD, max_new_tokens=50, batch_size=batch_size)
+    }
+    assert [found[i] for i in range(24)] == [one_at_a_time(model, p, 50) for p in prompts]
+    assert {stopped for _, stopped in found.values()} == {True, False}, "both kinds are tried"
+
+
+def test_the_attention_of_the_model_is_as_before(model):
+    before = model.config._attn_implementation
+    list(replies(model, prompts_of(2), eos_id=EOS, pad_id=PAD, max_new_tokens=2, batch_size=2))
+    assert model.config._attn_implementation == before
+
+
+def test_a_stream_says_what_a_batch_says(model):
+    for prompt in prompts_of(4):
+        said = list(stream(model, prompt, eos_id=EOS, max_new_tokens=20))
+        assert said == one_at_a_time(model, prompt, 20)[0]
+
+
+def test_a_row_that_ended_is_computed_no_longer(model):
+    sizes = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
+    found = list(replies(model, prompts_of(24), eos_id=EOS, pad_id=PAD, max_new_tokens=50, batch_size=24))
+    handle.remove()
+    assert sum(sizes) == sum(len(r.ids) + r.stopped for r in found)
+
+
+@pytest.mark.parametrize("kind", ["sliding window", "learned positions"])
+def test_other_attentions_and_positions(kind):
+    from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(1)
+    if kind == "sliding window":
+        small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 60}
+        made = MistralForCausalLM(
+            MistralConfig(**small, num_attention_heads=4, num_key_value_heads=2, sliding_window=8, eos_token_id=EOS)
+        )
+    else:
+        made = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, eos_token_id=EOS))
+    made = made.eval()
+    prompts = prompts_of(7, seed=4)
+    found = {r.index: r.ids for r in replies(made, prompts, eos_id=EOS, pad_id=PAD, max_new_tokens=20, batch_size=4)}
+    assert [found[i] for i in range(7)] == [one_at_a_time(made, p, 20)[0] for p in prompts]

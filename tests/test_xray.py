@@ -1,0 +1,60 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sacrebleu.metrics import BLEU
+
+from minisft.scores import corpus_scores
+from minisft.xray import xray
+
+WORDS = ("the", "cat", "sat", "on", "a", "mat", ",", ".", "&", "<", "red")
+words = st.lists(st.sampled_from(WORDS), max_size=14).map(" ".join)
+
+
+@given(words, words)
+def test_the_score_and_its_parts_are_sacrebleus(output, reference):
+    expected = BLEU().corpus_score([output], [[reference]])
+    found = xray(output, reference)
+    assert found.score == pytest.approx(expected.score)
+    assert list(found.matched) == expected.counts
+    assert list(found.total) == expected.totals
+    if any(found.matched):
+        assert found.precisions == pytest.approx(expected.precisions)
+    assert len(found.output) == expected.sys_len
+    assert len(found.reference) == expected.ref_len
+
+
+@given(words, words)
+def test_marked_tokens_are_in_both_and_as_deep_as_the_longest_match(output, reference):
+    found = xray(output, reference)
+    longest = max((n for n, count in enumerate(found.matched, 1) if count), default=0)
+    for depth, here, there in (
+        (found.depth, found.output, found.reference),
+        (found.reference_depth, found.reference, found.output),
+    ):
+        assert max(depth, default=0) == longest
+        assert sum(n > 0 for n in depth) >= found.matched[0]
+        assert all(word in there for word, n in zip(here, depth, strict=True) if n)
+
+
+def test_a_word_counts_as_often_as_the_reference_has_it():
+    found = xray("the the the the the the the", "the cat is on the mat")  # the example of Papineni et al.
+    assert (found.matched[0], found.total[0]) == (2, 7)
+    assert found.depth == (1, 1, 0, 0, 0, 0, 0)
+
+
+def test_what_a_model_says_is_escaped():
+    html = xray("<script>alert(1)</script> the cat", "the cat <b>").html()
+    assert "<script" not in html
+    assert "<b> " not in html.replace("<b>reference</b> ", "").replace("<b>output</b> ", "")
+
+
+def test_scores_come_with_signature_and_interval():
+    outputs = ["the cat sat on the mat", "a\nred  dog ran off quickly today", "birds sing"]
+    references = ["the cat sat on a mat", "a red dog ran away today", "small birds sing songs"]
+    found = corpus_scores(outputs, references, resamples=200)
+    plain = BLEU().corpus_score([" ".join(o.split()) for o in outputs], [references])
+    assert found["bleu"] == plain.score
+    low, high = found["bleu_interval"]
+    assert low < found["bleu"] < high
+    assert "bs:200" in found["bleu_signature"]
+    assert corpus_scores(outputs, references, resamples=0)["bleu"] == plain.score
