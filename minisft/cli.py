@@ -461,6 +461,22 @@ def evaluate(
 
 
 @app.command()
+def chat(
+    run: Annotated[str, typer.Argument(help="a run with a checkpoint, by name or folder")],
+    step: Annotated[int | None, typer.Option(help="the checkpoint of that step; the last if not given")] = None,
+    beside: Annotated[bool, typer.Option("--beside", help="let the model before training answer as well")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 200,
+) -> None:
+    """Talk to a trained model: each line is a question, and Ctrl-D ends the conversation."""
+    from minisft.chat import in_terminal, talks
+    from minisft.runs import Run
+
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {max_new_tokens}: give at least 1")
+    in_terminal(talks(Run.load(run), step, beside), sys.stdin, sys.stdout, max_new_tokens)
+
+
+@app.command()
 def memory(
     model: Annotated[str | None, typer.Option("--model", "-m", help="smollm2, a model folder, or a hub id")] = None,
     params: Annotated[float | None, typer.Option(help="a bare number of parameters instead, e.g. 7e9")] = None,

@@ -59,6 +59,17 @@ def minisft(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(words, ended.value.code or 0, out.getvalue(), err.getvalue())
 
 
+def save_checkpoint(model: object, tokenizer_folder: Path, folder: Path) -> None:
+    """A checkpoint as a run leaves it: weights, config, and the tokenizer with its chat template."""
+    from minisft.mistral import MistralTemplate
+    from minisft.tokens import HuggingFaceTokenizer
+
+    tokenizer = HuggingFaceTokenizer(tokenizer_folder)
+    tokenizer.hf.chat_template = MistralTemplate.for_tokenizer(tokenizer).jinja()
+    model.save_pretrained(folder)
+    tokenizer.hf.save_pretrained(folder)
+
+
 @pytest.fixture(autouse=True)
 def own_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test writes its runs into its own folder."""

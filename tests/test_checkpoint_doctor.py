@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
+from conftest import save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from minisft.checkpoint_doctor import ailment
 from minisft.checkpoints import digest
 from minisft.launch import prepare
-from minisft.mistral import MistralTemplate
 from minisft.runs import RunConfig
 from minisft.tokens import HuggingFaceTokenizer
 
@@ -20,7 +20,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture(scope="module")
 def prepared(tiny_model, small_data, tmp_path_factory):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     patch = pytest.MonkeyPatch()
     patch.setenv("MINISFT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
@@ -28,11 +28,7 @@ def prepared(tiny_model, small_data, tmp_path_factory):
         RunConfig.course(model=str(tiny_model), data=str(small_data), max_characters=None), say=lambda _: None
     )
     patch.undo()
-    folder = run.folder / "checkpoint-3"
-    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = MistralTemplate.for_tokenizer(HuggingFaceTokenizer(tiny_model)).jinja()
-    tokenizer.save_pretrained(folder)
+    save_checkpoint(AutoModelForCausalLM.from_pretrained(tiny_model), tiny_model, run.folder / "checkpoint-3")
     return run
 
 

@@ -42,7 +42,7 @@ def test_every_verb_has_help(verb):
         (["launch", "-s", "vanilla", "--model", "./nowhere"], ["nowhere", "does not exist"]),
         (["train", "nothing"], ["no run 'nothing'"]),
         (["evaluate"], ["no run in outputs/model has a checkpoint"]),
-        (["evaluate", "--rows", "0"], ["no run in outputs/model"]),
+        (["evaluate", "--rows", "0"], ["rows is 0"]),
         (["nonsense"], ["nonsense"]),
     ],
 )

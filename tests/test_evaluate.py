@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import minisft, sharegpt_row
+from conftest import minisft, save_checkpoint, sharegpt_row
 
 from minisft import evaluate
 from minisft.answering import Answer, answer_loss, ask, generate
@@ -17,7 +17,6 @@ from minisft.evaluation_report import side_by_side, through_training
 from minisft.exam import Settings, prompt_ids, set_exam, tools_of
 from minisft.labels import IGNORE_INDEX, encode
 from minisft.launch import prepare
-from minisft.mistral import MistralTemplate
 from minisft.runs import Run, RunConfig, lock_of, read_json
 from minisft.tokens import HuggingFaceTokenizer
 
@@ -31,19 +30,16 @@ def quiet(line):
 @pytest.fixture
 def run(tiny_model, small_data):
     """A prepared run with two checkpoints; the second has other weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     made = prepare(
         RunConfig.course("vanilla", model=str(tiny_model), data=str(small_data), max_characters=None), say=quiet
     )
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = MistralTemplate.for_tokenizer(HuggingFaceTokenizer(tiny_model)).jinja()
     for step in (10, 9):
         with torch.no_grad():
             model.model.norm.weight.mul_(1 + step)
-        model.save_pretrained(made.folder / f"checkpoint-{step}")
-        tokenizer.save_pretrained(made.folder / f"checkpoint-{step}")
+        save_checkpoint(model, tiny_model, made.folder / f"checkpoint-{step}")
     return made
 
 

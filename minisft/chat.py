@@ -1,0 +1,158 @@
+"""Talking to a model: answers as they come, in the template of training, before and after it.
+
+    minisft chat zero2 --beside
+
+What you type cannot forge a control token, and what the model says cannot move your cursor.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any, TextIO
+
+from minisft.answering import load_to_answer
+from minisft.checkpoint_doctor import ailment
+from minisft.conversations import Conversation, Message
+from minisft.errors import UserError
+from minisft.exam import prompt_ids, tools_of
+from minisft.generation import stream
+from minisft.lens import spelt
+from minisft.live import in_notebook
+from minisft.runs import Run, checkpoint_step
+
+REPLACEMENT = "\ufffd"  # what half a character decodes to
+
+
+class Talk:
+    """A conversation with the model in `folder`: what is said goes into the next prompt, as in training."""
+
+    def __init__(self, run: Run, folder: Path):
+        config = run.config
+        self.tokenizer, self.template = tools_of(run.model_folder, config.template)
+        self.model = load_to_answer(folder, self.tokenizer, run.precision, config.trust_remote_code)
+        self.positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        self.messages: list[Message] = []
+
+    def say(self, text: str, max_new_tokens: int = 200) -> Iterator[str]:
+        """The answer to `text`, piece by piece. What no longer fits in the model's positions is forgotten first.
+
+        Raises `UserError` for a text that does not fit even alone.
+        """
+        self.messages.append(Message("user", text))
+        while len(ids := self._prompt()) + max_new_tokens > self.positions:
+            if len(self.messages) == 1:
+                self.messages.clear()
+                raise UserError(
+                    f"{len(ids)} tokens and an answer of {max_new_tokens} do not fit in the model's {self.positions} "
+                    "positions: say it in fewer words"
+                )
+            del self.messages[:2]
+        said: list[int] = []
+        shown = ""
+        for token in stream(self.model, ids, eos_id=self.tokenizer.eos_id, max_new_tokens=max_new_tokens):
+            said.append(token)
+            text = self.tokenizer.decode(said).lstrip()
+            if not text.endswith(REPLACEMENT):
+                yield text[len(shown) :]
+                shown = text
+        if (text := self.tokenizer.decode(said).lstrip()) != shown:
+            yield text[len(shown) :]
+        self.messages.append(Message("assistant", text.strip()))
+
+    def _prompt(self) -> list[int]:
+        asked = Conversation("talk", (*self.messages, Message("assistant", "")))
+        return prompt_ids(asked, self.template, self.tokenizer)
+
+
+def talks(run: Run, step: int | None = None, beside: bool = False) -> dict[str, Talk]:
+    """A talk with a checkpoint of `run`, its last if no `step` is given; with `beside` the model before training first.
+
+    Raises `UserError` where there is no such checkpoint, or where it cannot be used.
+    """
+    steps = {checkpoint_step(c): c for c in run.checkpoints}
+    if not steps:
+        raise UserError(f"{run.name} has no checkpoint to talk to (it is {run.status}): train it first")
+    folder = steps.get(max(steps) if step is None else step)
+    if folder is None:
+        raise UserError(f"{run.name} has no checkpoint of step {step}: it has those of {', '.join(map(str, steps))}")
+    if wrong := ailment(run, folder):
+        raise UserError(f"{run.name} {folder.name} cannot be used: {wrong}")
+    before = {"before": Talk(run, run.model_folder)} if beside else {}
+    return before | {f"step {checkpoint_step(folder)}": Talk(run, folder)}
+
+
+def in_terminal(found: Mapping[str, Talk], asked: TextIO, out: TextIO, max_new_tokens: int = 200) -> None:
+    """Answer each line of `asked` until it ends."""
+    prompt = "you> " if asked.isatty() else ""
+    width = max(map(len, found))
+    while True:
+        print(prompt, end="", file=out, flush=True)
+        line = asked.readline()
+        if not line:
+            print(file=out) if prompt else None
+            return
+        if not line.strip():
+            continue
+        for name, talk in found.items():
+            print(f"{name:<{width}}> ", end="", file=out, flush=True)
+            try:
+                for piece in talk.say(line.strip(), max_new_tokens):
+                    print(harmless(piece), end="", file=out, flush=True)
+            except UserError as error:
+                print(f"({error})", end="", file=out)
+            print(file=out, flush=True)
+
+
+def harmless(text: str) -> str:
+    """The text with every control character written out, so that a terminal only prints it."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else spelt(c) for c in text)
+
+
+class Beside:
+    """For a notebook: `ask = Beside(run)`, then `ask("a question")` streams the answers before and after training."""
+
+    def __init__(self, run: Run, step: int | None = None):
+        self.talks = talks(run, step, beside=True)
+
+    def __call__(self, question: str, max_new_tokens: int = 60) -> None:
+        """Show what the models say to `question`, asked alone, as they say it."""
+        answers = dict.fromkeys(self.talks, "")
+        show = _Table(question) if in_notebook() else None
+        for name, talk in self.talks.items():
+            talk.messages.clear()
+            for piece in talk.say(question, max_new_tokens):
+                answers[name] += piece
+                if show:
+                    show(answers)
+            if not show:
+                print(f"{name}: {harmless(answers[name])}")
+        if show:
+            show(answers)
+
+
+class _Table:
+    """One display that renews itself."""
+
+    def __init__(self, question: str):
+        self.question = question
+        self.handle: Any = None
+
+    def __call__(self, answers: Mapping[str, str]) -> None:
+        from IPython.display import display
+
+        data = {"text/html": table(self.question, answers), "text/plain": str(dict(answers))}
+        if self.handle is None:
+            self.handle = display(data, raw=True, display_id=True)
+        else:
+            self.handle.update(data, raw=True)
+
+
+def table(question: str, answers: Mapping[str, str]) -> str:
+    """A question and its answers by name, as HTML; all of it is escaped."""
+    style = "text-align:left;vertical-align:top;white-space:pre-wrap"
+    head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in answers)
+    cells = "".join(f"<td style='{style};width:{90 // len(answers)}%'>{escape(a)}</td>" for a in answers.values())
+    return f"<table><caption>{escape(question)}</caption><tr>{head}</tr><tr>{cells}</tr></table>"
