@@ -1,7 +1,8 @@
 """Greedy decoding of many prompts at once, with the results of one at a time.
 
-Prompts of like length are padded on the left and answered together. A row leaves its batch when it ends, so nobody
-computes for it any longer; keys and values lie in memory with room to grow, so a step copies none of them.
+Prompts of like length are answered together. They are read end to end, without padding; then each row gets one token
+a step. A row leaves its batch when it ends, so nobody computes for it any longer; keys and values lie in memory with
+room to grow, so a step copies none of them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from minisft.batches import pad_left
+from minisft.batches import PaddingFree, pad_left
 
 DECODING = "minisft_decoding"
 ROOM = 32  # tokens by which the memory for keys and values grows
+READ_AT_ONCE = 4096  # tokens of prompts
+HELD_AT_ONCE = 32_768  # tokens of a batch, padding and answers included: their keys and values are what fills memory
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,28 @@ def replies(
 
     Replies come as they end, each prompt's once. Penalties and samplings of a `generation_config` have no part.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        with _decoding(model):
-            yield from _batch(model, chosen, [prompts[i] for i in chosen], eos_id, pad_id, max_new_tokens)
+    for chosen in _batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens):
+        yield from _batch(model, chosen, [prompts[i] for i in chosen], eos_id, pad_id, max_new_tokens)
+
+
+def _batches(lengths: Sequence[int], batch_size: int, most: int) -> Iterator[list[int]]:
+    """The numbers of all prompts, those of like length together, as many as may be held at once."""
+    chosen: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chosen and (len(chosen) == batch_size or (len(chosen) + 1) * (lengths[i] + most) > HELD_AT_ONCE):
+            yield chosen
+            chosen = []
+        chosen.append(i)
+    if chosen:
+        yield chosen
 
 
 def stream(model: Any, prompt: list[int], *, eos_id: int, max_new_tokens: int) -> Iterator[int]:
     """The ids of one reply as they come, without EOS."""
-    with _decoding(model):
-        for step in _steps(model, [prompt], eos_id, max_new_tokens):
-            token = step.tokens[0]
-            if token == eos_id:
-                return
-            yield token
+    for step in _steps(model, [prompt], eos_id, max_new_tokens):
+        if step.tokens[0] == eos_id:
+            return
+        yield step.tokens[0]
 
 
 def _batch(
@@ -83,24 +93,14 @@ class _Step:
 def _steps(model: Any, prompts: list[list[int]], pad_id: int, most: int) -> Iterator[_Step]:
     import torch
 
-    batch = {name: tensor.to(model.device) for name, tensor in pad_left(prompts, pad_id).items()}
-    ids, mask = batch["input_ids"], batch["attention_mask"]
     takes = inspect.signature(model.forward).parameters
-    cache = _cache(model)
+    mask = pad_left(prompts, pad_id)["attention_mask"].to(model.device)
+    positions = mask.sum(1, keepdim=True) - 1
     rows = list(range(len(prompts)))
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    for _ in range(most):
-        given = {"position_ids": positions, "logits_to_keep": 1}
-        padded = not bool(mask.all())
-        with torch.inference_mode():
-            logits = model(
-                input_ids=ids,
-                attention_mask=mask if padded else None,
-                past_key_values=cache,
-                use_cache=True,
-                **{name: value for name, value in given.items() if name in takes},
-            ).logits[:, -1]
+    with torch.inference_mode():
+        logits, cache = _read(model, prompts, pad_id)
         chosen = logits.argmax(-1)
+    for _ in range(most):
         step = _Step(rows, chosen.tolist(), set())
         yield step
         if step.ended:
@@ -111,8 +111,73 @@ def _steps(model: Any, prompts: list[list[int]], pad_id: int, most: int) -> Iter
             kept = torch.tensor(left, device=mask.device)
             chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
             cache.batch_select_indices(kept)
-        ids, positions = chosen[:, None], positions[:, -1:] + 1
+        positions = positions + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        with torch.inference_mode(), _attending(model, DECODING):
+            logits = model(
+                input_ids=chosen[:, None],
+                attention_mask=None if mask.all() else mask,
+                past_key_values=cache,
+                use_cache=True,
+                **({"position_ids": positions} if "position_ids" in takes else {}),
+            ).logits[:, -1]
+        chosen = logits.argmax(-1)
+
+
+def _read(model: Any, prompts: list[list[int]], pad_id: int) -> tuple[Any, Any]:
+    """The logits after each prompt, [rows, vocabulary], and the keys and values of all, aligned on the right."""
+    import torch
+
+    from minisft.attention import supports_padding_free
+
+    if not supports_padding_free(model):
+        return _read_padded(model, prompts, pad_id)
+    longest = max(map(len, prompts))
+    cache = _cache(model)
+    logits, start = [], 0
+    for stop in _portions([len(prompt) for prompt in prompts]):
+        part = prompts[start:stop]
+        found, read = _read_end_to_end(model, part)
+        logits.append(found)
+        for layer, (keys, values) in zip(cache.layers, read, strict=True):
+            layer.put(keys, values, [len(prompt) for prompt in part], start, len(prompts), longest)
+        start = stop
+    return torch.cat(logits), cache
+
+
+def _portions(lengths: Sequence[int]) -> Iterator[int]:
+    """Where to stop reading, so that about `READ_AT_ONCE` tokens are read at a time."""
+    held = 0
+    for i, length in enumerate(lengths):
+        if held and held + length > READ_AT_ONCE:
+            yield i
+            held = 0
+        held += length
+    yield len(lengths)
+
+
+def _read_end_to_end(model: Any, prompts: list[list[int]]) -> tuple[Any, list[tuple[Any, Any]]]:
+    from transformers.cache_utils import DynamicCache
+
+    from minisft.attention import PER_DOCUMENT
+
+    batch = PaddingFree()([{"input_ids": prompt, "labels": prompt} for prompt in prompts])
+    del batch["labels"]
+    batch = {name: value.to(model.device) if hasattr(value, "to") else value for name, value in batch.items()}
+    cache = DynamicCache(config=model.config)
+    with _attending(model, PER_DOCUMENT):
+        last = batch["cu_seq_lens_q"][1:].long() - 1
+        logits = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
+    return logits, [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+def _read_padded(model: Any, prompts: list[list[int]], pad_id: int) -> tuple[Any, Any]:
+    takes = inspect.signature(model.forward).parameters
+    batch = {name: tensor.to(model.device) for name, tensor in pad_left(prompts, pad_id).items()}
+    given = {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0), "logits_to_keep": 1}
+    cache = _cache(model)
+    given = {name: value for name, value in given.items() if name in takes}
+    return model(**batch, **given, past_key_values=cache, use_cache=True).logits[:, -1], cache
 
 
 def _cache(model: Any) -> Any:
@@ -150,6 +215,17 @@ def _roomy_layer() -> type:
             self.keys, self.values = (place[..., :length, :] for place in self.room)
             return self.keys, self.values
 
+        def put(self, keys: Any, values: Any, lengths: Sequence[int], first: int, rows: int, longest: int) -> None:
+            """Give rows their prompts' keys and values, [heads, tokens, head size] end to end, aligned on the right."""
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+                shape = (rows, len(keys), longest + ROOM)  # zeros: what is masked must still be a number
+                self.room = tuple(part.new_zeros((*shape, part.shape[-1])) for part in (keys, values))
+                self.keys, self.values = (place[..., :longest, :] for place in self.room)
+            for place, parts in ((self.keys, keys), (self.values, values)):
+                for row, part in enumerate(parts.split(list(lengths), dim=1), first):
+                    place[row, :, longest - part.shape[1] :] = part
+
         def batch_select_indices(self, indices: Any) -> None:
             super().batch_select_indices(indices)
             self.room = None
@@ -162,15 +238,15 @@ def _roomy_layer() -> type:
 
 
 @contextmanager
-def _decoding(model: Any) -> Iterator[None]:
-    """Let `model` attend in the way that is quick for one new token per row, where it takes its attention so."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    if before != "sdpa" or not getattr(model, "_supports_attention_backend", False):
-        yield
-        return
-    _register()
-    model.set_attn_implementation(DECODING)
+def _attending(model: Any, how: str) -> Iterator[None]:
+    """Let `model` attend in another way, where it takes its attention from transformers' interface."""
+    before = model.config.get_text_config()._attn_implementation
+    if how == DECODING:
+        if before != "sdpa" or not getattr(model, "_supports_attention_backend", False):
+            yield
+            return
+        _register()
+    model.set_attn_implementation(how)
     try:
         yield
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from minisft.labels import IGNORE_INDEX, Row
-from minisft.plots import PALETTE, Picture, _figure, _picture
+from minisft.plots import PALETTE, Picture, figure_of, picture_of
 from minisft.tokens import Tokenizer
 
 BLUE, ORANGE = PALETTE[0], PALETTE[1]
@@ -18,7 +18,7 @@ def truncation_bars(kept: Mapping[str, Sequence[Row]], whole: Sequence[Row], eos
     """
     everything = sum(row.trained for row in whole)
     counts = {name: _whole_and_cut(rows, eos_id) for name, rows in kept.items()}
-    figure, axes = _figure(7.6, 1.5 + 0.5 * len(counts))
+    figure, axes = figure_of(7.6, 1.5 + 0.5 * len(counts))
     names = [f"{name} ({len(kept[name])} rows)" for name in counts]
     solid = [100 * complete / everything for complete, _ in counts.values()]
     hatched = [100 * cut / everything for _, cut in counts.values()]
@@ -36,7 +36,7 @@ def truncation_bars(kept: Mapping[str, Sequence[Row]], whole: Sequence[Row], eos
         f"{name} leaves {len(kept[name])} rows, with {a:.0f} % in whole answers and {b:.0f} % in answers cut off"
         for name, a, b in zip(counts, solid, hatched, strict=True)
     )
-    return _picture(figure, f"Of the trained tokens of {len(whole)} rows: {each}.")
+    return picture_of(figure, f"Of the trained tokens of {len(whole)} rows: {each}.")
 
 
 def _whole_and_cut(rows: Sequence[Row], eos_id: int) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def bugs_on_rows(struck: Mapping[str, int], rows: int) -> Picture:
     order = sorted(struck, key=struck.__getitem__, reverse=True)
     shares = [100 * struck[name] / rows for name in order]
     rare = [name for name in order if struck[name] < rows / 2]
-    figure, axes = _figure(7.6, 0.9 + 0.34 * len(order))
+    figure, axes = figure_of(7.6, 0.9 + 0.34 * len(order))
     axes.barh(order, shares, color=[ORANGE if name in rare else BLUE for name in order])
     for y, name in enumerate(order):
         axes.text(shares[y] + 1, y, f"{struck[name]} of {rows}", va="center")
@@ -63,7 +63,7 @@ def bugs_on_rows(struck: Mapping[str, int], rows: int) -> Picture:
     axes.set(xlabel="% of real rows in which an invariant is broken", xlim=(0, 118), title=title)
     axes.set_xticks(range(0, 101, 20))
     each = ", ".join(f"{name} in {struck[name]}" for name in order)
-    return _picture(figure, f"Of {rows} real rows, an invariant is broken by {each}.")
+    return picture_of(figure, f"Of {rows} real rows, an invariant is broken by {each}.")
 
 
 def losses_before_and_after(
@@ -72,7 +72,7 @@ def losses_before_and_after(
     """The loss of each trained token of a row under two models; `before` and `after` have one loss for each token."""
     places = [i for i, label in enumerate(row.labels) if i and label != IGNORE_INDEX]
     x = range(len(places))
-    figure, axes = _figure(8.2, 3.7)
+    figure, axes = figure_of(8.2, 3.7)
     for losses, shift, colour, name in ((before, -0.2, "#9aa5b1", "before"), (after, 0.2, ORANGE, "after training")):
         axes.bar([i + shift for i in x], [losses[p] for p in places], width=0.4, color=colour, label=name)
     ends = [n for n, p in enumerate(places) if row.input_ids[p] == tokenizer.eos_id]
@@ -94,7 +94,7 @@ def losses_before_and_after(
         f"{'EOS' if n in ends else name} {before[p]:.2f} and {after[p]:.2f}"
         for n, (name, p) in enumerate(zip(names, places, strict=True))
     )
-    return _picture(figure, f"Loss of each trained token before and after training, in nats: {each}.")
+    return picture_of(figure, f"Loss of each trained token before and after training, in nats: {each}.")
 
 
 def _mean(losses: Sequence[float | None], places: Sequence[int]) -> float:

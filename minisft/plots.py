@@ -54,7 +54,7 @@ def loss_curves(runs: Sequence[Run]) -> Picture:
     away = {name: [abs(a - b) / b for a, b in zip(c, first, strict=False)] for name, c in curves.items()}
     worst = max(max(a) for a in away.values())
     verdict = "lie on each other" if worst < 1e-3 else "differ"
-    figure, (top, bottom) = _figure(7.6, 5.0, nrows=2, sharex=True, height_ratios=[2.2, 1])
+    figure, (top, bottom) = figure_of(7.6, 5.0, nrows=2, sharex=True, height_ratios=[2.2, 1])
     # Widths shrink in drawing order, so that curves which coincide still all show.
     for i, (name, curve) in enumerate(curves.items()):
         width = 9 - 7.5 * i / max(1, len(curves) - 1)
@@ -68,7 +68,7 @@ def loss_curves(runs: Sequence[Run]) -> Picture:
     bottom.axhline(1e-3, color="#888888", linestyle=":", linewidth=1)
     bottom.set(yscale="log", ylim=(3e-10, 1), xlabel="optimizer step", ylabel=f"relative distance\nfrom {base}")
     first_to_last = f"from {first[0]:.2f} to {first[-1]:.2f} in {steps} steps"
-    return _picture(
+    return picture_of(
         figure,
         f"Loss curves of {', '.join(curves)}: {base} goes {first_to_last}; "
         f"the largest relative distance of any other run from it is {worst:.1e}.",
@@ -79,7 +79,7 @@ def comparison(runs: Sequence[Run]) -> Picture:
     """Runs side by side: loss against steps and against time, tokens per second, memory and communication per rank."""
     rows = {row["run"]: row for row in summary_rows(runs)}
     colours = {run.name: PALETTE[i % 7] for i, run in enumerate(runs)}
-    figure, axes = _figure(10, 6, nrows=2, ncols=3)
+    figure, axes = figure_of(10, 6, nrows=2, ncols=3)
     (by_step, by_time, speeds), (states, peaks, traffic) = axes
     for i, run in enumerate(runs):
         losses = [m["loss"] for m in run.metrics]
@@ -112,7 +112,7 @@ def comparison(runs: Sequence[Run]) -> Picture:
         f"{_gigabytes(row['peak_bytes'])} at the peak, {_gigabytes(row['sent_bytes'])} sent per step"
         for name, row in rows.items()
     )
-    return _picture(figure, f"Runs side by side: {each}.")
+    return picture_of(figure, f"Runs side by side: {each}.")
 
 
 def _gigabytes(size: float | None) -> str:
@@ -121,7 +121,7 @@ def _gigabytes(size: float | None) -> str:
 
 def memory_bars(runs: Sequence[Run]) -> Picture:
     """Measured bytes of one rank between two steps, by owner, one bar per run."""
-    figure, axes = _figure(7.6, 0.9 + 0.55 * len(runs))
+    figure, axes = figure_of(7.6, 0.9 + 0.55 * len(runs))
     names = [f"{run.name} ({run.config.ranks} rank{'s' if run.config.ranks > 1 else ''})" for run in runs]
     ranks = [max(run.memory, key=model_states) for run in runs]
     left = [0.0] * len(runs)
@@ -140,12 +140,12 @@ def memory_bars(runs: Sequence[Run]) -> Picture:
         f"{run.name} {model_states(rank) / 1e9:.2f} GB of model states and {rank['at rest'][OTHER] / 1e9:.2f} GB else"
         for run, rank in zip(runs, ranks, strict=True)
     )
-    return _picture(figure, f"Memory of one rank, measured: {each}.")
+    return picture_of(figure, f"Memory of one rank, measured: {each}.")
 
 
 def before_and_after(summaries: Sequence[dict[str, Any]]) -> Picture:
     """Loss on the test answers, and the share of answers that stop, against steps; `summary.json` of several runs."""
-    figure, (left, right) = _figure(8.2, 3.4, ncols=2)
+    figure, (left, right) = figure_of(8.2, 3.4, ncols=2)
     for i, summary in enumerate(summaries):
         steps = [c["step"] for c in summary["checkpoints"]]
         width = 7 - 5.5 * i / max(1, len(summaries) - 1)
@@ -159,7 +159,7 @@ def before_and_after(summaries: Sequence[dict[str, Any]]) -> Picture:
     learns = "The model learns to stop" if change > 0 else "Stopping is not learned"
     right.set(xlabel="optimizer step", ylabel="answers that stop by themselves, %", ylim=(-3, 103), title=learns)
     left.legend(frameon=False)
-    return _picture(
+    return picture_of(
         figure,
         f"Test loss of {summaries[0]['run']} from {first['loss']:.2f} to {last['loss']:.2f}; answers that stop by "
         f"themselves from {first['stopped']:.0%} to {last['stopped']:.0%}; "
@@ -194,7 +194,7 @@ def draw_tokens(
         placed.append((x, y, text, kinds, losses))
         x += size + gap
     height = y + pitch + 8
-    figure, axes = _figure(width / 72, height / 72)
+    figure, axes = figure_of(width / 72, height / 72)
     figure.set_layout_engine("none")
     axes.set_position((0, 0, 1, 1))
     axes.set_axis_off()
@@ -215,7 +215,7 @@ def draw_tokens(
     for n, text in enumerate(heading):
         axes.text(gap / 2, 16 + 17 * n, text, fontsize=11, fontweight="bold", va="center", parse_math=False)
     axes.text(gap / 2, height - 10, legend, fontsize=8.5, color="#444444", va="center", parse_math=False)
-    return _picture(figure, alt)
+    return picture_of(figure, alt)
 
 
 def _drawable(text: str) -> str:
@@ -273,7 +273,7 @@ def token_lanes(lanes: Mapping[str, tuple[Iterable[Segment], Tokenizer]], marked
         heads.append((top, label, count))
         told.append(f"{label}: {count} tokens, {trained} trained" + "".join(f", {marked!r} in {at}" for at in turns))
         y = max(y + pitch, top + 1.5 * pitch) + 12
-    figure, axes = _figure(width / 72, (y + 16) / 72)
+    figure, axes = figure_of(width / 72, (y + 16) / 72)
     figure.set_layout_engine("none")
     axes.set_position((0, 0, 1, 1))
     axes.set_axis_off()
@@ -291,7 +291,7 @@ def token_lanes(lanes: Mapping[str, tuple[Iterable[Segment], Tokenizer]], marked
         if any(kind == tile[3] for tile in tiles):
             axes.text(x, y + 2, kind, bbox=_tile(kind, kind.startswith("framed")), va="center", fontsize=8.5)
             x += 4.7 * len(kind) + 24
-    return _picture(figure, f"{title}. Coloured tokens; {'; '.join(told)}.")
+    return picture_of(figure, f"{title}. Coloured tokens; {'; '.join(told)}.")
 
 
 def _lane_kind(segment: Segment) -> str:
@@ -329,7 +329,7 @@ def token_flow(ledger: Ledger) -> Picture:
     stages = list(ledger.stages)
     tokens = [(ledger.tokens(stage) or 0) / 1e6 for stage in stages]
     rows = [ledger.stages[stage].rows for stage in stages]
-    figure, axes = _figure(8.2, 0.9 + 0.42 * len(stages))
+    figure, axes = figure_of(8.2, 0.9 + 0.42 * len(stages))
     axes.barh(stages, tokens, color="#0072B2", height=0.62)
     full = max(tokens) or 1.0
     for i, (before, now) in enumerate(zip([tokens[0], *tokens], tokens, strict=False)):
@@ -352,7 +352,7 @@ def token_flow(ledger: Ledger) -> Picture:
     title = f"{kept:.0%} of the rows are trained on, but only {share:.0%} of the tokens"
     axes.set_title(title)
     told = "; ".join(f"{s} {r:,} rows, {t:.1f} million tokens" for s, r, t in zip(stages, rows, tokens, strict=True))
-    return _picture(figure, f"{title}: {told}.")
+    return picture_of(figure, f"{title}: {told}.")
 
 
 def conversation_turns(conversation: Conversation) -> str:
@@ -360,7 +360,7 @@ def conversation_turns(conversation: Conversation) -> str:
     return f"{questions} question{'s' if questions > 1 else ''} and answer{'s' if questions > 1 else ''}"
 
 
-def _figure(width: float, height: float, **layout: Any) -> Any:
+def figure_of(width: float, height: float, **layout: Any) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -374,7 +374,7 @@ def _figure(width: float, height: float, **layout: Any) -> Any:
     return figure, axes
 
 
-def _picture(figure: Any, alt: str) -> Picture:
+def picture_of(figure: Any, alt: str) -> Picture:
     from PIL import Image
 
     for axes in figure.axes:

@@ -8,7 +8,7 @@ from typing import Any
 
 from minisft.dry_run import ACTIVATIONS, BACKWARD, LOGITS
 from minisft.planner import RESERVED, Plan
-from minisft.plots import OWNER_COLOURS, PALETTE, Picture, _figure, _picture
+from minisft.plots import OWNER_COLOURS, PALETTE, Picture, figure_of, picture_of
 from minisft.runs import Run
 from minisft.traffic import OPERATIONS, predict_traffic, sent
 from minisft.zero_memory import MOMENTS, OWNERS, Shapes, paper, partition_size, predict, total
@@ -43,7 +43,7 @@ def predicted_bars(
             (rank[moment] for rank in predict(shapes, strategy, ranks, precision, deepspeed)), key=total
         )
     size, unit = unit_for(max(map(total, bars.values())))
-    figure, axes = _figure(7.6, 0.9 + 0.55 * len(bars))
+    figure, axes = figure_of(7.6, 0.9 + 0.55 * len(bars))
     left = [0.0] * len(bars)
     names = [f"{name} ({ranks} rank{'s' if ranks > 1 else ''})" for name, ranks in strategies.items()]
     for owner in OWNERS:
@@ -72,7 +72,7 @@ def predicted_bars(
         + (f", {measured[name] / size:.2f} {unit} measured" if name in measured else "")
         for name, bar in bars.items()
     )
-    return _picture(figure, f"States of one rank {moment}, in {precision}: {each}.")
+    return picture_of(figure, f"States of one rank {moment}, in {precision}: {each}.")
 
 
 def _same(run: Run, strategy: str, ranks: int) -> bool:
@@ -91,7 +91,7 @@ def _measured(strategies: Mapping[str, int], runs: Sequence[Run], moment: str) -
 def paper_bars(parameters: float = 7.5e9, ranks: int = 64) -> Picture:
     """Figure 1 of Rajbhandari et al. 2020: model states per rank for each stage, by the paper's formula."""
     parts = {"parameters": 2.0, "gradients": 2.0, "optimizer states": 12.0}
-    figure, axes = _figure(7.6, 2.6)
+    figure, axes = figure_of(7.6, 2.6)
     size, unit = unit_for(paper(parameters, ranks, 0))
     for stage, name in enumerate(STAGES):
         left = 0.0
@@ -108,7 +108,7 @@ def paper_bars(parameters: float = 7.5e9, ranks: int = 64) -> Picture:
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     each = "; ".join(f"{name} {paper(parameters, ranks, i) / size:,.1f} {unit}" for i, name in enumerate(STAGES))
-    return _picture(figure, f"Model states of one rank: {each}.")
+    return picture_of(figure, f"Model states of one rank: {each}.")
 
 
 def against_ranks(shapes: Shapes, precision: str, most_ranks: int = 64) -> Picture:
@@ -116,7 +116,7 @@ def against_ranks(shapes: Shapes, precision: str, most_ranks: int = 64) -> Pictu
     counts = [1]
     while counts[-1] * 2 <= most_ranks:
         counts.append(counts[-1] * 2)
-    figure, axes = _figure(7.6, 3.8)
+    figure, axes = figure_of(7.6, 3.8)
     strategies = ("ddp", "zero1", "zero2", "zero3")
     curves = {
         strategy: [
@@ -136,7 +136,7 @@ def against_ranks(shapes: Shapes, precision: str, most_ranks: int = 64) -> Pictu
     axes.set(xlabel="ranks", ylabel=f"{unit} of states on the fullest rank", ylim=(0, None), title=title)
     axes.legend(frameon=False)
     ends = "; ".join(f"{name} {curve[0] / size:.2f} to {curve[-1] / size:.2f} {unit}" for name, curve in curves.items())
-    return _picture(figure, f"States per rank after backward, from 1 to {counts[-1]} ranks: {ends}.")
+    return picture_of(figure, f"States per rank after backward, from 1 to {counts[-1]} ranks: {ends}.")
 
 
 def partition_map(shapes: Shapes, ranks: int) -> Picture:
@@ -147,7 +147,7 @@ def partition_map(shapes: Shapes, ranks: int) -> Picture:
     """
     from matplotlib.patches import Patch
 
-    figure, axes = _figure(8.6, 0.9 + 0.85 * len(shapes.groups))
+    figure, axes = figure_of(8.6, 0.9 + 0.85 * len(shapes.groups))
     straddlers = padded = 0
     for lane, group in enumerate(shapes.groups):
         elements = sum(n for _, n in group)
@@ -184,7 +184,7 @@ def partition_map(shapes: Shapes, ranks: int) -> Picture:
     axes.legend(
         handles=keys, frameon=False, ncols=len(keys), fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.3)
     )
-    return _picture(
+    return picture_of(
         figure,
         f"{shapes.tensors} tensors in {len(shapes.groups)} param groups cut into {ranks} equal slices each: "
         f"{straddlers} tensors lie over a border, {padded} elements are padding.",
@@ -200,7 +200,7 @@ def step_timeline(memory: Mapping[str, Any], name: str) -> Picture:
     begin = next(i for i, (_, held) in enumerate(step["timeline"]) if held == step["before"])
     totals = [(phase, held + step["unseen"]) for phase, held in step["timeline"][begin:]]
     size, unit = unit_for(max(held for _, held in totals))
-    figure, (axes, column) = _figure(9.4, 3.6, ncols=2, width_ratios=(4, 1))
+    figure, (axes, column) = figure_of(9.4, 3.6, ncols=2, width_ratios=(4, 1))
     colours = {"forward": PALETTE[0], "backward": PALETTE[1], "step": PALETTE[2]}
     begin = 0
     before = step["before"] + step["unseen"]
@@ -239,7 +239,7 @@ def step_timeline(memory: Mapping[str, Any], name: str) -> Picture:
         fontsize=11,
     )
     each = ", ".join(f"{held / size:.2f} {unit} {owner}" for owner, held in owners.items())
-    return _picture(
+    return picture_of(
         figure,
         f"Bytes of tensors through one step of {name}: {before / size:.2f} {unit} before it, at most "
         f"{peak / size:.2f} {unit}, in {_phase(phase)}: {each}.",
@@ -250,7 +250,7 @@ def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulat
     """Bytes that each rank sends per optimizer step: predicted bars by operation with measured ticks, one per run that
     has several ranks; beside it, how they grow with the micro-batches per step, up to `accumulation`."""
     runs = [run for run in runs if run.config.ranks > 1]
-    figure, (left, right) = _figure(9.4, 1.9 + 0.4 * len(runs), ncols=2)
+    figure, (left, right) = figure_of(9.4, 1.9 + 0.4 * len(runs), ncols=2)
     predicted = {run.name: _predicted_traffic(shapes, run) for run in runs}
     size, unit = unit_for(
         max(sent(moved, run.config.ranks) for run, moved in zip(runs, predicted.values(), strict=True))
@@ -288,7 +288,7 @@ def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulat
         + (f", {measured[run.name] / size:.2f} {unit} measured" if run.name in measured else "")
         for run in runs
     )
-    return _picture(figure, f"Bytes that each rank sends per optimizer step: {each}.")
+    return picture_of(figure, f"Bytes that each rank sends per optimizer step: {each}.")
 
 
 def _predicted_traffic(shapes: Shapes, run: Run) -> dict[str, int]:
@@ -298,7 +298,7 @@ def _predicted_traffic(shapes: Shapes, run: Run) -> dict[str, int]:
 
 def plan_bars(found: Plan, gpu_bytes: float) -> Picture:
     """What each strategy of a plan needs of a GPU, against what the GPU has; the chosen one stands out."""
-    figure, axes = _figure(7.6, 1.0 + 0.45 * len(found.options))
+    figure, axes = figure_of(7.6, 1.0 + 0.45 * len(found.options))
     size, unit = unit_for(gpu_bytes)
     names = [option.strategy for option in found.options]
     chosen = found.best.strategy if found.best else None
@@ -318,7 +318,7 @@ def plan_bars(found: Plan, gpu_bytes: float) -> Picture:
     each = "; ".join(
         f"{o.strategy} {o.total / size:,.1f} {unit}" + ("" if o.fits else ", too much") for o in found.options
     )
-    return _picture(figure, f"Memory that each strategy needs of a GPU of {gpu_bytes / size:,.0f} {unit}: {each}.")
+    return picture_of(figure, f"Memory that each strategy needs of a GPU of {gpu_bytes / size:,.0f} {unit}: {each}.")
 
 
 def _phase(phase: str) -> str:

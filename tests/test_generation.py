@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from minisft import generation
 from minisft.generation import replies, stream
 
 EOS, PAD = 2, 0
@@ -64,6 +65,19 @@ def test_batches_answer_as_generate_does_one_by_one(model, batch_size):
     assert {stopped for _, stopped in found.values()} == {True, False}, "both kinds are tried"
 
 
+@pytest.mark.parametrize("name", ["READ_AT_ONCE", "HELD_AT_ONCE"])
+def test_in_small_portions_the_answers_are_the_same(model, monkeypatch, name):
+    def found():
+        return sorted(
+            (r.index, r.ids)
+            for r in replies(model, prompts_of(20), eos_id=EOS, pad_id=PAD, max_new_tokens=10, batch_size=20)
+        )
+
+    whole = found()
+    monkeypatch.setattr(generation, name, 60)
+    assert found() == whole
+
+
 def test_the_attention_of_the_model_is_as_before(model):
     before = model.config._attn_implementation
     list(replies(model, prompts_of(2), eos_id=EOS, pad_id=PAD, max_new_tokens=2, batch_size=2))
@@ -81,7 +95,8 @@ def test_a_row_that_ended_is_computed_no_longer(model):
     handle = model.model.layers[0].register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
     found = list(replies(model, prompts_of(24), eos_id=EOS, pad_id=PAD, max_new_tokens=50, batch_size=24))
     handle.remove()
-    assert sum(sizes) == sum(len(r.ids) + r.stopped for r in found)
+    assert sizes[0] == 1, "all prompts are read as one row, and give a token each"
+    assert sum(sizes[1:]) == sum(len(r.ids) + r.stopped for r in found) - 24
 
 
 @pytest.mark.parametrize("kind", ["sliding window", "learned positions"])

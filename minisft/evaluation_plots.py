@@ -1,0 +1,60 @@
+"""What evaluations found, as figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minisft.plots import PALETTE, Picture, figure_of, picture_of
+
+Summary = Mapping[str, Any]  # a `summary.json`
+NAMES = {"BLEU": "bleu", "chrF": "chrf", "loss": "loss"}
+
+
+def scores_over_steps(summaries: Sequence[Summary]) -> Picture:
+    """BLEU, chrF and the loss of every checkpoint of several runs, the first two with their 95% intervals."""
+    figure, axes = figure_of(10, 3.8, ncols=3)
+    for i, summary in enumerate(summaries):
+        steps = [c["step"] for c in summary["checkpoints"]]
+        # Side by side, since runs that agree would hide each other's intervals.
+        spread = 0.012 * max(steps) * (i - (len(summaries) - 1) / 2)
+        for panel, key in zip(axes, NAMES.values(), strict=True):
+            values = [c[key] for c in summary["checkpoints"]]
+            style = {"color": PALETTE[i % 7], "marker": "o", "markersize": 4, "linewidth": 1.4, "label": summary["run"]}
+            edges = [c.get(f"{key}_interval") for c in summary["checkpoints"]]
+            if all(edges):
+                spans = [(max(0, v - low), max(0, high - v)) for v, (low, high) in zip(values, edges, strict=True)]
+                panel.errorbar(
+                    [s + spread for s in steps], values, yerr=list(zip(*spans, strict=True)), capsize=2, **style
+                )
+            else:
+                panel.plot(steps, values, **style)
+    for panel, label in zip(axes, ("BLEU (95% interval)", "chrF (95% interval)", "loss on the answers"), strict=True):
+        panel.set(xlabel="optimizer step", ylabel=label)
+        if "loss" not in label:
+            panel.set_ylim(bottom=0)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=len(summaries), loc="outside lower center")
+    figure.suptitle(_message(summaries))
+    each = "; ".join(
+        f"{s['run']} {', '.join(f'{name} {_from_to(s, key)}' for name, key in NAMES.items())}" for s in summaries
+    )
+    return picture_of(figure, f"Scores over training: {each}.")
+
+
+def _from_to(summary: Summary, key: str) -> str:
+    first, *_, last = summary["checkpoints"]
+    return f"from {first[key]:.2f} to {last[key]:.2f}"
+
+
+def _message(summaries: Sequence[Summary]) -> str:
+    """Whether BLEU, with so few answers, can tell training from no training at all; and the loss."""
+    first, *_, last = summaries[0]["checkpoints"]
+    fell = "the loss falls" if last["loss"] < first["loss"] else "the loss does not fall"
+    rows = summaries[0]["rows"]
+    if not (first["bleu_interval"] and last["bleu_interval"]):
+        return f"{rows} answers: {fell}"
+    if last["bleu_interval"][0] > first["bleu_interval"][1]:
+        return f"{rows} answers: BLEU rises beyond its intervals, and {fell}"
+    if last["bleu_interval"][1] < first["bleu_interval"][0]:
+        return f"{rows} answers: BLEU falls beyond its intervals, and {fell}"
+    return f"BLEU cannot tell before from after with {rows} answers: its intervals overlap; {fell}"
