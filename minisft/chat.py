@@ -42,7 +42,7 @@ class Talk:
         Raises `UserError` for a text that does not fit even alone.
         """
         self.messages.append(Message("user", text))
-        while len(ids := self._prompt()) + max_new_tokens > self.positions:
+        while len(ids := self.prompt()) + max_new_tokens > self.positions:
             if len(self.messages) == 1:
                 self.messages.clear()
                 raise UserError(
@@ -62,7 +62,8 @@ class Talk:
             yield text[len(shown) :]
         self.messages.append(Message("assistant", text.strip()))
 
-    def _prompt(self) -> list[int]:
+    def prompt(self) -> list[int]:
+        """The ids of all that was said so far, up to where the next answer begins."""
         asked = Conversation("talk", (*self.messages, Message("assistant", "")))
         return prompt_ids(asked, self.template, self.tokenizer)
 

@@ -79,6 +79,13 @@ def steps_of(run: Run) -> Iterator[tuple[int, Path]]:
         yield checkpoint_step(checkpoint), checkpoint
 
 
+def results_of(run: Run) -> list[dict[str, Any]]:
+    """What `evaluate_runs` found for the model before training and each checkpoint that it could use, in step order."""
+    folder = outputs_root() / "evaluation" / run.name
+    found = [read_json(folder / f"checkpoint-{step}.json") for step, _ in steps_of(run)]
+    return [result for result in found if result is not None]
+
+
 # --- one checkpoint ----------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisft.plots import PALETTE, Picture, figure_of, picture_of
+from minisft.scores import corpus_scores
 
 Summary = Mapping[str, Any]  # a `summary.json`
 NAMES = {"BLEU": "bleu", "chrF": "chrf", "loss": "loss"}
@@ -58,3 +60,31 @@ def _message(summaries: Sequence[Summary]) -> str:
     if last["bleu_interval"][1] < first["bleu_interval"][0]:
         return f"{rows} answers: BLEU falls beyond its intervals, and {fell}"
     return f"BLEU cannot tell before from after with {rows} answers: its intervals overlap; {fell}"
+
+
+def interval_widths(answers: Sequence[Mapping[str, Any]], draws: int = 8, seed: int = 0) -> Picture:
+    """How wide BLEU's 95% interval is for fewer of these answers, and for how many more it would be 2 points wide.
+
+    `answers` are those of one result. Each size is drawn `draws` times without putting back; sacreBLEU's bootstrap
+    gives the width of each draw. The line falls with the root of the number, from the mean of all answers' width.
+    """
+    chance = random.Random(seed)  # noqa: S311 (draws answers, guards nothing)
+    sizes = [n for n in (4, 8, 16, 32, 64, 128, 256) if n < len(answers)]
+    found: list[tuple[int, float]] = []
+    for size in [*sizes, len(answers)]:
+        for _ in range(draws if size < len(answers) else 1):
+            part = chance.sample(list(answers), size)
+            scores = corpus_scores([a["output"] for a in part], [a["reference"] for a in part], 300)
+            low, high = scores["bleu_interval"]
+            found.append((size, high - low))
+    all_of_them = found[-1][1]
+    needed = round(len(answers) * (all_of_them / 2) ** 2)
+    figure, axes = figure_of(7.6, 3.4)
+    axes.plot(*zip(*found, strict=True), "o", color=PALETTE[0], alpha=0.6, label="drawn from the answers (measured)")
+    line = [max(1, sizes[0] if sizes else 1), max(needed, len(answers))]
+    roots = [all_of_them * (len(answers) / n) ** 0.5 for n in line]
+    axes.plot(line, roots, color=PALETTE[1], linestyle="--", label="falling with the root of the number")
+    title = f"{len(answers)} answers leave BLEU open by {all_of_them:.0f} points; 2 points would need about {needed:,}"
+    axes.set(xscale="log", yscale="log", xlabel="answers", ylabel="width of the 95% interval, BLEU", title=title)
+    axes.legend(frameon=False)
+    return picture_of(figure, f"Width of BLEU's 95% interval against the number of answers: {title}.")

@@ -107,14 +107,18 @@ def side_by_side(questions: Sequence[str], before: Sequence[Any], after: Sequenc
     return f"<table><tr><th>question</th><th>before training</th><th>after training</th></tr>{rows}</table>"
 
 
-def through_training(summary: Mapping[str, Any]) -> str:
-    """An HTML table of a `summary.json`: its examples in columns, the reference first, then what each step answered."""
-    checkpoints = summary["checkpoints"]
-    examples = checkpoints[0]["examples"]
-    head = "".join(f"<th style='text-align:left'>{escape(e['prompt'])}</th>" for e in examples)
-    rows = [("reference", [_cell(e["reference"], True) for e in examples])]
-    rows += [(f"step {c['step']}", [_cell(e["output"], e["stopped"]) for e in c["examples"]]) for c in checkpoints]
-    body = "".join(f"<tr><th scope='row'>{name}</th>{''.join(cells)}</tr>" for name, cells in rows)
+def through_training(results: Sequence[Mapping[str, Any]], rows: Sequence[str] = ()) -> str:
+    """An HTML table of answers through training: a question in each column, first the reference, then each step.
+
+    `results` are those of one run's checkpoints (`evaluate.results_of`); `rows` the ids of questions, else the three
+    examples. All text is escaped.
+    """
+    shown = [[a for a in r["answers"] if a["id"] in rows] if rows else r["examples"] for r in results]
+    head = "".join(f"<th style='text-align:left'>{escape(example['prompt'])}</th>" for example in shown[0])
+    lines = [("reference", [_cell(example["reference"], True) for example in shown[0]])]
+    for result, examples in zip(results, shown, strict=True):
+        lines.append((f"step {result['step']}", [_cell(e["output"], e["stopped"]) for e in examples]))
+    body = "".join(f"<tr><th scope='row'>{name}</th>{''.join(cells)}</tr>" for name, cells in lines)
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 

@@ -87,8 +87,8 @@ def test_the_figure_names_the_fastest_and_the_leanest(make_run, monkeypatch):
     from minisft import plots
 
     titles = []
-    real = plots._picture
-    monkeypatch.setattr(plots, "_picture", lambda f, alt: titles.append(f.get_suptitle()) or real(f, alt))
+    real = plots.picture_of
+    monkeypatch.setattr(plots, "picture_of", lambda f, alt: titles.append(f.get_suptitle()) or real(f, alt))
     picture = comparison([make_run("a", 10, 1_000_000, 1), make_run("b", 20, 500_000)])
     assert titles == ["On this machine b was the fastest, and b held the least between steps"]
     assert "a 10 tokens/s" in picture.alt

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from html import escape
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import minisft, save_checkpoint, sharegpt_row
 from minisft import evaluate
 from minisft.answering import Answer, answer_loss, ask, generate
 from minisft.errors import UserError
-from minisft.evaluate import evaluate_runs, settled
+from minisft.evaluate import evaluate_runs, results_of, settled
 from minisft.evaluation_report import side_by_side, through_training
 from minisft.exam import Settings, prompt_ids, set_exam, tools_of
 from minisft.labels import IGNORE_INDEX, encode
@@ -262,17 +263,19 @@ def test_a_run_that_is_being_trained_is_left_out_asked_about_or_waited_for(run):
     assert not Run(run.folder.with_name("nonesuch")).live
 
 
-def test_answers_are_escaped_in_html(tiny_model, run, results):
+def test_answers_are_escaped_in_html(tiny_model, run):
     evil = Answer("<script>alert(1)</script>", False)
     html = side_by_side(["<b>?</b>"], [evil], [evil])
     assert "<script" not in html
     assert "<b>" not in html
     assert len(ask(tiny_model, ["the cat", "Hi"], max_new_tokens=3)) == 2
     evaluate_runs([run], QUICK, say=quiet)
-    summary = read_json(results / "summary.json")
-    for checkpoint in summary["checkpoints"]:
-        checkpoint["examples"][0] |= {"prompt": "<b>?</b>", "reference": "<i>", "output": evil.text}
-    html = through_training(summary)
+    found = results_of(run)
+    for result in found:
+        result["examples"][0] |= {"prompt": "<b>?</b>", "reference": "<i>", "output": evil.text}
+    html = through_training(found)
     assert "<script" not in html
     assert "<b>?" not in html
     assert "step 10" in html
+    chosen = found[0]["answers"][4]
+    assert escape(chosen["prompt"]) in through_training(found, [chosen["id"]])

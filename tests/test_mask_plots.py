@@ -15,7 +15,7 @@ from minisft.tokens import HuggingFaceTokenizer
 def titles(monkeypatch):
     """The title of each figure drawn; none may reach beyond the edge."""
     seen = []
-    real = mask_plots._picture
+    real = mask_plots.picture_of
 
     def draw(figure, alt):
         picture = real(figure, alt)
@@ -24,7 +24,7 @@ def titles(monkeypatch):
         seen.append(title.get_text())
         return picture
 
-    monkeypatch.setattr(mask_plots, "_picture", draw)
+    monkeypatch.setattr(mask_plots, "picture_of", draw)
     return seen
 
 

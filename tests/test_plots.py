@@ -37,9 +37,9 @@ def test_the_title_and_alt_text_follow_the_data(make_run, monkeypatch):
     import minisft.plots as plots
 
     titles = []
-    real = plots._picture
+    real = plots.picture_of
     monkeypatch.setattr(
-        plots, "_picture", lambda figure, alt: titles.append(figure.axes[0].get_title()) or real(figure, alt)
+        plots, "picture_of", lambda figure, alt: titles.append(figure.axes[0].get_title()) or real(figure, alt)
     )
     a, b, c = make_run("a", [2.0, 1.0], 100), make_run("b", [2.0, 1.0000001], 50), make_run("c", [2.0, 1.5], 50)
     same, other = loss_curves([a, b]), loss_curves([a, c])

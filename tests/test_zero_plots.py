@@ -20,13 +20,13 @@ SHAPES = Shapes(((("a", 3000), ("b", 1001)), (("norm", 40),)))
 def made(monkeypatch):
     """The figures' titles, in order."""
     titles = []
-    real = zero_plots._picture
+    real = zero_plots.picture_of
 
     def picture(figure, alt):
         titles.append((figure._suptitle or figure.axes[0].title).get_text())
         return real(figure, alt)
 
-    monkeypatch.setattr(zero_plots, "_picture", picture)
+    monkeypatch.setattr(zero_plots, "picture_of", picture)
     return titles
 
 

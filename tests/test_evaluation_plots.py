@@ -1,0 +1,42 @@
+import random
+
+from conftest import WORDS
+from test_plots import size
+
+from minisft.evaluation_plots import interval_widths, scores_over_steps
+
+
+def summary(run, *bleus, loss=(2.0, 1.0)):
+    checkpoints = [
+        {"step": 3 * i, "bleu": b, "bleu_interval": [b - 2, b + 2], "chrf": 20.0, "chrf_interval": [18, 22]}
+        for i, b in enumerate(bleus)
+    ]
+    for checkpoint, value in zip((checkpoints[0], checkpoints[-1]), loss, strict=True):
+        checkpoint["loss"] = value
+    return {"run": run, "rows": 12, "checkpoints": checkpoints}
+
+
+def test_the_message_depends_on_whether_the_intervals_overlap():
+    two = [summary("vanilla", 1, 4), summary("zero2", 1, 3)]
+    picture = scores_over_steps(two)
+    assert size(picture)[0] > 900
+    assert "vanilla BLEU from 1.00 to 4.00" in picture.alt
+    assert "loss from 2.00 to 1.00" in picture.alt
+
+
+def test_titles(monkeypatch):
+    from minisft import evaluation_plots
+
+    titles = [evaluation_plots._message([summary("a", *bleus)]) for bleus in ((1, 4), (1, 9), (9, 1))]
+    assert "cannot tell before from after with 12 answers" in titles[0]
+    assert "rises beyond its intervals" in titles[1]
+    assert "falls beyond its intervals" in titles[2]
+    assert "the loss does not fall" in evaluation_plots._message([summary("a", 1, 4, loss=(1.0, 2.0))])
+
+
+def test_more_answers_narrow_the_interval():
+    chance = random.Random(1)
+    said = [" ".join(chance.choices(WORDS, k=12)) for _ in range(40)]
+    answers = [{"output": " ".join([*s.split()[:9], "cat"]), "reference": s} for s in said]
+    alt = interval_widths(answers, draws=3).alt
+    assert "40 answers leave BLEU open by" in alt
