@@ -82,6 +82,7 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
     prompts = list(itertools.islice((ids for ids in asked if len(ids) <= LONGEST), options.prompts))
     model = load_to_answer(folder, tokenizer)
     eos = tokenizer.eos_id if options.stop else -1
+    model.generation_config.eos_token_id = eos if options.stop else None
     most = options.new_tokens
 
     def generate(order: list[int], size: int) -> dict[int, list[int]]:
@@ -90,9 +91,7 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
             chosen = order[start : start + size]
             batch = {k: v.to(model.device) for k, v in pad_left([prompts[i] for i in chosen], tokenizer.pad_id).items()}
             with torch.inference_mode():
-                out = model.generate(
-                    **batch, max_new_tokens=most, do_sample=False, eos_token_id=eos, pad_token_id=tokenizer.pad_id
-                )
+                out = model.generate(**batch, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_id)
             for i, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 found[i] = ids[: ids.index(eos)] if eos in ids else ids
         return found
