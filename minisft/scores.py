@@ -22,6 +22,7 @@ def corpus_scores(outputs: Sequence[str], references: Sequence[str], resamples: 
     found: dict[str, Any] = {}
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         lines = [one_line(text) for text in outputs], [[one_line(text) for text in references]]
+        _plain_numbers(metric)
         score = metric.corpus_score(*lines, n_bootstrap=resamples or 1)
         found[name] = score.score
         found[f"{name}_interval"] = [score._mean - score._ci, score._mean + score._ci] if resamples else []
@@ -29,6 +30,18 @@ def corpus_scores(outputs: Sequence[str], references: Sequence[str], resamples: 
         if name == "bleu":
             found["length_ratio"] = score.sys_len / max(1, score.ref_len)
     return found
+
+
+def _plain_numbers(metric: Any) -> None:
+    """Make all its scores Python's floats: sacreBLEU 2.6 mixes in NumPy's, of which it can then take no mean."""
+    compute = metric._compute_score_from_stats
+
+    def as_float(statistics: Any) -> Any:
+        found = compute(statistics)
+        found.score = float(found.score)
+        return found
+
+    metric._compute_score_from_stats = as_float
 
 
 def one_line(text: str) -> str:

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,10 +53,18 @@ def test_what_a_model_says_is_escaped():
 def test_scores_come_with_signature_and_interval():
     outputs = ["the cat sat on the mat", "a\nred  dog ran off quickly today", "birds sing"]
     references = ["the cat sat on a mat", "a red dog ran away today", "small birds sing songs"]
-    found = corpus_scores(outputs, references, resamples=200)
+    found = corpus_scores(outputs, references, resamples=1000)
     plain = BLEU().corpus_score([" ".join(o.split()) for o in outputs], [references])
     assert found["bleu"] == plain.score
     low, high = found["bleu_interval"]
     assert low < found["bleu"] < high
-    assert "bs:200" in found["bleu_signature"]
+    assert json.loads(json.dumps(found)) == found
+    assert "bs:1000" in found["bleu_signature"]
     assert corpus_scores(outputs, references, resamples=0)["bleu"] == plain.score
+
+
+def test_a_draw_without_any_match_has_an_interval_too():
+    found = corpus_scores(
+        ["the cat sat on the mat today", "no", "none"], ["the cat sat on the mat", "yes it is", "all of it"]
+    )
+    assert found["bleu_interval"][1] > 0
