@@ -155,5 +155,6 @@ def table(question: str, answers: Mapping[str, str]) -> str:
     """A question and its answers by name, as HTML; all of it is escaped."""
     style = "text-align:left;vertical-align:top;white-space:pre-wrap"
     head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in answers)
-    cells = "".join(f"<td style='{style};width:{90 // len(answers)}%'>{escape(a)}</td>" for a in answers.values())
+    said = [escape(answer) or "<em>(nothing)</em>" for answer in answers.values()]
+    cells = "".join(f"<td style='{style};width:{90 // len(answers)}%'>{answer}</td>" for answer in said)
     return f"<table><caption>{escape(question)}</caption><tr>{head}</tr><tr>{cells}</tr></table>"

@@ -12,8 +12,9 @@ def corpus_scores(outputs: Sequence[str], references: Sequence[str], resamples: 
     """Corpus BLEU and chrF (0 to 100) of `outputs`, one reference each, and the ratio of their lengths.
 
     `bleu_interval` and `chrf_interval` are [low, high] at 95% by bootstrap resampling (Koehn 2004): sacreBLEU's mean
-    over `resamples` corpora drawn from these rows, and its half width. They say how far another draw of as many rows
-    might lie; empty without resamples. Texts count as lines: any white space as one blank.
+    over `resamples` corpora drawn from these rows, less and plus half the width of the middle 95% of them, cut at 0 and
+    100. They say how far another draw of as many rows might lie; empty without resamples. Texts count as lines: any
+    white space as one blank.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
@@ -25,7 +26,8 @@ def corpus_scores(outputs: Sequence[str], references: Sequence[str], resamples: 
         _plain_numbers(metric)
         score = metric.corpus_score(*lines, n_bootstrap=resamples or 1)
         found[name] = score.score
-        found[f"{name}_interval"] = [score._mean - score._ci, score._mean + score._ci] if resamples else []
+        edges = (score._mean - score._ci, score._mean + score._ci)
+        found[f"{name}_interval"] = [min(100.0, max(0.0, edge)) for edge in edges] if resamples else []
         found[f"{name}_signature"] = str(metric.get_signature())
         if name == "bleu":
             found["length_ratio"] = score.sys_len / max(1, score.ref_len)
