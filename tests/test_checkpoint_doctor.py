@@ -136,7 +136,13 @@ def test_a_reloaded_checkpoint_has_the_logits_of_the_live_model(tiny_model, smal
     from minisft.pulse import Pulse
     from minisft.train import make_trainer
 
-    settings = {"max_steps": 2, "save_steps": 2, "max_characters": None, "learning_rate": 1e-2}
+    settings = {
+        "max_steps": 2,
+        "save_steps": 2,
+        "max_characters": None,
+        "learning_rate": 1e-2,
+        "memory_timeline": False,
+    }
     run = prepare(RunConfig.course(model=str(tiny_model), data=str(small_data), **settings), say=lambda _: None)
     trainer = make_trainer(run, 0, 1, on_gpu=False, checkpoint=None, pulse=Pulse(run.folder, 0))
     trainer.train()

@@ -52,6 +52,7 @@ def prepared(eight, name, strategy="vanilla", **changes):
     model, data = eight
     settings = {"test_fraction": 0.0, "eval_rows": 0, "max_characters": None, "max_length": 400}
     settings |= {"max_steps": 1, "max_rows": 8, "model": str(model), "data": str(data), "name": name}
+    settings["memory_timeline"] = False  # a walk through all objects for each micro-batch, and a test process has many
     return prepare(RunConfig.course(strategy, **(settings | changes)), say=lambda line: None)
 
 
