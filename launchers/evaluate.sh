@@ -3,7 +3,8 @@
 #
 # Scores every checkpoint of the runs (by name or folder; all in outputs/model if none is given) and the model before
 # training: BLEU, chrF, loss, and three example answers, into outputs/evaluation/<run>/. What is scored already is
-# not scored again. A checkpoint that cannot be used is named, and the others are evaluated.
+# not scored again. A checkpoint that cannot be used is named, and the others are evaluated. outputs/evaluation/scores.png
+# shows all runs' scores over their steps.
 #
 #   --rows N              test conversations to answer (default 12)
 #   --answers last|all    of each conversation the last answer (default), or all

@@ -435,6 +435,7 @@ def evaluate(
 ) -> None:
     """BLEU, loss and three example answers for every checkpoint, and for the model before training."""
     from minisft.evaluate import evaluate_runs, settled
+    from minisft.evaluation_plots import draw
     from minisft.exam import Settings
     from minisft.runs import Run, all_runs
 
@@ -455,7 +456,10 @@ def evaluate(
         raise UserError(
             "no run in outputs/model has a checkpoint: train one first, e.g. ./launchers/run_zero.sh vanilla"
         )
-    if broken := evaluate_runs(chosen, settings, say):
+    broken = evaluate_runs(chosen, settings, say)
+    if picture := draw(chosen):
+        say(f"written to {os.path.relpath(picture.parent)}: a summary of each run, and {picture.name} of all")
+    if broken:
         _complain(f"not all could be evaluated, for {len(broken)} cannot be used: {broken[0]}")
         sys.exit(1)
 

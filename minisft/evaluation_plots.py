@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from minisft.plots import PALETTE, Picture, figure_of, picture_of
+from minisft.runs import Run, outputs_root, read_json
 from minisft.scores import corpus_scores
 
 Summary = Mapping[str, Any]  # a `summary.json`
 NAMES = {"BLEU": "bleu", "chrF": "chrf", "loss": "loss"}
+
+
+def draw(runs: Sequence[Run]) -> Path | None:
+    """Write the figure of these runs' last evaluations, `outputs/evaluation/scores.png`, if there is any."""
+    folder = outputs_root() / "evaluation"
+    found = [summary for run in runs if (summary := read_json(folder / run.name / "summary.json"))]
+    if not found:
+        return None
+    scores_over_steps(found).save(folder / "scores.png")
+    return folder / "scores.png"
 
 
 def scores_over_steps(summaries: Sequence[Summary]) -> Picture:
@@ -44,13 +56,13 @@ def scores_over_steps(summaries: Sequence[Summary]) -> Picture:
 
 
 def _from_to(summary: Summary, key: str) -> str:
-    first, *_, last = summary["checkpoints"]
+    first, last = summary["checkpoints"][0], summary["checkpoints"][-1]
     return f"from {first[key]:.2f} to {last[key]:.2f}"
 
 
 def _message(summaries: Sequence[Summary]) -> str:
     """Whether BLEU, with so few answers, can tell training from no training at all; and the loss."""
-    first, *_, last = summaries[0]["checkpoints"]
+    first, last = summaries[0]["checkpoints"][0], summaries[0]["checkpoints"][-1]
     fell = "the loss falls" if last["loss"] < first["loss"] else "the loss does not fall"
     rows = summaries[0]["rows"]
     if not (first["bleu_interval"] and last["bleu_interval"]):

@@ -244,6 +244,7 @@ def test_without_names_all_runs_with_checkpoints_are_evaluated(run, tiny_model, 
     assert done.returncode == 0, done.stderr
     assert "ddp is left out: it has no checkpoint (it is prepared)" in done.stdout
     assert (own_outputs / "evaluation" / "vanilla" / "summary.json").exists()
+    assert (own_outputs / "evaluation" / "scores.png").stat().st_size > 10_000
 
 
 def test_a_run_that_is_being_trained_is_left_out_asked_about_or_waited_for(run):
