@@ -84,7 +84,12 @@ def verify(run: Run, folder: Path) -> None:
 
 def damage(folder: Path, only: Collection[str] | None = None) -> str:
     """How the first file that differs from the manifest differs from it; empty if all, or all of `only`, are whole."""
-    for name, expected in (read_json(folder / MANIFEST) or {"files": {}})["files"].items():
+    manifest = read_json(folder / MANIFEST)
+    if manifest is None:
+        return ""
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        return f"{MANIFEST} does not name its files"
+    for name, expected in manifest["files"].items():
         file = folder / name
         if only is not None and name not in only:
             continue

@@ -36,10 +36,54 @@ def replies(
 ) -> Iterator[Reply]:
     """The most likely token after token (greedy decoding), at most `max_new_tokens`, after each of `prompts`.
 
-    Replies come as they end, each prompt's once. Penalties and samplings of a `generation_config` have no part.
+    Replies come as they end, each prompt's once. Penalties and samplings of a `generation_config` have no part. Where
+    a model's positions end, so does the answer. Models that keep their past otherwise than as keys and values, or whose
+    positions depend on the longest row, answer one at a time by transformers' own `generate`.
     """
-    for chosen in _batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens):
-        yield from _batch(model, chosen, [prompts[i] for i in chosen], eos_id, pad_id, max_new_tokens)
+    room = [_room(model, prompt, max_new_tokens) for prompt in prompts]
+    if not _keeps_keys_and_values(model):
+        for i, prompt in enumerate(prompts):
+            ids = _generated(model, prompt, eos_id, pad_id, room[i])
+            stopped = eos_id in ids
+            yield Reply(i, ids[: ids.index(eos_id)] if stopped else ids, stopped)
+        return
+    yield from (Reply(i, [], False) for i, most in enumerate(room) if most < 1)
+    able = [i for i, most in enumerate(room) if most >= 1]
+    for part in _batches([len(prompts[i]) for i in able], batch_size, max_new_tokens):
+        chosen = [able[i] for i in part]
+        yield from _batch(model, chosen, [prompts[i] for i in chosen], eos_id, pad_id, [room[i] for i in chosen])
+
+
+def _room(model: Any, prompt: list[int], most: int) -> int:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(most, positions - len(prompt)) if positions else most
+
+
+def _keeps_keys_and_values(model: Any) -> bool:
+    """Whether what a model keeps of a prompt is keys and values alone, those of one row whatever the others are."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type"), *(v.get("rope_type") for v in rope.values() if isinstance(v, dict))}
+    if kinds & {"dynamic", "longrope"} or "past_key_values" not in inspect.signature(model.forward).parameters:
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _generated(model: Any, prompt: list[int], eos_id: int, pad_id: int, most: int) -> list[int]:
+    """What transformers' own greedy decoding answers, EOS included."""
+    import torch
+    from transformers import GenerationConfig
+
+    if most < 1:
+        return []
+    given = torch.tensor([prompt], device=model.device)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=eos_id, pad_token_id=pad_id)
+    with torch.inference_mode():
+        found = model.generate(given, attention_mask=torch.ones_like(given), generation_config=greedy)
+    return found[0, len(prompt) :].tolist()
 
 
 def _batches(lengths: Sequence[int], batch_size: int, most: int) -> Iterator[list[int]]:
@@ -56,24 +100,28 @@ def _batches(lengths: Sequence[int], batch_size: int, most: int) -> Iterator[lis
 
 def stream(model: Any, prompt: list[int], *, eos_id: int, max_new_tokens: int) -> Iterator[int]:
     """The ids of one reply as they come, without EOS."""
-    for step in _steps(model, [prompt], eos_id, max_new_tokens):
+    most = _room(model, prompt, max_new_tokens)
+    if not _keeps_keys_and_values(model):  # all at once, at the end
+        yield from (token for token in _generated(model, prompt, eos_id, eos_id, most) if token != eos_id)
+        return
+    for step in _steps(model, [prompt], eos_id, most):
         if step.tokens[0] == eos_id:
             return
         yield step.tokens[0]
 
 
 def _batch(
-    model: Any, chosen: list[int], prompts: list[list[int]], eos_id: int, pad_id: int, most: int
+    model: Any, chosen: list[int], prompts: list[list[int]], eos_id: int, pad_id: int, room: list[int]
 ) -> Iterator[Reply]:
     said: list[list[int]] = [[] for _ in prompts]
-    for step in _steps(model, prompts, pad_id, most):
+    for step in _steps(model, prompts, pad_id, max(room)):
         for row, token in zip(step.rows, step.tokens, strict=True):
             if token == eos_id:
                 step.end(row)
                 yield Reply(chosen[row], said[row], True)
             else:
                 said[row].append(token)
-                if len(said[row]) == most:
+                if len(said[row]) == room[row]:
                     step.end(row)
                     yield Reply(chosen[row], said[row], False)
 
@@ -274,7 +322,7 @@ def _register() -> None:
         out = torch.nn.functional.scaled_dot_product_attention(
             together, key, value, attn_mask=mask, scale=kwargs.get("scaling")
         )
-        return out.reshape(rows, 1, heads, size), None
+        return out.reshape(rows, 1, heads, value.shape[-1]), None
 
     AttentionInterface.register(DECODING, decoding_attention)
     AttentionMaskInterface.register(DECODING, sdpa_mask)

@@ -15,6 +15,7 @@ from minisft.launch import prepare
 from minisft.runs import RunConfig
 from minisft.tokens import HuggingFaceTokenizer
 
+EMBEDDING = "model.embed_tokens.weight"
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -74,13 +75,60 @@ def weights(change):
     return lambda folder: edit_weights(folder, change)
 
 
+def hidden_by_a_sound_index(folder):
+    """A single file of NaN, which transformers reads first, beside shards that are sound."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    edit_weights(folder, poison)
+    spoilt = (folder / "model.safetensors").read_bytes()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    (folder / "model.safetensors").write_bytes(spoilt)
+
+
+def index_of(value):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps(value))
+
+    return change
+
+
 BREAK = {
+    "the file that is read first is spoilt": (hidden_by_a_sound_index, "are not finite"),
+    "half of the layers are ignored": (
+        lambda folder: edit_json(folder / "config.json", num_hidden_layers=1),
+        "and 8 more has no place in the model of its config.json",
+    ),
+    "an index without files": (index_of({"weight_map": []}), "does not say in which file"),
+    "an index with numbers": (index_of({"weight_map": {"a": 5}}), "does not say in which file"),
+    "an unknown activation": (
+        lambda folder: edit_json(folder / "config.json", hidden_act="nonesuch"),
+        "cannot be examined .*nonesuch",
+    ),
+    "an impossible vocabulary": (lambda folder: edit_json(folder / "config.json", vocab_size=-1), "cannot be examined"),
+    "a manifest without files": (
+        lambda folder: (folder / "manifest.json").write_text('{"step": 3}'),
+        "manifest.json does not name",
+    ),
+    "an empty template": (lambda folder: (folder / "chat_template.jinja").write_text(""), "no chat template"),
+    "an empty tokenizer": (lambda folder: (folder / "tokenizer.json").write_text(""), "tokenizer"),
+    "more tokens than embeddings": (
+        lambda folder: (
+            edit_json(folder / "config.json", vocab_size=300),
+            edit_weights(folder, lambda w: w.update({EMBEDDING: w[EMBEDDING][:300].clone()})),
+        ),
+        "its tokenizer has 321 tokens, and its model embeddings for 300",
+    ),
     "a tensor is missing": (weights(lambda w: w.pop(NAME)), f"the tensor {NAME} is missing"),
-    "the embedding is missing": (weights(lambda w: w.pop("model.embed_tokens.weight")), "embed_tokens.weight"),
+    "the embedding is missing": (
+        weights(lambda w: w.pop("model.embed_tokens.weight")),
+        "the tensor lm_head.weight, and 1 more is missing",
+    ),
     "a tensor is empty": (weights(lambda w: w.update({NAME: torch.empty(0)})), f"{NAME} is empty, and its config.json"),
     "a shape differs": (
         lambda folder: edit_json(folder / "config.json", intermediate_size=48),
-        r"has the shape \[64, 32\], and its config.json asks for \[48, 32\]",
+        r"has the shape \[32, 64\], and its config.json asks for \[32, 48\]",
     ),
     "a value is not finite": (weights(poison), f"1 of the 2048 values of {NAME} are not finite"),
     "tied weights are lost": (weights(untie), "differs from .*, and by its config.json they are one tensor"),
@@ -158,3 +206,24 @@ def test_a_reloaded_checkpoint_has_the_logits_of_the_live_model(tiny_model, smal
         ]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2]), "training changed nothing"
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_neox", "float8"])
+def test_models_that_are_saved_under_other_names_are_sound(tiny_model, small_data, tmp_path, kind, own_outputs):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "gpt_neox":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**small, vocab_size=400))
+    else:
+        model = MixtralForCausalLM(MixtralConfig(**small, vocab_size=400, num_local_experts=4, num_key_value_heads=2))
+    save_checkpoint(model, tiny_model, tmp_path / "model")
+    run = prepare(
+        RunConfig.course(model=str(tmp_path / "model"), data=str(small_data), max_characters=None), say=lambda _: None
+    )
+    folder = run.folder / "checkpoint-2"
+    save_checkpoint(model, tiny_model, folder)
+    if kind == "float8":
+        edit_weights(folder, lambda w: w.update({name: t.to(torch.float8_e4m3fn) for name, t in w.items()}))
+    assert ailment(run, folder) == ""
+    assert ailment(run, run.model_folder) == ""

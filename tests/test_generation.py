@@ -99,19 +99,53 @@ def test_a_row_that_ended_is_computed_no_longer(model):
     assert sum(sizes[1:]) == sum(len(r.ids) + r.stopped for r in found) - 24
 
 
-@pytest.mark.parametrize("kind", ["sliding window", "learned positions"])
-def test_other_attentions_and_positions(kind):
-    from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+def tiny(kind):
+    import transformers as hf
 
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 60}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     torch.manual_seed(1)
     if kind == "sliding window":
-        small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 60}
-        made = MistralForCausalLM(
-            MistralConfig(**small, num_attention_heads=4, num_key_value_heads=2, sliding_window=8, eos_token_id=EOS)
+        return hf.MistralForCausalLM(hf.MistralConfig(**small, **heads, sliding_window=8))
+    if kind == "learned positions":
+        return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60))
+    if kind == "a state and no keys":
+        return hf.MambaForCausalLM(hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=60))
+    if kind == "positions by the longest row":
+        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+        return hf.LlamaForCausalLM(
+            hf.LlamaConfig(**(small | heads | {"max_position_embeddings": 70}), rope_parameters=rope)
         )
-    else:
-        made = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, eos_token_id=EOS))
-    made = made.eval()
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 4}
+    heads |= {"num_key_value_heads": 4, "first_k_dense_replace": 2}
+    return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**small, **heads, **ranks))
+
+
+KINDS = [
+    "sliding window",
+    "learned positions",
+    "a state and no keys",
+    "positions by the longest row",
+    "values of another size",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_past_and_position(kind):
+    made = tiny(kind).eval()
     prompts = prompts_of(7, seed=4)
     found = {r.index: r.ids for r in replies(made, prompts, eos_id=EOS, pad_id=PAD, max_new_tokens=20, batch_size=4)}
     assert [found[i] for i in range(7)] == [one_at_a_time(made, p, 20)[0] for p in prompts]
+    assert list(stream(made, prompts[0], eos_id=EOS, max_new_tokens=20)) == found[0]
+
+
+def test_an_answer_ends_where_the_positions_end():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    made = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, n_positions=32)).eval()
+    prompts = [[1] + [5] * n for n in (9, 24, 31, 40)]
+    found = {r.index: r for r in replies(made, prompts, eos_id=-1, pad_id=PAD, max_new_tokens=20, batch_size=4)}
+    assert [len(found[i].ids) for i in range(4)] == [20, 7, 0, 0]
+    assert not any(r.stopped for r in found.values())
+    assert len(list(stream(made, prompts[1], eos_id=-1, max_new_tokens=20))) == 7
