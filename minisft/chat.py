@@ -7,7 +7,6 @@ What you type cannot forge a control token, and what the model says cannot move 
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
@@ -19,7 +18,7 @@ from minisft.conversations import Conversation, Message
 from minisft.errors import UserError
 from minisft.exam import prompt_ids, tools_of
 from minisft.generation import stream
-from minisft.lens import spelt
+from minisft.lens import harmless
 from minisft.live import in_notebook
 from minisft.runs import Run, checkpoint_step
 
@@ -100,16 +99,16 @@ def in_terminal(found: Mapping[str, Talk], asked: TextIO, out: TextIO, max_new_t
         for name, talk in found.items():
             print(f"{name:<{width}}> ", end="", file=out, flush=True)
             try:
-                for piece in talk.say(line.strip(), max_new_tokens):
+                for piece in talk.say(_sayable(line.strip()), max_new_tokens):
                     print(harmless(piece), end="", file=out, flush=True)
             except UserError as error:
                 print(f"({error})", end="", file=out)
             print(file=out, flush=True)
 
 
-def harmless(text: str) -> str:
-    """The text with every control character written out, so that a terminal only prints it."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else spelt(c) for c in text)
+def _sayable(text: str) -> str:
+    """The text with a question mark for each byte that was no character."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class Beside:

@@ -44,7 +44,7 @@ def main() -> None:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="minisft", standalone_mode=False))
     except UserError as error:
         _stop(error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except OSError as error:
         place = f" at {error.filename}" if error.filename else ""

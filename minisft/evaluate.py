@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,52 +23,73 @@ from typing import Any
 from minisft.answering import Answer, answer_loss, generate, load_to_answer
 from minisft.checkpoint_doctor import ailment, weight_files
 from minisft.checkpoints import digest
-from minisft.conversations import only_last_answer
+from minisft.conversations import Conversation
 from minisft.errors import UserError
 from minisft.evaluation_report import write_summary
-from minisft.exam import Exam, Settings, fingerprint, prompt_ids, set_exam, tools_of
+from minisft.exam import FORM, Exam, Settings, fingerprint, prompt_ids, read_cache, set_exam, tools_of
+from minisft.lens import harmless
 from minisft.runs import Run, checkpoint_step, outputs_root, read_json, write_json, written_whole
 from minisft.scores import corpus_scores, one_line
 
 Say = Callable[[str], None]
 EXAMPLES = 3
-FORM = 2  # of the results; another number makes all be evaluated anew
+BESIDE = (  # the weights, what a result or its soundness depends on
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "manifest.json",
+    "model.safetensors.index.json",
+)
 
 
 def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = print) -> list[str]:
     """Evaluate every checkpoint of every run; returns a sentence for each that cannot be used.
 
-    Raises `UserError` for a run without checkpoints or test rows.
+    A run without test rows counts as one that cannot be used beside others; alone it raises `UserError`, as do runs
+    without checkpoints and two runs of one name.
     """
     for run in runs:
         if not run.checkpoints:
             raise UserError(f"{run.name} has no checkpoint to evaluate (it is {run.status}): train it to its end first")
+    if twice := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
+        raise UserError(f"two of the runs are called {twice[0]}, and their results have one place: give one at a time")
     known: dict[str, dict[str, Any]] = {}
     broken: list[str] = []
+
+    def is_broken(what: str) -> None:
+        broken.append(harmless(what).replace("\n", " "))
+        say(broken[-1])
+
     for run in runs:
         folder = outputs_root() / "evaluation" / run.name
         folder.mkdir(parents=True, exist_ok=True)
-        exam = set_exam(run, settings, folder)
+        try:
+            exam = set_exam(run, settings, folder)
+        except UserError as error:
+            if len(runs) == 1:
+                raise
+            is_broken(str(error))
+            continue
         results, unusable = [], {}
         for step, model in steps_of(run):
-            file = folder / f"checkpoint-{step}.json"
             try:
                 key = _key(run, model, exam, settings)
-                found = read_json(file)
-                if found is None or found.get("key") != key:
-                    found = known.get(key) or _evaluated(run, step, model, exam, settings, key, folder)
-                    found = found | {"run": run.name, "step": step, "model": model.name, "key": key}
-                    write_json(file, found)
-            except UserError as error:
-                why = str(error).removeprefix(f"{model} ")
-                unusable[step] = why
-                broken.append(f"{run.name} {model.name} cannot be used: {why}")
-                say(broken[-1])
+                found = known.get(key) or _looked_up(folder, step, key)
+                if found is None:
+                    found = _evaluated(run, model, exam, settings, folder / f".checkpoint-{step}-{key}.jsonl")
+            except (UserError, FileNotFoundError) as error:
+                unusable[step] = str(error) if isinstance(error, UserError) else f"{Path(error.filename).name} is gone"
+                is_broken(f"{run.name} {model.name} cannot be used: {unusable[step]}")
                 continue
             known[key] = found
-            results.append(found)
+            results.append(found | {"run": run.name, "step": step, "model": model.name, "key": key})
+            write_json(folder / f"checkpoint-{step}.json", results[-1])
             _write_lines(folder / f"checkpoint-{step}.txt", (a["output"] for a in found["answers"]))
-            say(_line(found))
+            for kept in folder.glob(f".checkpoint-{step}-*.jsonl"):
+                kept.unlink(missing_ok=True)
+            say(_line(results[-1]))
+        _remove_others(folder, {result["step"] for result in results})
         _write_lines(folder / "references.txt", (q.messages[-1].content for q in exam.questions))
         write_summary(folder, run, asdict(settings), results, unusable, exam.leakage(settings))
     return broken
@@ -82,24 +105,32 @@ def steps_of(run: Run) -> Iterator[tuple[int, Path]]:
 def results_of(run: Run) -> list[dict[str, Any]]:
     """What `evaluate_runs` found for the model before training and each checkpoint that it could use, in step order."""
     folder = outputs_root() / "evaluation" / run.name
-    found = [read_json(folder / f"checkpoint-{step}.json") for step, _ in steps_of(run)]
-    return [result for result in found if result is not None]
+    summary = read_cache(folder / "summary.json")
+    steps = [c["step"] for c in summary["checkpoints"]] if summary else []
+    return [read_json(folder / f"checkpoint-{step}.json") for step in steps]
 
 
 # --- one checkpoint ----------------------------------------------------------------------------------------
 
 
-def _evaluated(
-    run: Run, step: int, folder: Path, exam: Exam, settings: Settings, key: str, results: Path
-) -> dict[str, Any]:
+def _looked_up(folder: Path, step: int, key: str) -> dict[str, Any] | None:
+    found = read_cache(folder / f"checkpoint-{step}.json")
+    return found if isinstance(found, dict) and found.get("key") == key else None
+
+
+def _evaluated(run: Run, folder: Path, exam: Exam, settings: Settings, kept: Path) -> dict[str, Any]:
     """`evaluate_model` for a checkpoint that was found sound; an interrupted one goes on after its last answer."""
-    if step and (wrong := ailment(run, folder)):
+    if wrong := ailment(run, folder):
         raise UserError(wrong)
-    kept = results / f".checkpoint-{step}-{key}.jsonl"
-    found = evaluate_model(run, folder, exam, settings, kept)
-    for old in results.glob(f".checkpoint-{step}-*.jsonl"):
-        old.unlink()
-    return found
+    return evaluate_model(run, folder, exam, settings, kept)
+
+
+def _remove_others(folder: Path, steps: set[int]) -> None:
+    """Take away earlier results of checkpoints that are gone or can no longer be used."""
+    for file in folder.glob("checkpoint-*.*"):
+        step = file.stem.partition("-")[2]
+        if step.isdigit() and int(step) not in steps:
+            file.unlink(missing_ok=True)
 
 
 def evaluate_model(run: Run, folder: Path, exam: Exam, settings: Settings, kept: Path | None = None) -> dict[str, Any]:
@@ -111,11 +142,10 @@ def evaluate_model(run: Run, folder: Path, exam: Exam, settings: Settings, kept:
     tokenizer, template = tools_of(run.model_folder, run.config.template)
     model = load_to_answer(folder, tokenizer, run.precision, run.config.trust_remote_code)
     answers = _answers(model, exam.questions, template, tokenizer, settings, kept, f"{run.name} {folder.name}")
-    scored = exam.conversations if settings.answers == "all" else map(only_last_answer, exam.conversations)
-    loss, trained_tokens = answer_loss(model, list(scored), template, tokenizer)
+    loss, trained_tokens = answer_loss(model, exam.questions, template, tokenizer)
     references = [q.messages[-1].content.strip() for q in exam.questions]
     rows = [
-        {"id": q.id, "prompt": q.messages[-2].content, "reference": r, "output": a.text, "stopped": a.stopped}
+        {"id": q.id, "prompt": _asked_last(q), "reference": r, "output": a.text, "stopped": a.stopped}
         for q, r, a in zip(exam.questions, references, answers, strict=True)
     ]
     return {
@@ -131,6 +161,10 @@ def evaluate_model(run: Run, folder: Path, exam: Exam, settings: Settings, kept:
     }
 
 
+def _asked_last(question: Conversation) -> str:
+    return next(m.content for m in reversed(question.messages) if m.role == "user")
+
+
 def _answers(
     model: Any,
     questions: Sequence[Any],
@@ -142,11 +176,7 @@ def _answers(
 ) -> list[Answer]:
     from tqdm import tqdm
 
-    done: dict[int, Answer] = {}
-    if kept is not None and kept.exists():
-        for line in kept.read_text(encoding="utf-8").split("\n")[:-1]:
-            index, text, stopped = json.loads(line)
-            done[index] = Answer(text, stopped)
+    done = {} if kept is None else _kept_answers(kept, len(questions))
     left = [i for i in range(len(questions)) if i not in done]
     prompts = [prompt_ids(questions[i], template, tokenizer) for i in left]
     with tqdm(total=len(questions), initial=len(done), desc=what, unit="answer", leave=False, disable=None) as bar:
@@ -159,13 +189,33 @@ def _answers(
     return [done[i] for i in range(len(questions))]
 
 
+def _kept_answers(file: Path, questions: int) -> dict[int, Answer]:
+    """The answers that an interrupted evaluation left, by number; a line that was being written is cut off."""
+    if not file.exists():
+        return {}
+    whole = file.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    file.write_bytes(whole)
+    found = {}
+    for line in whole.splitlines():
+        with suppress(ValueError, TypeError):
+            index, text, stopped = json.loads(line)
+            if 0 <= index < questions:
+                found[index] = Answer(str(text), bool(stopped))
+    return found
+
+
 def _key(run: Run, model: Path, exam: Exam, settings: Settings) -> str:
-    """Changes whenever the result could: other weights, other questions, other settings."""
-    asked = [[asdict(c) for c in conversations] for conversations in (exam.conversations, exam.questions)]
+    """Changes whenever the result could: other weights, tokenizer, questions, settings, precision or device."""
+    import torch
+
+    asked = [asdict(question) for question in exam.questions]
     matters = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "exclude_leaked")}
-    files = [*weight_files(model), model / "config.json"]
-    digests = [[file.name, _digest(file)] for file in files if file.exists()]
-    return fingerprint([FORM, digests, asked, matters, run.config.template, run.config.max_length])
+    digests = [[str(file.name), _digest(file)] for file in weight_files(model)]
+    for folder in (model, run.model_folder):
+        digests += [[name, _digest(folder / name)] for name in BESIDE if (folder / name).exists()]
+    device = [run.precision, torch.cuda.get_device_name()] if torch.cuda.is_available() else ["fp32", "cpu"]
+    return fingerprint([FORM, digests, asked, matters, device, run.config.template, run.config.max_length])
 
 
 def _digest(file: Path) -> str:
@@ -173,8 +223,11 @@ def _digest(file: Path) -> str:
     known_file = outputs_root() / "evaluation" / ".digests.json"
     stat = file.stat()
     about = [stat.st_size, stat.st_mtime_ns]
-    known = read_json(known_file) or {}
-    if (found := known.get(str(file))) and found[:2] == about:
+    known = read_cache(known_file)
+    if not isinstance(known, dict):
+        known = {}
+    found = known.get(str(file))
+    if isinstance(found, list) and found[:2] == about and len(found) == 3:
         return found[2]
     known[str(file)] = [*about, digest(file)]
     write_json(known_file, known)

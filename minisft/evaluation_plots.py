@@ -95,8 +95,12 @@ def interval_widths(answers: Sequence[Mapping[str, Any]], draws: int = 8, seed: 
     axes.plot(*zip(*found, strict=True), "o", color=PALETTE[0], alpha=0.6, label="drawn from the answers (measured)")
     line = [max(1, sizes[0] if sizes else 1), max(needed, len(answers))]
     roots = [all_of_them * (len(answers) / n) ** 0.5 for n in line]
-    axes.plot(line, roots, color=PALETTE[1], linestyle="--", label="falling with the root of the number")
     title = f"{len(answers)} answers leave BLEU open by {all_of_them:.0f} points; 2 points would need about {needed:,}"
-    axes.set(xscale="log", yscale="log", xlabel="answers", ylabel="width of the 95% interval, BLEU", title=title)
+    if all_of_them > 0:
+        axes.plot(line, roots, color=PALETTE[1], linestyle="--", label="falling with the root of the number")
+        axes.set(yscale="log")
+    else:
+        title = f"Not one of {len(answers)} answers shares enough to be scored: no run of words is in its reference"
+    axes.set(xscale="log", xlabel="answers", ylabel="width of the 95% interval, BLEU", title=title)
     axes.legend(frameon=False)
     return picture_of(figure, f"Width of BLEU's 95% interval against the number of answers: {title}.")

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from minisft.lens import harmless
 from minisft.runs import Run, write_json, written_whole
 
 COLUMNS = ("step", "bleu", "bleu_interval", "chrf", "chrf_interval", "length_ratio", "stopped", "loss", "perplexity")
@@ -22,6 +23,8 @@ def write_summary(
 ) -> None:
     """Write `summary.json` and `summary.md` of one run from the `results` of its checkpoints, in step order."""
     if not results:
+        for name in ("summary.json", "summary.md"):  # what they say holds no longer
+            (folder / name).unlink(missing_ok=True)
         return
     write_json(
         folder / "summary.json",
@@ -69,7 +72,8 @@ def _markdown(
         f"| {r['stopped']:.0%} | {r['loss']:.3f} | {r['perplexity']:.1f} |"
         for r in results
     ]
-    lines += [f"\nCheckpoint {step} cannot be used: {why}" for step, why in unusable.items()]
+    for step, why in unusable.items():
+        lines += ["", f"Checkpoint {step} cannot be used:", *_quoted(harmless(why))]
     lines += ["", "To check a score: `sacrebleu references.txt -i checkpoint-N.txt`."]
     for i, example in enumerate(results[0]["examples"]):
         lines += ["", f"## Example {i + 1}", "", "Prompt", *_quoted(example["prompt"])]

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from minisft.conversations import Conversation, Message, one_per_answer
 from minisft.errors import UserError
 from minisft.labels import encode, encode_segments
-from minisft.leakage import Leak, find_leaks, trained_texts
+from minisft.leakage import Leak, Prompt, find_leaks, trained_texts
 from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate
 from minisft.reading import read
@@ -22,6 +23,7 @@ from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import TEST, TRAIN, load_rows
 
 ANSWERS = ("last", "all")
+FORM = 3  # of what is kept; another number makes all be done anew
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Settings:
         for name, least in (("rows", 1), ("max_new_tokens", 1), ("batch_size", 1), ("resamples", 0)):
             if (value := getattr(self, name)) < least:
                 raise UserError(f"{name.replace('_', ' ')} is {value}: give at least {least}")
+        if self.resamples == 1:
+            raise UserError("resamples is 1: give 0 for no intervals, or many")
         if self.answers not in ANSWERS:
             raise UserError(f"unknown answers {self.answers!r}: use one of {', '.join(ANSWERS)}")
 
@@ -92,13 +96,15 @@ def set_exam(run: Run, settings: Settings, folder: Path) -> Exam:
 def _fitting(run: Run, file: Path) -> Iterator[Conversation]:
     tokenizer, template = tools_of(run.model_folder, run.config.template)
     for conversation in read(file, Ledger()):
-        if not encode(conversation, template, tokenizer, run.config.max_length).truncated:
+        row = encode(conversation, template, tokenizer, run.config.max_length)
+        if not row.truncated and questions_of(conversation, "all"):
             yield conversation
 
 
 def questions_of(conversation: Conversation, answers: str) -> list[Conversation]:
-    """One conversation per answer that is scored, which ends with it."""
-    return [conversation] if answers == "last" else list(one_per_answer(conversation))
+    """One conversation per answer that is scored, which ends with it; an answer of weight 0 is not to be learned."""
+    found = list(one_per_answer(conversation))
+    return found[-1:] if answers == "last" else found
 
 
 def _asked(question: Conversation) -> Conversation:
@@ -114,19 +120,32 @@ def prompt_ids(conversation: Conversation, template: MistralTemplate, tokenizer:
 def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path) -> dict[str, Leak]:
     """Which of the questions are in what the run trained on; looked for once."""
     tokenizer, template = tools_of(run.model_folder, run.config.template)
-    texts = {
-        name: tokenizer.hf.decode(prompt_ids(question, template, tokenizer), skip_special_tokens=True)
+    prompts = {
+        name: Prompt(
+            tokenizer.decode(prompt_ids(question, template, tokenizer)),
+            [m.content for m in question.messages if m.role == "user"],
+        )
         for name, question in questions.items()
     }
     data = run.folder / "data"
-    key = fingerprint([texts, (data / TRAIN).stat().st_size, (data / TRAIN).stat().st_mtime_ns])
-    file = folder / f".leaks-{key}.json"
-    if (known := read_json(file)) is None:
-        known = {
-            name: asdict(leak) for name, leak in find_leaks(texts, trained_texts(load_rows(data), tokenizer)).items()
-        }
-        write_json(file, known)
-    return {name: Leak(**leak) for name, leak in known.items()}
+    stat = (data / TRAIN).stat()
+    file = (
+        folder
+        / f".leaks-{fingerprint([FORM, list(map(asdict, prompts.values())), stat.st_size, stat.st_mtime_ns])}.json"
+    )
+    with suppress(TypeError, AttributeError):  # a file that somebody has damaged is no file
+        return {name: Leak(**leak) for name, leak in read_cache(file).items()}
+    found = find_leaks(prompts, trained_texts(load_rows(data), tokenizer))
+    write_json(file, {name: asdict(leak) for name, leak in found.items()})
+    return found
+
+
+def read_cache(file: Path) -> Any:
+    """The JSON of a file that can be made again, or None where there is none that can be read."""
+    try:
+        return read_json(file)
+    except (UserError, OSError, UnicodeDecodeError):
+        return None
 
 
 @functools.lru_cache(maxsize=2)  # loading takes a second, and every checkpoint of a run asks

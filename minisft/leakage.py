@@ -8,15 +8,30 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 SHINGLE = 5  # words
-NEAR = 0.8  # of a prompt's shingles, in one row
+FEWEST = 4  # shingles of a question: with fewer, a phrase that many use would count as a duplicate
+NEAR = 0.8  # of a question's shingles, in one row
 ROWS_AT_ONCE = 512
 
+# Scripts without blanks between words count by the character; and so do signs that are no punctuation, emoji say.
+_BY_CHARACTER = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+_WORD = re.compile(
+    rf"[{_BY_CHARACTER}]|(?:(?![{_BY_CHARACTER}])\w)+|[^\w\s\x00-\x7f\u00a0-\u00bf\u2010-\u2027\u3000-\u303f]"
+)
+
 Words = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is evaluated: `whole`, the text of all its tokens, and the `questions` that the user asks in it."""
+
+    whole: str
+    questions: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -28,23 +43,25 @@ class Leak:
     share: float
 
 
-def find_leaks(prompts: Mapping[str, str], rows: Iterable[tuple[str, str]]) -> dict[str, Leak]:
-    """Which `prompts` (texts by id) are in the training `rows` (id and text); those that are not are left out.
+def find_leaks(prompts: Mapping[str, Prompt], rows: Iterable[tuple[str, str]]) -> dict[str, Leak]:
+    """Which `prompts` (by id) are in the training `rows` (id and text); those that are not are left out.
 
     Texts are compared by their words alone, blind to case, punctuation and white space. `exact`: a row begins with
-    the prompt. Near: one row holds at least 80% of the prompt's runs of five words (the containment of Broder, 1997),
-    which is found however the rest of the row differs. A prompt of fewer than five words can only be exact.
+    the whole prompt. Near: one row holds at least 80% of the questions' runs of five words (the containment of Broder,
+    1997), which is found however the rest of the row differs; a system prompt that many share does not count. Questions
+    of fewer than eight words can only be exact.
     """
-    asked = {name: words_of(text) for name, text in prompts.items()}
-    runs = {name: _shingles(words) for name, words in asked.items()}
+    runs = {name: set().union(*map(_shingles, map(words_of, p.questions))) for name, p in prompts.items()}
+    runs = {name: found for name, found in runs.items() if len(found) >= FEWEST}
     holders: dict[Words, list[str]] = {}
     for name, found in runs.items():
         for run in found:
             holders.setdefault(run, []).append(name)
-    lengths = {len(words) for words in asked.values()}
     whole: dict[Words, list[str]] = {}
-    for name, words in asked.items():
-        whole.setdefault(words, []).append(name)
+    for name, prompt in prompts.items():
+        if any(map(words_of, prompt.questions)):
+            whole.setdefault(words_of(prompt.whole), []).append(name)
+    lengths = {len(words) for words in whole}
 
     leaks: dict[str, Leak] = {}
     for row, text in rows:
@@ -62,7 +79,7 @@ def find_leaks(prompts: Mapping[str, str], rows: Iterable[tuple[str, str]]) -> d
 
 def words_of(text: str) -> Words:
     """The words of a text, in order and in one case."""
-    return tuple(re.findall(r"\w+", text.casefold()))
+    return tuple(_WORD.findall(text.casefold()))
 
 
 def _shingles(words: Words) -> set[Words]:
@@ -70,8 +87,7 @@ def _shingles(words: Words) -> set[Words]:
 
 
 def trained_texts(rows: Any, tokenizer: Any) -> Iterable[tuple[str, str]]:
-    """Of every row of `training_data.load_rows` its id and the text of its tokens."""
+    """Of every row of `training_data.load_rows` its id and the text of its tokens, control tokens written out."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[start : start + ROWS_AT_ONCE]
-        texts = tokenizer.hf.batch_decode(part["input_ids"], skip_special_tokens=True)
-        yield from zip(part["id"], texts, strict=True)
+        yield from zip(part["id"], map(tokenizer.decode, part["input_ids"]), strict=True)

@@ -364,6 +364,11 @@ def visible(data: bytes) -> str:
     return shown or "∅"
 
 
+def harmless(text: str) -> str:
+    """The text with every control character written out but line ends and tabs, so that a terminal only prints it."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else spelt(c) for c in text)
+
+
 def spelt(c: str) -> str:
     """One character by its number: `\\x1b` if it is one byte of the data, else `\\u202e` or `\\U0001f600`."""
     code = ord(c)

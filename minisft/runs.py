@@ -220,7 +220,7 @@ class Run:
         if not (folder / "run.json").exists():
             known = ", ".join(run.name for run in all_runs()) or "none yet"
             raise UserError(f"no run {str(name)!r}: give a run's name or folder (runs in outputs/model: {known})")
-        return cls(folder.absolute())
+        return cls(Path(os.path.normpath(folder.absolute())))
 
     @property
     def name(self) -> str:

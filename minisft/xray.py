@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from minisft.scores import one_line
+
 ORDERS = (1, 2, 3, 4)
 # From light to strong with the length of the longest shared run; the number beside a token says the same.
 SHADES = {1: "#e3eef7", 2: "#b7d4ea", 3: "#79b0d9", 4: "#4b93c7"}
@@ -101,8 +103,7 @@ def xray(output: str, reference: str) -> XRay:
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     split = Tokenizer13a()
-    words = tuple(split(output.strip()).split())
-    wanted = tuple(split(reference.strip()).split())
+    words, wanted = (tuple(split(one_line(text)).split()) for text in (output, reference))
     matched, total = [], []
     depth, reference_depth = [0] * len(words), [0] * len(wanted)
     for n in reversed(ORDERS):

@@ -6,10 +6,11 @@ from conftest import minisft, save_checkpoint
 
 from minisft import chat
 from minisft.answering import ask
-from minisft.chat import Beside, Talk, harmless, in_terminal, table, talks
+from minisft.chat import Beside, Talk, in_terminal, table, talks
 from minisft.errors import UserError
 from minisft.launch import prepare
 from minisft.runs import RunConfig
+from minisft.tokens import HuggingFaceTokenizer
 
 
 @pytest.fixture
@@ -67,8 +68,38 @@ def test_in_a_terminal_each_line_is_answered_by_each(run):
     assert sum(line.startswith("step 2> ") for line in lines) == 2
 
 
-def test_a_model_cannot_move_the_cursor():
-    assert harmless("a\x1b[2Jb\u202ec\r\nd\te") == "a\\x1b[2Jb\\u202ec\\x0d\nd\te"
+@pytest.fixture
+def says(monkeypatch, run):
+    """Makes every model say a text, whatever it is asked, one token after the other."""
+
+    def of(text):
+        tokenizer = HuggingFaceTokenizer(run.model_folder)
+        monkeypatch.setattr(chat, "stream", lambda *a, **k: iter(tokenizer.encode(text)))
+
+    return of
+
+
+def test_a_model_cannot_move_the_cursor(run, says):
+    says("a\x1b[2Jb\u202ec\nd")
+    out = io.StringIO()
+    in_terminal(talks(run), io.StringIO("the cat\n"), out, 40)
+    assert "a\\x1b[2Jb\\u202ec\nd" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+
+
+def test_half_a_character_is_not_said(run, says):
+    says("é🙂 the 漢字")
+    (talk,) = talks(run).values()
+    pieces = list(talk.say("the cat", 40))
+    assert "".join(pieces) == "é🙂 the 漢字"
+    assert len(pieces) > 4
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_bytes_that_are_no_text_are_questions(run):
+    out = io.StringIO()
+    in_terminal(talks(run), io.StringIO("caf\udce9\n"), out, 3)
+    assert out.getvalue().startswith("step 4> ")
 
 
 def test_text_is_escaped_in_a_notebook(run, capsys):

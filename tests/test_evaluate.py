@@ -1,5 +1,6 @@
 import fcntl
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -106,6 +107,89 @@ def test_what_is_scored_is_not_scored_again_unless_it_changed(run, calls):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_result_belongs_to_all_files_that_it_depends_on(run, calls, name):
+    evaluate_runs([run], QUICK, say=quiet)
+    calls.clear()
+    with (run.checkpoints[1] / name).open("a") as stream:
+        stream.write(" \n")
+    evaluate_runs([run], QUICK, say=quiet)
+    assert calls == ["checkpoint-10"]
+
+
+def test_a_checkpoint_that_breaks_later_is_named_and_its_results_go(run, results):
+    evaluate_runs([run], QUICK, say=quiet)
+    (run.checkpoints[0] / "tokenizer.json").unlink()
+    (broken,) = evaluate_runs([run], QUICK, say=quiet)
+    assert "checkpoint-9 cannot be used: it has no tokenizer.json" in broken
+    assert [r["step"] for r in results_of(run)] == [0, 10]
+    assert not list(results.glob("checkpoint-9.*"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[1]", '{"key": 5, "a": [1]}', "\udcff"])
+def test_damaged_results_are_made_again(run, results, calls, content):
+    evaluate_runs([run], QUICK, say=quiet)
+    whole = read_json(results / "checkpoint-9.json")
+    calls.clear()
+    leaks = next(results.glob(".leaks-*"))
+    for file in (results / "checkpoint-9.json", results.parent / ".digests.json", leaks):
+        file.write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert evaluate_runs([run], QUICK, say=quiet) == []
+    assert calls == ["checkpoint-9"]
+    assert read_json(results / "checkpoint-9.json") == whole
+
+
+def test_a_line_that_was_being_written_is_cut_off(run, results, monkeypatch):
+    evaluate_runs([run], QUICK, say=quiet)
+    found = read_json(results / "checkpoint-10.json")
+    (results / "checkpoint-10.json").unlink()
+    kept = results / f".checkpoint-10-{found['key']}.jsonl"
+    first = found["answers"][0]
+    lines = [json.dumps([0, first["output"], first["stopped"]]), "[99, 1, 2]", "nonsense", '[1, "the ca']
+    kept.write_text("\n".join(lines))
+    evaluate_runs([run], QUICK, say=quiet)
+    assert read_json(results / "checkpoint-10.json") == found
+    assert not kept.exists()
+
+
+def test_a_checkpoint_that_goes_away_meanwhile_is_named(run, monkeypatch):
+    real = evaluate._digest
+
+    def gone(file):
+        if "checkpoint-9" in str(file):
+            (run.checkpoints[0] / "model.safetensors").unlink(missing_ok=True)
+        return real(file)
+
+    monkeypatch.setattr(evaluate, "_digest", gone)
+    (broken,) = evaluate_runs([run], QUICK, say=quiet)
+    assert "checkpoint-9 cannot be used" in broken
+    assert [r["step"] for r in results_of(run)] == [0, 10]
+
+
+def test_runs_of_one_name_are_refused_and_a_run_without_tests_stops_no_other(run, tiny_model, small_data):
+    with pytest.raises(UserError, match="two of the runs are called vanilla"):
+        evaluate_runs([run, run], QUICK, say=quiet)
+    assert Run.load(run.folder / "data" / "..").name == "vanilla"
+    other = RunConfig.course("ddp", model=str(tiny_model), data=str(small_data), max_characters=None)
+    other = prepare(other, say=quiet)
+    shutil.copytree(run.checkpoints[0], other.folder / "checkpoint-1")
+    (run.folder / "data" / "test.jsonl").write_text("")
+    (broken,) = evaluate_runs([run, other], QUICK, say=quiet)
+    assert "vanilla has no test conversations" in broken
+    assert [r["step"] for r in results_of(other)] == [0, 1]
+
+
+def test_an_answer_that_is_not_to_be_learned_is_not_asked_for():
+    from minisft.conversations import Conversation, Message
+    from minisft.exam import questions_of
+
+    said = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    talk = Conversation("t", tuple(Message(role, text, text != "d") for role, text in said))
+    for answers in ("last", "all"):
+        (question,) = questions_of(talk, answers)
+        assert question.messages[-1].content == "b"
+
+
 def test_an_interrupted_evaluation_goes_on_after_its_last_answer(run, results, monkeypatch):
     real = evaluate.generate
     asked = []
@@ -205,7 +289,10 @@ def test_questions_that_were_trained_are_counted_and_can_be_left_out(leaky):
     assert (about["of"], about["exact"], about["near"], about["excluded"]) == (3, 0, 1, False)
     without = replace(QUICK, exclude_leaked=True)
     clean = set_exam(leaky, without, leaky.folder)
-    assert {c.id for c in clean.conversations} == {c.id for c in exam.conversations} - exam.leaks.keys()
+    asked = {q.id for q in exam.questions}
+    assert {q.id for q in clean.questions} == asked - exam.leaks.keys()
+    one = set_exam(leaky, replace(without, rows=2), leaky.folder)
+    assert len(one.questions) == 2, "another takes the place of one that leaked"
     assert clean.leakage(without)["excluded"]
 
 
@@ -222,6 +309,7 @@ def test_nothing_to_evaluate_is_one_sentence(run, tiny_model, small_data):
     for wrong, said in (
         ({"max_new_tokens": 0}, "max new tokens is 0"),
         ({"answers": "none"}, "unknown answers 'none'"),
+        ({"resamples": 1}, "0 for no intervals"),
     ):
         with pytest.raises(UserError, match=said):
             Settings(**wrong)
@@ -235,7 +323,18 @@ def test_a_broken_checkpoint_is_named_the_others_are_evaluated_and_the_exit_code
     summary = read_json(results / "summary.json")
     assert [c["step"] for c in summary["checkpoints"]] == [0, 10]
     assert "cannot be read" in summary["unusable"]["9"]
-    assert "Checkpoint 9 cannot be used" in (results / "summary.md").read_text()
+    assert "Checkpoint 9 cannot be used:\n\n    model.safetensors" in (results / "summary.md").read_text()
+
+
+def test_names_from_a_checkpoint_are_harmless_in_a_terminal_and_a_summary(run, results):
+    (run.checkpoints[0] / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "x\x1b[31m<img src=x>.safetensors"}}
+    (run.checkpoints[0] / "model.safetensors.index.json").write_text(json.dumps(index))
+    said = []
+    evaluate_runs([run], QUICK, say=said.append)
+    assert "x\\x1b[31m<img" in "".join(said)
+    assert "\x1b" not in "".join(said)
+    assert "\n    x\\x1b[31m<img" in (results / "summary.md").read_text()
 
 
 def test_without_names_all_runs_with_checkpoints_are_evaluated(run, tiny_model, small_data, own_outputs):

@@ -3,6 +3,7 @@ import random
 from conftest import WORDS
 from test_plots import size
 
+from minisft import evaluation_plots
 from minisft.evaluation_plots import interval_widths, scores_over_steps
 
 
@@ -24,9 +25,7 @@ def test_the_message_depends_on_whether_the_intervals_overlap():
     assert "loss from 2.00 to 1.00" in picture.alt
 
 
-def test_titles(monkeypatch):
-    from minisft import evaluation_plots
-
+def test_titles():
     titles = [evaluation_plots._message([summary("a", *bleus)]) for bleus in ((1, 4), (1, 9), (9, 1))]
     assert "cannot tell before from after with 12 answers" in titles[0]
     assert "rises beyond its intervals" in titles[1]
@@ -34,9 +33,27 @@ def test_titles(monkeypatch):
     assert "the loss does not fall" in evaluation_plots._message([summary("a", 1, 4, loss=(1.0, 2.0))])
 
 
-def test_more_answers_narrow_the_interval():
+def test_more_answers_narrow_the_interval(monkeypatch):
     chance = random.Random(1)
     said = [" ".join(chance.choices(WORDS, k=12)) for _ in range(40)]
     answers = [{"output": " ".join([*s.split()[:9], "cat"]), "reference": s} for s in said]
-    alt = interval_widths(answers, draws=3).alt
+    widths = {}
+    real = evaluation_plots.corpus_scores
+
+    def scores(outputs, *rest):
+        found = real(outputs, *rest)
+        low, high = found["bleu_interval"]
+        widths.setdefault(len(outputs), []).append(high - low)
+        return found
+
+    monkeypatch.setattr(evaluation_plots, "corpus_scores", scores)
+    alt = interval_widths(answers, draws=6).alt
     assert "40 answers leave BLEU open by" in alt
+    mean = {size: sum(found) / len(found) for size, found in widths.items()}
+    assert list(mean) == [4, 8, 16, 32, 40]
+    assert mean[40] < mean[16] < 1.3 * mean[4]
+
+
+def test_without_a_single_match_there_is_no_width():
+    answers = [{"output": "dog", "reference": "the cat sat on the mat"}] * 5
+    assert "no run of words" in interval_widths(answers, draws=2).alt

@@ -45,9 +45,9 @@ def test_a_word_counts_as_often_as_the_reference_has_it():
 
 
 def test_what_a_model_says_is_escaped():
-    html = xray("<script>alert(1)</script> the cat", "the cat <b>").html()
-    assert "<script" not in html
-    assert "<b> " not in html.replace("<b>reference</b> ", "").replace("<b>output</b> ", "")
+    html = xray("<b> the cat", "the <cat").html()  # 13a takes marks apart: the bare sign is what to look for
+    assert html.count("<span>&lt;</span>") + html.count("&lt;<sub>") == 2
+    assert "<span><</span>" not in html
 
 
 def test_scores_come_with_signature_and_interval():
@@ -61,6 +61,17 @@ def test_scores_come_with_signature_and_interval():
     assert json.loads(json.dumps(found)) == found
     assert "bs:1000" in found["bleu_signature"]
     assert corpus_scores(outputs, references, resamples=0)["bleu"] == plain.score
+
+
+def test_lines_are_joined_as_in_the_files():
+    output, reference = "state-\nof the art thing here", "state- of the art thing here"
+    assert xray(output, reference).score == pytest.approx(corpus_scores([output], [reference], 0)["bleu"])
+
+
+def test_intervals_stay_within_the_scale():
+    said = ["the cat sat on the mat today", "no", "none", "nothing"]
+    low, high = corpus_scores(said, ["the cat sat on the mat today", "yes it is", "all", "some"])["bleu_interval"]
+    assert 0 <= low < high <= 100
 
 
 def test_a_draw_without_any_match_has_an_interval_too():
