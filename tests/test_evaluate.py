@@ -244,7 +244,7 @@ def test_a_reply_ends_at_eos_and_holds_no_prompt(tiny_model, monkeypatch):
 # --- what is asked -----------------------------------------------------------------------------------------
 
 
-def test_every_answer_is_asked_after_what_was_said_before_it(run, results, calls):
+def test_every_answer_is_asked_after_what_was_said_before_it(run, results):
     several = replace(QUICK, answers="all")
     exam = set_exam(run, several, run.folder)
     assert sum(c.answers for c in exam.conversations) == len(exam.questions) > len(exam.conversations)
@@ -259,6 +259,11 @@ def test_every_answer_is_asked_after_what_was_said_before_it(run, results, calls
         assert [(m.role, m.content) for m in question.messages] == said[: len(question.messages)]
     evaluate_runs([run], several, say=quiet)
     found = read_json(results / "checkpoint-0.json")
+    rows = [encode(q, template, tokenizer, 512) for q in exam.questions]
+    assert found["trained_tokens"] == sum(label != IGNORE_INDEX for row in rows for label in row.labels)
+    evaluate_runs([run], QUICK, say=quiet)
+    assert read_json(results / "checkpoint-0.json")["trained_tokens"] < found["trained_tokens"]
+    evaluate_runs([run], several, say=quiet)
     assert found["rows"] == len(exam.questions)
     assert "every answer" in (results / "summary.md").read_text()
 
