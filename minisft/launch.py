@@ -32,10 +32,10 @@ from minisft.ledger import Ledger
 from minisft.lint import lint
 from minisft.live import LiveView, in_notebook
 from minisft.pulse import SILENCE, STALL, clear, read_signs
-from minisft.runs import Run, RunConfig, lock_of, outputs_root, project_root, read_json, write_json
+from minisft.runs import Run, RunConfig, all_runs, lock_of, outputs_root, project_root, read_json, write_json
 from minisft.supervisor import Task
 from minisft.tokens import HuggingFaceTokenizer
-from minisft.training_data import write_data
+from minisft.training_data import made_of, remember, take_over, write_data
 from minisft.zero_config import deepspeed_config, offloads
 
 Say = Callable[[str], None]
@@ -92,15 +92,13 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
 
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    ledger = Ledger()
-    rows = write_data(config, source, tokenizer, scratch / "data", ledger)
+    rows = _rows(config, source, model.path, tokenizer, scratch)
     parameters = sum(map(math.prod, shapes.values()))
     preflight.require_fit(config, architecture, rows)
     preflight.require_space(config, rows, parameters)
     preflight.warn_of_memory(config, architecture, precision, on_gpu, say)
     if offloads(config.strategy) and not on_gpu:
         say("Without a GPU everything is in main memory already: offloading works here, and saves nothing")
-    write_json(scratch / "ledger.json", ledger.to_dict())
     about = {
         "config": config.to_dict(),
         "model_folder": str(model.path.absolute()),
@@ -126,6 +124,21 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
     return Run(folder)
+
+
+def _rows(config: RunConfig, source: Path, model: Path, tokenizer: HuggingFaceTokenizer, scratch: Path) -> int:
+    """Write the data and its ledger into `scratch`, or copy them from a run that has the same; returns how many rows.
+
+    Reading ShareGPT takes seconds, and the strategies that are compared want the same of it.
+    """
+    wanted = made_of(config, source, model)
+    rows = take_over(wanted, [run.folder for run in all_runs()], scratch / "data") if source.is_file() else None
+    if rows is None:
+        ledger = Ledger()
+        rows = write_data(config, source, tokenizer, scratch / "data", ledger)
+        write_json(scratch / "ledger.json", ledger.to_dict())
+        remember(wanted, rows, scratch / "data")
+    return rows
 
 
 def _require_place(config: RunConfig, place: Place | None) -> None:

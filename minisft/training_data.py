@@ -3,16 +3,20 @@
 data/train.arrow   id, input_ids, labels; `datasets.Dataset.from_file` maps it into memory
 data/test.jsonl    the test conversations, cleaned, in ShareGPT's shape
 data/test.arrow    the first `eval_rows` of them that fit, as rows: the test loss of each checkpoint is theirs
+data/made_of.json  from what they were made, so that another run which wants the same takes a copy of them
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from minisft.checkpoints import digest
 from minisft.conversations import Conversation
 from minisft.encoding import encode_stream
 from minisft.labels import Row
@@ -26,6 +30,18 @@ if TYPE_CHECKING:
     from minisft.runs import RunConfig
 
 TRAIN, TEST, TEST_ROWS = "train.arrow", "test.jsonl", "test.arrow"
+MADE_OF = "made_of.json"
+MATTERS = (  # of a `RunConfig`, to its rows
+    "template",
+    "max_length",
+    "truncation",
+    "train_on",
+    "max_characters",
+    "max_rows",
+    "test_fraction",
+    "seed",
+    "eval_rows",
+)
 ROWS_AT_ONCE = 256
 
 
@@ -55,6 +71,43 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
         written = write_rows(rows, folder / TRAIN)
     write_rows(_test_rows(config, tokenizer, folder / TEST), folder / TEST_ROWS)
     return written
+
+
+def made_of(config: RunConfig, source: Path, model: Path) -> dict[str, Any]:
+    """What the rows depend on: settings, the data, and the tokenizer in the folder `model`; files by size and time."""
+    files = [source, *sorted(model.glob("*token*")), model / "config.json"]
+    files = [file for file in files if file.is_file()]
+    about = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return {"package": version("minisft"), "files": about, **{name: getattr(config, name) for name in MATTERS}}
+
+
+def take_over(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) -> int | None:
+    """Copy into `folder` the rows, and the ledger beside it, of the first run folder of `runs` that has the same.
+
+    Returns how many rows there are to train, or None if none has. Rows that are not as they were written are not taken.
+    """
+    for run in runs:
+        try:
+            known = json.loads((run / "data" / MADE_OF).read_text())
+            if known["made_of"] == wanted:
+                shutil.copytree(run / "data", folder)
+                shutil.copyfile(run / "ledger.json", folder.parent / "ledger.json")
+                if _sums(folder) == known["sha256"]:
+                    return int(known["rows"])
+        except (OSError, ValueError, KeyError, TypeError):  # a run that somebody removes or has damaged
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def remember(wanted: dict[str, Any], rows: int, folder: Path) -> None:
+    """Write down of what the rows in `folder` were made."""
+    about = {"made_of": wanted, "rows": rows, "sha256": _sums(folder)}
+    (folder / MADE_OF).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return {name: digest(folder / name) for name in (TRAIN, TEST, TEST_ROWS)}
 
 
 def _encoded(

@@ -8,7 +8,7 @@ import pytest
 from conftest import sharegpt_row
 
 from minisft import launch as launching
-from minisft import preflight
+from minisft import preflight, training_data
 from minisft.commands import commands, explain
 from minisft.errors import UserError
 from minisft.launch import prepare
@@ -45,6 +45,34 @@ def test_the_run_folder_holds_what_the_worker_and_the_evaluation_need(config):
     zero = run.deepspeed["zero_optimization"]
     assert zero["stage"] == 2
     assert run.deepspeed["train_batch_size"] == 8
+
+
+def test_a_second_run_that_wants_the_same_rows_takes_a_copy(config, monkeypatch, small_data, tmp_path):
+    calls = []
+    real = launching.write_data
+    monkeypatch.setattr(launching, "write_data", lambda *a: calls.append(1) or real(*a))
+    first = prepare(config(max_characters=None))
+    second = prepare(config("vanilla", max_characters=None))
+    assert len(calls) == 1
+    assert second.ledger == first.ledger
+    names = sorted(p.name for p in (first.folder / "data").iterdir())
+    for name in names:
+        assert (second.folder / "data" / name).read_bytes() == (first.folder / "data" / name).read_bytes()
+
+    changes = {"max_length": 64, "truncation": "drop", "train_on": "last", "seed": 1, "eval_rows": 3, "max_rows": 9}
+    changes |= {"test_fraction": 0.2, "max_characters": 200, "template": "v3"}
+    assert {"max_length", "template", *changes} == set(training_data.MATTERS)
+    for number, (name, value) in enumerate(changes.items(), 2):
+        prepare(config("vanilla", **({"max_characters": None} | {name: value})), overwrite=True)
+        assert len(calls) == number, name
+
+    (first.folder / "data" / "test.jsonl").write_text("{}\n")
+    prepare(config("ddp", max_characters=None))
+    assert len(calls) == len(changes) + 2, "what is no longer as it was written is not taken"
+    other = tmp_path / "other.json"
+    other.write_text(small_data.read_text())
+    prepare(config("zero0", max_characters=None, data=str(other)))
+    assert len(calls) == len(changes) + 3
 
 
 @pytest.mark.parametrize("strategy", ["vanilla", "ddp", "zero0", "zero1", "zero2", "zero3"])
