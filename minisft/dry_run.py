@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from minisft.errors import UserError
+from minisft.models import with_layers
 
 COPIES = "copies of a bucket"
 ACTIVATIONS, LOGITS, GRADIENTS, BACKWARD = "activations", "logits and loss", "gradients", "temporaries of backward"
@@ -115,7 +116,7 @@ def _all_layers(config: Any, **options: Any) -> _Trace:
         return _trace(config, **options)
     few = 2 + layers % 2
     more = few + 2
-    a, b = (_trace(_with_layers(config, n), **options) for n in (few, more))
+    a, b = (_trace(with_layers(config, n), **options) for n in (few, more))
 
     def extended(which: str) -> dict[str, int]:
         x, y = getattr(a, which), getattr(b, which)
@@ -125,14 +126,6 @@ def _all_layers(config: Any, **options: Any) -> _Trace:
     arrived = [x + (y - x) // (more - few) * (layers - few) for x, y in zip(a.arrived, b.arrived, strict=True)]
     held = {field.name: extended(field.name) for field in fields(_Trace) if field.name != "arrived"}
     return _Trace(**held, arrived=tuple(arrived))
-
-
-def _with_layers(config: Any, layers: int) -> Any:
-    config = deepcopy(config)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    config.num_hidden_layers = layers
-    return config
 
 
 def _trace(

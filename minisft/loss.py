@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from minisft.labels import IGNORE_INDEX
+from minisft.models import with_layers
 from minisft.wide_products import needs_wide_products
 
 CHUNK_BYTES = 32 * 1024 * 1024  # of fp32 logits at a time: large enough for matrix products to be fast
@@ -87,14 +88,15 @@ def trained_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 def supports_loss_head(config: Any, trust_remote_code: bool = False) -> bool:
     """Whether the logits of a model of this `config` are its output layer's very output, not scaled or capped after.
 
-    Found out by running a model without weights (on PyTorch's meta device).
+    Found out by running a model without weights (on PyTorch's meta device) and with few layers, which have no
+    part in it.
     """
     from transformers import AutoModelForCausalLM
 
+    layers = getattr(config, "num_hidden_layers", None)
+    few = with_layers(config, min(layers, 2)) if isinstance(layers, int) else deepcopy(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            deepcopy(config), attn_implementation="eager", trust_remote_code=trust_remote_code
-        )
+        model = AutoModelForCausalLM.from_config(few, attn_implementation="eager", trust_remote_code=trust_remote_code)
         layer = model.get_output_embeddings()
         if type(layer) is not torch.nn.Linear:
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def load_model(folder: Path, tokenizer: HuggingFaceTokenizer, trust_remote_code:
         model.resize_token_embeddings(len(tokenizer.hf), mean_resizing=False)
         _start_from_their_text(model, tokenizer, had)
     return model
+
+
+def with_layers(config: Any, layers: int) -> Any:
+    """A copy of a transformers config, with so many layers."""
+    config = deepcopy(config)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.num_hidden_layers = layers
+    return config
 
 
 def new_rows(tokenizer: HuggingFaceTokenizer, vocabulary: int) -> int:

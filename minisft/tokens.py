@@ -197,7 +197,7 @@ def _tokenizers_by_place(whole: dict[str, Any]) -> dict[str, Any]:
     """
     from tokenizers import Tokenizer as RustTokenizer
 
-    bare = copy.deepcopy(whole)
+    bare = whole | {part: copy.deepcopy(whole[part]) for part in ("normalizer", "pre_tokenizer")}
     marks = only_first = False
     for part in _parts(bare["normalizer"]):
         if part["type"] == "Prepend":
