@@ -5,7 +5,7 @@
 Real runs of the course's preset on SmolLM2-135M. In every round each strategy is launched once, and beside it the bare
 imports are timed that its processes cannot do without: those of the launcher's own processes, one after the other, and
 those of a rank, in as many processes at once as there are ranks. Overhead is all that is not these imports: preparing
-the run folder, the supervisor, the worker's own modules, joining the ranks, loading the model and splitting it.
+the run folder (its rows are a copy of the first run's, which is timed by itself), the supervisor, the worker's own modules, joining the ranks, loading the model and splitting it.
 Medians of alternating rounds, and their range.
 """
 
@@ -53,6 +53,9 @@ def run(options: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as outputs:
         os.environ["MINISFT_OUTPUTS"] = outputs
+        began = time.perf_counter()
+        prepare(RunConfig.course("vanilla", name="first"), say=lambda _: None)
+        print(f"reading, splitting and encoding the data, once for all runs: {time.perf_counter() - began:.1f} s")
         for turn in range(options.rounds):
             for strategy in options.strategies[:: -1 if turn % 2 else 1]:
                 found[strategy].append(measure(strategy))
