@@ -5,8 +5,9 @@
 Real runs of the course's preset on SmolLM2-135M. In every round each strategy is launched once, and beside it the bare
 imports are timed that its processes cannot do without: those of the launcher's own processes, one after the other, and
 those of a rank, in as many processes at once as there are ranks. Overhead is all that is not these imports: preparing
-the run folder (its rows are a copy of the first run's, which is timed by itself), the supervisor, the worker's own modules, joining the ranks, loading the model and splitting it.
-Medians of alternating rounds, and their range.
+the run folder (its rows are a copy of the first run's, which is timed by itself), the supervisor, the worker's own
+modules, joining the ranks, loading the model and splitting it. Medians of alternating rounds, and their
+range.
 """
 
 from __future__ import annotations
