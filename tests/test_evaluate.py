@@ -368,6 +368,20 @@ def test_a_run_that_is_being_trained_is_left_out_asked_about_or_waited_for(run):
     assert not Run(run.folder.with_name("nonesuch")).live
 
 
+def test_a_question_that_is_left_unanswered_ends_quietly(run, monkeypatch):
+    import typer
+
+    def leave(question):
+        raise typer.Abort
+
+    monkeypatch.setattr(typer, "confirm", leave)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    with lock_of(run.folder).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = minisft("evaluate", "vanilla")
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_answers_are_escaped_in_html(tiny_model, run):
     evil = Answer("<script>alert(1)</script>", False)
     html = side_by_side(["<b>?</b>"], [evil], [evil])
