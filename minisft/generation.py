@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,15 +183,41 @@ def _read(model: Any, prompts: list[list[int]], pad_id: int) -> tuple[Any, Any]:
         return _read_padded(model, prompts, pad_id)
     longest = max(map(len, prompts))
     cache = _cache(model)
-    logits, start = [], 0
-    for stop in _portions([len(prompt) for prompt in prompts]):
-        part = prompts[start:stop]
-        found, read = _read_end_to_end(model, part)
-        logits.append(found)
+    hosts, place = _hosts(prompts)
+    logits: list[Any] = [None] * len(prompts)
+    start = 0
+    for stop in _portions([len(host) for host in hosts]):
+        begins = dict(
+            zip(range(start, stop), itertools.accumulate(map(len, hosts[start:stop]), initial=0), strict=False)
+        )
+        ends = {row: begins[host] + len(prompts[row]) for row, host in enumerate(place) if start <= host < stop}
+        found, read = _read_end_to_end(model, hosts[start:stop], list(ends.values()))
+        for row, value in zip(ends, found, strict=True):
+            logits[row] = value
         for layer, (keys, values) in zip(cache.layers, read, strict=True):
-            layer.put(keys, values, [len(prompt) for prompt in part], start, len(prompts), longest)
+            for row, end in ends.items():
+                part = slice(end - len(prompts[row]), end)
+                layer.put(row, keys[:, part], values[:, part], len(prompts), longest)
         start = stop
-    return torch.cat(logits), cache
+    return torch.stack(logits), cache
+
+
+def _hosts(prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """The prompts that have to be read, and of each prompt the number of the one that begins with it.
+
+    The questions of one conversation begin with one another, and what is read of a beginning does not depend on what
+    comes after it.
+    """
+    hosts: list[list[int]] = []
+    place = [0] * len(prompts)
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        prompt = prompts[i]
+        found = next((n for n, host in enumerate(hosts) if host[: len(prompt)] == prompt), None)
+        if found is None:
+            found = len(hosts)
+            hosts.append(prompt)
+        place[i] = found
+    return hosts, place
 
 
 def _portions(lengths: Sequence[int]) -> Iterator[int]:
@@ -204,7 +231,9 @@ def _portions(lengths: Sequence[int]) -> Iterator[int]:
     yield len(lengths)
 
 
-def _read_end_to_end(model: Any, prompts: list[list[int]]) -> tuple[Any, list[tuple[Any, Any]]]:
+def _read_end_to_end(model: Any, prompts: list[list[int]], ends: list[int]) -> tuple[Any, list[tuple[Any, Any]]]:
+    """The logits at `ends`, which count through all prompts, and of each layer keys and values of all tokens."""
+    import torch
     from transformers.cache_utils import DynamicCache
 
     from minisft.attention import PER_DOCUMENT
@@ -214,7 +243,7 @@ def _read_end_to_end(model: Any, prompts: list[list[int]]) -> tuple[Any, list[tu
     batch = {name: value.to(model.device) if hasattr(value, "to") else value for name, value in batch.items()}
     cache = DynamicCache(config=model.config)
     with _attending(model, PER_DOCUMENT):
-        last = batch["cu_seq_lens_q"][1:].long() - 1
+        last = torch.tensor(ends, device=model.device) - 1
         logits = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
     return logits, [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
@@ -263,16 +292,15 @@ def _roomy_layer() -> type:
             self.keys, self.values = (place[..., :length, :] for place in self.room)
             return self.keys, self.values
 
-        def put(self, keys: Any, values: Any, lengths: Sequence[int], first: int, rows: int, longest: int) -> None:
-            """Give rows their prompts' keys and values, [heads, tokens, head size] end to end, aligned on the right."""
+        def put(self, row: int, keys: Any, values: Any, rows: int, longest: int) -> None:
+            """Give one of `rows` its prompt's keys and values, [heads, tokens, head size], aligned on the right."""
             if not self.is_initialized:
                 self.lazy_initialization(keys, values)
                 shape = (rows, len(keys), longest + ROOM)  # zeros: what is masked must still be a number
                 self.room = tuple(part.new_zeros((*shape, part.shape[-1])) for part in (keys, values))
                 self.keys, self.values = (place[..., :longest, :] for place in self.room)
-            for place, parts in ((self.keys, keys), (self.values, values)):
-                for row, part in enumerate(parts.split(list(lengths), dim=1), first):
-                    place[row, :, longest - part.shape[1] :] = part
+            for place, part in ((self.keys, keys), (self.values, values)):
+                place[row, :, longest - part.shape[1] :] = part
 
         def batch_select_indices(self, indices: Any) -> None:
             super().batch_select_indices(indices)

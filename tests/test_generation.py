@@ -65,6 +65,19 @@ def test_batches_answer_as_generate_does_one_by_one(model, batch_size):
     assert {stopped for _, stopped in found.values()} == {True, False}, "both kinds are tried"
 
 
+def test_what_begins_another_prompt_is_read_with_it(model):
+    """The questions of a conversation, and one that is asked twice."""
+    long = prompts_of(1, seed=9)[0] + prompts_of(3, seed=8)[2]
+    prompts = [long[:4], long, long[:9], [1, 7, 8], long[:4], [1, 7]]
+    tokens = []
+    handle = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
+    found = {r.index: r.ids for r in replies(model, prompts, eos_id=-1, pad_id=PAD, max_new_tokens=12, batch_size=6)}
+    handle.remove()
+    assert tokens[0] == len(long) + 3
+    alone = [next(replies(model, [p], eos_id=-1, pad_id=PAD, max_new_tokens=12, batch_size=1)).ids for p in prompts]
+    assert [found[i] for i in range(6)] == alone
+
+
 @pytest.mark.parametrize("name", ["READ_AT_ONCE", "HELD_AT_ONCE"])
 def test_in_small_portions_the_answers_are_the_same(model, monkeypatch, name):
     def found():
