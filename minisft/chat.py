@@ -98,9 +98,13 @@ def in_terminal(found: Mapping[str, Talk], asked: TextIO, out: TextIO, max_new_t
             continue
         for name, talk in found.items():
             print(f"{name:<{width}}> ", end="", file=out, flush=True)
+            said = ""
             try:
                 for piece in talk.say(_sayable(line.strip()), max_new_tokens):
+                    said += piece
                     print(harmless(piece), end="", file=out, flush=True)
+                if not said:
+                    print("(nothing)", end="", file=out)
             except UserError as error:
                 print(f"({error})", end="", file=out)
             print(file=out, flush=True)

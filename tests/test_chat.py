@@ -96,6 +96,13 @@ def test_half_a_character_is_not_said(run, says):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+def test_an_answer_of_nothing_is_seen(run, says):
+    says("")
+    out = io.StringIO()
+    in_terminal(talks(run), io.StringIO("the cat\n"), out, 4)
+    assert out.getvalue() == "step 4> (nothing)\n"
+
+
 def test_bytes_that_are_no_text_are_questions(run):
     out = io.StringIO()
     in_terminal(talks(run), io.StringIO("caf\udce9\n"), out, 3)
