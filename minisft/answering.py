@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.batches import PaddingFree, PadRight
+from minisft.batches import PaddingFree, PadRight, portions
 from minisft.conversations import Conversation, Message
 from minisft.exam import prompt_ids, tools_of
-from minisft.generation import replies
+from minisft.generation import attending, replies
 from minisft.labels import encode
 from minisft.mistral import MistralTemplate
 from minisft.models import load_model
@@ -52,34 +53,17 @@ def answer_loss(
     rows = sorted((encode(c, template, tokenizer, 1 << 30) for c in conversations), key=lambda row: len(row.input_ids))
     padding_free = supports_padding_free(model)
     collate = PaddingFree() if padding_free else PadRight(tokenizer.pad_id)
-    before = model.config.get_text_config()._attn_implementation
-    if padding_free:
-        model.set_attn_implementation(PER_DOCUMENT)
     total, count = 0.0, 0
-    try:
-        for start, stop in _portions([len(row.input_ids) for row in rows]):
-            part = [{"id": r.id, "input_ids": r.input_ids, "labels": r.labels} for r in rows[start:stop]]
+    with attending(model, PER_DOCUMENT) if padding_free else nullcontext():
+        for chosen in portions([len(row.input_ids) for row in rows], TOKENS_AT_ONCE):
+            part = [{"id": r.id, "input_ids": r.input_ids, "labels": r.labels} for r in rows[chosen]]
             batch = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in collate(part).items()}
             positions, targets = trained_positions(batch.pop("labels"))
             with torch.inference_mode():
                 batch["use_cache"] = False
                 total += float(summed_loss(model, batch, positions, targets, None, padding_free))
             count += len(targets)
-    finally:
-        model.set_attn_implementation(before)
     return total / max(1, count), count
-
-
-def _portions(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Slices of rows of about `TOKENS_AT_ONCE` tokens, at least one row each."""
-    start, held = 0, 0
-    for i, length in enumerate(lengths):
-        if i > start and held + length > TOKENS_AT_ONCE:
-            yield start, i
-            start, held = i, 0
-        held += length
-    if lengths:
-        yield start, len(lengths)
 
 
 def ask(folder: Path, questions: Sequence[str], max_new_tokens: int = 40, template: str = "v1") -> list[Answer]:

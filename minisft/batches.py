@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,18 @@ class PaddingFree:
             "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
             "max_length_q": max(lengths),
         }
+
+
+def portions(lengths: Sequence[int], most: int) -> Iterator[slice]:
+    """Rows of these `lengths` in order, in slices of at most `most` tokens, and of at least one row."""
+    start, held = 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and held + length > most:
+            yield slice(start, i)
+            start, held = i, 0
+        held += length
+    if lengths:
+        yield slice(start, len(lengths))
 
 
 def unpacked(rows: Sequence[Row | Sequence[Row]]) -> list[Row]:

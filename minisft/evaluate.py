@@ -25,7 +25,7 @@ from minisft.checkpoint_doctor import ailment, weight_files
 from minisft.checkpoints import digest
 from minisft.conversations import Conversation
 from minisft.errors import UserError
-from minisft.evaluation_report import write_summary
+from minisft.evaluation_report import interval_told, write_summary
 from minisft.exam import FORM, Exam, Settings, fingerprint, prompt_ids, read_cache, set_exam, tools_of
 from minisft.lens import harmless
 from minisft.runs import Run, checkpoint_step, outputs_root, read_json, write_json, written_whole
@@ -235,9 +235,8 @@ def _digest(file: Path) -> str:
 
 
 def _line(result: dict[str, Any]) -> str:
-    low_high = "-".join(f"{edge:.1f}" for edge in result["bleu_interval"])
     return (
-        f"{result['run']} step {result['step']:>3}: BLEU {result['bleu']:5.2f}{f' ({low_high})' if low_high else ''}, "
+        f"{result['run']} step {result['step']:>3}: BLEU {result['bleu']:5.2f}{interval_told(result, 'bleu')}, "
         f"chrF {result['chrf']:5.2f}, loss {result['loss']:.3f}, {result['stopped']:.0%} of {result['rows']} answers "
         "stopped by themselves"
     )

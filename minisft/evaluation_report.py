@@ -68,7 +68,8 @@ def _markdown(
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {r['step']} | {_with_interval(r, 'bleu')} | {_with_interval(r, 'chrf')} | {r['length_ratio']:.2f} "
+        f"| {r['step']} | {r['bleu']:.2f}{interval_told(r, 'bleu')} "
+        f"| {r['chrf']:.2f}{interval_told(r, 'chrf')} | {r['length_ratio']:.2f} "
         f"| {r['stopped']:.0%} | {r['loss']:.3f} | {r['perplexity']:.1f} |"
         for r in results
     ]
@@ -83,9 +84,10 @@ def _markdown(
     return lines
 
 
-def _with_interval(result: Mapping[str, Any], name: str) -> str:
+def interval_told(result: Mapping[str, Any], name: str) -> str:
+    """` (low-high)` of a score, or nothing where no interval was asked for."""
     low_high = "-".join(f"{edge:.1f}" for edge in result[f"{name}_interval"])
-    return f"{result[name]:.2f}" + (f" ({low_high})" if low_high else "")
+    return f" ({low_high})" if low_high else ""
 
 
 def _leaks_told(leakage: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.conversations import Conversation, Message, one_per_answer
+from minisft.conversations import Conversation, one_per_answer
 from minisft.errors import UserError
 from minisft.labels import encode, encode_segments
 from minisft.leakage import Leak, Prompt, find_leaks, trained_texts
@@ -81,7 +81,7 @@ def set_exam(run: Run, settings: Settings, folder: Path) -> Exam:
     leaks: dict[str, Leak] = {}
     seen = 0
     while more := [c for _, c in zip(range(settings.rows - len(chosen)), candidates, strict=False)]:
-        asked = {c.id: [_asked(q) for q in questions_of(c, settings.answers)] for c in more}
+        asked = {c.id: questions_of(c, settings.answers) for c in more}
         seen += sum(map(len, asked.values()))
         found = _leaks(run, {q.id: q for questions in asked.values() for q in questions}, folder)
         leaks |= found
@@ -105,11 +105,6 @@ def questions_of(conversation: Conversation, answers: str) -> list[Conversation]
     """One conversation per answer that is scored, which ends with it; an answer of weight 0 is not to be learned."""
     found = list(one_per_answer(conversation))
     return found[-1:] if answers == "last" else found
-
-
-def _asked(question: Conversation) -> Conversation:
-    """The same with nothing to answer it."""
-    return Conversation(question.id, (*question.messages[:-1], Message("assistant", "")))
 
 
 def prompt_ids(conversation: Conversation, template: MistralTemplate, tokenizer: HuggingFaceTokenizer) -> list[int]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from minisft.batches import PaddingFree, pad_left
+from minisft.batches import PaddingFree, pad_left, portions
 
 DECODING = "minisft_decoding"
 ROOM = 32  # tokens by which the memory for keys and values grows
@@ -162,7 +162,7 @@ def _steps(model: Any, prompts: list[list[int]], pad_id: int, most: int) -> Iter
             cache.batch_select_indices(kept)
         positions = positions + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        with torch.inference_mode(), _attending(model, DECODING):
+        with torch.inference_mode(), attending(model, DECODING):
             logits = model(
                 input_ids=chosen[:, None],
                 attention_mask=None if mask.all() else mask,
@@ -185,20 +185,17 @@ def _read(model: Any, prompts: list[list[int]], pad_id: int) -> tuple[Any, Any]:
     cache = _cache(model)
     hosts, place = _hosts(prompts)
     logits: list[Any] = [None] * len(prompts)
-    start = 0
-    for stop in _portions([len(host) for host in hosts]):
-        begins = dict(
-            zip(range(start, stop), itertools.accumulate(map(len, hosts[start:stop]), initial=0), strict=False)
-        )
-        ends = {row: begins[host] + len(prompts[row]) for row, host in enumerate(place) if start <= host < stop}
-        found, read = _read_end_to_end(model, hosts[start:stop], list(ends.values()))
+    for part in portions([len(host) for host in hosts], READ_AT_ONCE):
+        begins = itertools.accumulate(map(len, hosts[part]), initial=0)
+        begin_of = dict(zip(range(part.start, part.stop), begins, strict=False))
+        ends = {row: begin_of[host] + len(prompts[row]) for row, host in enumerate(place) if host in begin_of}
+        found, read = _read_end_to_end(model, hosts[part], list(ends.values()))
         for row, value in zip(ends, found, strict=True):
             logits[row] = value
         for layer, (keys, values) in zip(cache.layers, read, strict=True):
             for row, end in ends.items():
-                part = slice(end - len(prompts[row]), end)
-                layer.put(row, keys[:, part], values[:, part], len(prompts), longest)
-        start = stop
+                own = slice(end - len(prompts[row]), end)
+                layer.put(row, keys[:, own], values[:, own], len(prompts), longest)
     return torch.stack(logits), cache
 
 
@@ -220,17 +217,6 @@ def _hosts(prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
     return hosts, place
 
 
-def _portions(lengths: Sequence[int]) -> Iterator[int]:
-    """Where to stop reading, so that about `READ_AT_ONCE` tokens are read at a time."""
-    held = 0
-    for i, length in enumerate(lengths):
-        if held and held + length > READ_AT_ONCE:
-            yield i
-            held = 0
-        held += length
-    yield len(lengths)
-
-
 def _read_end_to_end(model: Any, prompts: list[list[int]], ends: list[int]) -> tuple[Any, list[tuple[Any, Any]]]:
     """The logits at `ends`, which count through all prompts, and of each layer keys and values of all tokens."""
     import torch
@@ -242,7 +228,7 @@ def _read_end_to_end(model: Any, prompts: list[list[int]], ends: list[int]) -> t
     del batch["labels"]
     batch = {name: value.to(model.device) if hasattr(value, "to") else value for name, value in batch.items()}
     cache = DynamicCache(config=model.config)
-    with _attending(model, PER_DOCUMENT):
+    with attending(model, PER_DOCUMENT):
         last = torch.tensor(ends, device=model.device) - 1
         logits = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
     return logits, [(layer.keys[0], layer.values[0]) for layer in cache.layers]
@@ -314,7 +300,7 @@ def _roomy_layer() -> type:
 
 
 @contextmanager
-def _attending(model: Any, how: str) -> Iterator[None]:
+def attending(model: Any, how: str) -> Iterator[None]:
     """Let `model` attend in another way, where it takes its attention from transformers' interface."""
     before = model.config.get_text_config()._attn_implementation
     if how == DECODING:
