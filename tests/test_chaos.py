@@ -26,6 +26,7 @@ from minisft.runs import Run, RunConfig
 
 pytestmark = [pytest.mark.distributed, pytest.mark.chaos]
 REPEATS = int(os.environ.get("MINISFT_CHAOS", "1"))
+each_time = {"params": range(REPEATS), "ids": lambda repeat: f"time{repeat + 1}"}
 LIGHT = "zero2" if AT_LENGTH else "vanilla"  # to the supervisor, the one is like the other
 SOON = 5.0  # seconds in which everything is gone
 STARTER = """
@@ -36,18 +37,22 @@ launch(Run.load(sys.argv[1]), silence=float(sys.argv[2]))
 """
 
 
+def name_of(value):
+    return value.name if isinstance(value, signal.Signals) else None
+
+
 def prepared_run(tiny_model, tmp_path, strategy="zero2"):
     data = write_sharegpt(tmp_path / "many.json", 400)
     endless = {"max_steps": 100_000, "save_steps": 100_000, "max_characters": None}
     return prepare(RunConfig.course(strategy, model=str(tiny_model), data=str(data), **endless), say=lambda line: None)
 
 
-@pytest.fixture(params=range(REPEATS))
+@pytest.fixture(**each_time)
 def prepared(request, tiny_model, tmp_path):
     return prepared_run(tiny_model, tmp_path)
 
 
-@pytest.fixture(params=range(REPEATS))
+@pytest.fixture(**each_time)
 def prepared_light(request, tiny_model, tmp_path):
     return prepared_run(tiny_model, tmp_path, LIGHT)
 
@@ -137,8 +142,9 @@ def test_the_starter_is_killed(light_victim):
     assert light_victim.run.failure["reason"] == "the process that started it is gone"
 
 
+@pytest.mark.parametrize("repeat", each_time["params"], ids=each_time["ids"])
 @pytest.mark.parametrize("strategy", [pytest.param("vanilla", marks=at_length), "ddp"])
-def test_other_launchers_end_as_well(tiny_model, tmp_path, strategy):
+def test_other_launchers_end_as_well(tiny_model, tmp_path, strategy, repeat):
     victim = started(prepared_run(tiny_model, tmp_path, strategy))
     try:
         victim.process.kill()
@@ -148,7 +154,9 @@ def test_other_launchers_end_as_well(tiny_model, tmp_path, strategy):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(number, marks=at_length) for number in (signal.SIGINT, signal.SIGHUP))]
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=at_length) for number in (signal.SIGINT, signal.SIGHUP))],
+    ids=name_of,
 )
 def test_the_starter_is_interrupted(light_victim, number):
     victim, name = light_victim, light_victim.run.name
@@ -173,6 +181,7 @@ def test_the_starter_is_interrupted(light_victim, number):
         pytest.param("bin/deepspeed", signal.SIGKILL, marks=at_length),
         pytest.param("deepspeed.launcher.launch", signal.SIGTERM, marks=at_length),
     ],
+    ids=name_of,
 )
 def test_a_launcher_is_killed(victim, program, number):
     victim.process_of(program).send_signal(number)
@@ -188,6 +197,7 @@ def test_a_launcher_is_killed(victim, program, number):
         pytest.param(0, signal.SIGKILL, marks=at_length),
         pytest.param(1, signal.SIGTERM, marks=at_length),
     ],
+    ids=name_of,
 )
 def test_a_rank_is_killed(victim, rank, number):
     victim.ranks[rank].send_signal(number)

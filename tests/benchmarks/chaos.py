@@ -30,7 +30,7 @@ def main() -> None:
     passed, failed = Counter(), Counter()
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-v", "-k", options.k, f"--basetemp={folder}", str(TESTS)],
+            [sys.executable, "-m", "pytest", "-vv", "-k", options.k, f"--basetemp={folder}", str(TESTS)],
             cwd=TESTS.parents[1],
             env=os.environ | {"MINISFT_CHAOS": str(options.times)},
             stdout=subprocess.PIPE,
@@ -39,8 +39,8 @@ def main() -> None:
         for line in process.stdout:
             if match := re.match(r"\S*::(\w+)(?:\[(.*?)\])? (PASSED|FAILED|ERROR)", line):
                 name, case, outcome = match.groups()
-                others = [part for part in re.split(r"-(?=\D)|^\d+-?|-\d+$", case or "") if part]
-                key = " ".join([name.removeprefix("test_").replace("_", " "), *others])
+                others = re.sub(r"-?time\d+-?", " ", case or "").strip()
+                key = f"{name.removeprefix('test_').replace('_', ' ')} {others}".rstrip()
                 (passed if outcome == "PASSED" else failed)[key] += 1
                 print(line.rstrip(), flush=True)
         process.wait()
@@ -49,7 +49,7 @@ def main() -> None:
     for key in passed | failed:
         print(f"{passed[key]:>4} of {passed[key] + failed[key]:<4} {key}")
     print(f"processes left: {len(left)}")
-    sys.exit(1 if failed or left or process.returncode else 0)
+    sys.exit(1 if failed or left or process.returncode or not passed else 0)
 
 
 def _command(process: psutil.Process) -> list[str]:
