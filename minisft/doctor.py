@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from minisft import assets
+from minisft import assets, machine
 from minisft.runs import outputs_root
 
 MODEL_PARAMETERS = 134_515_008  # SmolLM2-135M, whose embedding is also its output layer
@@ -148,20 +148,13 @@ def _deepspeed() -> Found:
 
 
 def _cores() -> Found:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    if quota.isdigit():  # a container's share of time, in whole cores
-        usable = min(usable, max(1, int(quota) // int(period)))
+    usable = machine.cores()
     return usable >= 2, f"{usable} usable of {os.cpu_count()}"
 
 
 def _memory() -> Found:
-    import psutil
-
-    memory = psutil.virtual_memory()
-    limit = _read("/sys/fs/cgroup/memory.max")  # a container's own, or "max"
-    total = min(memory.total, int(limit)) if limit.isdigit() else memory.total
-    return total >= 7 << 30, f"{_gib(total)}, {_gib(min(memory.available, total))} of it available"
+    total, free = machine.memory()
+    return total >= 7 << 30, f"{_gib(total)}, {_gib(free)} of it available"
 
 
 def _outputs_disk() -> Found:
@@ -233,13 +226,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _read(file: str) -> str:
-    try:
-        return Path(file).read_text().strip()
-    except OSError:
-        return ""
 
 
 def _gib(size: int) -> str:

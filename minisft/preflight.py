@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minisft import machine
 from minisft.errors import UserError
 from minisft.runs import RunConfig, outputs_root
 
@@ -108,9 +108,7 @@ def warn_of_memory(config: RunConfig, model: Any, precision: str, on_gpu: bool, 
 
         need, free, what = states + activations, torch.cuda.mem_get_info()[0], "of GPU memory"
     else:
-        import psutil
-
-        need, free, what = config.ranks * (states + activations), psutil.virtual_memory().available, "of memory"
+        need, free, what = config.ranks * (states + activations), machine.memory()[1], "of memory"
     if need > free:
         say(
             f"Warning: this run may need about {need / GB:.1f} GB {what} ({config.ranks} x {states / GB:.1f} GB of "
@@ -121,7 +119,7 @@ def warn_of_memory(config: RunConfig, model: Any, precision: str, on_gpu: bool, 
 
 def warn_of_cores(config: RunConfig, say: Callable[[str], None]) -> None:
     """Say so where ranks on CPUs would outnumber the cores of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = machine.cores()
     if config.ranks > cores:
         say(
             f"Warning: {config.ranks} ranks share {cores} core{'s' if cores > 1 else ''} here, and each waits for all "

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from minisft import machine
 from minisft.errors import UserError
 from minisft.mistral import CONTROL_TOKENS, VERSIONS
 
@@ -291,8 +291,8 @@ class MistralCommonTokenizer:
 
     def encode_batch(self, texts: Sequence[str], after: str = "control") -> list[list[int]]:
         if not self._tekken:
-            return self._sentencepiece.encode(list(texts), out_type=int, num_threads=os.cpu_count())
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken lets go of the interpreter while it works
+            return self._sentencepiece.encode(list(texts), out_type=int, num_threads=machine.cores())
+        with ThreadPoolExecutor(machine.cores()) as pool:  # tiktoken lets go of the interpreter while it works
             return list(pool.map(self.encode, texts))
 
     def control_id(self, name: str) -> int | None:

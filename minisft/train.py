@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minisft import checkpoints
+from minisft import checkpoints, machine
 from minisft.errors import UserError
 from minisft.heap import importing
 from minisft.pulse import SAY, Pulse, end_with_supervisor
@@ -87,7 +87,7 @@ def _train(run: Run, rank: int, pulse: Pulse) -> None:
     if not on_gpu:
         # torchrun's name for it, and DeepSpeed's: threads that outnumber the cores only wait for each other.
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(max(1, machine.cores() // local_ranks))
     if run.deepspeed:
         _allow_deepspeed_states()
         # Before the model is built: stage 3 partitions it while loading and must know the ranks by then.

@@ -157,8 +157,8 @@ def test_fetched_assets_need_no_more_space(monkeypatch, tmp_path):
 
 
 def test_a_containers_limits_count(monkeypatch):
-    limits = {"/sys/fs/cgroup/memory.max": str(2 << 30), "/sys/fs/cgroup/cpu.max": "150000 100000"}
-    monkeypatch.setattr(doctor, "_read", limits.__getitem__)
+    monkeypatch.setattr(doctor.machine, "memory", lambda: (2 << 30, 1 << 30))
+    monkeypatch.setattr(doctor.machine, "cores", lambda: 1)
     ok, detail = doctor._memory()
     assert not ok and detail.startswith("2.0 GiB")
     ok, detail = doctor._cores()

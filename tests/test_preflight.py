@@ -3,7 +3,7 @@
 import pytest
 from transformers import LlamaConfig
 
-from minisft import preflight
+from minisft import machine, preflight
 from minisft.errors import UserError
 from minisft.launch import prepare
 from minisft.preflight import activation_bytes, require_fit, state_bytes, warn_of_memory
@@ -34,13 +34,10 @@ def test_offloaded_states_are_not_on_the_gpu(strategy):
 
 
 def test_too_little_memory_is_a_warning_with_both_numbers(monkeypatch):
-    import psutil
-
     config, said = RunConfig(max_length=512), []
     need = state_bytes(config, MODEL, "fp32", False) + activation_bytes(config, MODEL, "fp32")
-    memory = psutil.virtual_memory()
     for free in (need - 1, need + 1):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: memory._replace(available=free))
+        monkeypatch.setattr(machine, "memory", lambda free=free: (2 * need, free))
         warn_of_memory(config, MODEL, "fp32", False, said.append)
     assert len(said) == 1
     assert f"about {need / 1e9:.1f} GB of memory" in said[0]

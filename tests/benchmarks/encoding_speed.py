@@ -40,6 +40,7 @@ from typing import Any
 from minisft.assets import cache_dir, find_data, find_model
 from minisft.errors import UserError
 from minisft.ledger import Ledger
+from minisft.machine import cores
 from minisft.reading import read
 from minisft.tokens import HuggingFaceTokenizer
 
@@ -47,7 +48,7 @@ HERE = Path(__file__).resolve().parent
 LOCK = HERE.parents[1] / "launchers" / "requirements.lock"
 TRL = "trl==1.16.*"
 TARGETS = {"TRL": {512: 3.0, 8192: 1.3}, "encode_batch": {512: 0.9, 8192: 0.9}}
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = cores()
 TURN = 3.0  # seconds that a turn lasts at least
 WARM_UP = 20  # conversations that each worker prepares before it is timed
 

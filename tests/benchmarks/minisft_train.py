@@ -6,7 +6,6 @@ What `peer_train` prints, this prints; the run folder lies in a temporary place.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from worker import memory
 
 from minisft import wide_products
 from minisft.labels import Row
+from minisft.machine import cores
 from minisft.preflight import resolve_precision
 from minisft.pulse import Pulse
 from minisft.runs import Run, RunConfig, write_json
@@ -89,7 +89,7 @@ def main() -> None:
         (run.folder / "data").mkdir()
         write_rows([Row(r["id"], r["input_ids"], r["labels"]) for r in rows], run.folder / "data" / TRAIN)
         write_rows([], run.folder / "data" / TEST_ROWS)
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cores())
         trainer = make_trainer(run, rank=0, world=1, on_gpu=on_gpu, checkpoint=None, pulse=Pulse(run.folder, 0))
         trainer.batches.__class__ = InOrder
         trainer.args.save_strategy = "no"
