@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.planner import Plan, plan, traffic
+from minisft.planner import RESERVED, Plan, plan
 from minisft.runs import read_json
-from minisft.traffic import predict_traffic
+from minisft.traffic import predict_traffic, sent
 from minisft.zero_config import STRATEGIES, offloads, zero_stage
 from minisft.zero_memory import (
     DEEPSPEED,
@@ -112,20 +112,20 @@ class Report:
             lines += [f"{name:<10} {_size(held['states']):>12}" for name, held in self.strategies.items()]
         else:
             lines.append(
-                f"{'fullest rank':<14} {'at rest':>12} {'after backward':>15} {'at the peak':>13} {'traffic':>8}"
+                f"{'fullest rank':<14} {'at rest':>12} {'after backward':>15} {'at the peak':>13} {'sent a step':>13}"
             )
             for name, found in self.strategies.items():
                 fullest = [_most(found, moment) for moment in (*MOMENTS, "peak") if moment in found["ranks"][0]]
                 cells = [_size(held) for held in fullest] + ["-"] * (3 - len(fullest))
-                lines.append(
-                    f"{name:<14} {cells[0]:>12} {cells[1]:>15} {cells[2]:>13} {traffic(name, self.accumulation):>6} P"
-                )
+                moved = predict_traffic(self.shapes, name, self.ranks, self.precision, self.accumulation)
+                cells.append(_size(sent(moved, self.ranks)))
+                lines.append(f"{name:<14} {cells[0]:>12} {cells[1]:>15} {cells[2]:>13} {cells[3]:>13}")
             if any("in main memory" in found for found in self.strategies.values()):
                 lines += ["", "of what is offloaded, the part on the GPU; --json has all owners"]
         if self.note:
             lines += ["", self.note]
         if self.plan is not None:
-            lines += ["", self.plan.reason]
+            lines += ["", f"{self.plan.reason} ({RESERVED / 1e9:g} GB of each GPU are set aside for CUDA)"]
         return "\n".join(lines)
 
 

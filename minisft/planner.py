@@ -1,7 +1,7 @@
 """Which strategy for this model on those GPUs: what fits, what is left, which is the cheapest, and why.
 
 States come from `minisft.zero_memory`: exact for a model whose shapes are known, the paper's formula for a bare number
-of parameters. Cheapest means the least traffic between the ranks: whoever fits without splitting need not talk more.
+of parameters. Cheapest means the least traffic between the ranks: who fits with less splitting need not send more.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from minisft.errors import UserError
 from minisft.zero_config import offloads, zero_stage
 from minisft.zero_memory import Shapes, generated, on_gpu, paper, predict, total
 
-# From the least traffic to the most; at equal traffic from the simplest to the leanest. Offloading comes last: main
-# memory is an order of magnitude further away than another GPU.
+# At equal traffic from the simplest to the leanest. Offloading comes last: main memory is an order of magnitude
+# further away than another GPU.
 CANDIDATES = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 RESERVED = 1.5e9  # bytes of a GPU that are never ours: the CUDA context, the libraries' workspaces, fragmentation
 
@@ -40,15 +40,18 @@ class Plan:
     reason: str
 
 
-def traffic(strategy: str, accumulation: int = 1) -> int:
-    """Parameters' worth of data that a rank sends per optimizer step, in multiples of the parameters.
+def traffic(strategy: str, accumulation: int = 1, precision: str = "bf16") -> int:
+    """What a rank sends per optimizer step, in multiples of the parameters' bytes at `precision`, on many ranks.
 
     Rajbhandari et al. 2020, section 7: 2 for data parallelism and stages 1 and 2, 3 for stage 3. With accumulation,
-    stage 2 reduces every micro-batch's gradients and stage 3 gathers for each; ddp and stage 1 reduce once.
+    stage 2 reduces every micro-batch's gradients and stage 3 gathers for each; ddp and stage 1 reduce once. In half
+    precision ddp's gradients are still fp32 (autocast), twice as much. `minisft.traffic` has it in bytes.
     """
     stage = zero_stage(strategy)
     if strategy == "vanilla":
         return 0
+    if stage is None and precision != "fp32":
+        return 4
     if stage is None or stage <= 1:
         return 2
     return accumulation + 1 if stage == 2 else 3 * accumulation
@@ -85,13 +88,17 @@ def plan(
             f"nothing fits: even {leanest.strategy} needs {leanest.total / 1e9:,.1f} GB of each GPU, "
             f"{-leanest.left / 1e9:,.1f} GB more than there is; take more GPUs, larger ones, or a smaller micro-batch",
         )
-    best = min(able, key=lambda option: (_price(option, accumulation), options.index(option)))
+
+    def price(option: Option) -> tuple[bool, int]:
+        return offloads(option.strategy), traffic(option.strategy, accumulation, precision)
+
+    best = min(able, key=lambda option: (price(option), options.index(option)))
     reason = f"{best.strategy} fits with {best.left / 1e9:,.1f} GB to spare"
-    below = [option for option in options if not option.fits and _cheaper(option, best, accumulation)]
+    below = [option for option in options if not option.fits and price(option) <= price(best)]
     if below:
-        reason += f"; {', '.join(o.strategy for o in below)} would talk no more, but {_does(below)} not fit"
+        reason += f"; {', '.join(o.strategy for o in below)} would send no more, but {_does(below)} not fit"
     else:
-        reason += ", and nothing that fits talks less"
+        reason += ", and nothing that fits sends less"
     return Plan(tuple(options), best, reason)
 
 
@@ -99,14 +106,6 @@ def candidates(model: Shapes | float, ranks: int) -> tuple[str, ...]:
     """The strategies worth a thought; of a bare number nobody knows what ZeRO-3 with everything offloaded gathers."""
     names = CANDIDATES if isinstance(model, Shapes) else CANDIDATES[:-1]
     return names if ranks > 1 else ("vanilla", *names[1:])
-
-
-def _price(option: Option, accumulation: int) -> tuple[bool, int]:
-    return offloads(option.strategy), traffic(option.strategy, accumulation)
-
-
-def _cheaper(option: Option, best: Option, accumulation: int) -> bool:
-    return _price(option, accumulation) <= _price(best, accumulation)
 
 
 def _does(options: list[Option]) -> str:

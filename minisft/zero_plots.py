@@ -178,7 +178,7 @@ def partition_map(shapes: Shapes, ranks: int) -> Picture:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="share of the group's elements, in the optimizer's order")
-    axes.set_title(f"Slices ignore tensors: {straddlers} of {shapes.tensors} lie over a border between ranks")
+    axes.set_title(f"Stages 1 and 2 ignore tensors: {straddlers} of {shapes.tensors} lie over a border between ranks")
     keys = [Patch(color=PALETTE[r % len(PALETTE)], label=f"rank {r}") for r in range(min(ranks, len(PALETTE)))]
     keys.append(Patch(facecolor="white", edgecolor="black", hatch="////", label="over a border"))
     axes.legend(
@@ -302,17 +302,24 @@ def plan_bars(found: Plan, gpu_bytes: float) -> Picture:
     size, unit = unit_for(gpu_bytes)
     names = [option.strategy for option in found.options]
     chosen = found.best.strategy if found.best else None
-    edge = 2 * gpu_bytes / size  # what needs more than two GPUs runs out of the picture
-    for i, option in enumerate(found.options):
-        colour = PALETTE[2] if option.strategy == chosen else PALETTE[0] if option.fits else "#BBBBBB"
-        end = min(option.total / size, edge)
-        axes.barh(i, end, color=colour, edgecolor="white")
-        verdict = f"{option.left / size:,.1f} {unit} left" if option.fits else "does not fit"
-        axes.text(end, i, f"  {option.total / size:,.1f} {unit}: {verdict}", va="center", fontsize=8)
+    edge = 2 * gpu_bytes / size  # what needs more than two GPUs is cut off there, and marked
+    shown = [min(option.total / size, edge) for option in found.options]
+    widest = max(*shown, edge / 2)
     axes.axvline((gpu_bytes - RESERVED) / size, color="black", linestyle="--", linewidth=1)
+    for i, (option, end) in enumerate(zip(found.options, shown, strict=True)):
+        colour = PALETTE[2] if option.strategy == chosen else PALETTE[0] if option.fits else "#BBBBBB"
+        axes.barh(i, end, color=colour, edgecolor="white")
+        if option.total / size > edge:
+            axes.barh(i, widest / 120, left=edge * 0.95, color="white")
+        verdict = f"{option.left / size:,.1f} {unit} left" if option.fits else "does not fit"
+        words = f"{option.total / size:,.1f} {unit}: {verdict}"
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(end + widest / 60, i, words, va="center", fontsize=8, bbox=behind)
     title = f"{chosen} is the cheapest that fits" if chosen else "Nothing fits"
-    widest = min(max(option.total for option in found.options) / size, edge)
-    axes.set(xlim=(0, 1.5 * max(widest, edge / 2)), xlabel=f"{unit} of one GPU (dashed: what it can give)", title=title)
+    dashed = f"{unit} of one GPU (dashed: what it can give)"
+    if any(option.total / size > edge for option in found.options):
+        dashed += f"; bars with a gap are longer than {edge:,.0f} {unit}"
+    axes.set(xlim=(0, 1.5 * widest), xlabel=dashed, title=title)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     each = "; ".join(

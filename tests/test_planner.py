@@ -13,9 +13,15 @@ GB = 1e9
 
 
 def test_a_small_model_needs_no_splitting():
-    found = plan(135e6, 2, 80 * GB)
+    found = plan(135e6, 2, 80 * GB, precision="fp32")
     assert found.best.strategy == "ddp"
     assert all(option.fits for option in found.options)
+
+
+def test_in_half_precision_ddp_sends_fp32_gradients():
+    """Autocast leaves weights and gradients in fp32: `predict_traffic` counts 4 bytes per parameter."""
+    assert plan(135e6, 2, 80 * GB, precision="bf16").best.strategy == "zero1"
+    assert traffic("ddp") == 2 * traffic("zero1") == 2 * traffic("ddp", precision="fp32")
 
 
 def test_seven_billion_on_eight_gpus():
@@ -23,7 +29,9 @@ def test_seven_billion_on_eight_gpus():
     found = plan(7e9, 8, 80 * GB)
     assert {o.strategy: o.fits for o in found.options if not o.fits} == {"ddp": False}
     assert found.best.strategy == "zero1"
-    assert "ddp would talk no more, but does not fit" in found.reason
+    assert "nothing that fits sends less" in found.reason
+    assert "ddp would send no more, but does not fit" in plan(7e9, 8, 80 * GB, precision="fp32").reason
+    assert "zero1, zero2 would send no more, but do not fit" in plan(7e9, 8, 24 * GB).reason
     assert plan(7e9, 8, 24 * GB).best.strategy == "zero3"
 
 
@@ -41,7 +49,7 @@ def test_offloading_is_the_last_resort():
 
 
 def test_known_peaks_decide():
-    assert plan(1e9, 2, 80 * GB, peaks={"ddp": 90 * GB}).best.strategy == "zero1"
+    assert plan(1e9, 2, 80 * GB, precision="fp32", peaks={"ddp": 90 * GB}).best.strategy == "zero1"
 
 
 def test_a_trillion_parameters_on_ten_thousand_ranks_takes_milliseconds():
@@ -51,7 +59,7 @@ def test_a_trillion_parameters_on_ten_thousand_ranks_takes_milliseconds():
 
 
 def test_accumulation_is_where_stage_1_beats_stage_2():
-    assert traffic("zero1") == traffic("zero2") == traffic("ddp") == 2
+    assert traffic("zero1") == traffic("zero2") == traffic("ddp", precision="fp32") == 2
     assert traffic("zero1", 8) == 2 < traffic("zero2", 8) < traffic("zero3", 8)
 
 

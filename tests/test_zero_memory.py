@@ -108,9 +108,8 @@ def test_traffic_is_the_papers(strategy, ranks, precision, accumulation):
     """Section 7: 2 for data parallelism and stages 1 and 2, 3 for stage 3; the planner's factors under accumulation."""
     shapes = Shapes(((("a", 4_000_000), ("b", 6_000_000)),))
     moved = predict_traffic(shapes, strategy, ranks, precision, accumulation)
-    element = 4 if strategy == "ddp" else ELEMENT[precision]
-    whole = sent(moved, ranks) * ranks / (ranks - 1) / element / shapes.parameters
-    assert whole == pytest.approx(traffic(strategy, accumulation), rel=1e-3)
+    whole = sent(moved, ranks) * ranks / (ranks - 1) / ELEMENT[precision] / shapes.parameters
+    assert whole == pytest.approx(traffic(strategy, accumulation, precision), rel=1e-3)
 
 
 # --- the paper ---------------------------------------------------------------------------------------------
