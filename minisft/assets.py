@@ -101,6 +101,12 @@ def find_model(source: str = "smollm2", say: Say = print) -> Asset:
     return find_model(STAND_INS[source], say) if found is None else found
 
 
+def settled(source: str) -> str:
+    """The same model or data from wherever one is: the path of what is here becomes absolute, all else stays."""
+    path = Path(source).expanduser()
+    return source if source in ("smollm2", "sharegpt") or not path.exists() else str(path.absolute())
+
+
 def find_data(source: str = "sharegpt", say: Say = print) -> Asset:
     """Return a conversation file, or a folder of them. `source` is `sharegpt`, a path, or a hub id."""
     if source == "sharegpt":

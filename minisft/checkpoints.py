@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.runs import MANIFEST, Run, checkpoint_step, read_json, write_json, written_whole
+from minisft.runs import MANIFEST, Run, checkpoint_step, manifest_of, read_json, write_json, written_whole
 
 SCRATCH = ".saving"
 UNSAFE = ("training_args.bin",)  # a pickle that nobody needs: run.json says the same
@@ -40,6 +40,8 @@ def seal(run: Run, folder: Path, about: dict[str, Any]) -> Path:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     digests = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": digest(p, sync=True)} for p in files}
     write_json(folder / MANIFEST, {**about, "files": digests})
+    _sync(folder / MANIFEST)
+    _sync(folder)
     place = run.folder / folder.name
     remove(place)  # an earlier one of this step, from before a resume
     folder.rename(place)
@@ -69,9 +71,8 @@ def remove(folder: Path) -> None:
 
 
 def latest_resumable(run: Run) -> Path | None:
-    """The last checkpoint that has optimizer states, or None."""
-    whole = [c for c in run.checkpoints if (read_json(c / MANIFEST) or {}).get("resumable")]
-    return whole[-1] if whole else None
+    """The last checkpoint that has optimizer states, or None; one whose manifest cannot be read has none to rely on."""
+    return next((c for c in reversed(run.checkpoints) if manifest_of(c).get("resumable")), None)
 
 
 def verify(run: Run, folder: Path) -> None:
@@ -125,8 +126,8 @@ def digest(file: Path, sync: bool = False) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -41,6 +41,7 @@ TrainOn = Annotated[str, typer.Option(help="all answers, the last one, or each i
 def main() -> None:
     """Run the command line; every mistake a user can mend ends in one sentence and exit code 2."""
     try:
+        _require_a_folder()
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="minisft", standalone_mode=False))
     except UserError as error:
         _stop(error)
@@ -57,6 +58,14 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # what the option parser raises for a mistake in the call
             raise
         _stop(f"{error.format_message().rstrip('.')} (see minisft {' '.join(sys.argv[1:2])} --help)")
+
+
+def _require_a_folder() -> None:
+    """Paths mean something only while the folder that they start from is there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current folder has been removed: change to another one") from None
 
 
 def _stop(reason: object) -> None:
@@ -291,14 +300,24 @@ def _run_config(options: dict[str, Any]) -> Any:
     return RunConfig(**options)
 
 
-def _with_place(options: dict[str, Any], hostfile: Path | None, launcher: str) -> tuple[Any, Any]:
+def _with_place(options: dict[str, Any], hostfile: Path | None, launcher: str | None) -> tuple[Any, Any]:
     """The run's settings, and its hosts if a hostfile names them: as many ranks as they have slots, if not given."""
-    from minisft.hosts import Place, read_hostfile
+    from minisft.hosts import read_hostfile
 
-    if hostfile is None:
-        return _run_config(options), None
-    options.setdefault("ranks", sum(host.slots for host in read_hostfile(hostfile)))
-    return _run_config(options), Place.of_hostfile(hostfile, options["ranks"], launcher)
+    if hostfile is not None:
+        options.setdefault("ranks", sum(host.slots for host in read_hostfile(hostfile)))
+    config = _run_config(options)
+    return config, _place(hostfile, config.ranks, launcher)
+
+
+def _place(hostfile: Path | None, ranks: int, launcher: str | None) -> Any:
+    from minisft.hosts import Place
+
+    if hostfile is not None:
+        return Place.of_hostfile(hostfile, ranks, launcher or "ssh")
+    if launcher is not None:
+        raise UserError(f"--launcher {launcher} is about other machines: name them with --hostfile, or leave it out")
+    return None
 
 
 def _devices() -> int:
@@ -309,7 +328,8 @@ def _devices() -> int:
 
 Hostfile = Annotated[Path | None, typer.Option("--hostfile", "-H", help="machines, one per line: name slots=N")]
 LauncherName = Annotated[
-    str, typer.Option(help="what starts the ranks on other machines: ssh, pdsh, or none (you do, with command.txt)")
+    str | None,
+    typer.Option(help="what starts the ranks on other machines: ssh (default), pdsh, or none (you, with command.txt)"),
 ]
 Silence = Annotated[float, typer.Option(help="seconds without a sign of life after which a rank is ended, and the run")]
 Stall = Annotated[float, typer.Option(help="seconds without a step of any rank after which the run is ended")]
@@ -342,16 +362,21 @@ def command(
     options: dict[str, Any],
     overwrite: Overwrite = False,
     hostfile: Hostfile = None,
-    launcher: LauncherName = "ssh",
+    launcher: LauncherName = None,
     slurm_nodes: Annotated[int | None, typer.Option(help="write a SLURM batch script for so many nodes")] = None,
 ) -> None:
     """Write a run folder, print the command that trains it, and say (on stderr) what each part of it is for."""
-    from minisft.commands import explain, shown, slurm_script
+    from minisft.commands import explain, first_words, require_nodes, shown, slurm_script
     from minisft.launch import prepare
     from minisft.preflight import warn_of_cores
+    from minisft.runs import project_root
 
     config, place = _with_place(options, hostfile, launcher)
+    if slurm_nodes is not None:
+        require_nodes(config, slurm_nodes)
     run = prepare(config, place=place, overwrite=overwrite, say=_note)
+    if Path.cwd() != project_root():
+        _note(f"To be run in the folder {project_root()}:")
     if slurm_nodes is not None:
         script = run.folder / "job.sbatch"
         script.write_text(slurm_script(config, run.folder, slurm_nodes, run.on_gpu))
@@ -361,7 +386,7 @@ def command(
         return
     if place is None and not run.on_gpu:
         warn_of_cores(config, _note)
-    for part in explain(shlex.split(run.command.splitlines()[0])):
+    for part in explain(first_words(run.command)):
         _note(str(part))
     print(run.command)
 
@@ -372,14 +397,17 @@ def launch(
     options: dict[str, Any],
     overwrite: Overwrite = False,
     hostfile: Hostfile = None,
-    launcher: LauncherName = "ssh",
+    launcher: LauncherName = None,
     silence: Silence = SILENCE,
     stall: Stall = STALL,
 ) -> None:
     """Write a run folder, train it, and follow it to its end."""
     from minisft.launch import prepare
 
+    _require_patience(silence, stall)
     config, place = _with_place(options, hostfile, launcher)
+    if place is not None and place.launcher == "none":
+        raise UserError("--launcher none leaves the start to you: minisft command prints a line for each host")
     _launch(prepare(config, place=place, overwrite=overwrite, say=_note), place, silence, stall)
 
 
@@ -387,26 +415,28 @@ def launch(
 def train(
     run: Annotated[str, typer.Argument(help="a run's name or folder, made by `minisft command`")],
     hostfile: Hostfile = None,
-    launcher: LauncherName = "ssh",
+    launcher: LauncherName = None,
     silence: Silence = SILENCE,
     stall: Stall = STALL,
 ) -> None:
     """Train a prepared run."""
-    from minisft.hosts import Place
     from minisft.runs import Run
 
+    _require_patience(silence, stall)
     prepared = Run.load(run)
-    place = Place.of_hostfile(hostfile, prepared.config.ranks, launcher) if hostfile else None
-    _launch(prepared, place, silence, stall)
+    _launch(prepared, _place(hostfile, prepared.config.ranks, launcher), silence, stall)
+
+
+def _require_patience(silence: float, stall: float) -> None:
+    for what, seconds in (("--silence", silence), ("--stall", stall)):
+        if not seconds > 0:
+            raise UserError(f"{what} is {seconds:g}: give seconds, more than 0")
 
 
 def _launch(run: Any, place: Any, silence: float, stall: float) -> None:
     from minisft.launch import RunFailed, launch
     from minisft.observe import TerminalProgress
 
-    for what, seconds in (("--silence", silence), ("--stall", stall)):
-        if not seconds > 0:
-            raise UserError(f"{what} is {seconds:g}: give seconds, more than 0")
     progress = TerminalProgress(sys.stdout)
     try:
         launch(run, say=progress, place=place, silence=silence, stall=stall)

@@ -8,6 +8,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,15 +105,20 @@ def require_deepspeed(config: RunConfig) -> None:
         )
 
 
+def require_nodes(config: RunConfig, nodes: int) -> None:
+    """Refuse a number of SLURM nodes that cannot take the run. Raises `UserError`."""
+    require_deepspeed(config)
+    if nodes < 1 or config.ranks % nodes:
+        raise UserError(f"{config.ranks} ranks cannot be shared out evenly over {nodes} nodes: change one of them")
+
+
 def slurm_script(config: RunConfig, folder: Path, nodes: int, on_gpu: bool) -> str:
     """A SLURM batch script for the run in `folder`: one DeepSpeed launcher per node, under one supervisor on the first.
 
     Where the job is ended before its time, by a limit or for another job, the same script goes on from the last
     checkpoint. Raises `UserError` if the ranks cannot be shared out evenly.
     """
-    require_deepspeed(config)
-    if nodes < 1 or config.ranks % nodes:
-        raise UserError(f"{config.ranks} ranks cannot be shared out evenly over {nodes} nodes: change one of them")
+    require_nodes(config, nodes)
     each = config.ranks // nodes
     gpus = f"#SBATCH --gpus-per-node={each}\n" if on_gpu else ""
     hostfile, run = shlex.quote(f"{shown(folder)}/slurm-hostfile"), shlex.quote(shown(folder))
@@ -171,6 +177,15 @@ def explain(command: Sequence[str]) -> list[Part]:
         parts.append(Part(tuple(command[at : at + size]), meaning))
         at += size
     return parts
+
+
+def first_words(text: str) -> list[str]:
+    """The words of the first command in a `command.txt`; a name in it may contain a line's end."""
+    lines = text.splitlines(keepends=True)
+    for count in range(1, len(lines)):
+        with suppress(ValueError):  # it ends inside a quotation
+            return shlex.split("".join(lines[:count]))
+    return shlex.split(text)
 
 
 def shown(path: Path) -> str:

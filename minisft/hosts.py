@@ -28,15 +28,18 @@ NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:_-]*[A-Za-z0-9])?")
 TRAVELS = re.compile(
     r"(NCCL|GLOO|UCX|OMP|MKL|HF|TORCH|TORCHINDUCTOR|DS|MINISFT|CUDA|TOKENIZERS|TRITON)_\w+|LD_LIBRARY_PATH|PYTHONPATH"
 )
+SECRET = re.compile(r"(.*_)?(TOKEN|KEY|SECRET|PASSWORD|CREDENTIALS)")  # commands are shown, and the ranks are offline
 STAYS = frozenset({"CUDA_VISIBLE_DEVICES", "MINISFT_SUPERVISOR", "MINISFT_HOST"})  # each machine's own
 
 
 def is_here(name: str) -> bool:
     """Whether a host is the machine that asks: by a loopback address, `localhost`, or its own name."""
-    if name in ("localhost", socket.gethostname()):
-        return True
+    return _is_loopback(name) or name == socket.gethostname()
+
+
+def _is_loopback(name: str) -> bool:
     try:
-        return ipaddress.ip_address(name).is_loopback
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
 
@@ -89,6 +92,7 @@ class Place:
             raise UserError(f"unknown launcher {launcher!r}: use one of {', '.join(LAUNCHERS)}")
         hosts = share_out(read_hostfile(file), ranks)
         require_names(hosts)
+        require_reachable(hosts)
         if launcher in ("pdsh", "srun") and shutil.which(launcher) is None:
             raise UserError(f"{launcher} is not installed here: install it, or use --launcher ssh")
         return cls(tuple(hosts), launcher)
@@ -134,11 +138,18 @@ def require_names(hosts: Sequence[Host]) -> None:
     for host in hosts:
         try:
             socket.getaddrinfo(host.name, None)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter where a part of the name is empty or too long
+            why = getattr(error, "strerror", None) or error
             raise UserError(
-                f"host {host.name} cannot be found ({error.strerror or error}): correct its name in the hostfile, or "
-                "give its address"
+                f"host {host.name} cannot be found ({why}): correct its name in the hostfile, or give its address"
             ) from error
+
+
+def require_reachable(hosts: Sequence[Host]) -> None:
+    """Refuse loopback addresses beside real machines, which could not reach them. Raises `UserError`."""
+    alone = [host.name for host in hosts if _is_loopback(host.name)]
+    if alone and len(alone) < len(hosts):
+        raise UserError(f"the other hosts cannot reach {alone[0]}: give this machine's own name or address instead")
 
 
 def share_out(hosts: Sequence[Host], ranks: int) -> list[Host]:
@@ -159,5 +170,6 @@ def hostfile_text(hosts: Sequence[Host]) -> str:
 
 
 def travelling(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that must be the same on every machine of a run."""
-    return {k: v for k, v in sorted(environment.items()) if TRAVELS.fullmatch(k) and k not in STAYS and "\n" not in v}
+    """The variables that must be the same on every machine of a run; tokens and keys stay where they are."""
+    names = [name for name in sorted(environment) if TRAVELS.fullmatch(name) and not SECRET.fullmatch(name)]
+    return {name: environment[name] for name in names if name not in STAYS and "\n" not in environment[name]}

@@ -8,7 +8,6 @@ Everything that can be wrong with the input is found in `prepare`, before any pr
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import queue
@@ -19,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from minisft.ledger import Ledger
 from minisft.lint import lint
 from minisft.live import LiveView, in_notebook
 from minisft.pulse import SILENCE, STALL, clear, read_signs
-from minisft.runs import Run, RunConfig, all_runs, lock_of, outputs_root, project_root, read_json, write_json
+from minisft.runs import Run, RunConfig, all_runs, lock_of, outputs_root, project_root, read_json, try_lock, write_json
 from minisft.supervisor import Task
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import made_of, remember, take_over, write_data
@@ -56,9 +56,11 @@ def prepare(config: RunConfig, *, place: Place | None = None, overwrite: bool = 
     A finished run with the same settings is returned as it is, and so is an unfinished one that can go on from a
     checkpoint; without one it is prepared afresh. Any other run of this name is only replaced with `overwrite`.
     The folder appears whole, by one rename. `place` are the hosts to run on, if not this machine alone; they may be
-    others when a run goes on. Raises `UserError`.
+    others when a run goes on. Paths among the settings become absolute: `rows.json` elsewhere is another file. Raises
+    `UserError`.
     """
     _require_place(config, place)
+    config = replace(config, model=assets.settled(config.model), data=assets.settled(config.data))
     folder = outputs_root() / "model" / config.name
     with _only_one(folder):
         if (folder / "run.json").exists() and not overwrite:
@@ -75,7 +77,12 @@ def prepare(config: RunConfig, *, place: Place | None = None, overwrite: bool = 
                 say(f"{config.name} was interrupted: it goes on from {checkpoint.name}")
                 _write_commands(config, folder, folder, place)
                 return old
-        scratch = folder.with_name(f".{folder.name}.preparing")
+        elif not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"{shown(folder)} is there and holds no run: move it away, give this run another --name, or replace it "
+                "with --overwrite"
+            )
+        scratch = _beside(folder, "preparing")
         try:
             return _prepare(config, place, folder, scratch, say)
         finally:
@@ -121,9 +128,28 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
     if deepspeed:
         write_json(scratch / "deepspeed.json", deepspeed)
     _write_commands(config, folder, scratch, place)
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    _replace(folder, scratch)
     return Run(folder)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    """A hidden folder on the same disk as a run's, which may be a link to another."""
+    real = folder.resolve()
+    return real.with_name(f".{real.name}.{what}")
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put `new` in the place of `folder`, by renaming alone: whatever ends this, there is never half of one."""
+    real, old = folder.resolve(), _beside(folder, "removed")
+    _remove(old)
+    if real.exists():
+        real.rename(old)
+    new.rename(real)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _rows(config: RunConfig, source: Path, model: Path, tokenizer: HuggingFaceTokenizer, scratch: Path) -> int:
@@ -238,8 +264,14 @@ def launch(
     if run.status == "done":
         return run
     if interrupted:
-        raise KeyboardInterrupt(f"{run.name} was stopped: the same command goes on from its last checkpoint")
+        raise KeyboardInterrupt(f"{run.name} was stopped: {_goes_on(run)}")
     raise RunFailed(_why(run))
+
+
+def _goes_on(run: Run) -> str:
+    if checkpoint := latest_resumable(run):
+        return f"the same command goes on from {checkpoint.name}"
+    return "the same command starts it anew (--resumable lets a run go on)"
 
 
 def _place_of(run: Run) -> Place | None:
@@ -311,7 +343,7 @@ def _follow(task: Task, say: Say, lock: int) -> bool:
     )
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read_lines, args=(supervisor.stdout, lines), daemon=True).start()
-    parent = os.getppid()
+    parent = os.getppid() if _ends_with_parent() else None
     asked = False
     try:
         while True:
@@ -321,7 +353,7 @@ def _follow(task: Task, say: Say, lock: int) -> bool:
                 say(line)
             if isinstance(say, LiveView):
                 say.tick()
-            if not asked and (stop or os.getppid() != parent):
+            if not asked and (stop or parent not in (None, os.getppid())):
                 why = f"stopped by {signal.Signals(stop[0]).name}" if stop else "stopped because its parent is gone"
                 with suppress(OSError):
                     print(why, file=supervisor.stdin, flush=True)
@@ -333,6 +365,21 @@ def _follow(task: Task, say: Say, lock: int) -> bool:
         for number, handler in old.items():
             signal.signal(number, handler)
     return stop[:1] == [signal.SIGINT]
+
+
+def _ends_with_parent() -> bool:
+    """Whether nobody else would stop this process when the one that started it is gone, such as a notebook's kernel.
+
+    A terminal says SIGHUP, unless told otherwise (`disown`); `nohup` ignores it, and who leads a session (`setsid`)
+    means to stay.
+    """
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or os.getsid(0) == os.getpid():
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return True
+    return False
 
 
 def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
@@ -363,8 +410,6 @@ def _only_one(folder: Path) -> Iterator[int]:
     """Hold a run for this process; the kernel lets go of the lock however the process ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock_of(folder).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder.name} is being trained right now: wait for it, or give another --name") from None
+        if not try_lock(lock):
+            raise UserError(f"{folder.name} is being trained right now: wait for it, or give another --name")
         yield lock.fileno()

@@ -38,7 +38,9 @@ def _control_groups() -> Iterator[Path]:
     """The folders of this process's control group (version 2) and of those it is in: each may set a limit."""
     lines = _read(Path("/proc/self/cgroup")).splitlines()
     own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
-    folder = CONTROL_GROUPS / own.strip("/")
+    folder = Path(os.path.normpath(CONTROL_GROUPS / own.strip("/")))
+    if not folder.is_relative_to(CONTROL_GROUPS):  # it lies outside of what a container sees
+        folder = CONTROL_GROUPS
     yield from (group for group in (folder, *folder.parents) if group.is_relative_to(CONTROL_GROUPS))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -268,8 +269,8 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """One entry per logged step; a line that is still being written is left out."""
         file = self.folder / "metrics.jsonl"
-        lines = file.read_text().split("\n")[:-1] if file.exists() else []
         try:
+            lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
             return [json.loads(line) for line in lines]
         except ValueError as error:
             raise UserError(f"{file} has a line that is not JSON ({error}): start the run again") from error
@@ -283,7 +284,7 @@ class Run:
     @property
     def test_losses(self) -> dict[int, float]:
         """The test loss of each checkpoint that has one, by step."""
-        manifests = {checkpoint_step(c): read_json(c / MANIFEST) or {} for c in self.checkpoints}
+        manifests = {checkpoint_step(c): manifest_of(c) for c in self.checkpoints}
         return {step: m["test_loss"] for step, m in manifests.items() if m.get("test_loss") is not None}
 
     @property
@@ -297,12 +298,9 @@ class Run:
         """Whether a process of this machine is preparing or training it right now."""
         try:
             with lock_of(self.folder).open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return not try_lock(lock, fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
-        except BlockingIOError:
-            return True
-        return False
 
     @property
     def failure(self) -> dict[str, Any] | None:
@@ -325,18 +323,42 @@ class Run:
 
 def all_runs() -> list[Run]:
     """Every run under `outputs/model`, in the strategies' order and then by name."""
-    runs = [Run(p.parent.absolute()) for p in (outputs_root() / "model").glob("*/run.json")]
+    runs = [Run(p.parent.absolute()) for p in (outputs_root() / "model").glob("[!.]*/run.json")]
     order = {strategy: i for i, strategy in enumerate(STRATEGIES)}
     return sorted(runs, key=lambda run: (order.get(run.name, len(order)), run.name))
 
 
 def lock_of(folder: Path) -> Path:
-    """The file that whoever prepares or trains a run holds locked; beside its folder, which may be replaced."""
+    """The file that whoever prepares or trains a run holds locked; beside its folder, which may be replaced.
+
+    Of a folder that is a link, beside what it points to: whatever it is called, it has one lock.
+    """
+    folder = folder.resolve()
     return folder.with_name(f".{folder.name}.lock")
+
+
+def try_lock(lock: TextIO, how: int = fcntl.LOCK_EX) -> bool:
+    """Whether an open file could be locked: False if somebody else holds it. A file system without locks grants all."""
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    return True
 
 
 def checkpoint_step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
+
+
+def manifest_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; empty where that is missing or cannot be read."""
+    with suppress(UserError, OSError, UnicodeDecodeError):
+        if isinstance(found := read_json(checkpoint / MANIFEST), dict):
+            return found
+    return {}
 
 
 def read_json(file: Path) -> Any:

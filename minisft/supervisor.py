@@ -152,10 +152,14 @@ class Supervisor:
                 self.failed_at = self.failed_at or time.monotonic()
                 if time.monotonic() - self.failed_at < GRACE or len(launchers) == 1:
                     continue
-                failure = _read(self.folder / "FAILED")
                 self.over = True
-                if failure is None or LOST.search(failure["reason"]):
+                if not self._said_why():
                     self.stop(self._why(command.host, launcher.returncode), self.gone[0] if self.gone else None)
+
+    def _said_why(self) -> bool:
+        """Whether a rank has given a reason of its own, and not that it has lost another."""
+        failure = _read(self.folder / "FAILED")
+        return failure is not None and not LOST.search(failure["reason"])
 
     def _why(self, host: str, code: int) -> str:
         if code == SSH_FAILED:
@@ -204,7 +208,10 @@ class Supervisor:
             elif (silent := self.watch.unchanged(("life", sign.rank), sign.changed)) > self.task.silence:
                 self.stop(f"no sign of life for {silent:.0f} s ({sign}): it hangs, or was halted", sign)
         if self.gone and time.monotonic() - self.gone_at > GRACE:
-            self.stop(_killed(self.gone[0]), self.gone[0])
+            if self._said_why():  # its launcher ended it for a neighbour's sake
+                self.over = True
+            else:
+                self.stop(_killed(self.gone[0]), self.gone[0])
         progress = tuple((sign.rank, *sign.progress) for sign in signs)
         if (stalled := self.watch.unchanged("progress", progress)) > self.task.stall:
             missing = sorted(set(range(self.task.ranks)) - {sign.rank for sign in signs})
@@ -227,7 +234,7 @@ class Supervisor:
             failure = _failure(self.blamed, self.reason)
         elif failure is None and said:
             failure = _failure(None, said)
-        elif (failure is None or LOST.search(failure["reason"])) and self.gone:
+        elif not self._said_why() and self.gone:
             failure = _failure(self.gone[0], _killed(self.gone[0], code))
         elif failure is None:
             done_of = f"{len(done)} of {self.task.ranks} ranks were done"

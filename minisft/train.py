@@ -17,13 +17,14 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from minisft import checkpoints, machine
 from minisft.errors import UserError
 from minisft.heap import importing
-from minisft.pulse import SAY, Pulse, end_with_supervisor
-from minisft.runs import Run, checkpoint_step, write_json
+from minisft.hosts import is_here
+from minisft.pulse import SAY, SUPERVISOR, Pulse, Sign, end_with_supervisor, read_signs
+from minisft.runs import Run, checkpoint_step, lock_of, try_lock, write_json
 
 if TYPE_CHECKING:
     from minisft.trainer import RunTrainer
@@ -33,9 +34,13 @@ def main() -> None:
     """Train the run whose folder is the last argument (launchers put their own options before it)."""
     rank = int(os.environ.get("RANK", "0"))
     run = Run(Path(sys.argv[-1]).absolute())
+    if not (run.folder / "run.json").exists():
+        print(f"there is no run in {run.folder}: start the command in the project's folder", file=sys.stderr)
+        sys.exit(2)
     if run.status == "done":
         print(f"{run.name} is trained already: minisft launch --overwrite trains it again", file=sys.stderr)
         sys.exit(2)
+    lock = _only_one(run, rank)  # noqa: F841 (held to the end of the process)
     finish_log = _log_to(run.folder / "logs" / f"rank{rank}.log", and_terminal=rank == 0)
     pulse = Pulse(run.folder, rank)
     end_with_supervisor(run.folder, pulse)
@@ -58,13 +63,34 @@ def main() -> None:
     os._exit(0)
 
 
+def _only_one(run: Run, rank: int) -> TextIO | None:
+    """Nobody else trains or replaces this run: a supervisor holds its lock, and where there is none, rank 0 does."""
+    if SUPERVISOR in os.environ:
+        return None
+    before = next((sign for sign in read_signs(run.folder) if sign.rank == rank), None)
+    lock = lock_of(run.folder).open("w") if rank == 0 else None
+    if (lock is not None and not try_lock(lock)) or (before is not None and _trains(before, run)):
+        print(f"{run.name} is being trained right now: wait for it, or stop it", file=sys.stderr)
+        sys.exit(2)
+    return lock
+
+
+def _trains(sign: Sign, run: Run) -> bool:
+    """Whether the process of a sign is still there, on this machine, and about this run."""
+    import psutil
+
+    if sign.ended or not is_here(sign.host):
+        return False
+    with suppress(psutil.Error):
+        words = psutil.Process(sign.pid).cmdline()
+        return bool(words) and Path(words[-1]).name == run.name
+    return False
+
+
 def write_once(file: Path, value: Any) -> None:
-    """Write `value` unless somebody was first: the first failure is the one to read."""
-    try:
-        with file.open("x") as stream:
-            stream.write(json.dumps(value, indent=2) + "\n")
-    except FileExistsError:
-        pass
+    """Write `value` unless somebody was first: the first failure is the one to read. A full disk takes none."""
+    with suppress(OSError), file.open("x") as stream:
+        stream.write(json.dumps(value, indent=2) + "\n")
 
 
 def _train(run: Run, rank: int, pulse: Pulse) -> None:

@@ -1,8 +1,10 @@
 """The command line as a user types it: exit codes, one sentence for a mistake, nothing lost."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import minisft, sharegpt_row
@@ -180,3 +182,37 @@ def test_more_ranks_than_cores_and_seconds_below_zero(tiny_model, small_data):
     usable = cores()
     assert (f"Warning: 9 ranks share {usable} core" in done.stderr) == (usable < 9)
     refused(minisft("launch", "-s", "vanilla", "--silence", -1, *data), "--silence is -1", "more than 0")
+
+
+def test_a_mistake_in_the_call_spares_the_run_that_it_would_replace(tiny_model, small_data, tmp_path, own_outputs):
+    options = ["-s", "zero2", "--model", tiny_model, "--data", small_data]
+    assert minisft("command", *options).returncode == 0
+    done = own_outputs / "model" / "zero2" / "DONE"
+    done.write_text("{}")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    for verb, more, says in (
+        ("launch", ["--silence", 0], "--silence is 0"),
+        ("launch", ["--hostfile", hosts, "--launcher", "none"], "minisft command prints a line for each host"),
+        ("launch", ["--launcher", "pdsh"], "--launcher pdsh is about other machines"),
+        ("command", ["--slurm-nodes", 3], "2 ranks cannot be shared out evenly over 3 nodes"),
+    ):
+        refused(minisft(verb, *options, "--overwrite", *more), says)
+        assert done.exists(), more
+
+
+def test_a_folder_that_has_been_removed_is_one_sentence(tmp_path):
+    done = subprocess.run(
+        ["bash", "-c", f"mkdir x; cd x; rmdir ../x; {sys.executable} -m minisft.cli compare"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    refused(done, "the current folder has been removed")
+
+
+def test_a_command_says_where_it_is_to_be_run(tiny_model, small_data, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    done = minisft("command", "-s", "vanilla", "--model", tiny_model, "--data", small_data)
+    assert f"To be run in the folder {Path(__file__).parents[1]}:" in done.stderr

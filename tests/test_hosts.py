@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisft.errors import UserError
-from minisft.hosts import Host, hostfile_text, read_hostfile, require_names, share_out, travelling
+from minisft.hosts import Host, Place, hostfile_text, read_hostfile, require_names, share_out, travelling
 
 NAMES = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,20}[A-Za-z0-9])?", fullmatch=True)
 
@@ -106,6 +106,8 @@ def test_settings_of_network_and_libraries_travel_and_devices_do_not():
             "PATH": "/bin",
             "MINISFT_SUPERVISOR": "a:1",
             "NCCL_BAD": "a\nb",
+            "HF_TOKEN": "hf_secret",
+            "MINISFT_API_KEY": "secret",
         },
     }
     assert list(travelling(environment)) == [
@@ -114,3 +116,16 @@ def test_settings_of_network_and_libraries_travel_and_devices_do_not():
         "MINISFT_CACHE",
         "NCCL_SOCKET_IFNAME",
     ]
+
+
+@pytest.mark.parametrize("name", ["worker..1", "a" * 64])
+def test_a_name_with_a_part_that_cannot_be_is_one_sentence(name):
+    with pytest.raises(UserError, match=f"host {name} cannot be found"):
+        require_names([Host(name, 1)])
+
+
+def test_loopback_beside_other_machines_is_refused(hostfile):
+    with pytest.raises(UserError, match="the other hosts cannot reach localhost: give this machine's own name"):
+        Place.of_hostfile(hostfile("localhost slots=1\n10.0.0.7 slots=1\n"), 2)
+    two = Place.of_hostfile(hostfile("127.0.0.1 slots=1\n127.0.0.2 slots=1\n"), 2)
+    assert two.master == "127.0.0.1"

@@ -1,18 +1,21 @@
 """Preparing a run: everything that can be wrong is said here, before a process starts."""
 
+import errno
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import sharegpt_row
 
 from minisft import launch as launching
 from minisft import preflight, training_data
-from minisft.commands import commands, explain
+from minisft.commands import commands, explain, first_words
 from minisft.errors import UserError
 from minisft.launch import prepare
-from minisft.runs import RunConfig
+from minisft.runs import Run, RunConfig, all_runs
 from minisft.zero_config import STRATEGIES
 
 
@@ -148,9 +151,6 @@ def test_an_edited_deepspeed_configuration_is_linted_before_anything_starts(conf
 
 
 def test_importing_minisft_loads_neither_torch_nor_transformers():
-    import subprocess
-    import sys
-
     code = "import sys, minisft, minisft.runs, minisft.cli; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
@@ -162,3 +162,122 @@ def test_a_program_that_is_not_installed_is_named_before_anything_starts(config,
     with pytest.raises(UserError, match=r"there is no deepspeed in this environment: .*setup.sh"):
         launching.launch(run, say=lambda line: None)
     assert run.status == "prepared"
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_what_is_no_run_is_not_replaced_unless_asked(config, own_outputs, what):
+    place = own_outputs / "model" / "mine"
+    kept = place / "notes.txt" if what == "folder" else place
+    kept.parent.mkdir(parents=True)
+    kept.write_text("a year of work")
+    with pytest.raises(UserError, match=r"outputs/model/mine is there and holds no run: .*--name.*--overwrite"):
+        prepare(config(name="mine"))
+    assert kept.read_text() == "a year of work"
+    assert prepare(config(name="mine"), overwrite=True).status == "prepared"
+    assert not list(place.parent.glob(".*.removed"))
+
+
+def test_a_run_on_another_disk_behind_a_link_is_replaced_there(config, own_outputs, tmp_path):
+    there, link = tmp_path / "big" / "zero2", own_outputs / "model" / "zero2"
+    there.mkdir(parents=True)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(there)
+    run = prepare(config())
+    (there / "DONE").write_text("{}")
+    again = prepare(config(), overwrite=True)
+    assert link.is_symlink()
+    assert run.folder == again.folder == link
+    assert again.status == "prepared"
+    with launching._only_one(link):
+        assert Run(link).live
+        assert Run(there).live
+        with pytest.raises(UserError, match="being trained right now"):
+            prepare(config(), overwrite=True)
+
+
+def test_a_folder_that_is_being_prepared_is_no_run_yet(config, own_outputs):
+    run = prepare(config())
+    shutil.copytree(run.folder, run.folder.with_name(".zero2.preparing"))
+    assert [found.name for found in all_runs()] == ["zero2"]
+
+
+def test_a_relative_path_means_the_file_that_was_there(config, small_data, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(small_data, tmp_path / name / "rows.json")
+    monkeypatch.chdir(tmp_path / "a")
+    run = prepare(config(data="rows.json"))
+    (run.folder / "DONE").write_text("{}")
+    assert run.config.data == str(tmp_path / "a" / "rows.json")
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(UserError, match=r"other settings \(data .*a/rows.json -> .*b/rows.json"):
+        prepare(config(data="rows.json"))
+
+
+def test_a_file_system_without_locks_takes_runs_all_the_same(config, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert not prepare(config()).live
+
+
+def test_a_command_is_explained_though_its_path_has_a_line_in_it(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("MINISFT_OUTPUTS", str(tmp_path / "o\nu 't"))
+    run = prepare(config())
+    words = first_words((run.folder / "command.txt").read_text())
+    assert [word for part in explain(words) for word in part.words] == words
+    assert words[-1] == str(run.folder)
+
+
+# --- what the worker itself refuses -------------------------------------------------------------------------
+
+
+def worker(*words):
+    return subprocess.run([sys.executable, "-m", "minisft.train", *map(str, words)], capture_output=True, text=True)
+
+
+def test_a_worker_without_a_run_says_so_and_leaves_nothing(tmp_path):
+    done = worker(tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert done.stderr.startswith("there is no run in ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_second_worker_of_a_run_is_refused(config):
+    run = prepare(config("vanilla"))
+    with launching._only_one(run.folder):
+        done = worker(run.folder)
+    assert (done.returncode, done.stderr) == (2, "vanilla is being trained right now: wait for it, or stop it\n")
+    # A rank that holds no lock is known by its sign.
+    rank = subprocess.Popen([sys.executable, "-c", "input()", str(run.folder)], stdin=subprocess.PIPE)
+    sign = {"rank": 0, "host": "localhost", "pid": rank.pid, "phase": "training", "step": 1, "micro_batch": 0}
+    (run.folder / "ranks").mkdir()
+    (run.folder / "ranks" / "rank0.json").write_text(json.dumps(sign | {"began": {}}))
+    done = worker(run.folder)
+    rank.communicate()
+    assert (done.returncode, done.stderr) == (2, "vanilla is being trained right now: wait for it, or stop it\n")
+    assert not (run.folder / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "ends"), [([], True), (["nohup"], False), (["setsid"], False)], ids=["as it is", "nohup", "setsid"]
+)
+def test_a_run_ends_with_its_parent_unless_it_was_told_to_stay(before, ends):
+    """From a shell without a terminal, as a notebook's cell is."""
+    code = "from minisft.launch import _ends_with_parent; print(_ends_with_parent())"
+    line = shlex.join([*before, sys.executable, "-c", code]) + "; true"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, start_new_session=True)
+    assert done.stdout.strip() == str(ends)
+
+
+def test_what_is_said_of_an_interrupted_run_is_what_will_happen(config):
+    run = prepare(config("vanilla"))
+    assert launching._goes_on(run) == "the same command starts it anew (--resumable lets a run go on)"
+    (run.folder / "checkpoint-4").mkdir()
+    (run.folder / "checkpoint-4" / "manifest.json").write_text('{"resumable": true}')
+    (run.folder / "checkpoint-8").mkdir()
+    (run.folder / "checkpoint-8" / "manifest.json").write_text("")  # the power went as it was written
+    assert launching._goes_on(run) == "the same command goes on from checkpoint-4"
+    assert run.test_losses == {}

@@ -67,6 +67,9 @@ def test_this_machine_has_some_of_each():
     assert 1 <= machine.cores() <= os.cpu_count()
 
 
-def test_a_group_outside_the_mounted_ones_ends_the_search(monkeypatch):
-    monkeypatch.setattr(machine, "_read", lambda file: "0::/../../elsewhere" if file.name == "cgroup" else "")
-    assert machine.cores() >= 1
+def test_of_a_group_outside_the_mounted_ones_the_outermost_counts(groups, monkeypatch):
+    read = machine._read
+    monkeypatch.setattr(machine, "_read", lambda file: "0::/../../else" if file.name == "cgroup" else read(file))
+    assert list(machine._control_groups()) == [machine.CONTROL_GROUPS]
+    groups("cpu.max", "300000 100000")
+    assert machine.cores() == 3

@@ -113,6 +113,16 @@ def test_the_first_reason_is_the_one_that_is_written(tmp_path, deeds, rank, reas
     assert not (tmp_path / "DONE").exists()
 
 
+def test_a_rank_that_was_ended_for_its_neighbours_sake_is_not_blamed(tmp_path):
+    """Two hosts of two ranks each: the other host's launcher goes on for longer than the grace that is given."""
+    commands = [
+        launcher(tmp_path, 0, "train wait", "train wait"),
+        launcher(tmp_path, 2, "train wait", "train rest raise"),
+    ]
+    code, failure, _ = supervise(tmp_path, commands, 4, hosts=["a", "b"])
+    assert (code, failure) == (1, {"rank": 3, "step": 1, "reason": "ValueError: my own"})
+
+
 def test_a_run_in_which_nothing_moves_is_ended(tmp_path):
     code, failure, _ = supervise(tmp_path, [launcher(tmp_path, 0, "train train wait", "train wait")], 2, stall=3)
     assert code == 1
