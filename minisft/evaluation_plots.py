@@ -61,7 +61,7 @@ def _from_to(summary: Summary, key: str) -> str:
 
 
 def _message(summaries: Sequence[Summary]) -> str:
-    """Whether BLEU, with so few answers, can tell training from no training at all; and the loss."""
+    """Whether BLEU moves by more than its intervals; and the loss."""
     first, last = summaries[0]["checkpoints"][0], summaries[0]["checkpoints"][-1]
     fell = "the loss falls" if last["loss"] < first["loss"] else "the loss does not fall"
     rows = summaries[0]["rows"]
@@ -71,7 +71,7 @@ def _message(summaries: Sequence[Summary]) -> str:
         return f"{rows} answers: BLEU rises beyond its intervals, and {fell}"
     if last["bleu_interval"][1] < first["bleu_interval"][0]:
         return f"{rows} answers: BLEU falls beyond its intervals, and {fell}"
-    return f"BLEU cannot tell before from after with {rows} answers: its intervals overlap; {fell}"
+    return f"With {rows} answers BLEU's intervals before and after overlap; {fell}"
 
 
 def interval_widths(answers: Sequence[Mapping[str, Any]], draws: int = 8, seed: int = 0) -> Picture:

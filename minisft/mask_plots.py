@@ -30,7 +30,7 @@ def truncation_bars(kept: Mapping[str, Sequence[Row]], whole: Sequence[Row], eos
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.38))
     most = max(counts, key=lambda name: sum(counts[name]))
     cut = 100 * counts[most][1] / max(1, sum(counts[most]))
-    title = f"'{most}' keeps most of what is to learn, {cut:.0f} % of it without its end"
+    title = f"'{most}' keeps the largest part of what is to learn; {cut:.0f} % of that has no end"
     axes.set(xlabel="% of the trained tokens of all rows", xlim=(0, 100), title=title)
     each = "; ".join(
         f"{name} leaves {len(kept[name])} rows, with {a:.0f} % in whole answers and {b:.0f} % in answers cut off"
@@ -77,7 +77,7 @@ def losses_before_and_after(
         axes.bar([i + shift for i in x], [losses[p] for p in places], width=0.4, color=colour, label=name)
     ends = [n for n, p in enumerate(places) if row.input_ids[p] == tokenizer.eos_id]
     for n in ends:
-        axes.axvspan(n - 0.5, n + 0.5, color="#0072B2", alpha=0.12, linewidth=0)
+        axes.axvspan(n - 0.5, n + 0.5, color="#0072B2", alpha=0.12, linewidth=0, zorder=0)
     names = [tokenizer.piece(row.input_ids[p]) for p in places]
     axes.set_xticks(list(x), ["EOS" if n in ends else name for n, name in enumerate(names)], rotation=60, ha="right")
     for label in axes.get_xticklabels():

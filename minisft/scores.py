@@ -34,6 +34,30 @@ def corpus_scores(outputs: Sequence[str], references: Sequence[str], resamples: 
     return found
 
 
+def paired_bootstrap(
+    before: Sequence[str], after: Sequence[str], references: Sequence[str], resamples: int = 1000
+) -> float:
+    """How often chance alone makes corpus BLEU differ as much as between two systems' answers to the same questions.
+
+    The p-value of sacreBLEU's paired bootstrap (Koehn 2004): questions are drawn, and both are scored on those.
+    """
+    from sacrebleu.metrics import BLEU
+    from sacrebleu.significance import PairedTest
+
+    if not references:
+        raise UserError("there is no answer to compare: evaluate at least one row")
+    metric = BLEU()
+    _plain_numbers(metric)
+    systems = [(name, [one_line(text) for text in said]) for name, said in (("before", before), ("after", after))]
+    if systems[0][1] == systems[1][1]:  # sacreBLEU would find a difference of nothing significant
+        return 1.0
+    test = PairedTest(
+        systems, {"BLEU": metric}, [[one_line(text) for text in references]], test_type="bs", n_samples=resamples
+    )
+    _, scores = test()
+    return float(scores["BLEU"][1].p_value)
+
+
 def _plain_numbers(metric: Any) -> None:
     """Make all its scores Python's floats: sacreBLEU 2.6 mixes in NumPy's, of which it can then take no mean."""
     compute = metric._compute_score_from_stats

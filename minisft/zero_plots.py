@@ -272,8 +272,11 @@ def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulat
     left.legend(frameon=False, ncols=2, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25))
     counts = range(1, accumulation + 1)
     ranks = max(run.config.ranks for run in runs)
-    for i, strategy in enumerate(("ddp", "zero1", "zero2", "zero3")):
-        curve = [sent(predict_traffic(shapes, strategy, ranks, precision, n), ranks) / size for n in counts]
+    curves = {
+        strategy: [sent(predict_traffic(shapes, strategy, ranks, precision, n), ranks) / size for n in counts]
+        for strategy in ("ddp", "zero1", "zero2", "zero3")
+    }
+    for i, (strategy, curve) in enumerate(curves.items()):
         style = "--" if strategy == "zero1" else "-"
         right.plot(list(counts), curve, style, marker="o", markersize=3, color=PALETTE[i], label=strategy)
     right.set(xlabel="micro-batches per step", ylabel=f"{unit} per step, predicted", ylim=(0, None))
@@ -288,7 +291,11 @@ def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulat
         + (f", {measured[run.name] / size:.2f} {unit} measured" if run.name in measured else "")
         for run in runs
     )
-    return picture_of(figure, f"Bytes that each rank sends per optimizer step: {each}.")
+    ends = ", ".join(f"{strategy} {curve[-1]:,.0f} {unit}" for strategy, curve in curves.items())
+    return picture_of(
+        figure,
+        f"Bytes that each rank sends per optimizer step: {each}. With {accumulation} micro-batches per step: {ends}.",
+    )
 
 
 def _predicted_traffic(shapes: Shapes, run: Run) -> dict[str, int]:

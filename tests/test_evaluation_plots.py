@@ -27,7 +27,7 @@ def test_the_message_depends_on_whether_the_intervals_overlap():
 
 def test_titles():
     titles = [evaluation_plots._message([summary("a", *bleus)]) for bleus in ((1, 4), (1, 9), (9, 1))]
-    assert "cannot tell before from after with 12 answers" in titles[0]
+    assert "With 12 answers BLEU's intervals before and after overlap" in titles[0]
     assert "rises beyond its intervals" in titles[1]
     assert "falls beyond its intervals" in titles[2]
     assert "the loss does not fall" in evaluation_plots._message([summary("a", 1, 4, loss=(1.0, 2.0))])

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 
-from minisft.scores import corpus_scores
+from minisft.errors import UserError
+from minisft.scores import corpus_scores, paired_bootstrap
 from minisft.xray import xray
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", ",", ".", "&", "<", "red")
@@ -79,3 +80,14 @@ def test_a_draw_without_any_match_has_an_interval_too():
         ["the cat sat on the mat today", "no", "none"], ["the cat sat on the mat", "yes it is", "all of it"]
     )
     assert found["bleu_interval"][1] > 0
+
+
+def test_a_paired_bootstrap_tells_a_difference_from_chance():
+    references = [f"the {word} cat sat on the mat number {i}" for i, word in enumerate(WORDS)]
+    wrong = ["a dog ran off"] * len(references)
+    alternating = [[(wrong, references)[(i + k) % 2][i] for i in range(len(references))] for k in (0, 1)]
+    assert paired_bootstrap(wrong, references, references) < 0.01
+    assert paired_bootstrap(*alternating, references) > 0.1
+    assert paired_bootstrap(references, references, references) == 1
+    with pytest.raises(UserError, match="no answer to compare"):
+        paired_bootstrap([], [], [])
