@@ -30,7 +30,8 @@ def truncation_bars(kept: Mapping[str, Sequence[Row]], whole: Sequence[Row], eos
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.38))
     most = max(counts, key=lambda name: sum(counts[name]))
     cut = 100 * counts[most][1] / max(1, sum(counts[most]))
-    title = f"'{most}' keeps the largest part of what is to learn; {cut:.0f} % of that has no end"
+    share = 100 * sum(counts[most]) / everything
+    title = f"'{most}' keeps {share:.0f} % of what is to learn, {cut:.0f} % of that without its end"
     axes.set(xlabel="% of the trained tokens of all rows", xlim=(0, 100), title=title)
     each = "; ".join(
         f"{name} leaves {len(kept[name])} rows, with {a:.0f} % in whole answers and {b:.0f} % in answers cut off"

@@ -39,7 +39,7 @@ def test_truncation_counts_whole_and_cut_answers(titles, tiny_model):
     picture = truncation_bars(kept, whole, tokenizer.eos_id)
     trained, first = whole[0].trained, kept["turn"][0].trained
     cut = kept["token"][0].trained - first
-    assert f"{100 * cut / (first + cut):.0f} % of that has no end" in titles[0]
+    assert f"{100 * cut / (first + cut):.0f} % of that without its end" in titles[0]
     assert f"turn leaves 3 rows, with {100 * first / trained:.0f} % in whole answers and 0 %" in picture.alt
     assert "drop leaves 0 rows, with 0 % in whole answers" in picture.alt
 
