@@ -35,7 +35,7 @@ class Kind:
 KINDS = {
     "prompt": Kind("", "only read", "border-bottom:2px dotted #888;background:rgba(128,128,128,.15)"),
     "target": Kind("●", "trained", "border-bottom:3px solid #8a5a00;background:#f5b22e;color:#000;font-weight:bold"),
-    "control": Kind("◆", "a control token", "border:3px double #2b87c8;border-radius:9px"),
+    "control": Kind("◆", "structure, not text", "border:3px double #2b87c8;border-radius:9px"),
     "padding": Kind("×", "not attended to", "border:1px dashed #888;font-style:italic"),
     "cut off": Kind("✂", "the row did not fit", "border:2px dashed #fff;background:#a3171f;color:#fff"),
     "folded": Kind("…", "", ""),
