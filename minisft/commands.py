@@ -59,12 +59,16 @@ class Command:
         return shlex.join(["env", *variables, *self.words] if variables else self.words)
 
 
-def commands(config: RunConfig, folder: Path, place: Place | None = None) -> list[Command]:
-    """What starts the run in `folder`: one command, or one for each host of `place`. Every start gets a free port."""
+def commands(config: RunConfig, folder: Path, place: Place | None = None, supervised: bool = False) -> list[Command]:
+    """What starts the run in `folder`: one command, or one for each host of `place`. Every start gets a free port.
+
+    Where it is `supervised`, ranks on other hosts end when the supervisor's sign goes; started by hand there is none.
+    """
     worker = ["minisft.train", shown(folder)]
     port, ranks = str(_free_port()), str(config.ranks)
     if place is not None:
-        return _on_hosts(folder, place, ["--master_addr", place.master, "--master_port", port, "--module", *worker])
+        rest = ["--master_addr", place.master, "--master_port", port, "--module", *worker]
+        return _on_hosts(folder, place, rest, environment_there(supervised))
     if config.strategy == "vanilla":
         return [Command(["python", "-m", *worker])]
     if config.strategy == "ddp":
@@ -74,7 +78,7 @@ def commands(config: RunConfig, folder: Path, place: Place | None = None) -> lis
     return [Command([*local, "--master_port", port, "--module", *worker])]
 
 
-def _on_hosts(folder: Path, place: Place, rest: list[str]) -> list[Command]:
+def _on_hosts(folder: Path, place: Place, rest: list[str], there: dict[str, str]) -> list[Command]:
     hostfile = ["deepspeed", "--hostfile", shown(folder / HOSTFILE)]
     if place.launcher == "pdsh":
         unsafe = [text for text in (str(folder), str(project_root()), sys.executable) if not PLAIN.fullmatch(text)]
@@ -86,13 +90,13 @@ def _on_hosts(folder: Path, place: Place, rest: list[str]) -> list[Command]:
     for k, host in enumerate(place.hosts):
         words = [*hostfile, "--no_ssh", "--node_rank", str(k), *rest]
         if place.launcher == "srun":  # the variables of this process travel with it
-            there = [*SRUN, "--nodelist", host.name, *words]
-            found.append(Command(there, {HOST: host.name}, host.name))
+            step = [*SRUN, "--nodelist", host.name, *words]
+            found.append(Command(step, {HOST: host.name}, host.name))
         elif place.launcher == "none" or host.is_here:
             found.append(Command(words, {HOST: host.name}, host.name))
         else:
-            there = Command(words, environment_there() | {HOST: host.name})
-            line = f"cd {shlex.quote(str(project_root()))} && exec {there}"
+            remote = Command(words, there | {HOST: host.name})
+            line = f"cd {shlex.quote(str(project_root()))} && exec {remote}"
             found.append(Command(["ssh", "-o", "BatchMode=yes", host.name, line], {}, host.name))
     return found
 
@@ -140,17 +144,18 @@ exec minisft train {run} --hostfile {hostfile} --launcher srun
 """
 
 
-def environment_there() -> dict[str, str]:
-    """What makes a process on another host like one here: settings that travel, this environment's programs, and
-    whom to end with: no process of that host, but the supervisor that leaves its sign in the run folder."""
+def environment_there(supervised: bool) -> dict[str, str]:
+    """What makes a process on another host like one here: settings that travel, this environment's programs, and, if
+    `supervised`, whom to end with: no process of that host, but the supervisor that leaves its sign in the run folder.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
-    return travelling(os.environ) | {"PATH": path, SUPERVISOR: SUPERVISOR_ELSEWHERE}
+    return travelling(os.environ) | {"PATH": path} | ({SUPERVISOR: SUPERVISOR_ELSEWHERE} if supervised else {})
 
 
-def write_place(folder: Path, place: Place) -> None:
+def write_place(folder: Path, place: Place, supervised: bool) -> None:
     """The files beside a run's command that DeepSpeed reads: the hostfile, and what the variables are for pdsh."""
     (folder / HOSTFILE).write_text(hostfile_text(place.hosts))
-    plain = {name: value for name, value in environment_there().items() if PLAIN.fullmatch(value)}
+    plain = {name: value for name, value in environment_there(supervised).items() if PLAIN.fullmatch(value)}
     (folder / ENVIRONMENT).write_text("".join(f"{name}={value}\n" for name, value in plain.items()))
 
 

@@ -146,10 +146,10 @@ def require_names(hosts: Sequence[Host]) -> None:
 
 
 def require_reachable(hosts: Sequence[Host]) -> None:
-    """Refuse loopback addresses beside real machines, which could not reach them. Raises `UserError`."""
-    alone = [host.name for host in hosts if _is_loopback(host.name)]
-    if alone and len(alone) < len(hosts):
-        raise UserError(f"the other hosts cannot reach {alone[0]}: give this machine's own name or address instead")
+    """Refuse a loopback address as the first host, where all others would look for it. Raises `UserError`."""
+    first = hosts[0].name
+    if _is_loopback(first) and not all(_is_loopback(host.name) for host in hosts):
+        raise UserError(f"the other hosts cannot reach {first}: give this machine's own name or address instead")
 
 
 def share_out(hosts: Sequence[Host], ranks: int) -> list[Host]:

@@ -60,20 +60,23 @@ def prepare(config: RunConfig, *, place: Place | None = None, overwrite: bool = 
     `UserError`.
     """
     _require_place(config, place)
-    config = replace(config, model=assets.settled(config.model), data=assets.settled(config.data))
+    config = _settled(config)
     folder = outputs_root() / "model" / config.name
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{shown(folder)} is a link to {folder.readlink()}, which is not there: mend it, or remove it")
     with _only_one(folder):
         if (folder / "run.json").exists() and not overwrite:
             old = Run(folder)
-            if old.config != config and (old.status == "done" or old.checkpoints):
+            before = _settled(old.config)
+            if before != config and (old.status == "done" or old.checkpoints):
                 raise UserError(
-                    f"{shown(folder)} holds a run with other settings ({_difference(old.config, config)}): "
-                    f"{_why_not_resumed(old.config, config)}give this run another --name, or replace the old one with "
+                    f"{shown(folder)} holds a run with other settings ({_difference(before, config)}): "
+                    f"{_why_not_resumed(before, config)}give this run another --name, or replace the old one with "
                     "--overwrite"
                 )
-            if old.config == config and old.status == "done":
+            if before == config and old.status == "done":
                 return old
-            if old.config == config and (checkpoint := latest_resumable(old)):
+            if before == config and (checkpoint := latest_resumable(old)):
                 say(f"{config.name} was interrupted: it goes on from {checkpoint.name}")
                 _write_commands(config, folder, folder, place)
                 return old
@@ -167,6 +170,10 @@ def _rows(config: RunConfig, source: Path, model: Path, tokenizer: HuggingFaceTo
     return rows
 
 
+def _settled(config: RunConfig) -> RunConfig:
+    return replace(config, model=assets.settled(config.model), data=assets.settled(config.data))
+
+
 def _require_place(config: RunConfig, place: Place | None) -> None:
     if place is None:
         return
@@ -175,15 +182,17 @@ def _require_place(config: RunConfig, place: Place | None) -> None:
         raise UserError(f"the hosts take {place.ranks} ranks, but {config.ranks} were asked for: make them equal")
 
 
-def _write_commands(config: RunConfig, folder: Path, into: Path, place: Place | None) -> list[Command]:
+def _write_commands(
+    config: RunConfig, folder: Path, into: Path, place: Place | None, supervised: bool = False
+) -> list[Command]:
     """Write what starts the run that lies, or will lie, in `folder`: command.txt, and what several hosts need."""
-    found = commands(config, folder, place)
+    found = commands(config, folder, place, supervised)
     (into / "command.txt").write_text("".join(f"{command}\n" for command in found))
     if place is None:
         (into / HOSTS).unlink(missing_ok=True)
     else:
         write_json(into / HOSTS, place.to_dict())
-        write_place(into, place)
+        write_place(into, place, supervised)
     return found
 
 
@@ -241,7 +250,7 @@ def launch(
     if place is None and not run.on_gpu:
         preflight.warn_of_cores(run.config, say)
     with _only_one(run.folder) as lock:
-        started = _write_commands(run.config, run.folder, run.folder, place)
+        started = _write_commands(run.config, run.folder, run.folder, place, supervised=True)
         _require_programs(started)
         _clear_earlier_try(run)
         (run.folder / "logs").mkdir(exist_ok=True)

@@ -94,7 +94,7 @@ def plan(
 
     best = min(able, key=lambda option: (price(option), options.index(option)))
     reason = f"{best.strategy} fits with {best.left / 1e9:,.1f} GB to spare"
-    below = [option for option in options if not option.fits and price(option) <= price(best)]
+    below = [o for o in options if not o.fits and price(o)[1] <= price(best)[1]]
     if below:
         reason += f"; {', '.join(o.strategy for o in below)} would send no more, but {_does(below)} not fit"
     else:

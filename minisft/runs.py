@@ -304,7 +304,11 @@ class Run:
 
     @property
     def failure(self) -> dict[str, Any] | None:
-        return read_json(self.folder / "FAILED")
+        """Which `rank` failed, at which `step`, for what `reason`; None if none did."""
+        try:
+            return read_json(self.folder / "FAILED")
+        except UserError:
+            return {"rank": None, "step": None, "reason": "the reason could not be written: is the disk full?"}
 
     @property
     def status(self) -> str:

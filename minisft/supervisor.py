@@ -32,6 +32,7 @@ import psutil
 from minisft.commands import Command
 from minisft.hosts import is_here
 from minisft.pulse import BEAT, SAY, SUPERVISOR, Sign, SupervisorSign, Watch, read_signs
+from minisft.runs import write_json
 
 LOOK = 0.25  # seconds between two looks at the launcher
 POLITE = 2.0  # seconds between asking a process to end and ending it
@@ -241,7 +242,8 @@ class Supervisor:
             failure = _failure(None, f"the launcher ended with exit code {code}, and {done_of}")
         with suppress(OSError):
             (self.folder / "DONE").unlink(missing_ok=True)
-            (self.folder / "FAILED").write_text(json.dumps(failure, indent=2) + "\n")
+        with suppress(OSError):
+            write_json(self.folder / "FAILED", failure)
         return 1
 
 

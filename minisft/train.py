@@ -9,6 +9,7 @@ all, `DONE` or `FAILED`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import sys
@@ -76,21 +77,29 @@ def _only_one(run: Run, rank: int) -> TextIO | None:
 
 
 def _trains(sign: Sign, run: Run) -> bool:
-    """Whether the process of a sign is still there, on this machine, and about this run."""
+    """Whether the process of a sign is still there, on this machine, and about this run.
+
+    A process that is younger than the sign only has its number: in a container that starts again all of them come back.
+    """
     import psutil
 
     if sign.ended or not is_here(sign.host):
         return False
     with suppress(psutil.Error):
-        words = psutil.Process(sign.pid).cmdline()
-        return bool(words) and Path(words[-1]).name == run.name
+        process = psutil.Process(sign.pid)
+        words, first_said = process.cmdline(), min(sign.began.values(), default=math.inf)
+        return bool(words) and Path(words[-1]).name == run.name and process.create_time() < first_said + 2
     return False
 
 
 def write_once(file: Path, value: Any) -> None:
     """Write `value` unless somebody was first: the first failure is the one to read. A full disk takes none."""
     with suppress(OSError), file.open("x") as stream:
-        stream.write(json.dumps(value, indent=2) + "\n")
+        try:
+            stream.write(json.dumps(value, indent=2) + "\n")
+            stream.flush()
+        except OSError:
+            file.unlink()
 
 
 def _train(run: Run, rank: int, pulse: Pulse) -> None:

@@ -127,5 +127,6 @@ def test_a_name_with_a_part_that_cannot_be_is_one_sentence(name):
 def test_loopback_beside_other_machines_is_refused(hostfile):
     with pytest.raises(UserError, match="the other hosts cannot reach localhost: give this machine's own name"):
         Place.of_hostfile(hostfile("localhost slots=1\n10.0.0.7 slots=1\n"), 2)
+    assert Place.of_hostfile(hostfile("10.0.0.7 slots=1\nlocalhost slots=1\n"), 2).master == "10.0.0.7"
     two = Place.of_hostfile(hostfile("127.0.0.1 slots=1\n127.0.0.2 slots=1\n"), 2)
     assert two.master == "127.0.0.1"

@@ -4,17 +4,22 @@ import errno
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import sharegpt_row
 
 from minisft import launch as launching
 from minisft import preflight, training_data
+from minisft import train as training
 from minisft.commands import commands, explain, first_words
 from minisft.errors import UserError
+from minisft.hosts import Host, Place
 from minisft.launch import prepare
+from minisft.pulse import read_signs
 from minisft.runs import Run, RunConfig, all_runs
 from minisft.zero_config import STRATEGIES
 
@@ -214,6 +219,29 @@ def test_a_relative_path_means_the_file_that_was_there(config, small_data, tmp_p
         prepare(config(data="rows.json"))
 
 
+def test_a_run_from_before_paths_became_absolute_goes_on(config, small_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(small_data.parent)
+    run = prepare(config(data=small_data.name))
+    about = json.loads((run.folder / "run.json").read_text())
+    about["config"]["data"] = small_data.name
+    (run.folder / "run.json").write_text(json.dumps(about))
+    (run.folder / "DONE").write_text("{}")
+    assert prepare(config(data=small_data.name)).status == "done"
+
+
+def test_a_link_to_what_is_not_there_is_named(config, own_outputs):
+    (own_outputs / "model").mkdir(parents=True)
+    (own_outputs / "model" / "zero2").symlink_to("/gone/zero2")
+    with pytest.raises(UserError, match=r"zero2 is a link to /gone/zero2, which is not there"):
+        prepare(config())
+
+
+def test_a_reason_that_could_not_be_written_is_no_damaged_run(config):
+    run = prepare(config())
+    (run.folder / "FAILED").touch()
+    assert "is the disk full?" in run.failure["reason"]
+
+
 def test_a_file_system_without_locks_takes_runs_all_the_same(config, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -254,11 +282,15 @@ def test_a_second_worker_of_a_run_is_refused(config):
     rank = subprocess.Popen([sys.executable, "-c", "input()", str(run.folder)], stdin=subprocess.PIPE)
     sign = {"rank": 0, "host": "localhost", "pid": rank.pid, "phase": "training", "step": 1, "micro_batch": 0}
     (run.folder / "ranks").mkdir()
-    (run.folder / "ranks" / "rank0.json").write_text(json.dumps(sign | {"began": {}}))
+    file = run.folder / "ranks" / "rank0.json"
+    file.write_text(json.dumps(sign | {"began": {"training": time.time()}}))
     done = worker(run.folder)
-    rank.communicate()
     assert (done.returncode, done.stderr) == (2, "vanilla is being trained right now: wait for it, or stop it\n")
     assert not (run.folder / "logs").exists()
+    # A process that is younger than the sign has its number by chance.
+    file.write_text(json.dumps(sign | {"began": {"training": time.time() - 3600}}))
+    assert not training._trains(read_signs(run.folder)[0], run)
+    rank.communicate()
 
 
 @pytest.mark.parametrize(
@@ -266,9 +298,12 @@ def test_a_second_worker_of_a_run_is_refused(config):
 )
 def test_a_run_ends_with_its_parent_unless_it_was_told_to_stay(before, ends):
     """From a shell without a terminal, as a notebook's cell is."""
+    if before and shutil.which(before[0]) is None:
+        pytest.skip(f"there is no {before[0]} here")
     code = "from minisft.launch import _ends_with_parent; print(_ends_with_parent())"
     line = shlex.join([*before, sys.executable, "-c", code]) + "; true"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, start_new_session=True)
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # whoever started these tests
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, start_new_session=True, **heed)
     assert done.stdout.strip() == str(ends)
 
 
@@ -281,3 +316,10 @@ def test_what_is_said_of_an_interrupted_run_is_what_will_happen(config):
     (run.folder / "checkpoint-8" / "manifest.json").write_text("")  # the power went as it was written
     assert launching._goes_on(run) == "the same command goes on from checkpoint-4"
     assert run.test_losses == {}
+
+
+def test_a_line_for_another_host_waits_for_no_supervisor_that_nobody_starts(config, tmp_path):
+    place = Place((Host("10.0.0.7", 1), Host("10.0.0.8", 1)))
+    for supervised in (False, True):
+        lines = map(str, commands(config(), tmp_path, place, supervised))
+        assert all(("MINISFT_SUPERVISOR=:0" in line) == supervised for line in lines)

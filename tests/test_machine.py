@@ -54,7 +54,7 @@ def test_memory_is_what_the_limit_leaves(groups):
     groups("memory.max", "max")
     assert machine.memory()[0] == whole.total
     groups("memory.max", str(2 * GIB), "job")
-    assert machine.memory() == (2 * GIB, min(2 * GIB, machine.memory()[1]))
+    assert machine.memory()[0] == 2 * GIB >= machine.memory()[1]
     groups("memory.current", str(2 * GIB), "job")
     assert machine.memory() == (2 * GIB, 0)
     groups("memory.stat", f"anon 5\ninactive_file {GIB // 4}", "job")

@@ -45,6 +45,7 @@ def test_offloading_is_the_last_resort():
     """13 billion parameters on two GPUs: 104 GB of ZeRO-3's states do not fit, 26 GB of parameters alone do."""
     found = plan(13e9, 2, 80 * GB)
     assert found.best.strategy == "zero2-offload"
+    assert "; zero1, zero2 would send no more, but do not fit" in found.reason
     assert plan(13e9, 16, 80 * GB).best.strategy == "zero1"
 
 

@@ -89,5 +89,7 @@ def test_a_paired_bootstrap_tells_a_difference_from_chance():
     assert paired_bootstrap(wrong, references, references) < 0.01
     assert paired_bootstrap(*alternating, references) > 0.1
     assert paired_bootstrap(references, references, references) == 1
+    chairs, tables = (["the cat sat on a " + end] * 12 for end in ("chair", "table"))  # as good as each other
+    assert paired_bootstrap(chairs, tables, ["the cat sat on the mat today"] * 12) == 1
     with pytest.raises(UserError, match="no answer to compare"):
         paired_bootstrap([], [], [])
