@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shlex
 import sys
@@ -517,7 +518,9 @@ def memory(
     ranks: Annotated[int, typer.Option(help="processes, one per GPU")] = 2,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "bf16",
     batch_size: Annotated[int, typer.Option(help="rows per rank and micro-batch, for the activations")] = 8,
-    max_length: MaxLength = 2048,
+    max_length: Annotated[
+        int | None, typer.Option(help="longest row, in tokens; 2048 or the model's positions if not given")
+    ] = None,
     activation_checkpointing: Annotated[bool, typer.Option("--activation-checkpointing")] = False,
     accumulation: Annotated[int, typer.Option(help="micro-batches per step")] = 1,
     gpu_memory: Annotated[float | None, typer.Option(help="GB of one GPU: says what fits and what to take")] = None,
@@ -532,11 +535,14 @@ def memory(
     if (model is None) == (params is None):
         raise UserError("give either --model or --params, e.g. minisft memory --model smollm2")
     batch = None if states_only else memory_report.Batch(batch_size, max_length, activation_checkpointing)
+    if gpu_memory is not None and not math.isfinite(gpu_memory):
+        raise UserError(f"--gpu-memory is {gpu_memory:g}: give GB, e.g. 80")
     if params is not None:
-        report = memory_report.of_parameters(params, ranks)
+        report = memory_report.of_parameters(params, ranks, precision, accumulation)
     else:
+        about = (batch, trust_remote_code, _note, accumulation, gpu_memory is not None)
         with importing():  # in there; what garbage the rest makes goes with this process
-            report = memory_report.of_model(model, ranks, precision, batch, trust_remote_code, _note, accumulation)
+            report = memory_report.of_model(model, ranks, precision, *about)
     if gpu_memory is not None:
         report.add_plan(gpu_memory * 1e9)
     _print_json(report.to_dict()) if as_json else print(report.text())
@@ -552,6 +558,10 @@ def lint(
     """What is wrong with a DeepSpeed configuration; exit code 1 if DeepSpeed refuses it or does not do what it says."""
     from minisft.lint import lint_file
 
+    if ranks is not None and ranks < 1:
+        raise UserError(f"--ranks is {ranks}: give at least 1")
+    if params is not None and not 1 <= params < math.inf:
+        raise UserError(f"--params is {params:g}: give a number from 1, e.g. 7e9")
     findings = lint_file(file, ranks=ranks, parameters=None if params is None else int(params))
     if as_json:
         _print_json([vars(finding) for finding in findings])

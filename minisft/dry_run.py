@@ -7,9 +7,9 @@ computes the shapes of all that they would allocate, and `Allocations` counts it
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from minisft.errors import UserError
@@ -18,30 +18,52 @@ from minisft.models import with_layers
 COPIES = "copies of a bucket"
 ACTIVATIONS, LOGITS, GRADIENTS, BACKWARD = "activations", "logits and loss", "gradients", "temporaries of backward"
 
-DEEP = 8  # layers from which on a model is traced with fewer
+DEEP, FEW = 8, 3  # layers beyond which a model is traced with fewer, and with how many
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The worst moment between the arrivals of two gradients (before the first, of forward as well).
+
+    `held`: bytes alive by owner, without the gradients that have arrived. Those were `arrived` elements of `staying`
+    bytes, and the next one has `arriving` bytes (0 after the last).
+    """
+
+    held: dict[str, int]
+    arrived: int
+    staying: int
+    arriving: int
 
 
 @dataclass(frozen=True)
 class DryRun:
     """Bytes beside the states, for one micro-batch.
 
-    `retained`: what forward keeps for backward, by owner. `peak`: the most that is alive at once, by owner, the
-    parameters' gradients as they arrive included (all of them stay). `peak_freeing`: the same if each gradient goes
-    as soon as it is there, as with ZeRO's stages 2 and 3, where it moves into a bucket. `gradients_then`: how many
-    elements of the gradients had arrived by each of the two moments of `moments_freeing`, the most before and after
-    the middle of backward; a rank of stage 2 keeps its share of those. `reducing`: the most if each gradient, as it
-    arrives, is copied twice to be reduced, as stage 3 does with a bucket that it fills.
+    `retained`: what forward keeps for backward, by owner. `stretches`: how backward goes, gradient by gradient; of a
+    deep model those of the layers at both ends, between which no layer is worse than both.
     """
 
     retained: dict[str, int]
-    peak: dict[str, int]
-    moments_freeing: tuple[dict[str, int], dict[str, int]]
-    gradients_then: tuple[int, int]
-    reducing: dict[str, int]
+    stretches: tuple[Stretch, ...]
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """The most that is alive at once, by owner, if each gradient stays as it arrives."""
+        return _largest(s.held | ({GRADIENTS: s.staying} if s.staying else {}) for s in self.stretches)
 
     @property
     def peak_freeing(self) -> dict[str, int]:
-        return max(self.moments_freeing, key=lambda held: sum(held.values()))
+        """The same if each gradient goes as soon as it is there, as at ZeRO's stages 2 and 3: into a bucket."""
+        return _largest(s.held for s in self.stretches)
+
+    @property
+    def reducing(self) -> dict[str, int]:
+        """The same if each is copied twice to be reduced, as at stage 3 where a gradient fills the bucket."""
+        return _largest(s.held | {COPIES: 2 * s.arriving} for s in self.stretches if s.arriving)
+
+
+def _largest(held: Iterable[dict[str, int]]) -> dict[str, int]:
+    return max(held, key=lambda owners: sum(owners.values()))
 
 
 def dry_run(
@@ -58,8 +80,9 @@ def dry_run(
     """One micro-batch of rows of these `lengths`, in tokens, through the model of a transformers `config`.
 
     `trained` of the tokens have a loss; all, if not given. `half_weights` is DeepSpeed's way (weights in bf16 or
-    fp16); else half precision is autocast over fp32 weights. `on_gpu` counts what CUDA's kernels keep. Raises
-    `UserError` for a model that cannot be traced; its states can be predicted all the same.
+    fp16); else half precision is autocast over fp32 weights. `on_gpu` counts what CUDA's kernels keep where
+    PyTorch is built for CUDA, and elsewhere what a CPU's keep. Raises `UserError` for a model that cannot be traced;
+    its states can be predicted all the same.
     """
     options = {
         **{"lengths": lengths, "trained": trained, "precision": precision, "half_weights": half_weights},
@@ -80,52 +103,44 @@ def dry_run(
         ) from error
     finally:
         quiet.setLevel(level)
-    return DryRun(found.retained, found.peak, (found.early, found.late), found.arrived, found.reducing)
+    return found
 
 
-@dataclass(frozen=True)
-class _Trace:
-    """Bytes by owner: what forward retains, and the most that is alive before and after the middle of backward.
-
-    `early` and `late` without the gradients that have arrived, `early_staying` and `late_staying` with them; `arrived`
-    are the elements of those.
-    """
-
-    retained: dict[str, int]
-    early: dict[str, int]
-    late: dict[str, int]
-    early_staying: dict[str, int]
-    late_staying: dict[str, int]
-    arrived: tuple[int, int]
-    reducing: dict[str, int]
-
-    @property
-    def peak(self) -> dict[str, int]:
-        return max(self.early_staying, self.late_staying, key=lambda held: sum(held.values()))
-
-
-def _all_layers(config: Any, **options: Any) -> _Trace:
+def _all_layers(config: Any, **options: Any) -> DryRun:
     """The trace of a model with all its layers; of a deep one from two shallow ones, if its layers are all alike.
 
-    Each further layer then adds the same: to what is retained, to what is alive as backward begins and as it ends.
-    All have an even number of layers, or all an odd one: else the middle would be in the midst of a layer for some.
+    Each further layer then adds the same to what is retained, and to every stretch: of the first half of backward
+    counted from its beginning, of the second from its end. Each half has a whole layer. From one layer to the next
+    the same stretch changes evenly, so that no layer in between is worse than those at both ends.
     """
     layers = getattr(config, "num_hidden_layers", 0)
     kinds = getattr(config, "layer_types", None)
     if not isinstance(layers, int) or layers <= DEEP or len(set(kinds or ())) > 1:
         return _trace(config, **options)
-    few = 2 + layers % 2
-    more = few + 2
-    a, b = (_trace(with_layers(config, n), **options) for n in (few, more))
+    try:
+        a, b = (_trace(with_layers(config, n), **options) for n in (FEW, FEW + 1))
+    except Exception:  # some models cannot have so few
+        return _trace(config, **options)
 
-    def extended(which: str) -> dict[str, int]:
-        x, y = getattr(a, which), getattr(b, which)
-        each = {owner: (y.get(owner, 0) - x.get(owner, 0)) // (more - few) for owner in {*x, *y}}
-        return {owner: x.get(owner, 0) + size * (layers - few) for owner, size in each.items()}
+    def extended(x: int, y: int) -> int:
+        return x + (y - x) * (layers - FEW)
 
-    arrived = [x + (y - x) // (more - few) * (layers - few) for x, y in zip(a.arrived, b.arrived, strict=True)]
-    held = {field.name: extended(field.name) for field in fields(_Trace) if field.name != "arrived"}
-    return _Trace(**held, arrived=tuple(arrived))
+    def all_extended(x: dict[str, int], y: dict[str, int]) -> dict[str, int]:
+        return {owner: extended(x.get(owner, 0), y.get(owner, 0)) for owner in {*x, *y}}
+
+    half = len(a.stretches) // 2
+    pairs = [*zip(a.stretches[:half], b.stretches, strict=False)]
+    pairs += zip(a.stretches[half:], b.stretches[half - len(a.stretches) :], strict=True)
+    stretches = tuple(
+        Stretch(
+            all_extended(x.held, y.held),
+            extended(x.arrived, y.arrived),
+            extended(x.staying, y.staying),
+            extended(x.arriving, y.arriving),
+        )
+        for x, y in pairs
+    )
+    return DryRun(all_extended(a.retained, b.retained), stretches)
 
 
 def _trace(
@@ -139,7 +154,7 @@ def _trace(
     on_gpu: bool,
     trust_remote_code: bool,
     real: bool = False,
-) -> _Trace:
+) -> DryRun:
     """`real` runs on tensors that have values.
 
     Each gradient is let go as it arrives, and those that would have stayed are added up: one pass tells both.
@@ -156,7 +171,7 @@ def _trace(
     from minisft.loss import LossHead, summed_loss, supports_loss_head
     from minisft.wide_products import needs_wide_products, widen_linear_layers
 
-    device = "cuda" if on_gpu else "cpu"
+    device = "cuda" if on_gpu and torch.backends.cuda.is_built() else "cpu"
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     dtype = half if half_weights and half else torch.float32
     config = deepcopy(config)
@@ -173,7 +188,7 @@ def _trace(
             model.set_attn_implementation(PER_DOCUMENT)
         if activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        if precision == "bf16" and needs_wide_products(device):
+        if precision == "bf16" and not on_gpu and needs_wide_products(device):
             widen_linear_layers(model)
         head = LossHead(model.get_output_embeddings()) if with_head else None
         tokens = sum(lengths)
@@ -189,34 +204,25 @@ def _trace(
         if padding_free:  # the bounds are read as numbers, so they are real
             with unset_fake_temporarily():
                 inputs["cu_seq_lens_q"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-            if on_gpu and fake:
+            if device == "cuda" and fake:
                 inputs["cu_seq_lens_q"] = fake.from_tensor(inputs["cu_seq_lens_q"]).to(device)
 
         count = Allocations(ACTIVATIONS)
         parameters = list(model.parameters())
         for tensor in (*parameters, *model.buffers()):
             count.ignore(tensor)
-        here = kept = 0  # gradients that have arrived, and their bytes
-        freeing, staying = ([Moment("forward", {}), Moment("backward", {})] for _ in range(2))  # before and after half
-        reducing: dict[str, int] = {}
+        stretches: list[Stretch] = []
+        elements = size = 0  # of the gradients that have arrived
 
-        def keep_peak() -> None:
-            """Book the most since the gradient before, and begin anew."""
-            half = here > len(parameters) // 2
-            most = count.peak
-            freeing[half] = max(freeing[half], most, key=lambda moment: moment.total)
-            most = Moment(most.phase, most.held | {GRADIENTS: kept}, most.mark) if kept else most
-            staying[half] = max(staying[half], most, key=lambda moment: moment.total)
+        def end_stretch(arriving: int) -> None:
+            stretches.append(Stretch(dict(count.peak.held), elements, size, arriving))
             count.peak = Moment("backward", {})
 
         def arrived(parameter: Any) -> None:
-            nonlocal here, kept, reducing
-            here += 1
-            copied = {**count.peak.held, COPIES: 2 * parameter.grad.nbytes}
-            reducing = max(reducing, copied, key=lambda held: sum(held.values()))
-            keep_peak()
-            count.mark += parameter.numel()
-            kept += parameter.grad.nbytes
+            nonlocal elements, size
+            end_stretch(parameter.grad.nbytes)
+            elements += parameter.numel()
+            size += parameter.grad.nbytes
             parameter.grad = None
 
         for parameter in parameters:
@@ -231,7 +237,5 @@ def _trace(
             retained = dict(count.held)
             count.phase, count.owner = "backward", BACKWARD
             loss.backward()
-        here += 1
-        keep_peak()
-        held = [moment.held for moment in (*freeing, *staying)]
-        return _Trace(retained, *held, arrived=tuple(moment.mark for moment in freeing), reducing=reducing)
+        end_stretch(0)
+        return DryRun(retained, tuple(stretches))

@@ -1,13 +1,17 @@
 """What is wrong with a DeepSpeed configuration, before it costs a run.
 
 DeepSpeed refuses an unknown key inside `zero_optimization` and passes over one beside it; it fills what is missing
-with defaults made for large models; and much of what a file says does nothing at the stage it asks for.
+with defaults made for large models; and much of what a file says does nothing at the stage it asks for. Of a file
+DeepSpeed itself is asked as well, where it is installed.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import logging
+import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +35,7 @@ TOP_KEYS = _words(
     steps_per_print dump_state wall_clock_breakdown memory_breakdown log_level timers comms_logger flops_profiler
     tensorboard wandb csv_monitor comet activation_checkpointing autotuning aio checkpoint datastates_ckpt
     dataloader_drop_last data_efficiency pipeline hybrid_engine tensor_parallel expert_parallel compile
-    weight_quantization use_data_before_expert_parallelism vocabulary_size
+    weight_quantization use_data_before_expert_parallelism vocabulary_size sequence_parallel_size data_parallel_size
     """
 )
 REMOVED_KEYS = _words(
@@ -50,7 +54,7 @@ ZERO_KEYS: dict[str, tuple[int, ...]] = {
     "allgather_partitions": (1, 2),
     "allgather_bucket_size": (1, 2),
     "overlap_comm": (1, 2, 3),
-    "compute_grad_norm": (1, 2, 3),
+    "compute_grad_norm": (1, 2),
     "load_from_fp32_weights": (1, 2),
     "elastic_checkpoint": (1, 2, 3),
     "offload_param": (3,),
@@ -114,6 +118,17 @@ HALF_KEYS = {
         "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
     ),
 }
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+PARALLEL_KEYS = ("sequence_parallel_size", "data_parallel_size")  # they ask for as many processes
+# Of DeepSpeed's configuration classes, where in a file their settings are.
+BLOCKS = {
+    "DeepSpeedZeroConfig": ("zero_optimization",),
+    "DeepSpeedFP16Config": ("fp16",),
+    "DeepSpeedBF16Config": ("bf16",),
+    "CommsLoggerConfig": ("comms_logger",),
+    "CompileConfig": ("compile",),
+    "HybridEngineConfig": ("hybrid_engine",),
+}
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
 DEFAULT_LIVE = 1_000_000_000
 # What transformers' Trainer fills in where a file says "auto", and nowhere else.
@@ -155,7 +170,7 @@ def lint_file(file: str | Path, **about: Any) -> list[Finding]:
 
     try:
         config = json.loads(text, object_pairs_hook=once)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(file)!r} is not valid JSON ({error})") from error
     if not isinstance(config, dict):
         kind = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}.get(
@@ -163,7 +178,50 @@ def lint_file(file: str | Path, **about: Any) -> list[Finding]:
         )
         raise UserError(f"{str(file)!r} holds {kind}: a DeepSpeed configuration is a JSON object, in braces")
     twice = [Finding("error", key, "written twice: DeepSpeed refuses such a file") for key in repeated]
-    return twice + lint(config, **about)
+    found = twice + lint(config, **about)
+    if any(finding.severity == "error" for finding in found):
+        return found
+    return [*refused(config), *found]
+
+
+def refused(config: Mapping[str, Any]) -> list[Finding]:
+    """What DeepSpeed's own configuration class raises, if it raises anything; nothing where it is not installed.
+
+    Batches aside, which `lint` checks, and "auto", which somebody fills in before or DeepSpeed drops.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips its probing for accelerators, and a warning
+    try:
+        from deepspeed.runtime.config import DeepSpeedConfig
+    except ImportError:
+        return []
+    asked = {key: value for key, value in _without_auto(config).items() if key not in BATCH_KEYS + PARALLEL_KEYS}
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        DeepSpeedConfig(asked | {"train_micro_batch_size_per_gpu": 1})
+    except Exception as error:  # what it raises is of many kinds
+        if not hasattr(error, "errors"):
+            return [Finding("error", "DeepSpeed", f"refuses the file: {' '.join(str(error).split())[:200]}")]
+        block = BLOCKS.get(getattr(error, "title", ""), ())
+        return [
+            Finding(
+                "error", ".".join(map(str, (*block, *one["loc"]))) or "DeepSpeed", f"DeepSpeed refuses it: {one['msg']}"
+            )
+            for one in error.errors()
+        ]
+    finally:
+        logger.setLevel(level)
+    return []
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
+    return value
 
 
 def lint(config: Mapping[str, Any], ranks: int | None = None, parameters: int | None = None) -> list[Finding]:
@@ -183,6 +241,8 @@ def _top(config: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding("error", key, "DeepSpeed 0.19 has no such feature any more: take it out")
         elif key in ZERO_KEYS or key in ALIASES:
             yield Finding("error", key, "DeepSpeed does not read it here: it belongs inside zero_optimization")
+        elif key.startswith("_"):  # how people write comments
+            yield Finding("warning", key, "DeepSpeed passes over it without a word")
         else:
             yield Finding("error", key, f"DeepSpeed passes over it without a word{_meant(key, TOP_KEYS)}")
     for block in ("optimizer", "scheduler"):
@@ -193,8 +253,11 @@ def _top(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _batch(config: Mapping[str, Any], ranks: int | None) -> Iterator[Finding]:
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    names = BATCH_KEYS
     whole, micro, steps = (config.get(name) for name in names)
+    together = config.get("sequence_parallel_size")  # ranks that work on the same rows
+    if ranks and _is_whole(together) and together > 0:
+        ranks = max(1, ranks // together)
     for name, value in zip(names, (whole, micro, steps), strict=True):
         if value is not None and value != "auto" and (not _is_whole(value) or value < 1):
             yield Finding("error", name, f"is {json.dumps(value)}: give a whole number, at least 1")
@@ -222,21 +285,24 @@ def _precision(config: Mapping[str, Any]) -> Iterator[Finding]:
         if not isinstance(block, Mapping):
             yield Finding("error", name, f'is {json.dumps(block)}: give an object, {{"enabled": true}}')
             continue
-        if block.get("enabled") not in (None, False, "auto"):
-            on.append(name)
+        if str(block.get("enabled")).lower() in ("true", "1", "1.0", "yes", "on", "y", "t"):  # as DeepSpeed reads it
+            on.append("bf16" if name == "bfloat16" else name)
         if block.get("enabled") is None and block:
             yield Finding("warning", f"{name}.enabled", "is not given, so the whole block does nothing")
         known = HALF_KEYS["bf16" if name == "bfloat16" else name]
         for key in block:
             if key not in known:
                 yield Finding("error", f"{name}.{key}", f"DeepSpeed refuses it{_meant(key, known)}")
-    if len(on) > 1:
+    if len(set(on)) > 1:
         yield Finding("error", on[0], f"and {on[1]} are both enabled: DeepSpeed refuses that, choose one")
 
 
 def _zero(config: Mapping[str, Any], parameters: int | None) -> Iterator[Finding]:
     zero = config.get("zero_optimization")
-    if zero is None:
+    if isinstance(zero, bool):
+        yield Finding("warning", "zero_optimization", f'is old: write {{"stage": {int(zero)}}}')
+        zero = {"stage": int(zero)}
+    if "zero_optimization" not in config:
         yield Finding("warning", "zero_optimization", "is not given, so this is stage 0: plain data parallelism")
         return
     if not isinstance(zero, Mapping):
@@ -263,7 +329,7 @@ def _zero(config: Mapping[str, Any], parameters: int | None) -> Iterator[Finding
             stages = ", ".join(map(str, ZERO_KEYS[key]))
             yield Finding("warning", name, f"does nothing at stage {stage}; it is for stage {stages}")
         if value == "auto" and key not in AUTO_KEYS:
-            yield Finding("error", name, 'is "auto", which Trainer does not fill in here: DeepSpeed refuses the word')
+            yield Finding("warning", name, 'is "auto", for which nobody works out a value here: it becomes the default')
         if key in OFFLOAD_KEYS and isinstance(value, Mapping):
             for inner in value:
                 if inner not in OFFLOAD_KEYS[key]:
@@ -295,10 +361,11 @@ def _sizes(zero: Mapping[str, Any], stage: int, parameters: int | None) -> Itera
         name, value = f"zero_optimization.{key}", zero.get(key)
         if value == "auto" or (value is None and key == "stage3_prefetch_bucket_size"):
             continue
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+        number = DEFAULT_BUCKET if value is None else _number(value)
+        if number is None:
             yield Finding("error", name, f"is {json.dumps(value)}: give a number of elements")
             continue
-        size = DEFAULT_BUCKET if value is None else int(value)
+        size = int(number)
         held = " and stays allocated all the time" if stage == 3 and key == "reduce_bucket_size" else ""
         if parameters is not None and size > parameters:
             what = f"is {size:,} elements" if value is not None else f"is not given, so it is {size:,} elements"
@@ -308,8 +375,8 @@ def _sizes(zero: Mapping[str, Any], stage: int, parameters: int | None) -> Itera
     if stage != 3:
         return
     for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
-        value = zero.get(key, DEFAULT_LIVE)
-        if parameters is not None and isinstance(value, (int, float)) and value >= parameters:
+        value = _number(zero.get(key, DEFAULT_LIVE))
+        if parameters is not None and value is not None and value >= parameters:
             given = "is" if key in zero else "is not given, so it is"
             yield Finding(
                 "warning",
@@ -317,6 +384,15 @@ def _sizes(zero: Mapping[str, Any], stage: int, parameters: int | None) -> Itera
                 f"{given} {int(value):,}, no less than the model's {parameters:,} parameters: once gathered they may "
                 "all stay, and stage 3 saves nothing while it computes",
             )
+
+
+def _number(value: Any) -> float | None:
+    """What DeepSpeed takes for a size, a string of digits included; None if it is none."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(int(value) if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        return None
+    return number if 0 <= number < math.inf else None
 
 
 def _is_whole(value: Any) -> bool:

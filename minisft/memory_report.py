@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
 from minisft.planner import RESERVED, Plan, plan
-from minisft.runs import read_json
 from minisft.traffic import predict_traffic, sent
 from minisft.zero_config import STRATEGIES, offloads, zero_stage
 from minisft.zero_memory import (
     DEEPSPEED,
+    ELEMENT,
     FORMULAS,
     MOMENTS,
     PAPER,
@@ -27,6 +27,9 @@ from minisft.zero_memory import (
 )
 from minisft.zero_peak import at_peak
 
+LENGTH = 2048  # tokens
+MOST_PARAMETERS, MOST_RANKS = 1e15, 100_000
+MOST_ROWS = 512  # of one rank's micro-batch: beyond any, and each is traced
 SHOWN = 8  # ranks whose numbers are all written out; beyond, the fullest stands for all
 KINDS = {None: "plain", 0: "stage 0", 1: "stage 1, 2", 2: "stage 1, 2", 3: "stage 3"}
 
@@ -38,16 +41,21 @@ def _kind(strategy: str) -> str:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch whose every token is trained: rows, their length, and whether activations are computed twice."""
+    """A micro-batch whose every token is trained: rows, their length, and whether activations are computed twice.
+
+    Without a length it is `LENGTH`, or all the positions that the model has.
+    """
 
     rows: int
-    length: int
+    length: int | None
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for what, value in (("batch size", self.rows), ("max length", self.length)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise UserError(f"{what} is {value}: give at least 1")
+        if self.rows > MOST_ROWS:
+            raise UserError(f"batch size is {self.rows}: give at most {MOST_ROWS}, and --accumulation for the rest")
 
 
 @dataclass
@@ -83,7 +91,8 @@ class Report:
         """Bytes on the GPU at the worst moment, of each strategy whose peak is known."""
         if self.shapes is None or not self.activations:
             return {}
-        return {name: _most(about, "peak") for name, about in self.strategies.items()}
+        known = {name: about for name, about in self.strategies.items() if "peak" in about["ranks"][0]}
+        return {name: _most(about, "peak") for name, about in known.items()}
 
     def to_dict(self) -> dict[str, Any]:
         found = {
@@ -125,7 +134,10 @@ class Report:
         if self.note:
             lines += ["", self.note]
         if self.plan is not None:
-            lines += ["", f"{self.plan.reason} ({RESERVED / 1e9:g} GB of each GPU are set aside for CUDA)"]
+            aside = f"{RESERVED / 1e9:g} GB of each GPU are set aside for CUDA"
+            if not self.activations:
+                aside += ", and activations are not counted"
+            lines += ["", f"{self.plan.reason} ({aside})"]
         return "\n".join(lines)
 
 
@@ -135,16 +147,26 @@ def _most(about: dict[str, Any], moment: str) -> int:
     return max(sum(size for owner, size in rank[moment].items() if owner not in away) for rank in about["ranks"])
 
 
-def of_parameters(parameters: float, ranks: int) -> Report:
-    """By the paper's formula: all that can be said of a bare number. Raises `UserError`."""
-    if not (math.isfinite(parameters) and parameters >= 1):
-        raise UserError(f"{parameters:g} parameters: give a number from 1, e.g. 7e9")
-    if ranks < 1:
-        raise UserError(f"ranks is {ranks}: give at least 1")
+def of_parameters(parameters: float, ranks: int, precision: str = "bf16", accumulation: int = 1) -> Report:
+    """By the paper's formula, for half precision: all that can be said of a bare number. Raises `UserError`."""
+    if not 1 <= parameters <= MOST_PARAMETERS:
+        raise UserError(f"{parameters:g} parameters: give a number from 1 to {MOST_PARAMETERS:g}, e.g. 7e9")
+    _require(ranks, precision, accumulation)
+    if precision == "fp32":
+        raise UserError("a bare number goes by the paper's formula, which is for half precision: give --model for fp32")
     names = [name for name in STRATEGIES if (name != "vanilla" or ranks == 1) and not offloads(name)]
     states = {name: {"states": int(paper(parameters, ranks, zero_stage(name)))} for name in names}
     basis = f"by the paper's formula alone ({PAPER}): no buckets, padding or activations; --model is exact"
-    return Report(f"{parameters:g} parameters", parameters, "bf16", ranks, basis, states)
+    return Report(f"{parameters:g} parameters", parameters, precision, ranks, basis, states, accumulation=accumulation)
+
+
+def _require(ranks: int, precision: str, accumulation: int) -> None:
+    if not 1 <= ranks <= MOST_RANKS:
+        raise UserError(f"ranks is {ranks}: give at {'least 1' if ranks < 1 else f'most {MOST_RANKS:,}'}")
+    if precision not in ELEMENT:
+        raise UserError(f"unknown precision {precision!r}: use one of {', '.join(ELEMENT)}")
+    if accumulation < 1:
+        raise UserError(f"accumulation is {accumulation}: give at least 1")
 
 
 def of_model(
@@ -155,30 +177,33 @@ def of_model(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
     accumulation: int = 1,
+    on_gpu: bool = False,
 ) -> Report:
     """Exact states of every rank, and the peak of a step with `batch`, of a model by its config alone.
 
-    A step has `accumulation` such micro-batches.
+    A step has `accumulation` such micro-batches. `on_gpu` asks about GPUs, whatever machine this is.
     """
-    if accumulation < 1:
-        raise UserError(f"accumulation is {accumulation}: give at least 1")
+    from minisft import preflight
+
+    _require(ranks, precision, accumulation)
     config = _config(name, trust_remote_code, say)
+    if batch is not None and batch.length is None:
+        batch = replace(batch, length=min(LENGTH, preflight.positions_of(config) or LENGTH))
+    if batch is not None:
+        preflight.require_positions(config, batch.length)
     shapes = Shapes.of_config(config, trust_remote_code)
     names = [strategy for strategy in STRATEGIES if strategy != "vanilla" or ranks == 1]
-    settings = {strategy: generated(shapes, strategy, ranks, precision, accumulation) for strategy in names}
+    settings = {s: generated(shapes, s, ranks, precision, accumulation, on_gpu) for s in names}
     found = {strategy: predict(shapes, strategy, ranks, precision, settings[strategy]) for strategy in names}
     activations: dict[str, Any] = {}
     note = ""
     if batch is not None:
-        try:
-            activations, dry = _dry_runs(config, precision, batch, trust_remote_code)
-            for strategy, predicted in found.items():
-                run = dry[precision != "fp32" and zero_stage(strategy) is not None]
+        activations, dry, note = _dry_runs(config, precision, batch, trust_remote_code, on_gpu)
+        for strategy, predicted in found.items():
+            if run := dry.get(precision != "fp32" and zero_stage(strategy) is not None):
                 about = (shapes, strategy, ranks, precision, predicted, run, settings[strategy], accumulation)
                 for moments, peak in zip(predicted, at_peak(*about), strict=True):
                     moments["peak"] = peak
-        except UserError as error:
-            note = f"{error}"
     strategies = {}
     for strategy, predicted in found.items():
         chosen = enumerate(predicted)
@@ -199,33 +224,45 @@ def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> A
 
     path = Path(name).expanduser()
     if path.is_file():
-        from transformers import AutoConfig
-
-        values = read_json(path)
-        if not isinstance(values, dict) or "model_type" not in values:
-            raise UserError(f"{name!r} is no transformers config: give a config.json, a model folder or a hub id")
         try:
-            config = AutoConfig.for_model(**values)
-        except ValueError as error:
-            raise UserError(f"{name!r} is of no model that transformers knows ({str(error)[:200]})") from error
-        preflight.require_language_model(config, name)
-        return config
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name!r} is not valid JSON ({error}): give a config.json") from error
+        if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+            raise UserError(f"{name!r} is no transformers config: give a config.json, a model folder or a hub id")
+        return preflight.model_config(path, trust_remote_code)
     folder = path if (path / "config.json").is_file() else assets.find_model(name, say).path
     return preflight.model_config(folder, trust_remote_code)
 
 
-def _dry_runs(config: Any, precision: str, batch: Batch, trust_remote_code: bool) -> tuple[dict[str, Any], Any]:
-    """What a micro-batch needs beside the states: for the report, and by whether the weights are in half precision."""
+def _dry_runs(
+    config: Any, precision: str, batch: Batch, trust_remote_code: bool, on_gpu: bool
+) -> tuple[dict[str, Any], dict[bool, Any], str]:
+    """What a micro-batch needs beside the states: for the report, and by whether the weights are in half precision.
+
+    The last tells what could not be traced.
+    """
     from minisft.dry_run import dry_run
 
     options = {
-        **{"lengths": [batch.length] * batch.rows, "precision": precision},
+        **{"lengths": [batch.length] * batch.rows, "precision": precision, "on_gpu": on_gpu},
         **{"activation_checkpointing": batch.activation_checkpointing, "trust_remote_code": trust_remote_code},
     }
-    dry = {half: dry_run(config, half_weights=half, **options) for half in {False, precision != "fp32"}}
-    run = dry[precision != "fp32"]
+    dry, note = {}, ""
+    for half in sorted({False, precision != "fp32"}):
+        try:
+            dry[half] = dry_run(config, half_weights=half, **options)
+        except UserError as error:
+            note = str(error)
+    if not dry:
+        return {}, {}, note
+    if note:
+        failed = "ddp, which keeps fp32 weights" if True in dry else "ZeRO, which keeps weights in half precision"
+        note = f"of {failed}: {note}"
+    run = dry[max(dry)]
     about = {"rows": batch.rows, "length": batch.length, "bytes": sum(run.peak_freeing.values())}
-    return about | {"retained": run.retained, "peak": run.peak, "peak_freeing": run.peak_freeing}, dry
+    about |= {"retained": run.retained, "peak": run.peak, "peak_freeing": run.peak_freeing}
+    return about, dry, note
 
 
 def _size(held: float) -> str:

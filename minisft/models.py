@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,9 @@ def load_model(folder: Path, tokenizer: HuggingFaceTokenizer, trust_remote_code:
 def with_layers(config: Any, layers: int) -> Any:
     """A copy of a transformers config, with so many layers."""
     config = deepcopy(config)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    if kinds := getattr(config, "layer_types", None):
+        with suppress(AttributeError):  # of some it is a property, which follows the number of layers
+            config.layer_types = kinds[:layers]
     config.num_hidden_layers = layers
     return config
 

@@ -37,12 +37,7 @@ def resolve_precision(asked: str) -> tuple[str, bool]:
 
 def require_fit(config: RunConfig, model: Any, rows: int) -> None:
     """Raise `UserError` where the data or the model (its transformers config) is too small for the settings."""
-    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
-    if positions and config.max_length > positions:
-        raise UserError(
-            f"max length is {config.max_length}, and the model has {positions} positions: give at most --max-length "
-            f"{positions}"
-        )
+    require_positions(model, config.max_length)
     if not rows:
         raise UserError(
             f"no training row is left of {config.data} (max length {config.max_length}, max characters "
@@ -54,6 +49,20 @@ def require_fit(config: RunConfig, model: Any, rows: int) -> None:
             f"{config.batch_size} x accumulation {config.accumulation} x ranks {config.ranks}): lower one of them, or "
             "give more data"
         )
+
+
+def require_positions(model: Any, length: int) -> None:
+    """Raise `UserError` where rows of `length` tokens have more positions than the model of a transformers config."""
+    positions = positions_of(model)
+    if positions and length > positions:
+        raise UserError(
+            f"max length is {length}, and the model has {positions} positions: give at most --max-length {positions}"
+        )
+
+
+def positions_of(model: Any) -> int | None:
+    """How many positions the model of a transformers config has; None where it sets no limit."""
+    return getattr(model.get_text_config(), "max_position_embeddings", None)
 
 
 def require_space(config: RunConfig, rows: int, parameters: int) -> None:
@@ -128,9 +137,13 @@ def warn_of_cores(config: RunConfig, say: Callable[[str], None]) -> None:
 
 
 def model_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The transformers config of the language model in `folder`. Raises `UserError` if transformers knows none such."""
+    """The transformers config of the language model in `folder`, which may be its `config.json` itself.
+
+    Raises `UserError` if transformers knows none such.
+    """
     from transformers import AutoConfig
 
+    file = folder if folder.is_file() else folder / "config.json"
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each kind of damage raises an error of its own
@@ -139,8 +152,8 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
             raise UserError(
                 f"{folder} brings code of its own: read it, and give --trust-remote-code if you trust it"
             ) from error
-        raise UserError(f"{folder / 'config.json'} is of no model that transformers knows ({reason})") from error
-    require_language_model(config, folder / "config.json")
+        raise UserError(f"{file} is of no model that transformers knows ({reason})") from error
+    require_language_model(config, file)
     return config
 
 
@@ -149,7 +162,8 @@ def require_language_model(config: Any, source: str | Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "is_encoder_decoder", False)
+    if not known and not own_code:
         raise UserError(
             f"{source} is of a {config.model_type} model, which does not predict the next token from those before it: "
             "take a causal language model"

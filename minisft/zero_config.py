@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-# What DeepSpeed takes where a configuration is silent, in elements: buckets, and tensors that stage 3 keeps whole.
+# What DeepSpeed takes where a configuration is silent, in elements: buckets, and at stage 3 tensors that are kept whole
+# and what is stepped at once.
 DEFAULT_BUCKET = 500_000_000
 DEFAULT_PERSISTENCE = 100_000
+DEFAULT_SUB_GROUP = 1_000_000_000
 STRATEGIES = ("vanilla", "ddp", "zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 
 # The numbers are written out, not "auto": what is in the file is what runs, and Trainer checks that they agree.

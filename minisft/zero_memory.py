@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from minisft.errors import UserError
-from minisft.zero_config import DEFAULT_BUCKET, DEFAULT_PERSISTENCE, STRATEGIES, deepspeed_config, zero_stage
+from minisft.zero_config import (
+    DEFAULT_BUCKET,
+    DEFAULT_PERSISTENCE,
+    DEFAULT_SUB_GROUP,
+    STRATEGIES,
+    deepspeed_config,
+    zero_stage,
+)
 
 OWNERS = (
     "parameters",
@@ -58,7 +65,7 @@ FORMULAS: dict[str, dict[str, str]] = {
         "parameters": "e Q",
         "gradients": "e Q, allocated all the time",
         "fp32 masters": "4 Q",
-        "optimizer states": "8 Q + 4 per group",
+        "optimizer states": "8 Q + 4 per sub-group (sub_group_size)",
         "buckets": "e x reduce_bucket_size, allocated all the time",
         "persistent parameters": "e W Q over parameters up to the persistence threshold, kept whole; none on 1 rank",
     },
@@ -75,7 +82,7 @@ FORMULAS: dict[str, dict[str, str]] = {
         "parameters": "e Q in main memory with offload_param",
         "gradients": "(e + 4) Q in main memory, allocated all the time",
         "fp32 masters": "4 Q in main memory",
-        "optimizer states": "8 Q + 4 per group in main memory",
+        "optimizer states": "8 Q + 4 per sub-group in main memory",
         "buckets": "e x reduce_bucket_size on the GPU",
         "persistent parameters": "e W Q over parameters up to the persistence threshold, on the GPU",
     },
@@ -130,12 +137,18 @@ class Shapes:
 
     @classmethod
     def of_config(cls, config: Any, trust_remote_code: bool = False, source: str = "") -> Shapes:
-        """The same from a transformers config: the model is built without weights."""
+        """The same from a transformers config: a model is built without weights. Raises `UserError` if none can be."""
         import torch
         from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except Exception as error:  # each model's code raises its own
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(
+                f"no {config.model_type} model can be built from this config ({reason}): correct it"
+            ) from error
         return cls.of_model(model, source or f"{type(model).__name__} built from its config, without weights")
 
 
@@ -163,6 +176,20 @@ def touching(group: Sequence[tuple[str, int]], ranks: int, padding: bool = True)
 def split_size(group: Iterable[tuple[str, int]], ranks: int) -> int:
     """Elements of one rank's part of a param group at stage 3, where every tensor is split by itself."""
     return sum(-(-elements // ranks) for _, elements in group)
+
+
+def sub_groups(group: Iterable[tuple[str, int]], ranks: int, zero: Mapping[str, Any]) -> list[int]:
+    """Elements of one rank in each sub-group of a param group, which stage 3 steps one after the other.
+
+    Whole tensors are added up until there are `sub_group_size` elements.
+    """
+    limit, found, size = float(zero.get("sub_group_size", DEFAULT_SUB_GROUP)), [], 0
+    for _, elements in group:
+        size += -(-elements // ranks)
+        if size >= limit:
+            found.append(size)
+            size = 0
+    return [*found, size] if size else found
 
 
 def predict(
@@ -204,7 +231,9 @@ def predict(
     return predicted
 
 
-def generated(shapes: Shapes, strategy: str, ranks: int, precision: str, accumulation: int = 1) -> dict[str, Any]:
+def generated(
+    shapes: Shapes, strategy: str, ranks: int, precision: str, accumulation: int = 1, on_gpu: bool = False
+) -> dict[str, Any]:
     """The configuration that `minisft` writes for such a run, as far as memory depends on it."""
     return deepspeed_config(
         strategy,
@@ -214,7 +243,7 @@ def generated(shapes: Shapes, strategy: str, ranks: int, precision: str, accumul
         max_grad_norm=1.0,
         precision=precision,
         largest_tensor=shapes.largest,
-        on_gpu=False,
+        on_gpu=on_gpu,
     )
 
 
@@ -264,7 +293,7 @@ def _stage3(shapes: Shapes, ranks: int, precision: str, zero: Mapping[str, Any])
         "parameters": e * split,
         "gradients": e * split,
         "fp32 masters": 4 * split,
-        "optimizer states": 8 * split + STEP * len(shapes.groups),
+        "optimizer states": 8 * split + STEP * sum(len(sub_groups(group, ranks, zero)) for group in shapes.groups),
         "buckets": e * int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
         "persistent parameters": e * ranks * split_size(small, ranks) if ranks > 1 else 0,
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 from minisft.dry_run import DryRun
 from minisft.zero_config import zero_stage
-from minisft.zero_memory import ELEMENT, Shapes, generated, offloaded, partition_size, split_size, total
+from minisft.zero_memory import ELEMENT, Shapes, generated, offloaded, partition_size, sub_groups, total
 
 PERSISTENCE = "stage3_param_persistence_threshold"
 STEP_OWNER = "temporaries of the step"
@@ -40,7 +40,7 @@ def at_peak(
     peaks = []
     for moments in predicted:
         computing = _computing(shapes, strategy, precision, moments, dry, zero, accumulation)
-        stepping = _stepping(shapes, strategy, ranks, precision, moments, offloaded(deepspeed, "optimizer"))
+        stepping = _stepping(shapes, strategy, ranks, precision, moments, zero, offloaded(deepspeed, "optimizer"))
         peaks.append(max(computing, stepping, key=total))
     return peaks
 
@@ -82,15 +82,20 @@ def _most_freeing(dry: DryRun, kept: int, already: bool, parameters: int) -> dic
 
     `already` says that those lie there from the beginning.
     """
-    moments = zip(dry.moments_freeing, dry.gradients_then, strict=True)
     return max(
-        ({**held, "gradients": kept if already else kept * arrived // parameters} for held, arrived in moments),
+        ({**s.held, "gradients": kept if already else kept * s.arrived // parameters} for s in dry.stretches),
         key=total,
     )
 
 
 def _stepping(
-    shapes: Shapes, strategy: str, ranks: int, precision: str, moments: Mapping[str, dict[str, int]], away: bool
+    shapes: Shapes,
+    strategy: str,
+    ranks: int,
+    precision: str,
+    moments: Mapping[str, dict[str, int]],
+    zero: Mapping[str, Any],
+    away: bool,
 ) -> dict[str, int]:
     stage = zero_stage(strategy)
     held = dict(moments["after backward"])
@@ -101,6 +106,7 @@ def _stepping(
     elif stage in (1, 2):
         part = max(partition_size(sum(n for _, n in group), ranks) for group in shapes.groups)
         held[STEP_OWNER] = (4 if precision == "fp32" else 6) * part
-    elif stage == 3:
-        held[STEP_OWNER] = 4 * sum(split_size(group, ranks) for group in shapes.groups)
+    elif stage == 3:  # one sub-group after the other, flattened and then in fp32; before, a tensor's norm in fp64
+        stepped = max(n for group in shapes.groups for n in sub_groups(group, ranks, zero))
+        held[STEP_OWNER] = max((4 if precision == "fp32" else 6) * stepped, 8 * -(-shapes.largest // ranks))
     return held

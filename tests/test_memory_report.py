@@ -78,6 +78,11 @@ def test_a_model_that_cannot_be_traced_has_states_and_a_note(tmp_path):
         (["--params", "7e9", "--model", "smollm2"], "either --model or --params"),
         ([], "either --model or --params"),
         (["--params", "7e9", "--gpu-memory", "1"], "no GPU"),
+        (["--params", "7e9", "--gpu-memory", "inf"], "--gpu-memory is inf"),
+        (["--params", "1e300"], "give a number from 1 to 1e+15"),
+        (["--params", "7e9", "--precision", "int8"], "unknown precision 'int8'"),
+        (["--params", "7e9", "--accumulation", "-4"], "accumulation is -4"),
+        (["--model", "smollm2", "--batch-size", "100000"], "give at most 512"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, said):
@@ -85,6 +90,72 @@ def test_bad_input_is_one_sentence(arguments, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "4096"},
+        {"hidden_size": None},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 33},
+        {"rope_parameters": {"rope_type": "spiral"}},
+        {"dtype": "float17"},
+        {"hidden_act": "nope"},
+        {"pad_token_id": 10**6},
+        {"vocab_size": -5},
+        {"model_type": ["llama"]},
+    ],
+)
+def test_a_config_of_nonsense_is_one_sentence(tmp_path, change):
+    """Given as a file or by its folder; what transformers makes sense of all the same is no traceback either."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA_70B | {"num_hidden_layers": 2} | change))
+    for name in (file, tmp_path):
+        done = minisft("memory", "--model", name, "--states-only")
+        assert done.returncode in (0, 2)
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.splitlines()) == (done.returncode == 2)
+
+
+def test_a_config_may_be_a_file_as_transformers_writes_it(tmp_path):
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 12, "vocab_size": 100, "num_heads": 4, "head_dim": 32}
+    AutoConfig.for_model("mamba2", **sizes).save_pretrained(tmp_path)
+    by_file, by_folder = (of_model(str(p), 2, "bf16", None) for p in (tmp_path / "config.json", tmp_path))
+    assert by_file.strategies == by_folder.strategies
+
+
+def test_of_a_model_that_only_one_way_can_trace_that_one_is_known(tmp_path):
+    """Mixtral's experts multiply in half precision alone on a CPU: so under ZeRO, and not under autocast."""
+    file = tmp_path / "config.json"
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    about = {"model_type": "mixtral", "vocab_size": 300, "num_hidden_layers": 1, "num_local_experts": 4}
+    file.write_text(json.dumps(about | sizes))
+    report = of_model(str(file), 2, "bf16", Batch(1, 8), on_gpu=True)
+    assert "peak" in report.strategies["zero2"]["ranks"][0]
+    assert "peak" not in report.strategies["ddp"]["ranks"][0]
+    assert report.note.startswith("of ddp, which keeps fp32 weights: ")
+    report.add_plan(80e9)
+    assert "activations are not counted" not in report.text()
+
+
+def test_a_plan_without_activations_says_so(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA_70B))
+    report = of_model(str(file), 64, "bf16", None)
+    report.add_plan(80e9)
+    assert report.text().endswith("(1.5 GB of each GPU are set aside for CUDA, and activations are not counted)")
+
+
+def test_rows_are_no_longer_than_the_model_has_positions(tmp_path):
+    file = tmp_path / "config.json"
+    about = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 100, "n_positions": 64}
+    file.write_text(json.dumps(about))
+    assert of_model(str(file), 2, "bf16", Batch(1, None)).activations["length"] == 64
+    with pytest.raises(UserError, match="max length is 65, and the model has 64 positions"):
+        of_model(str(file), 2, "bf16", Batch(1, 65))
 
 
 def test_what_is_no_model_is_refused(tmp_path):

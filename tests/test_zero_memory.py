@@ -30,6 +30,7 @@ from minisft.zero_memory import (
     partition_size,
     predict,
     split_size,
+    sub_groups,
     total,
     touching,
 )
@@ -110,6 +111,18 @@ def test_traffic_is_the_papers(strategy, ranks, precision, accumulation):
     moved = predict_traffic(shapes, strategy, ranks, precision, accumulation)
     whole = sent(moved, ranks) * ranks / (ranks - 1) / ELEMENT[precision] / shapes.parameters
     assert whole == pytest.approx(traffic(strategy, accumulation, precision), rel=1e-3)
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=20), st.integers(1, 8), st.integers(1, 9000))
+def test_sub_groups_are_those_that_deepspeed_makes(sizes, ranks, limit):
+    from types import SimpleNamespace
+
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    parts = [SimpleNamespace(partition_numel=lambda n=n: -(-n // ranks)) for n in sizes]
+    theirs = DeepSpeedZeroOptimizer_Stage3._create_fp16_sub_groups(SimpleNamespace(sub_group_size=limit), parts)
+    ours = sub_groups([("", n) for n in sizes], ranks, {"sub_group_size": limit})
+    assert ours == [sum(p.partition_numel() for p in some) for some in theirs]
 
 
 # --- the paper ---------------------------------------------------------------------------------------------
