@@ -66,6 +66,8 @@ def cases(ranks: int) -> list[tuple[Shapes, dict]]:
         if zero["stage"] == 3:  # nothing is kept from one use to the next
             zero |= {"stage3_param_persistence_threshold": PERSISTENCE, "stage3_max_reuse_distance": 0}
             zero["stage3_max_live_parameters"] = 0
+            if tied:  # stepped in several parts
+                zero["sub_group_size"] = 1000
         about = {"strategy": strategy, "precision": precision, "accumulation": accumulation, "deepspeed": config}
         made.append((shapes, about | {"stage": zero["stage"], "two_groups": two_groups, "tied": tied}))
     return made
