@@ -99,6 +99,9 @@ def plan(
         reason += f"; {', '.join(o.strategy for o in below)} would send no more, but {_does(below)} not fit"
     else:
         reason += ", and nothing that fits sends less"
+    if offloads(best.strategy) and isinstance(model, Shapes):
+        main = main_memory_bytes(model, best.strategy, ranks, precision) / 1e9
+        reason += f"; it needs {main:,.1f} GB of main memory for each GPU as well"
     return Plan(tuple(options), best, reason)
 
 
@@ -122,6 +125,13 @@ def state_bytes(model: Shapes | float, strategy: str, ranks: int, precision: str
     if ranks < 1 or not model > 0:
         raise UserError(f"{model:g} parameters on {ranks} ranks: give at least one of each")
     return model * _per_parameter(strategy, ranks)
+
+
+def main_memory_bytes(model: Shapes, strategy: str, ranks: int, precision: str = "bf16") -> int:
+    """Bytes of states in main memory for the rank that holds the most there, after backward, if it is offloaded."""
+    config = generated(model, strategy, ranks, precision)
+    held = [rank["after backward"] for rank in predict(model, strategy, ranks, precision, config)]
+    return max(total(rank) - total(on_gpu(rank, config)) for rank in held)
 
 
 def _per_parameter(strategy: str, ranks: int) -> float:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from minisft.errors import UserError
 from minisft.planner import CANDIDATES, RESERVED, largest_model, plan, state_bytes, traffic
+from minisft.zero_memory import Shapes
 
 GB = 1e9
 
@@ -47,6 +48,14 @@ def test_offloading_is_the_last_resort():
     assert found.best.strategy == "zero2-offload"
     assert "; zero1, zero2 would send no more, but do not fit" in found.reason
     assert plan(13e9, 16, 80 * GB).best.strategy == "zero1"
+
+
+def test_what_is_offloaded_lies_in_main_memory():
+    """20 bytes for each parameter: bf16 and fp32 gradients, masters, Adam's two averages, and bf16 parameters."""
+    shapes = Shapes((tuple((f"t{i}", 130_000_000) for i in range(100)),))
+    found = plan(shapes, 2, 10 * GB)
+    assert found.best.strategy == "zero3-offload"
+    assert "; it needs 130.0 GB of main memory for each GPU as well" in found.reason
 
 
 def test_known_peaks_decide():
