@@ -106,7 +106,7 @@ def heed_signals():
 
 def started(run, silence=60.0):
     process = subprocess.Popen(
-        [sys.executable, "-c", STARTER, str(run.folder), str(silence)],
+        [sys.executable, "-u", "-c", STARTER, str(run.folder), str(silence)],  # its error comes last
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
