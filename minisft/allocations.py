@@ -21,14 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes alive after one allocation or release, by owner, and the phase that it happened in.
-
-    `mark` is what `Allocations.mark` was then: whatever its user counts.
-    """
+    """Bytes alive after one allocation or release, by owner, and the phase that it happened in."""
 
     phase: str
     held: dict[str, int]
-    mark: int = 0
 
     @property
     def total(self) -> int:
@@ -45,7 +41,7 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self, owner: str = "activations", phase: str = "forward"):
         super().__init__()
-        self.owner, self.phase, self.mark = owner, phase, 0
+        self.owner, self.phase = owner, phase
         self.held: dict[str, int] = {}
         self.peak = Moment(phase, {})
         self._events: list[tuple[str, list[Any], int]] = []  # phase, entry as in `_known`, 1 for a birth or -1
@@ -125,4 +121,4 @@ class Allocations(TorchDispatchMode):
         self._total += sign * size
         self._events.append((self.phase, entry, sign))
         if self._total > self.peak.total:
-            self.peak = Moment(self.phase, dict(self.held), self.mark)
+            self.peak = Moment(self.phase, dict(self.held))

@@ -20,6 +20,7 @@ from minisft.exam import prompt_ids, tools_of
 from minisft.generation import stream
 from minisft.lens import harmless
 from minisft.live import in_notebook
+from minisft.models import positions_of
 from minisft.runs import Run, checkpoint_step
 
 REPLACEMENT = "\ufffd"  # what half a character decodes to
@@ -32,7 +33,7 @@ class Talk:
         config = run.config
         self.tokenizer, self.template = tools_of(run.model_folder, config.template)
         self.model = load_to_answer(folder, self.tokenizer, run.precision, config.trust_remote_code)
-        self.positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        self.positions = positions_of(self.model.config) or 1 << 30
         self.messages: list[Message] = []
 
     def say(self, text: str, max_new_tokens: int = 200) -> Iterator[str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisft.batches import PaddingFree, pad_left, portions
+from minisft.models import positions_of
 
 DECODING = "minisft_decoding"
 ROOM = 32  # tokens by which the memory for keys and values grows
@@ -56,7 +57,7 @@ def replies(
 
 
 def _room(model: Any, prompt: list[int], most: int) -> int:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     return min(most, positions - len(prompt)) if positions else most
 
 

@@ -253,27 +253,26 @@ def _top(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _batch(config: Mapping[str, Any], ranks: int | None) -> Iterator[Finding]:
-    names = BATCH_KEYS
-    whole, micro, steps = (config.get(name) for name in names)
+    whole, micro, steps = (config.get(name) for name in BATCH_KEYS)
     together = config.get("sequence_parallel_size")  # ranks that work on the same rows
     if ranks and _is_whole(together) and together > 0:
         ranks = max(1, ranks // together)
-    for name, value in zip(names, (whole, micro, steps), strict=True):
+    for name, value in zip(BATCH_KEYS, (whole, micro, steps), strict=True):
         if value is not None and value != "auto" and (not _is_whole(value) or value < 1):
             yield Finding("error", name, f"is {json.dumps(value)}: give a whole number, at least 1")
             return
     if whole is None and micro is None:
-        yield Finding("error", names[0], "neither this nor train_micro_batch_size_per_gpu is given: one is needed")
+        yield Finding("error", BATCH_KEYS[0], "neither this nor train_micro_batch_size_per_gpu is given: one is needed")
     if not _is_whole(whole):
         return
     micro, steps = micro if _is_whole(micro) else None, steps if _is_whole(steps) else None
     product = (micro or 1) * (steps or 1) * (ranks or 1)
     if micro and steps and ranks:
         if product != whole:
-            yield Finding("error", names[0], f"is {whole}, but {micro} x {steps} x {ranks} ranks are {product}")
+            yield Finding("error", BATCH_KEYS[0], f"is {whole}, but {micro} x {steps} x {ranks} ranks are {product}")
     elif whole % product:
         given = " x ".join(str(n) for n in (micro, steps, ranks and f"{ranks} ranks") if n)
-        yield Finding("error", names[0], f"is {whole}, which is no multiple of {given}")
+        yield Finding("error", BATCH_KEYS[0], f"is {whole}, which is no multiple of {given}")
 
 
 def _precision(config: Mapping[str, Any]) -> Iterator[Finding]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
+from minisft.models import positions_of
 from minisft.planner import RESERVED, Plan, plan
 from minisft.traffic import predict_traffic, sent
 from minisft.zero_config import STRATEGIES, offloads, zero_stage
 from minisft.zero_memory import (
     DEEPSPEED,
-    ELEMENT,
     FORMULAS,
     MOMENTS,
     PAPER,
@@ -23,6 +23,7 @@ from minisft.zero_memory import (
     in_main_memory,
     paper,
     predict,
+    require,
     total,
 )
 from minisft.zero_peak import at_peak
@@ -161,10 +162,9 @@ def of_parameters(parameters: float, ranks: int, precision: str = "bf16", accumu
 
 
 def _require(ranks: int, precision: str, accumulation: int) -> None:
-    if not 1 <= ranks <= MOST_RANKS:
-        raise UserError(f"ranks is {ranks}: give at {'least 1' if ranks < 1 else f'most {MOST_RANKS:,}'}")
-    if precision not in ELEMENT:
-        raise UserError(f"unknown precision {precision!r}: use one of {', '.join(ELEMENT)}")
+    require(ranks, precision)
+    if ranks > MOST_RANKS:
+        raise UserError(f"ranks is {ranks}: give at most {MOST_RANKS:,}")
     if accumulation < 1:
         raise UserError(f"accumulation is {accumulation}: give at least 1")
 
@@ -188,7 +188,7 @@ def of_model(
     _require(ranks, precision, accumulation)
     config = _config(name, trust_remote_code, say)
     if batch is not None and batch.length is None:
-        batch = replace(batch, length=min(LENGTH, preflight.positions_of(config) or LENGTH))
+        batch = replace(batch, length=min(LENGTH, positions_of(config) or LENGTH))
     if batch is not None:
         preflight.require_positions(config, batch.length)
     shapes = Shapes.of_config(config, trust_remote_code)

@@ -42,6 +42,11 @@ def load_model(folder: Path, tokenizer: HuggingFaceTokenizer, trust_remote_code:
     return model
 
 
+def positions_of(config: Any) -> int | None:
+    """How many positions the model of a transformers config has; None where it sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def with_layers(config: Any, layers: int) -> Any:
     """A copy of a transformers config, with so many layers."""
     config = deepcopy(config)

@@ -6,7 +6,7 @@ of parameters. Cheapest means the least traffic between the ranks: who fits with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from minisft.errors import UserError
@@ -119,9 +119,7 @@ def state_bytes(model: Shapes | float, strategy: str, ranks: int, precision: str
     """Bytes of states on the GPU of the rank that holds the most, after backward; of a bare number by the paper's
     formula."""
     if isinstance(model, Shapes):
-        config = generated(model, strategy, ranks, precision)
-        held = predict(model, strategy, ranks, precision, config)
-        return max(total(on_gpu(rank["after backward"], config)) for rank in held)
+        return max(there for there, _ in _by_place(model, strategy, ranks, precision))
     if ranks < 1 or not model > 0:
         raise UserError(f"{model:g} parameters on {ranks} ranks: give at least one of each")
     return model * _per_parameter(strategy, ranks)
@@ -129,9 +127,16 @@ def state_bytes(model: Shapes | float, strategy: str, ranks: int, precision: str
 
 def main_memory_bytes(model: Shapes, strategy: str, ranks: int, precision: str = "bf16") -> int:
     """Bytes of states in main memory for the rank that holds the most there, after backward, if it is offloaded."""
+    return max(away for _, away in _by_place(model, strategy, ranks, precision))
+
+
+def _by_place(model: Shapes, strategy: str, ranks: int, precision: str) -> Iterator[tuple[int, int]]:
+    """Each rank's bytes of states after backward, on its GPU and in main memory."""
     config = generated(model, strategy, ranks, precision)
-    held = [rank["after backward"] for rank in predict(model, strategy, ranks, precision, config)]
-    return max(total(rank) - total(on_gpu(rank, config)) for rank in held)
+    for rank in predict(model, strategy, ranks, precision, config):
+        held = rank["after backward"]
+        there = total(on_gpu(held, config))
+        yield there, total(held) - there
 
 
 def _per_parameter(strategy: str, ranks: int) -> float:

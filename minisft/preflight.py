@@ -13,6 +13,7 @@ from typing import Any
 
 from minisft import machine
 from minisft.errors import UserError
+from minisft.models import positions_of
 from minisft.runs import RunConfig, outputs_root
 
 GB = 1e9
@@ -58,11 +59,6 @@ def require_positions(model: Any, length: int) -> None:
         raise UserError(
             f"max length is {length}, and the model has {positions} positions: give at most --max-length {positions}"
         )
-
-
-def positions_of(model: Any) -> int | None:
-    """How many positions the model of a transformers config has; None where it sets no limit."""
-    return getattr(model.get_text_config(), "max_position_embeddings", None)
 
 
 def require_space(config: RunConfig, rows: int, parameters: int) -> None:

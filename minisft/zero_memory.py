@@ -204,7 +204,9 @@ def predict(
     `deepspeed` is the configuration that runs; without one it is what `minisft` generates. Raises `UserError` for a
     strategy, number of ranks or precision that cannot be.
     """
-    _require(strategy, ranks, precision)
+    if strategy not in STRATEGIES:
+        raise UserError(f"unknown strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
+    require(ranks, precision)
     stage = zero_stage(strategy)
     if stage is not None and deepspeed is None:
         deepspeed = generated(shapes, strategy, ranks, precision)
@@ -247,9 +249,8 @@ def generated(
     )
 
 
-def _require(strategy: str, ranks: int, precision: str) -> None:
-    if strategy not in STRATEGIES:
-        raise UserError(f"unknown strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
+def require(ranks: int, precision: str) -> None:
+    """Raise `UserError` for a number of ranks or a precision that cannot be."""
     if ranks < 1:
         raise UserError(f"ranks is {ranks}: give at least 1")
     if precision not in ELEMENT:
