@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minisft.errors import UserError
+from minisft.files import cache_dir, user_path
 
 Say = Callable[[str], None]
 
@@ -80,13 +81,6 @@ class Asset:
         return f"{self.name}: {self.bytes / 1e6:,.0f} MB, from {self.source}; licence: {self.licence}"
 
 
-def cache_dir() -> Path:
-    """The folder that holds what was fetched: `MINISFT_CACHE`, else `minisft` in the user's cache folder."""
-    if own := os.environ.get("MINISFT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minisft"
-
-
 def find_model(source: str = "smollm2", say: Say = print) -> Asset:
     """Return a folder that transformers loads: fp32 or other safetensors, config and tokenizer.
 
@@ -96,14 +90,14 @@ def find_model(source: str = "smollm2", say: Say = print) -> Asset:
     if source == "smollm2":
         return _packaged(SMOLLM2, "smollm2-135m-instruct", _convert_gguf, say)
     if _looks_local(source):
-        return _local_model(Path(source).expanduser())
+        return _local_model(user_path(source))
     found = _from_hub(source, "model", say)
     return find_model(STAND_INS[source], say) if found is None else found
 
 
 def settled(source: str) -> str:
     """The same model or data from wherever one is: the path of what is here becomes absolute, all else stays."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     return source if source in ("smollm2", "sharegpt") or not path.exists() else str(path.absolute())
 
 
@@ -112,7 +106,7 @@ def find_data(source: str = "sharegpt", say: Say = print) -> Asset:
     if source == "sharegpt":
         return _packaged(SHAREGPT, "sharegpt", _only_file, say)
     if _looks_local(source) or Path(source).suffix in {".json", ".jsonl", ".parquet"}:
-        path = Path(source).expanduser()
+        path = user_path(source)
         if not path.exists():
             raise UserError(f"data file {source} does not exist: check the path, or use --data sharegpt")
         return Asset(path.name, path, f"the local path {source}", _size(path), "yours to know")

@@ -18,10 +18,10 @@ from minisft.conversations import Conversation, Message
 from minisft.errors import UserError
 from minisft.exam import prompt_ids, tools_of
 from minisft.generation import stream
-from minisft.lens import harmless
 from minisft.live import in_notebook
 from minisft.models import positions_of
 from minisft.runs import Run, checkpoint_step
+from minisft.text import harmless
 
 REPLACEMENT = "\ufffd"  # what half a character decodes to
 

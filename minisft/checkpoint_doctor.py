@@ -16,8 +16,9 @@ from typing import Any
 
 from minisft.checkpoints import damage
 from minisft.errors import UserError
+from minisft.files import read_json
 from minisft.preflight import model_config
-from minisft.runs import Run, read_json
+from minisft.runs import Run
 from minisft.tokens import HuggingFaceTokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

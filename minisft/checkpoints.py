@@ -6,7 +6,6 @@ A checkpoint is written into `.saving/` and gets its name, by one rename, when a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.runs import MANIFEST, Run, checkpoint_step, manifest_of, read_json, write_json, written_whole
+from minisft.files import digest, read_json, write_json, written_whole
+from minisft.runs import MANIFEST, Run, checkpoint_step, manifest_of
 
 SCRATCH = ".saving"
 UNSAFE = ("training_args.bin",)  # a pickle that nobody needs: run.json says the same
@@ -116,14 +116,6 @@ def cut_metrics(file: Path, step: int) -> None:
             break
     with written_whole(file) as stream:
         stream.writelines(kept)
-
-
-def digest(file: Path, sync: bool = False) -> str:
-    """SHA-256 of a file, in hexadecimal; `sync` first waits until it is on the disk."""
-    with file.open("rb") as stream:
-        if sync:
-            os.fsync(stream.fileno())
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -128,10 +128,10 @@ def encode(
     """Turn conversations into token ids and labels, one JSON line each."""
     from minisft.assets import find_data
     from minisft.encoding import encode_stream
+    from minisft.files import write_json, written_whole
     from minisft.ledger import Ledger
     from minisft.mistral import MistralTemplate
     from minisft.reading import read
-    from minisft.runs import write_json, written_whole
     from minisft.tokens import load_tokenizer
 
     book = Ledger()

@@ -22,14 +22,14 @@ from typing import Any
 
 from minisft.answering import Answer, answer_loss, generate, load_to_answer
 from minisft.checkpoint_doctor import ailment, weight_files
-from minisft.checkpoints import digest
 from minisft.conversations import Conversation
 from minisft.errors import UserError
 from minisft.evaluation_report import interval_told, write_summary
 from minisft.exam import FORM, Exam, Settings, fingerprint, prompt_ids, read_cache, set_exam, tools_of
-from minisft.lens import harmless
-from minisft.runs import Run, checkpoint_step, outputs_root, read_json, write_json, written_whole
+from minisft.files import digest, read_json, write_json, written_whole
+from minisft.runs import Run, checkpoint_step, outputs_root
 from minisft.scores import corpus_scores, one_line
+from minisft.text import harmless
 
 Say = Callable[[str], None]
 EXAMPLES = 3

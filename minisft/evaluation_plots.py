@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minisft.files import read_json
 from minisft.plots import PALETTE, Picture, figure_of, picture_of
-from minisft.runs import Run, outputs_root, read_json
+from minisft.runs import Run, outputs_root
 from minisft.scores import corpus_scores
 
 Summary = Mapping[str, Any]  # a `summary.json`

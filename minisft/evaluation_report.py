@@ -7,8 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minisft.lens import harmless
-from minisft.runs import Run, write_json, written_whole
+from minisft.files import write_json, written_whole
+from minisft.runs import Run
+from minisft.text import harmless
 
 COLUMNS = ("step", "bleu", "bleu_interval", "chrf", "chrf_interval", "length_ratio", "stopped", "loss", "perplexity")
 

@@ -13,12 +13,13 @@ from typing import Any
 
 from minisft.conversations import Conversation, one_per_answer
 from minisft.errors import UserError
+from minisft.files import read_json, write_json
 from minisft.labels import encode, encode_segments
 from minisft.leakage import Leak, Prompt, find_leaks, trained_texts
 from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate
 from minisft.reading import read
-from minisft.runs import Run, read_json, write_json
+from minisft.runs import Run
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import TEST, TRAIN, load_rows
 

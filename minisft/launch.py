@@ -27,12 +27,13 @@ from minisft import assets, operators, preflight
 from minisft.checkpoints import latest_resumable
 from minisft.commands import Command, commands, require_deepspeed, shown, write_place
 from minisft.errors import UserError
+from minisft.files import read_json, try_lock, write_json
 from minisft.hosts import Place, is_here
 from minisft.ledger import Ledger
 from minisft.lint import lint
 from minisft.live import LiveView, in_notebook
 from minisft.pulse import SILENCE, STALL, clear, read_signs
-from minisft.runs import Run, RunConfig, all_runs, lock_of, outputs_root, project_root, read_json, try_lock, write_json
+from minisft.runs import Run, RunConfig, all_runs, lock_of, outputs_root, project_root
 from minisft.supervisor import Task
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import made_of, remember, take_over, write_data

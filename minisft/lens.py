@@ -16,6 +16,7 @@ from html import escape
 from typing import Any
 
 from minisft.labels import IGNORE_INDEX, Row
+from minisft.text import spelt
 from minisft.tokens import Tokenizer
 
 FOLD, KEPT = 400, 200  # of more boxes or lines than FOLD, only KEPT at either end stay open
@@ -362,20 +363,6 @@ def visible(data: bytes) -> str:
             stands = True
         shown += c
     return shown or "∅"
-
-
-def harmless(text: str) -> str:
-    """The text with every control character written out but line ends and tabs, so that a terminal only prints it."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else spelt(c) for c in text)
-
-
-def spelt(c: str) -> str:
-    """One character by its number: `\\x1b` if it is one byte of the data, else `\\u202e` or `\\U0001f600`."""
-    code = ord(c)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
-        code -= 0xDC00
-        return f"\\x{code:02x}"
-    return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def _folded(items: Sequence[Any], limit: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:

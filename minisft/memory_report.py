@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
+from minisft.files import user_path
 from minisft.models import positions_of
 from minisft.planner import RESERVED, Plan, plan
 from minisft.traffic import predict_traffic, sent
@@ -222,7 +222,7 @@ def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> A
     """The transformers config of a model: weights are not needed where its folder or file is at hand."""
     from minisft import assets, preflight
 
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

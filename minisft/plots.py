@@ -224,7 +224,7 @@ def _drawable(text: str) -> str:
 
     from matplotlib.font_manager import findfont, get_font
 
-    from minisft.lens import spelt
+    from minisft.text import spelt
 
     font = get_font(findfont("DejaVu Sans Mono:bold"))
     plain = (font.get_char_index(ord(c)) and not combining(c) and bidirectional(c) not in ("R", "AL") for c in text)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.runs import write_json
+from minisft.files import write_json
 
 SAY = "[minisft] "  # begins a line that a rank wants the person to see; its other output goes to the log alone
 FOLDER = "ranks"  # of a run folder

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import fcntl
 import json
 import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from minisft.encoding import TRAIN_ON
 from minisft.errors import UserError
+from minisft.files import read_json, try_lock, user_path
 from minisft.labels import TRUNCATIONS
 from minisft.mistral import VERSIONS
 from minisft.zero_config import STRATEGIES
@@ -204,7 +203,7 @@ def project_root() -> Path:
 def outputs_root() -> Path:
     """Where runs and evaluations go: `MINISFT_OUTPUTS`, else `outputs` in the project."""
     own = os.environ.get("MINISFT_OUTPUTS")
-    return Path(own).expanduser().absolute() if own else project_root() / "outputs"
+    return user_path(own).absolute() if own else project_root() / "outputs"
 
 
 @dataclass(frozen=True)
@@ -341,18 +340,6 @@ def lock_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def try_lock(lock: TextIO, how: int = fcntl.LOCK_EX) -> bool:
-    """Whether an open file could be locked: False if somebody else holds it. A file system without locks grants all."""
-    try:
-        fcntl.flock(lock, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-    return True
-
-
 def checkpoint_step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
@@ -363,33 +350,3 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
         if isinstance(found := read_json(checkpoint / MANIFEST), dict):
             return found
     return {}
-
-
-def read_json(file: Path) -> Any:
-    """The file's JSON, or None if there is no such file. Raises `UserError` if it is damaged."""
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(
-            f"{file} is not valid JSON ({error}): the run folder is damaged, start the run again"
-        ) from error
-
-
-@contextmanager
-def written_whole(file: Path) -> Iterator[TextIO]:
-    """A text file that appears whole or not at all; what stood there before stays until then."""
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8") as stream:
-            yield stream
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write `value` as JSON, whole or not at all."""
-    with written_whole(file) as stream:
-        stream.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

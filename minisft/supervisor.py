@@ -30,9 +30,9 @@ from typing import Any
 import psutil
 
 from minisft.commands import Command
+from minisft.files import write_json
 from minisft.hosts import is_here
 from minisft.pulse import BEAT, SAY, SUPERVISOR, Sign, SupervisorSign, Watch, read_signs
-from minisft.runs import write_json
 
 LOOK = 0.25  # seconds between two looks at the launcher
 POLITE = 2.0  # seconds between asking a process to end and ending it

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from minisft import checkpoints, machine
 from minisft.errors import UserError
+from minisft.files import try_lock, write_json
 from minisft.heap import importing
 from minisft.hosts import is_here
 from minisft.pulse import SAY, SUPERVISOR, Pulse, Sign, end_with_supervisor, read_signs
-from minisft.runs import Run, checkpoint_step, lock_of, try_lock, write_json
+from minisft.runs import Run, checkpoint_step, lock_of
 
 if TYPE_CHECKING:
     from minisft.trainer import RunTrainer

@@ -15,11 +15,12 @@ from minisft import checkpoints
 from minisft.allocations import Allocations
 from minisft.dry_run import ACTIVATIONS, BACKWARD, LOGITS
 from minisft.errors import UserError
+from minisft.files import write_json
 from minisft.heap import release_free_memory
 from minisft.loss import LossHead, summed_loss, trained_positions
 from minisft.observe import Observer
 from minisft.pulse import Pulse
-from minisft.runs import Run, write_json
+from minisft.runs import Run
 from minisft.sampling import RankBatches
 from minisft.traffic import Counter, ddp_traffic
 from minisft.zero_config import offloads

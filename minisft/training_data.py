@@ -16,9 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from minisft.checkpoints import digest
 from minisft.conversations import Conversation
 from minisft.encoding import encode_stream
+from minisft.files import digest
 from minisft.labels import Row
 from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate

@@ -10,7 +10,7 @@ from conftest import save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from minisft.checkpoint_doctor import ailment
-from minisft.checkpoints import digest
+from minisft.files import digest
 from minisft.launch import prepare
 from minisft.runs import RunConfig
 from minisft.tokens import HuggingFaceTokenizer

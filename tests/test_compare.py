@@ -5,8 +5,9 @@ import json
 import pytest
 
 from minisft.compare import summary_rows, table, tables, verdict
+from minisft.files import write_json
 from minisft.plots import comparison
-from minisft.runs import Run, RunConfig, write_json
+from minisft.runs import Run, RunConfig
 
 
 @pytest.fixture

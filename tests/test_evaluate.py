@@ -17,9 +17,10 @@ from minisft.errors import UserError
 from minisft.evaluate import evaluate_runs, results_of, settled
 from minisft.evaluation_report import side_by_side, through_training
 from minisft.exam import Settings, prompt_ids, set_exam, tools_of
+from minisft.files import read_json
 from minisft.labels import IGNORE_INDEX, encode
 from minisft.launch import prepare
-from minisft.runs import Run, RunConfig, lock_of, read_json
+from minisft.runs import Run, RunConfig, lock_of
 from minisft.tokens import HuggingFaceTokenizer
 
 QUICK = Settings(rows=5, max_new_tokens=6, batch_size=2, resamples=20)

@@ -5,9 +5,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from minisft.files import write_json
 from minisft.live import LiveView, curve
 from minisft.pulse import Pulse
-from minisft.runs import Run, RunConfig, write_json
+from minisft.runs import Run, RunConfig
 
 HOSTILE = "<script>alert(1)</script> & \x1b[31m"
 

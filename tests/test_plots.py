@@ -6,12 +6,13 @@ from conftest import sharegpt_row
 from PIL import Image
 
 from minisft.conversations import clean
+from minisft.files import write_json
 from minisft.labels import encode
 from minisft.launch import prepare
 from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate
 from minisft.plots import before_and_after, loss_curves, memory_bars, token_flow, token_lanes, token_strip
-from minisft.runs import RunConfig, write_json
+from minisft.runs import RunConfig
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.zero_measure import OWNERS
 

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from minisft.errors import UserError
-from minisft.runs import Run, RunConfig, all_runs, write_json
+from minisft.files import write_json
+from minisft.runs import Run, RunConfig, all_runs
 
 
 def test_the_defaults_are_the_original_hyperparameters():

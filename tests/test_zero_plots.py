@@ -7,9 +7,10 @@ import pytest
 from conftest import at_length
 
 from minisft import zero_plots
+from minisft.files import write_json
 from minisft.launch import prepare
 from minisft.planner import plan
-from minisft.runs import RunConfig, write_json
+from minisft.runs import RunConfig
 from minisft.traffic import OPERATIONS, predict_traffic, sent
 from minisft.zero_memory import Shapes
 

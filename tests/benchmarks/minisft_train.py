@@ -18,11 +18,12 @@ from transformers import TrainerCallback
 from worker import memory
 
 from minisft import wide_products
+from minisft.files import write_json
 from minisft.labels import Row
 from minisft.machine import cores
 from minisft.preflight import resolve_precision
 from minisft.pulse import Pulse
-from minisft.runs import Run, RunConfig, write_json
+from minisft.runs import Run, RunConfig
 from minisft.sampling import RankBatches
 from minisft.train import make_trainer
 from minisft.training_data import TEST_ROWS, TRAIN, write_rows

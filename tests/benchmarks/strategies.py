@@ -19,8 +19,9 @@ from collections import defaultdict
 from statistics import median
 
 from minisft.errors import UserError
+from minisft.files import read_json
 from minisft.launch import RunFailed, launch, prepare
-from minisft.runs import RunConfig, read_json
+from minisft.runs import RunConfig
 from minisft.zero_config import STRATEGIES
 
 SHARE_AIMED_AT = 0.02  # of step time, for observing

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from minisft.runs import read_json
+from minisft.files import read_json
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))

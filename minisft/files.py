@@ -1,0 +1,306 @@
+"""Files that are written whole, locked, compared by what they are, and read into a shape that was checked.
+
+What lies in a run folder or a cache may have come from somebody else, or be damaged. So a file is never opened through
+a link that takes its place, JSON is parsed into a declared shape in one place, and "cannot be read" is never taken
+for "is not there".
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from minisft.errors import UserError
+
+T = TypeVar("T")
+PRIVATE = 0o600
+_STREAM = re.compile(r"/(?:dev/fd|proc/self/fd)/(\d+)")
+_STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+
+
+# --- paths -------------------------------------------------------------------------------------------------
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a person gives it, `~` expanded. Raises `UserError` where nobody has that home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{str(text)!r} names a home folder that cannot be found: give a full path") from None
+
+
+def cache_dir() -> Path:
+    """The folder for what was fetched: `MINISFT_CACHE`, else `minisft` in the user's cache. Raises `UserError`."""
+    if own := os.environ.get("MINISFT_CACHE"):
+        return user_path(own)
+    try:
+        return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "minisft"
+    except UserError:
+        raise UserError("there is no home folder for the cache: set MINISFT_CACHE to a folder") from None
+
+
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether two paths mean one file, however they are spelt; either need not exist yet."""
+    with suppress(OSError):
+        return one.samefile(other)
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def is_inside(file: Path, folder: Path) -> bool:
+    """Whether `file` is `folder` or lies anywhere below it, however both are spelt; `file` need not exist yet."""
+    real = Path(os.path.realpath(file))
+    return any(is_same_file(place, folder) for place in (real, *real.parents))
+
+
+def require_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise `UserError` if an output is an input, lies in an input's folder, or is another output."""
+    outputs, inputs = list(outputs), list(inputs)
+    for i, output in enumerate(outputs):
+        if _is_special(output):
+            continue
+        for source in inputs:
+            if is_inside(output, source):
+                where = "lies in the folder" if source.is_dir() else "is the file"
+                raise UserError(f"the output {output} {where} {source}, which is read: write somewhere else")
+        if any(is_same_file(output, other) for other in outputs[:i]):
+            raise UserError(f"two outputs are the same file, {output}: give each a file of its own")
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_whole(file: Path, private: bool = False) -> Iterator[TextIO]:
+    """A text file that appears whole or not at all; what was there before stays until then.
+
+    A link in its place is replaced, never followed. With `private` only its owner may read it.
+    """
+    scratch = file.with_name(f".minisft-{secrets.token_hex(6)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    handle = os.open(scratch, flags, PRIVATE if private else 0o666)
+    try:
+        with open(handle, "w", encoding="utf-8") as stream:  # noqa: PTH123 (a descriptor, not a path)
+            yield stream
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def user_output(file: Path) -> Iterator[TextIO]:
+    """The text file that a person asked for: written whole, through their link, or straight into a device or pipe."""
+    if file.is_dir():
+        raise UserError(f"the output {file} is a folder: give the name of a file")
+    number = _stream_number(file)
+    if number is not None:
+        with open(os.dup(number), "w", encoding="utf-8") as stream:  # noqa: PTH123
+            yield stream
+    elif _is_special(file):
+        with file.open("w", encoding="utf-8") as stream:
+            yield stream
+    else:
+        with written_whole(Path(os.path.realpath(file))) as stream:
+            yield stream
+
+
+def _stream_number(file: Path) -> int | None:
+    """The number of the open stream that a path such as `/dev/stdout` means."""
+    path = os.path.normpath(file.absolute())
+    match = _STREAM.fullmatch(path)
+    return int(match[1]) if match else _STREAMS.get(path)
+
+
+def _is_special(file: Path) -> bool:
+    """Whether something is there that is neither a regular file nor a folder: a device, a pipe, a socket."""
+    try:
+        mode = file.stat().st_mode
+    except OSError:
+        return _stream_number(file) is not None
+    return _stream_number(file) is not None or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def write_json(file: Path, value: Any, private: bool = False) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    with written_whole(file, private) as stream:
+        stream.write(as_json(value) + "\n")
+
+
+def as_json(value: Any) -> str:
+    """Indented JSON in plain characters; in escapes where a text, a file name say, has bytes that are not UTF-8."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=2)
+    return text
+
+
+def open_own(file: Path, flags: int, private: bool = False) -> int:
+    """A descriptor of a file in a folder of ours, made if missing. Raises `UserError` for links and devices."""
+    try:
+        handle = os.open(file, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE if private else 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise UserError(f"{file} is a link or a pipe, where a file of this package belongs: remove it") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{file} is not a regular file, and one of this package belongs there: remove it")
+    return handle
+
+
+# --- locks -------------------------------------------------------------------------------------------------
+
+
+def open_lock(file: Path) -> TextIO:
+    """The lock file `file`, opened and not yet locked; nothing is written into it. Raises `UserError` for a link."""
+    return open(open_own(file, os.O_RDWR | os.O_NONBLOCK, private=True), "r+")
+
+
+def try_lock(lock: TextIO, how: int = fcntl.LOCK_EX) -> bool:
+    """Whether an open file could be locked: False if somebody else holds it. A file system without locks grants all."""
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    return True
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def read_text(file: Path) -> str | None:
+    """The text of a regular file, or None if it does not exist. Raises `UserError` if it cannot be read."""
+    try:
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not keep us waiting
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): repair or remove it") from error
+    with open(handle, "rb") as stream:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise UserError(f"{file} is not a regular file: remove it")
+        try:
+            return stream.read().decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 text ({error.reason}): it is damaged") from error
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}): repair or remove it") from error
+
+
+def read_json(file: Path, shape: type[T] | Any = None) -> T | Any:
+    """The JSON of a file, or None if there is no such file. Raises `UserError` if it is damaged or of another shape.
+
+    `shape` is a type (a dataclass, a `TypedDict`, `dict[str, int]`, …) that the value must have; without one any JSON
+    is taken.
+    """
+    text = read_text(file)
+    return None if text is None else parse_json(text, file, shape)
+
+
+def parse_json(text: str, file: Path, shape: type[T] | Any = None) -> T | Any:
+    """`read_json` for text that was read already; `file` is named in the `UserError`."""
+    if shape is not None:
+        return _validated(text, shape, file)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON ({str(error)[:200]}): it is damaged") from error
+
+
+def checked(value: Any, shape: type[T] | Any, file: Path) -> T | Any:
+    """A part of a file's JSON as `shape`. Raises `UserError`, which names `file` and the first place that differs."""
+    return _validated(json.dumps(value), shape, file)
+
+
+def _validated(text: str, shape: Any, file: Path) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(shape).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        if first["type"] == "json_invalid":
+            raise UserError(f"{file} is not valid JSON ({first['msg'][:200]}): it is damaged") from error
+        where = ".".join(map(str, first["loc"]))[:100]
+        what = f"{where}: {first['msg']}" if where else first["msg"]
+        raise UserError(f"{file} does not have the expected content ({what[:300]}): it is damaged") from error
+
+
+@cache
+def _adapter(shape: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(shape)
+
+
+# --- checksums ---------------------------------------------------------------------------------------------
+
+
+def digest(file: Path, sync: bool = False) -> str:
+    """SHA-256 of a file, in hexadecimal; `sync` first waits until it is on the disk."""
+    with file.open("rb") as stream:
+        if sync:
+            os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Digests:
+    """Checksums of files by content, remembered in the cache folder for files that have not been touched since.
+
+    The cheap way compares a file's device, number, size, and times of modification and of change: the last of these
+    moves with every write and cannot be set back by a program. With `verify` every file is read again. `read` and
+    `remembered` count which way was taken.
+    """
+
+    def __init__(self, verify: bool = False):
+        self.verify = verify
+        self.read = self.remembered = 0
+
+    def of(self, file: Path) -> str:
+        """SHA-256 of the content of `file`, in hexadecimal."""
+        before = file.stat()
+        about = [before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns]
+        known = self._known()
+        key = os.path.realpath(file)
+        entry = known.get(key)
+        if not self.verify and isinstance(entry, list) and entry[:-1] == about:
+            self.remembered += 1
+            return entry[-1]
+        found = digest(file)
+        self.read += 1
+        with suppress(OSError):  # a cache that cannot be written costs time alone
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._memory, known | {key: [*about, found]})
+        return found
+
+    @property
+    def how(self) -> str:
+        """How the checksums were found, for a report."""
+        if not self.remembered:
+            return f"{self.read} files read and hashed"
+        return f"{self.remembered} of {self.read + self.remembered} checksums remembered (files untouched since)"
+
+    @property
+    def _memory(self) -> Path:
+        return cache_dir() / "digests.json"
+
+    def _known(self) -> dict[str, Any]:
+        with suppress(UserError, OSError):  # remembered checksums can be found again
+            if isinstance(found := read_json(self._memory), dict):
+                return found
+        return {}

@@ -1,0 +1,74 @@
+"""What may be shown: text that came from elsewhere, made safe for the place where it appears.
+
+File names, JSON keys, data, answers of a model and other people's run folders all reach a terminal, a Markdown page or
+a figure, and in each of them some characters give orders. `say` is the only function that prints.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+import unicodedata
+from typing import TextIO
+
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|&~$:@])")
+
+
+def harmless(text: str) -> str:
+    """The text with every control character written out, except line feeds and tabs: a terminal only prints it."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else spelt(c) for c in text)
+
+
+def spelt(c: str) -> str:
+    """One character by its number: `\\x1b` if it is one byte of the data, else `\\u202e` or `\\U0001f600`."""
+    code = ord(c)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is not UTF-8
+        code -= 0xDC00
+        return f"\\x{code:02x}"
+    return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def one_line(text: object, most: int = 0) -> str:
+    """The text on one line without control characters; cut to `most` characters where that is given."""
+    line = harmless(" ".join(str(text).split()))
+    return line if not most or len(line) <= most else line[: most - 1] + "…"
+
+
+def in_markdown(text: str) -> str:
+    """The text on one line of a Markdown page, where nothing in it is markup, HTML or a link."""
+    return _MARKDOWN.sub(r"\\\1", one_line(text).replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def in_figure(text: str) -> str:
+    """The text as matplotlib draws it: no mathtext, and no leading underscore, which would hide it in a legend."""
+    line = one_line(text).replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{line}" if line.startswith("_") else line
+
+
+def say(text: object = "", *, to: TextIO | None = None, end: str = "\n") -> None:
+    """Print `text` to standard output, or `to` another stream, with control characters written out.
+
+    Characters that the stream's encoding lacks become question marks. A stream that is closed, or whose reader is gone,
+    takes nothing and stops nothing; a full disk raises `OSError`.
+    """
+    stream = sys.stdout if to is None else to
+    if stream is None:  # Python's way to say that it was closed when the process started
+        return
+    line = harmless(str(text)) + end
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(line.encode(encoding, "replace").decode(encoding))
+        stream.flush()
+    except ValueError:  # closed since
+        return
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EBADF, errno.EIO):
+            raise
+
+
+def note(text: object) -> None:
+    """Print progress: to standard error, so that standard output can be piped."""
+    say(text, to=sys.stderr)
