@@ -10,14 +10,16 @@ import json
 import os
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import digest, read_json, write_json, written_whole
+from minisft.files import digest, is_inside, read_text, write_json, written_whole
 from minisft.runs import MANIFEST, Run, checkpoint_step, manifest_of
 
 SCRATCH = ".saving"
+WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"})
 UNSAFE = ("training_args.bin",)  # a pickle that nobody needs: run.json says the same
 
 
@@ -51,14 +53,14 @@ def seal(run: Run, folder: Path, about: dict[str, Any]) -> Path:
 
 
 def rotate(run: Run, keep: int | None) -> None:
-    """Remove all checkpoints but the last `keep` and the best, which is the one with the lowest test loss."""
+    """Remove all checkpoints but the last `keep`, the best (lowest test loss), and those with a damaged manifest."""
     if keep is None:
         return
-    kept = set(run.checkpoints[-keep:])
-    if (best := run.best_checkpoint) is not None:
-        kept.add(best)
+    kept = {*run.checkpoints[-keep:], run.best_checkpoint}
     for folder in set(run.checkpoints) - kept:
-        remove(folder)
+        with suppress(UserError):  # a damaged one may be the best
+            manifest_of(folder)
+            remove(folder)
 
 
 def remove(folder: Path) -> None:
@@ -71,8 +73,45 @@ def remove(folder: Path) -> None:
 
 
 def latest_resumable(run: Run) -> Path | None:
-    """The last checkpoint that has optimizer states, or None; one whose manifest cannot be read has none to rely on."""
-    return next((c for c in reversed(run.checkpoints) if manifest_of(c).get("resumable")), None)
+    """The last checkpoint that has optimizer states, or None. Raises `UserError` if any checkpoint is damaged."""
+    found = None
+    for checkpoint in run.checkpoints:
+        try:
+            if (manifest_of(checkpoint) or {}).get("resumable"):
+                found = checkpoint
+        except UserError as error:
+            raise UserError(
+                f"{error}; move {checkpoint} away and rerun the same command to resume from what is left, or replace "
+                "the run with --overwrite"
+            ) from error
+    return found
+
+
+def resume_point(run: Run) -> Path | None:
+    """The checkpoint to resume from; None if the folder holds no weights, so that the run can start from the beginning.
+
+    Raises `UserError` where there are weights and no checkpoint to resume from: only `--overwrite` removes weights.
+    """
+    if (checkpoint := latest_resumable(run)) is not None:
+        return checkpoint
+    if (weights := holds_weights(run.folder)) is not None:
+        raise UserError(
+            f"{run.folder} holds weights of an unfinished run ({weights.relative_to(run.folder)}) and no checkpoint to "
+            "resume from: replace it with --overwrite, give this run another --name, or start from its weights with "
+            "--model"
+        )
+    return None
+
+
+def holds_weights(folder: Path) -> Path | None:
+    """The first file in `folder` that may hold weights, by its ending or because it lies in a checkpoint."""
+    for file in sorted(folder.rglob("*")):
+        top = file.relative_to(folder).parts[0]
+        if top == SCRATCH or top.startswith(".removed-") or file.is_dir():
+            continue
+        if file.suffix in WEIGHTS or top.startswith(("checkpoint-", "global_step")):
+            return file
+    return None
 
 
 def verify(run: Run, folder: Path) -> None:
@@ -85,16 +124,21 @@ def verify(run: Run, folder: Path) -> None:
 
 def damage(folder: Path, only: Collection[str] | None = None) -> str:
     """How the first file that differs from the manifest differs from it; empty if all, or all of `only`, are whole."""
-    manifest = read_json(folder / MANIFEST)
+    try:
+        manifest = manifest_of(folder)
+    except UserError as error:
+        return str(error)
     if manifest is None:
         return ""
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    if "files" not in manifest:
         return f"{MANIFEST} does not name its files"
     for name, expected in manifest["files"].items():
         file = folder / name
         if only is not None and name not in only:
             continue
-        if not file.exists():
+        if not is_inside(file, folder):
+            return f"{MANIFEST} names a file outside of the checkpoint, {name}"
+        if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
@@ -105,17 +149,16 @@ def damage(folder: Path, only: Collection[str] | None = None) -> str:
 
 def cut_metrics(file: Path, step: int) -> None:
     """Keep the lines of `metrics.jsonl` up to `step`, so that a resumed run doubles none."""
-    if not file.exists():
-        return
     kept = []
-    for line in file.read_text().split("\n"):
+    for line in (read_text(file) or "").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:  # the line that was being written when the run was killed
+        except (ValueError, KeyError, TypeError):  # the line that was being written when the run was killed
             break
-    with written_whole(file) as stream:
-        stream.writelines(kept)
+    if kept or file.exists():
+        with written_whole(file) as stream:
+            stream.writelines(kept)
 
 
 def _sync(path: Path) -> None:

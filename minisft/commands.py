@@ -12,17 +12,22 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minisft import processes
 from minisft.errors import UserError
+from minisft.files import written_whole
 from minisft.hosts import Place, hostfile_text, travelling
+from minisft.processes import SAFE_PATH
 from minisft.pulse import HOST, SUPERVISOR, SUPERVISOR_ELSEWHERE
 from minisft.runs import RunConfig, project_root
 from minisft.zero_config import zero_stage
 
 SRUN = ["srun", "--nodes=1", "--ntasks=1", "--overlap"]
 HOSTFILE, ENVIRONMENT = "hostfile", "environment"  # of a run folder, where the run has several hosts
-PLAIN = re.compile(r"[\w@%+=:,./-]*")  # what passes through a shell as it is
+DEEPSPEED_EXPORTS = ("MLFLOW", "MV2")  # what it would put on pdsh's command line, logins included
+PLAIN = re.compile(r"[\w@%+=:,./-]*", re.ASCII)  # what passes through a shell as it is
 
 PER_DEVICE = "processes on this machine: where it has GPUs, each takes one"
+RUN_FOLDER = "the run folder: everything else that the worker needs to know is in it"
 MODULE = "what follows is a module of a package, not a file"
 MEANINGS = {  # a word of a command: how many words belong to it, itself included, and what they are for
     "env": (1, "settings of these processes, by name"),  # and those that follow
@@ -38,39 +43,51 @@ MEANINGS = {  # a word of a command: how many words belong to it, itself include
     "--force_multi": (1, "through that launcher even if the hostfile names a single machine"),
     "--master_addr": (2, "the machine of rank 0, through which all find each other"),
     "srun": (6, "a step of this SLURM job, on that node alone"),
-    "ssh": (5, "what this machine's processes are started with there: a connection without questions, by key"),
+    "ssh": (6, "what this machine's processes are started with there: a connection without questions, by key"),
     "--num_accelerators": (2, PER_DEVICE),
     "--master_port": (2, "where they find each other; it was free just now, so that two runs never meet"),
     "--module": (1, MODULE),
-    "minisft.train": (2, "the worker; everything else it needs to know is in the run folder"),
+    "minisft.train": (1, "the worker"),
+    "-P": (1, "no module is taken from the current folder"),
+    "--prepared": (2, "what the run folder must still hold: the worker refuses one that was prepared again since"),
+    "--trust-remote-code": (1, "run the code that comes with the model: you said that you trust it"),
 }
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command, the variables it needs beside those that are there, and the host it is for ("" for all)."""
+    """A command, the variables it needs beside those that are there, and the host it is for ("" for all).
+
+    `withheld` are variables of this process that it must not get.
+    """
 
     words: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     host: str = ""
+    withheld: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        variables = [f"--unset={name}" for name in self.withheld]
+        variables += [f"{name}={value}" for name, value in self.environment.items()]
         return shlex.join(["env", *variables, *self.words] if variables else self.words)
 
 
-def commands(config: RunConfig, folder: Path, place: Place | None = None, supervised: bool = False) -> list[Command]:
+def commands(
+    config: RunConfig, folder: Path, place: Place | None = None, supervised: bool = False, prepared: str = ""
+) -> list[Command]:
     """What starts the run in `folder`: one command, or one for each host of `place`. Every start gets a free port.
 
     Where it is `supervised`, ranks on other hosts end when the supervisor's sign goes; started by hand there is none.
+    With `prepared`, the `Run.identity` of the folder, the workers refuse a folder that was prepared again since.
     """
-    worker = ["minisft.train", shown(folder)]
+    worker = ["minisft.train", *(["--prepared", prepared] if prepared else [])]
+    worker += [*(["--trust-remote-code"] if config.trust_remote_code else []), shown(folder)]
     port, ranks = str(_free_port()), str(config.ranks)
     if place is not None:
         rest = ["--master_addr", place.master, "--master_port", port, "--module", *worker]
         return _on_hosts(folder, place, rest, environment_there(supervised))
     if config.strategy == "vanilla":
-        return [Command(["python", "-m", *worker])]
+        return [Command(["python", "-P", "-m", *worker])]
     if config.strategy == "ddp":
         return [Command(["torchrun", "--nproc_per_node", ranks, "--master_port", port, "--module", *worker])]
     # An explicit empty hostfile keeps DeepSpeed on this machine, whatever /job/hostfile may hold.
@@ -85,19 +102,20 @@ def _on_hosts(folder: Path, place: Place, rest: list[str], there: dict[str, str]
         if unsafe:
             raise UserError(f"pdsh would break the path {unsafe[0]!r} apart: use a plainer one, or --launcher ssh")
         words = [*hostfile, "--launcher", "pdsh", "--force_multi", *rest]
-        return [Command(words, {"DS_ENV_FILE": str(folder / ENVIRONMENT)})]
+        withheld = tuple(sorted(name for name in os.environ if name.startswith(DEEPSPEED_EXPORTS)))
+        return [Command(words, {"DS_ENV_FILE": str(folder / ENVIRONMENT)}, withheld=withheld)]
     found = []
     for k, host in enumerate(place.hosts):
         words = [*hostfile, "--no_ssh", "--node_rank", str(k), *rest]
         if place.launcher == "srun":  # the variables of this process travel with it
             step = [*SRUN, "--nodelist", host.name, *words]
-            found.append(Command(step, {HOST: host.name}, host.name))
+            found.append(Command(step, SAFE_PATH | {HOST: host.name}, host.name))
         elif place.launcher == "none" or host.is_here:
-            found.append(Command(words, {HOST: host.name}, host.name))
+            found.append(Command(words, SAFE_PATH | {HOST: host.name}, host.name))
         else:
             remote = Command(words, there | {HOST: host.name})
             line = f"cd {shlex.quote(str(project_root()))} && exec {remote}"
-            found.append(Command(["ssh", "-o", "BatchMode=yes", host.name, line], {}, host.name))
+            found.append(Command(["ssh", "-o", "BatchMode=yes", "--", host.name, line], {}, host.name))
     return found
 
 
@@ -137,6 +155,7 @@ def slurm_script(config: RunConfig, folder: Path, nodes: int, on_gpu: bool) -> s
 #SBATCH --output=minisft-{config.name}-%j.log
 set -euo pipefail
 cd {shlex.quote(str(project_root()))}
+export PYTHONSAFEPATH=1
 export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"
 # The nodes that this job was given, with as many ranks each.
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={each}/' > {hostfile}
@@ -149,14 +168,18 @@ def environment_there(supervised: bool) -> dict[str, str]:
     `supervised`, whom to end with: no process of that host, but the supervisor that leaves its sign in the run folder.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
-    return travelling(os.environ) | {"PATH": path} | ({SUPERVISOR: SUPERVISOR_ELSEWHERE} if supervised else {})
+    # Through pdsh DeepSpeed puts the current folder on PYTHONPATH; what is named here replaces that.
+    own = {"PATH": path, "PYTHONPATH": processes.environment().get("PYTHONPATH", "")} | SAFE_PATH
+    return travelling(os.environ) | own | ({SUPERVISOR: SUPERVISOR_ELSEWHERE} if supervised else {})
 
 
 def write_place(folder: Path, place: Place, supervised: bool) -> None:
     """The files beside a run's command that DeepSpeed reads: the hostfile, and what the variables are for pdsh."""
-    (folder / HOSTFILE).write_text(hostfile_text(place.hosts))
     plain = {name: value for name, value in environment_there(supervised).items() if PLAIN.fullmatch(value)}
-    (folder / ENVIRONMENT).write_text("".join(f"{name}={value}\n" for name, value in plain.items()))
+    variables = "".join(f"{name}={value}\n" for name, value in plain.items())
+    for name, text in ((HOSTFILE, hostfile_text(place.hosts)), (ENVIRONMENT, variables)):
+        with written_whole(folder / name, private=True) as stream:
+            stream.write(text)
 
 
 @dataclass(frozen=True)
@@ -174,7 +197,8 @@ def explain(command: Sequence[str]) -> list[Part]:
     """What each part of a command of `commands` is for; all of its words, in their order."""
     parts, at = [], 0
     while at < len(command):
-        size, meaning = MEANINGS[command[at]]
+        is_last = at == len(command) - 1
+        size, meaning = (1, RUN_FOLDER) if is_last else MEANINGS[command[at]]
         if command[at] == "env":
             size += next(i for i, word in enumerate(command[at + 1 :]) if "=" not in word)
         if command[at : at + 2] == ["--hostfile", ""]:

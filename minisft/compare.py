@@ -33,7 +33,7 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "last_loss": metrics[-1]["loss"] if metrics else None,
                 **speed(metrics),
                 "model_state_bytes": max((model_states(rank) for rank in memory), default=None),
-                "peak_bytes": max((rank["peak"] for rank in memory), default=None),
+                "peak_bytes": max((rank.get("peak") or 0 for rank in memory), default=None),
                 "sent_bytes": sent(memory[0].get("communication", {}), run.config.ranks) if memory else None,
             }
         )
@@ -116,7 +116,7 @@ def listed(names: Sequence[str]) -> str:
 
 def model_states(rank: dict[str, Any]) -> int:
     """Bytes that one rank, an entry of `memory.json`, holds between two steps, but for batches and the like."""
-    return sum(held for owner, held in rank["at rest"].items() if owner != OTHER)
+    return sum(held for owner, held in rank.get("at rest", {}).items() if owner != OTHER)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -25,6 +25,7 @@ from minisft.errors import UserError
 
 T = TypeVar("T")
 PRIVATE = 0o600
+MOST_DIGESTS = 500  # files whose checksum is remembered
 _STREAM = re.compile(r"/(?:dev/fd|proc/self/fd)/(\d+)")
 _STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 
@@ -90,7 +91,8 @@ def written_whole(file: Path, private: bool = False) -> Iterator[TextIO]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     handle = os.open(scratch, flags, PRIVATE if private else 0o666)
     try:
-        with open(handle, "w", encoding="utf-8") as stream:  # noqa: PTH123 (a descriptor, not a path)
+        # Paths may have bytes that are not UTF-8; they are written as they are.
+        with open(handle, "w", encoding="utf-8", errors="surrogateescape") as stream:  # noqa: PTH123
             yield stream
         scratch.replace(file)
     finally:
@@ -183,8 +185,11 @@ def try_lock(lock: TextIO, how: int = fcntl.LOCK_EX) -> bool:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def read_text(file: Path) -> str | None:
-    """The text of a regular file, or None if it does not exist. Raises `UserError` if it cannot be read."""
+def read_text(file: Path, errors: str = "strict") -> str | None:
+    """The text of a regular file, or None if it does not exist. Raises `UserError` if it cannot be read.
+
+    `errors` says what becomes of bytes that are not UTF-8, as in `bytes.decode`.
+    """
     try:
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not keep us waiting
     except FileNotFoundError:
@@ -195,11 +200,19 @@ def read_text(file: Path) -> str | None:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise UserError(f"{file} is not a regular file: remove it")
         try:
-            return stream.read().decode()
+            return stream.read().decode(errors=errors)
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not UTF-8 text ({error.reason}): it is damaged") from error
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror}): repair or remove it") from error
+
+
+def last_lines(file: Path, most_bytes: int = 1 << 16) -> list[str]:
+    """The lines at the end of a log, at most so many bytes of it; nothing where it cannot be read."""
+    with suppress(OSError), file.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - most_bytes))
+        return stream.read(most_bytes).decode(errors="replace").splitlines()
+    return []
 
 
 def read_json(file: Path, shape: type[T] | Any = None) -> T | Any:
@@ -285,7 +298,9 @@ class Digests:
         self.read += 1
         with suppress(OSError):  # a cache that cannot be written costs time alone
             self._memory.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._memory, known | {key: [*about, found]})
+            known.pop(key, None)
+            recent = dict(list(known.items())[-MOST_DIGESTS:])
+            write_json(self._memory, recent | {key: [*about, found]})
         return found
 
     @property

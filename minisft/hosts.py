@@ -21,15 +21,24 @@ from typing import Any
 from minisft.errors import UserError
 
 LAUNCHERS = ("ssh", "pdsh", "srun", "none")
-LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
+LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d{1,9})\s*(#.*)?")
 # No host may look like an option, or be more than a name to a shell.
-NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:_-]*[A-Za-z0-9])?")
-# Settings of the launching machine that the others need as well: of networks, devices, libraries, and ours.
-TRAVELS = re.compile(
-    r"(NCCL|GLOO|UCX|OMP|MKL|HF|TORCH|TORCHINDUCTOR|DS|MINISFT|CUDA|TOKENIZERS|TRITON)_\w+|LD_LIBRARY_PATH|PYTHONPATH"
+NAME = re.compile(r"[A-Za-z0-9:]([A-Za-z0-9.:_-]*[A-Za-z0-9])?")
+# Settings of the launching machine that the others need as well. Only these: a command line is public on its machine,
+# and so is a command that is shown or kept.
+TRAVELS = frozenset(
+    {
+        *("CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_LAUNCH_BLOCKING", "DS_ACCELERATOR"),
+        *("HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE"),
+        *("LD_LIBRARY_PATH", "MINISFT_CACHE", "MINISFT_OUTPUTS", "PYTHONPATH", "TOKENIZERS_PARALLELISM"),
+        *("TORCHINDUCTOR_CACHE_DIR", "TORCH_CUDA_ARCH_LIST", "TORCH_EXTENSIONS_DIR", "TORCH_HOME"),
+        *("TRANSFORMERS_OFFLINE", "TRITON_CACHE_DIR"),
+    }
 )
-SECRET = re.compile(r"(.*_)?(TOKEN|KEY|SECRET|PASSWORD|CREDENTIALS)")  # commands are shown, and the ranks are offline
-STAYS = frozenset({"CUDA_VISIBLE_DEVICES", "MINISFT_SUPERVISOR", "MINISFT_HOST"})  # each machine's own
+# Families of switches for networks and threads, too many to list.
+FAMILIES = re.compile(r"(NCCL|TORCH_NCCL|GLOO|UCX|OMP|MKL)_[A-Z0-9_]+")
+SECRET = re.compile(r"PASS|PWD|TOKEN|KEY|SECRET|CRED|AUTH")
+URL_WITH_LOGIN = re.compile(r"://[^/\s]*@")
 
 
 def is_here(name: str) -> bool:
@@ -46,10 +55,16 @@ def _is_loopback(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and how many ranks it takes."""
+    """A machine and how many ranks it takes. Raises `UserError` for what cannot be, wherever it was read from."""
 
     name: str
     slots: int
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise UserError(f"{self.name[:80]!r} cannot be a host's name: use letters, digits, dots and dashes")
+        if self.slots < 1:
+            raise UserError(f"{self.name} has no slots: give at least 1, or leave the line out")
 
     @property
     def is_here(self) -> bool:
@@ -80,10 +95,6 @@ class Place:
 
     def to_dict(self) -> dict[str, Any]:
         return {"launcher": self.launcher, "hosts": {host.name: host.slots for host in self.hosts}}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Place:
-        return cls(tuple(Host(name, slots) for name, slots in values["hosts"].items()), values["launcher"])
 
     @classmethod
     def of_hostfile(cls, file: Path | str, ranks: int, launcher: str = "ssh") -> Place:
@@ -119,15 +130,14 @@ def read_hostfile(file: Path | str) -> list[Host]:
             raise UserError(
                 f"{where}: {text[:80]!r} is no host: write its name and its ranks, as in 'worker-1 slots=8'"
             )
-        name, slots = match["name"], int(match["slots"])
-        if not NAME.fullmatch(name):
-            raise UserError(f"{where}: {name[:80]!r} cannot be a host's name: use letters, digits, dots and dashes")
-        if slots < 1:
-            raise UserError(f"{where}: {name} has no slots: give at least 1, or leave the line out")
-        if name in at:
-            raise UserError(f"{where}: {name} is in line {at[name]} already: add its slots up in one line")
-        at[name] = number
-        hosts.append(Host(name, slots))
+        try:
+            host = Host(match["name"], int(match["slots"]))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if host.name in at:
+            raise UserError(f"{where}: {host.name} is in line {at[host.name]} already: add its slots up in one line")
+        at[host.name] = number
+        hosts.append(host)
     if not hosts:
         raise UserError(f"hostfile {file} names no host: write a line 'name slots=N' for each machine")
     return hosts
@@ -170,6 +180,11 @@ def hostfile_text(hosts: Sequence[Host]) -> str:
 
 
 def travelling(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that must be the same on every machine of a run; tokens and keys stay where they are."""
-    names = [name for name in sorted(environment) if TRAVELS.fullmatch(name) and not SECRET.fullmatch(name)]
-    return {name: environment[name] for name in names if name not in STAYS and "\n" not in environment[name]}
+    """The variables that must be the same on every machine of a run: those of a list, and none that holds a secret."""
+
+    def travels(name: str) -> bool:
+        value = environment[name]
+        known = name in TRAVELS or (FAMILIES.fullmatch(name) and not SECRET.search(name))
+        return bool(known) and "\n" not in value and not URL_WITH_LOGIN.search(value)
+
+    return {name: environment[name] for name in sorted(environment) if travels(name)}

@@ -23,18 +23,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from minisft import assets, operators, preflight
-from minisft.checkpoints import latest_resumable
+from minisft import assets, operators, preflight, processes, text
+from minisft.checkpoint_doctor import require_sound
+from minisft.checkpoints import holds_weights, resume_point
 from minisft.commands import Command, commands, require_deepspeed, shown, write_place
 from minisft.errors import UserError
-from minisft.files import read_json, try_lock, write_json
+from minisft.files import is_inside, open_lock, read_json, try_lock, write_json, written_whole
 from minisft.hosts import Place, is_here
 from minisft.ledger import Ledger
 from minisft.lint import lint
 from minisft.live import LiveView, in_notebook
 from minisft.pulse import SILENCE, STALL, clear, read_signs
-from minisft.runs import Run, RunConfig, all_runs, lock_of, outputs_root, project_root
+from minisft.run_files import Hosts
+from minisft.runs import Run, RunConfig, all_runs, lock_of, outputs_root, project_root, require_no_links
 from minisft.supervisor import Task
+from minisft.text import one_line, say
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import made_of, remember, take_over, write_data
 from minisft.zero_config import deepspeed_config, offloads
@@ -51,41 +54,26 @@ class RunFailed(RuntimeError):
 # --- preparing ---------------------------------------------------------------------------------------------
 
 
-def prepare(config: RunConfig, *, place: Place | None = None, overwrite: bool = False, say: Say = print) -> Run:
+def prepare(config: RunConfig, *, place: Place | None = None, overwrite: bool = False, say: Say = say) -> Run:
     """Make the run folder: data split and encoded, the DeepSpeed configuration, and the command.
 
-    A finished run with the same settings is returned as it is, and so is an unfinished one that can go on from a
-    checkpoint; without one it is prepared afresh. Any other run of this name is only replaced with `overwrite`.
-    The folder appears whole, by one rename. `place` are the hosts to run on, if not this machine alone; they may be
-    others when a run goes on. Paths among the settings become absolute: `rows.json` elsewhere is another file. Raises
-    `UserError`.
+    A finished run with the same settings is returned as it is, and so is an unfinished one that can be resumed from a
+    checkpoint; one that holds no weights is prepared from the beginning. Any other run of this name is only replaced
+    with `overwrite`: nothing that may hold weights is removed without it. The folder appears whole, by one rename, and
+    all of this is decided while its lock is held. `place` are the hosts to run on, if not this machine alone; they may
+    differ when a run is resumed. Paths among the settings become absolute: `rows.json` elsewhere is another file.
+    Raises `UserError`.
     """
     _require_place(config, place)
     config = _settled(config)
     folder = outputs_root() / "model" / config.name
     if folder.is_symlink() and not folder.exists():
-        raise UserError(f"{shown(folder)} is a link to {folder.readlink()}, which is not there: mend it, or remove it")
+        raise UserError(f"{shown(folder)} is a link to {folder.readlink()}, which is not there: correct or remove it")
     with _only_one(folder):
-        if (folder / "run.json").exists() and not overwrite:
-            old = Run(folder)
-            before = _settled(old.config)
-            if before != config and (old.status == "done" or old.checkpoints):
-                raise UserError(
-                    f"{shown(folder)} holds a run with other settings ({_difference(before, config)}): "
-                    f"{_why_not_resumed(before, config)}give this run another --name, or replace the old one with "
-                    "--overwrite"
-                )
-            if before == config and old.status == "done":
-                return old
-            if before == config and (checkpoint := latest_resumable(old)):
-                say(f"{config.name} was interrupted: it goes on from {checkpoint.name}")
-                _write_commands(config, folder, folder, place)
-                return old
-        elif not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(
-                f"{shown(folder)} is there and holds no run: move it away, give this run another --name, or replace it "
-                "with --overwrite"
-            )
+        if not overwrite and (run := _existing(config, folder, place, say)) is not None:
+            return run
+        if overwrite:
+            _require_replaceable(folder)
         scratch = _beside(folder, "preparing")
         try:
             return _prepare(config, place, folder, scratch, say)
@@ -93,16 +81,66 @@ def prepare(config: RunConfig, *, place: Place | None = None, overwrite: bool = 
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _existing(config: RunConfig, folder: Path, place: Place | None, say: Say) -> Run | None:
+    """The run in `folder` if it is done or can be resumed; None if a new one may take its place."""
+    if not (folder / "run.json").exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"{shown(folder)} exists but is not a run folder: move it away, give this run another --name, or "
+                "replace it with --overwrite"
+            )
+        return None
+    run = Run(folder, config.trust_remote_code, place=place).as_it_is()
+    before = _settled(run.config)
+    if before != config:
+        if run.status == "done" or holds_weights(folder):
+            raise UserError(
+                f"{shown(folder)} holds a run with other settings ({_difference(before, config)}): "
+                f"{_why_not_resumed(before, config)}give this run another --name, or replace the old one with "
+                "--overwrite"
+            )
+        return None
+    if run.status == "done":
+        return run
+    checkpoint = resume_point(run)
+    if checkpoint is None:
+        return None
+    require_no_links(run)
+    say(f"{config.name} was interrupted: it resumes from {checkpoint.name}")
+    _write_commands(run, folder, place)
+    return run
+
+
+def _require_replaceable(folder: Path) -> None:
+    """Refuse to replace, through a link, what is not a run. Raises `UserError`."""
+    if folder.is_symlink() and not (folder / "run.json").is_file() and not _is_empty(folder):
+        raise UserError(
+            f"{shown(folder)} is a link to {folder.readlink()}, which is not a run folder: remove the link, or give "
+            "this run another --name"
+        )
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
 def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path, say: Say) -> Run:
     model = assets.find_model(config.model, say)
+    source = assets.find_data(config.data, say).path
+    for what, path in (("model", model.path), ("data", source)):
+        if folder.exists() and is_inside(path, folder):
+            raise UserError(
+                f"the {what} {path} lies in the run folder that would be replaced, {shown(folder)}: give this run "
+                "another --name"
+            )
+    require_sound(model.path, trust_remote_code=config.trust_remote_code)
     tokenizer = HuggingFaceTokenizer(model.path, config.template)
     architecture = preflight.model_config(model.path, config.trust_remote_code)
     precision, on_gpu = preflight.resolve_precision(config.precision)
     shapes = assets.parameter_shapes(model.path)
-    source = assets.find_data(config.data, say).path
 
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    scratch.mkdir(mode=0o700)  # conversations are personal
     rows = _rows(config, source, model.path, tokenizer, scratch)
     parameters = sum(map(math.prod, shapes.values()))
     preflight.require_fit(config, architecture, rows)
@@ -131,9 +169,9 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
     )
     if deepspeed:
         write_json(scratch / "deepspeed.json", deepspeed)
-    _write_commands(config, folder, scratch, place)
+    _write_commands(Run(scratch, config.trust_remote_code).as_it_is(), folder, place)
     _replace(folder, scratch)
-    return Run(folder)
+    return Run(folder, config.trust_remote_code, place=place).as_it_is()
 
 
 def _beside(folder: Path, what: str) -> Path:
@@ -153,7 +191,8 @@ def _replace(folder: Path, new: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    is_folder = path.is_dir() and not path.is_symlink()
+    shutil.rmtree(path, ignore_errors=True) if is_folder else path.unlink(missing_ok=True)
 
 
 def _rows(config: RunConfig, source: Path, model: Path, tokenizer: HuggingFaceTokenizer, scratch: Path) -> int:
@@ -183,17 +222,16 @@ def _require_place(config: RunConfig, place: Place | None) -> None:
         raise UserError(f"the hosts take {place.ranks} ranks, but {config.ranks} were asked for: make them equal")
 
 
-def _write_commands(
-    config: RunConfig, folder: Path, into: Path, place: Place | None, supervised: bool = False
-) -> list[Command]:
-    """Write what starts the run that lies, or will lie, in `folder`: command.txt, and what several hosts need."""
-    found = commands(config, folder, place, supervised)
-    (into / "command.txt").write_text("".join(f"{command}\n" for command in found))
+def _write_commands(run: Run, folder: Path, place: Place | None, supervised: bool = False) -> list[Command]:
+    """Write what starts `run`, which lies, or will lie, in `folder`: command.txt, and what several hosts need."""
+    found = commands(run.config, folder, place, supervised, run.prepared)
+    with written_whole(run.folder / "command.txt", private=True) as stream:
+        stream.writelines(f"{command}\n" for command in found)
     if place is None:
-        (into / HOSTS).unlink(missing_ok=True)
+        (run.folder / HOSTS).unlink(missing_ok=True)
     else:
-        write_json(into / HOSTS, place.to_dict())
-        write_place(into, place, supervised)
+        write_json(run.folder / HOSTS, place.to_dict())
+        write_place(run.folder, place, supervised)
     return found
 
 
@@ -237,21 +275,18 @@ def launch(
     `stall` seconds. Success is exit code 0, the `DONE` marker, and every rank's word. Raises `RunFailed` or
     `KeyboardInterrupt`, once all processes are gone, or `UserError` if the run is live.
     """
-    if run.status == "done":
-        (say or print)(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
-        return run
-    say = say or (LiveView(run) if in_notebook() else print)
-    place = place or _place_of(run)
-    _require_place(run.config, place)
-    if place is not None and place.launcher == "none":
-        raise UserError(
-            f"{run.name} waits to be started on its hosts: give each its line of {shown(run.folder / 'command.txt')}"
-        )
-    _require_sound_deepspeed(run, say)
-    if place is None and not run.on_gpu:
-        preflight.warn_of_cores(run.config, say)
     with _only_one(run.folder) as lock:
-        started = _write_commands(run.config, run.folder, run.folder, place, supervised=True)
+        if run.prepared and run.prepared != run.identity:
+            raise UserError(f"{run.name} was prepared again since, with other settings or rows: prepare it once more")
+        is_done = run.status == "done"
+        say = say or (LiveView(run) if in_notebook() and not is_done else text.say)
+        if is_done:
+            say(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
+            return run
+        place = place or run.place
+        _require_startable(run, place, say)
+        run = run.as_it_is()
+        started = _write_commands(run, run.folder, place, supervised=True)
         _require_programs(started)
         _clear_earlier_try(run)
         (run.folder / "logs").mkdir(exist_ok=True)
@@ -278,15 +313,40 @@ def launch(
     raise RunFailed(_why(run))
 
 
+def _require_startable(run: Run, place: Place | None, say: Say) -> None:
+    """Refuse what the run folder cannot decide by itself, or what could only fail later. Raises `UserError`."""
+    if run.written_config.trust_remote_code and not run.trust_remote_code:
+        raise UserError(
+            f"{shown(run.folder)} asks to run code that comes with its model: read that code, and give "
+            "--trust-remote-code if you trust it"
+        )
+    asked = read_json(run.folder / HOSTS, Hosts)
+    if "none" in (place and place.launcher, asked and asked["launcher"]):
+        lines = shown(run.folder / "command.txt")
+        raise UserError(f"{run.name} waits to be started on its hosts: give each its line of {lines}")
+    if place is None and asked is not None:
+        hosts = one_line(", ".join(asked["hosts"]), 100)
+        raise UserError(
+            f"{run.name} was prepared for the hosts {hosts}, and a run folder does not decide where commands run: name "
+            "them again with --hostfile"
+        )
+    _require_place(run.config, place)
+    require_no_links(run)
+    resume_point(run)
+    _require_sound_deepspeed(run, say)
+    if place is None and not run.on_gpu:
+        preflight.warn_of_cores(run.config, say)
+
+
 def _goes_on(run: Run) -> str:
-    if checkpoint := latest_resumable(run):
-        return f"the same command goes on from {checkpoint.name}"
-    return "the same command starts it anew (--resumable lets a run go on)"
-
-
-def _place_of(run: Run) -> Place | None:
-    found = read_json(run.folder / HOSTS)
-    return None if found is None else Place.from_dict(found)
+    """What the same command will do with an interrupted run."""
+    try:
+        checkpoint = resume_point(run)
+    except UserError as error:
+        return str(error)
+    if checkpoint is None:
+        return "the same command starts it from the beginning (--resumable lets a run resume)"
+    return f"the same command resumes from {checkpoint.name}"
 
 
 def _why(run: Run) -> str:
@@ -317,14 +377,14 @@ def _require_programs(started: Sequence[Command]) -> None:
 
 
 def _clear_earlier_try(run: Run) -> None:
-    """What an unfinished run left must not be taken for the new one's; with a checkpoint to go on from, all stays."""
+    """What an unfinished run left must not be taken for the new one's; with a checkpoint to resume from, all stays."""
     (run.folder / "FAILED").unlink(missing_ok=True)
     clear(run.folder)
-    if latest_resumable(run):
+    if resume_point(run):
         return
     for name in ("metrics.jsonl", "memory.json"):
         (run.folder / name).unlink(missing_ok=True)
-    for folder in (run.folder / "logs", run.folder / "tensorboard", *run.checkpoints):
+    for folder in (run.folder / "logs", run.folder / "tensorboard", *run.checkpoints):  # checkpoints without weights
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -341,13 +401,13 @@ def _follow(task: Task, say: Say, lock: int) -> bool:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
                 old[number] = signal.signal(number, lambda number, _: stop.append(number))
     supervisor = subprocess.Popen(
-        [sys.executable, "-m", "minisft.supervisor", task.to_json()],
+        processes.python("-m", "minisft.supervisor", task.to_json()),
         # The environment of this interpreter, even if nobody activated it.
-        env=os.environ | operators.build_environment(),
+        env=processes.environment() | operators.build_environment(),
         pass_fds=[lock],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         start_new_session=True,
     )
@@ -419,7 +479,7 @@ def _wait_for_ranks(run: Run) -> None:
 def _only_one(folder: Path) -> Iterator[int]:
     """Hold a run for this process; the kernel lets go of the lock however the process ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock_of(folder).open("w") as lock:
+    with open_lock(lock_of(folder)) as lock:
         if not try_lock(lock):
             raise UserError(f"{folder.name} is being trained right now: wait for it, or give another --name")
         yield lock.fileno()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections import deque
 from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from minisft.files import last_lines
 from minisft.pulse import read_signs
 from minisft.runs import Run
 
@@ -104,7 +104,8 @@ class LiveView:
     def log_lines(self) -> list[str]:
         """The last lines of the log: of rank 0, or of the launcher before there is one."""
         logs = self.run.folder / "logs"
-        return next((lines for name in ("rank0.log", "launcher.log") if (lines := _last_lines(logs / name))), [])
+        found = next((lines for name in ("rank0.log", "launcher.log") if (lines := last_lines(logs / name))), [])
+        return [line[:200] for line in found[-LOG_LINES:]]
 
     def text(self) -> str:
         share = self.step / self.steps if self.steps else 0
@@ -183,14 +184,3 @@ class _Tail:
         whole = data[: data.rfind(b"\n") + 1]
         self.place += len(whole)
         return whole.decode(errors="replace").splitlines()
-
-
-def _last_lines(file: Path, lines: int = LOG_LINES) -> list[str]:
-    """The last lines of a log, whatever its size."""
-    try:
-        with file.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, 2) - 8192))
-            found = stream.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-    return list(deque((line[:200] for line in found), maxlen=lines))

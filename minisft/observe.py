@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import deque
@@ -11,7 +12,9 @@ from statistics import median
 from typing import Any, TextIO
 
 from minisft.checkpoints import cut_metrics
+from minisft.files import open_own
 from minisft.pulse import SAY
+from minisft.text import harmless, say
 
 WARM_UP_STEPS = 2  # left out of every speed: the first steps fill caches and allocate optimizer states
 COUNTS = ("tokens", "trained_tokens")
@@ -36,7 +39,7 @@ class Observer:
     def write(self, line: dict[str, Any]) -> None:
         """Record one step; `line` has the keys of `metrics.jsonl`, to which `warm_up` is added."""
         line = line | {"warm_up": len(self.lines) < WARM_UP_STEPS}
-        with self.file.open("a") as stream:
+        with os.fdopen(open_own(self.file, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         for key in TENSORBOARD:
             if line[key] is not None:
@@ -44,16 +47,15 @@ class Observer:
         self.lines.append({key: line[key] for key in ("tokens", "trained_tokens", "seconds", "warm_up")})
         self.recent.append(line["seconds"])
         pace = median(self.recent)
-        print(
+        say(
             f"{SAY}step {line['step']:>3}/{self.steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  "
             f"{line['tokens'] / max(line['seconds'], 1e-9):,.0f} tokens/s  "
-            f"about {duration((self.steps - line['step']) * pace)} left",
-            flush=True,
+            f"about {duration((self.steps - line['step']) * pace)} left"
         )
 
     def test_loss(self, step: int, loss: float) -> None:
         self.board.add_scalar("test/loss", loss, step)
-        print(f"{SAY}checkpoint-{step}: test loss {loss:.4f}", flush=True)
+        say(f"{SAY}checkpoint-{step}: test loss {loss:.4f}")
 
     def finish(self) -> dict[str, Any]:
         """The speed over all steps of this process after the warm-up, for `DONE`."""
@@ -64,26 +66,28 @@ class Observer:
 class TerminalProgress:
     """Prints what a run says. In a terminal the steps are one line with a bar, which redraws itself."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: TextIO | None):
         self.stream, self.open = stream, False
+        self.redraws = stream is not None and stream.isatty()
 
     def __call__(self, line: str) -> None:
         step = re.match(r"step +(\d+)/(\d+) ", line)
-        if not (step and self.stream.isatty()):
+        if not (step and self.redraws):
             self.close()
-            print(line, file=self.stream, flush=True)
+            say(line, to=self.stream)
             return
         done, steps = map(int, step.groups())
         filled = BAR * done // steps
-        text = f"[{'#' * filled}{'.' * (BAR - filled)}] {line}"
+        text = f"[{'#' * filled}{'.' * (BAR - filled)}] {harmless(line)}"
         columns = shutil.get_terminal_size().columns
-        print(f"\r\033[K{text[: columns - 1]}", end="", file=self.stream, flush=True)
+        self.stream.write("\r\033[K")  # ours, and so not cleaned: back to the start of the line, which is cleared
+        say(text[: columns - 1], to=self.stream, end="")
         self.open = True
 
     def close(self) -> None:
         """Leave the last state of the bar standing."""
         if self.open:
-            print(file=self.stream, flush=True)
+            say(to=self.stream)
         self.open = False
 
 

@@ -123,10 +123,10 @@ def memory_bars(runs: Sequence[Run]) -> Picture:
     """Measured bytes of one rank between two steps, by owner, one bar per run."""
     figure, axes = figure_of(7.6, 0.9 + 0.55 * len(runs))
     names = [f"{run.name} ({run.config.ranks} rank{'s' if run.config.ranks > 1 else ''})" for run in runs]
-    ranks = [max(run.memory, key=model_states) for run in runs]
+    ranks = [max(run.memory, key=model_states, default={}) for run in runs]
     left = [0.0] * len(runs)
     for owner, colour in OWNER_COLOURS.items():
-        sizes = [rank["at rest"].get(owner, 0) / 1e9 for rank in ranks]
+        sizes = [rank.get("at rest", {}).get(owner, 0) / 1e9 for rank in ranks]
         if any(sizes):
             axes.barh(names, sizes, left=left, color=colour, label=owner, edgecolor="white")
         left = [a + b for a, b in zip(left, sizes, strict=True)]
@@ -136,9 +136,10 @@ def memory_bars(runs: Sequence[Run]) -> Picture:
     axes.set(xlabel="GB on one rank between two steps (measured)", title=title)
     axes.invert_yaxis()
     axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.28))
+    others = [rank.get("at rest", {}).get(OTHER, 0) for rank in ranks]
     each = "; ".join(
-        f"{run.name} {model_states(rank) / 1e9:.2f} GB of model states and {rank['at rest'][OTHER] / 1e9:.2f} GB else"
-        for run, rank in zip(runs, ranks, strict=True)
+        f"{run.name} {model_states(rank) / 1e9:.2f} GB of model states and {other / 1e9:.2f} GB else"
+        for run, rank, other in zip(runs, ranks, others, strict=True)
     )
     return picture_of(figure, f"Memory of one rank, measured: {each}.")
 

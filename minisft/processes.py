@@ -14,6 +14,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -81,6 +85,29 @@ def lives(pid: int, began: float | None = None) -> bool:
         return began is None or abs(process.create_time() - began) < 1.0
     except psutil.NoSuchProcess:
         return False
+
+
+def start_of(pid: int) -> float | None:
+    """When the process of that number started, in seconds since 1970; None if there is none."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return None
+
+
+def marked(name: str, value: str) -> list[psutil.Process]:
+    """The living processes of this machine in whose environment the variable `name` has this value, but this one."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            is_marked = process.pid != os.getpid() and process.environ().get(name) == value
+            if is_marked and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def open_standard_streams() -> None:

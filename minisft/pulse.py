@@ -9,7 +9,6 @@ The run's supervisor leaves a sign, too (`ranks/supervisor.json`): a rank whose 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -20,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.files import write_json
+from minisft.errors import UserError
+from minisft.files import as_json, read_json, write_json
+from minisft.processes import lives, start_of
+from minisft.run_files import Failure, RankSign
 
 SAY = "[minisft] "  # begins a line that a rank wants the person to see; its other output goes to the log alone
 FOLDER = "ranks"  # of a run folder
@@ -117,9 +119,21 @@ def read_signs(run_folder: Path) -> list[Sign]:
     """What the ranks of a run said last, those that have said anything, by rank."""
     found = []
     for file in (run_folder / FOLDER).glob("rank*.json"):
-        with suppress(OSError, ValueError, TypeError):  # a rank may be replacing it just now
-            found.append(Sign(**json.loads(file.read_text()), changed=file.stat().st_mtime))
+        with suppress(OSError, UserError):  # a rank may be replacing it just now
+            if (said := read_json(file, RankSign)) is not None:
+                found.append(Sign(**vars(said), changed=file.stat().st_mtime))
     return sorted(found, key=lambda sign: sign.rank)
+
+
+def write_failure(run_folder: Path, failure: Failure) -> None:
+    """Write `FAILED` unless somebody was first: the first failure is the one to read. A full disk takes none."""
+    file = run_folder / "FAILED"
+    with suppress(OSError), file.open("x", encoding="utf-8") as stream:
+        try:
+            stream.write(as_json(failure) + "\n")
+            stream.flush()
+        except OSError:
+            file.unlink()
 
 
 def clear(run_folder: Path) -> None:
@@ -157,15 +171,12 @@ def end_with_supervisor(run_folder: Path, pulse: Pulse) -> None:
         return
     host, _, pid = named.rpartition(":")
     file = run_folder / FOLDER / "supervisor.json"
+    is_local = host == socket.gethostname()
+    began = start_of(int(pid)) if is_local else None
+    watch = Watch()
 
     def lost() -> bool:
-        if host == socket.gethostname():
-            import psutil
-
-            return not psutil.pid_exists(int(pid))
-        return watch.late(file, FORGIVEN)
-
-    watch = Watch()
+        return not lives(int(pid), began) if is_local else watch.late(file, FORGIVEN)
 
     def wait() -> None:
         while not lost():

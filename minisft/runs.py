@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
+import hashlib
 import math
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minisft.encoding import TRAIN_ON
 from minisft.errors import UserError
-from minisft.files import read_json, try_lock, user_path
+from minisft.files import checked, open_own, parse_json, read_json, read_text, try_lock, user_path
 from minisft.labels import TRUNCATIONS
 from minisft.mistral import VERSIONS
+from minisft.run_files import About, Failure, Manifest, Metric, RankMemory
 from minisft.zero_config import STRATEGIES
 
 MANIFEST = "manifest.json"  # of a checkpoint: its step, its test loss, its files and their checksums
+if TYPE_CHECKING:
+    from minisft.hosts import Place
+
 CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "batching": ("auto", "padding-free", "padded", "packed"),
@@ -71,7 +75,8 @@ class RunConfig:
       eval_rows              64 test rows whose loss is taken at every checkpoint, which tells the best; 0 for none
       memory_timeline        False: True follows every tensor of one early step, for `memory.json`; it slows that step
       resumable              True: a killed run goes on where it was; its checkpoints are three times as large
-      trust_remote_code      False: True runs code that comes with a model; only for those you trust
+      trust_remote_code      False: True runs code that comes with a model; only for those you trust. It belongs to this
+                             invocation: a run folder that says so only asks for it
     """
 
     name: str = ""
@@ -110,14 +115,14 @@ class RunConfig:
             object.__setattr__(self, "name", self.strategy)
         if self.strategy not in STRATEGIES:
             raise UserError(f"unknown strategy {self.strategy!r}: use one of {', '.join(STRATEGIES)}")
-        for field, known in CHOICES.items():
-            if (value := getattr(self, field)) not in known:
-                raise UserError(f"unknown {field.replace('_', ' ')} {value!r}: use one of {', '.join(known)}")
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"unknown {name.replace('_', ' ')} {value!r}: use one of {', '.join(known)}")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise UserError(
                 f"run name {self.name!r} cannot be a folder: use letters, digits, dots, dashes, underscores"
             )
-        for field in (
+        for name in (
             "ranks",
             "batch_size",
             "accumulation",
@@ -126,21 +131,21 @@ class RunConfig:
             "max_rows",
             "keep_checkpoints",
         ):
-            value = getattr(self, field)
+            value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{field.replace('_', ' ')} is {value}: give at least 1")
+                raise UserError(f"{name.replace('_', ' ')} is {value}: give at least 1")
         if self.strategy == "vanilla" and self.ranks != 1:
             raise UserError(f"vanilla is one process, but {self.ranks} ranks were asked for: use ddp or a ZeRO stage")
-        for field in ("epochs", "learning_rate", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
-                raise UserError(f"{field.replace('_', ' ')} is {getattr(self, field)}: give a positive number")
+        for name in ("epochs", "learning_rate", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}: give a positive number")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}: give a whole number from 0 to {2**32 - 1}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise UserError(f"weight decay is {self.weight_decay}: give 0 or a positive number")
-        for field, top in (("warmup", 1), ("test_fraction", 1)):
-            if not 0 <= getattr(self, field) < top:
-                raise UserError(f"{field.replace('_', ' ')} is {getattr(self, field)}: give a fraction from 0 to 1")
+        for name, top in (("warmup", 1), ("test_fraction", 1)):
+            if not 0 <= getattr(self, name) < top:
+                raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}: give a fraction from 0 to 1")
         if self.eval_rows < 0:
             raise UserError(f"eval rows is {self.eval_rows}: give 0 for none, or a number of test rows")
         if self.max_length < 2:
@@ -181,14 +186,12 @@ class RunConfig:
         return self.batch_size * self.accumulation * self.ranks
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+    def from_dict(cls, values: dict[str, Any], file: Path = Path("run.json")) -> RunConfig:
+        """The settings that `file` holds. Raises `UserError` for unknown names, wrong types and what cannot be."""
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := set(values) - known:
             raise UserError(f"unknown run settings {', '.join(sorted(unknown))}: use {', '.join(sorted(known))}")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"a run setting is of the wrong kind ({error}): the run folder is damaged") from error
+        return checked(values, cls, file)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -208,19 +211,31 @@ def outputs_root() -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. Nothing is cached: every property reads what is on disk now."""
+    """One run folder. Nothing of it is cached: every property reads what is on disk now.
+
+    `trust_remote_code` is the consent of this invocation to run code that comes with the model; what the folder says of
+    it is a request. `prepared` is the folder's `identity` when this invocation prepared or loaded it, "" if it did not.
+    `place` are the hosts that this invocation chose.
+    """
 
     folder: Path
+    trust_remote_code: bool = False
+    prepared: str = field(default="", compare=False)
+    place: Place | None = field(default=None, compare=False)
 
     @classmethod
-    def load(cls, name: str | Path) -> Run:
+    def load(cls, name: str | Path, trust_remote_code: bool = False) -> Run:
         """A run by its name under `outputs/model`, or by its folder. Raises `UserError` if there is none."""
         by_name = outputs_root() / "model" / str(name)
-        folder = by_name if (by_name / "run.json").exists() else Path(name)
+        folder = by_name if (by_name / "run.json").exists() else user_path(name)
         if not (folder / "run.json").exists():
             known = ", ".join(run.name for run in all_runs()) or "none yet"
             raise UserError(f"no run {str(name)!r}: give a run's name or folder (runs in outputs/model: {known})")
-        return cls(Path(os.path.normpath(folder.absolute())))
+        return cls(Path(os.path.normpath(folder.absolute())), trust_remote_code).as_it_is()
+
+    def as_it_is(self) -> Run:
+        """The same run, which remembers the preparation that its folder holds now."""
+        return replace(self, prepared=self.identity)
 
     @property
     def name(self) -> str:
@@ -228,84 +243,100 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        return RunConfig.from_dict(self._about()["config"])
+        """The settings; consent to remote code is that of this invocation, whatever the folder says."""
+        return replace(self.written_config, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def written_config(self) -> RunConfig:
+        """The settings as the folder has them."""
+        return RunConfig.from_dict(self._about().config, self.folder / "run.json")
+
+    @property
+    def identity(self) -> str:
+        """12 characters that change with the settings, the model and the rows that the folder was prepared for."""
+        parts = [read_text(self.folder / name) or "" for name in ("run.json", "data/made_of.json")]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
     @property
     def versions(self) -> dict[str, str]:
-        return self._about()["versions"]
+        return self._about().versions
 
     @property
     def model_folder(self) -> Path:
-        return Path(self._about()["model_folder"])
+        return Path(self._about().model_folder)
 
     @property
     def precision(self) -> str:
         """What `auto` became on this machine."""
-        return self._about()["precision"]
+        return self._about().precision
 
     @property
     def on_gpu(self) -> bool:
-        return bool(self._about().get("on_gpu"))
+        return self._about().on_gpu
 
     @property
     def command(self) -> str:
-        return (self.folder / "command.txt").read_text().strip()
+        return (read_text(self.folder / "command.txt", errors="surrogateescape") or "").strip()
 
     @property
     def deepspeed(self) -> dict[str, Any] | None:
-        return read_json(self.folder / "deepspeed.json")
+        return read_json(self.folder / "deepspeed.json", dict[str, Any])
 
     @property
     def ledger(self) -> dict[str, Any]:
-        return read_json(self.folder / "ledger.json")
+        return read_json(self.folder / "ledger.json", dict[str, Any])
 
     @property
     def memory(self) -> list[dict[str, Any]]:
         """Measured bytes, one entry per rank; empty until the run has measured."""
-        return read_json(self.folder / "memory.json") or []
+        return read_json(self.folder / "memory.json", list[RankMemory]) or []
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """One entry per logged step; a line that is still being written is left out."""
         file = self.folder / "metrics.jsonl"
+        lines = (read_text(file) or "").split("\n")[:-1]
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise UserError(f"{file} has a line that is not JSON ({error}): start the run again") from error
+            return parse_json(f"[{','.join(lines)}]", file, list[Metric])
+        except UserError as error:
+            raise UserError(f"{file} has a line that is not JSON of a step ({error}): start the run again") from error
 
     @property
     def checkpoints(self) -> list[Path]:
         """The checkpoint folders, in step order."""
-        found = [p for p in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+        found = [p for p in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,12}", p.name)]
         return sorted(found, key=checkpoint_step)
 
     @property
     def test_losses(self) -> dict[int, float]:
-        """The test loss of each checkpoint that has one, by step."""
-        manifests = {checkpoint_step(c): manifest_of(c) for c in self.checkpoints}
-        return {step: m["test_loss"] for step, m in manifests.items() if m.get("test_loss") is not None}
+        """The test loss of each checkpoint that has a finite one, by step."""
+        found: dict[int, float] = {}
+        for checkpoint in self.checkpoints:
+            with suppress(UserError):  # whoever relies on a manifest reads it with `manifest_of`
+                loss = (manifest_of(checkpoint) or {}).get("test_loss")
+                if loss is not None and math.isfinite(loss):
+                    found[checkpoint_step(checkpoint)] = loss
+        return found
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """The checkpoint with the lowest test loss, or None where none was tested."""
+        """The checkpoint with the lowest finite test loss, or None where none has one."""
         losses = self.test_losses
         return self.folder / f"checkpoint-{min(losses, key=losses.__getitem__)}" if losses else None
 
     @property
     def live(self) -> bool:
         """Whether a process of this machine is preparing or training it right now."""
-        try:
-            with lock_of(self.folder).open() as lock:
-                return not try_lock(lock, fcntl.LOCK_SH)
-        except FileNotFoundError:
+        if not os.path.lexists(lock_of(self.folder)):
             return False
+        with os.fdopen(open_own(lock_of(self.folder), os.O_RDONLY | os.O_NONBLOCK)) as lock:
+            return not try_lock(lock, fcntl.LOCK_SH)
 
     @property
-    def failure(self) -> dict[str, Any] | None:
+    def failure(self) -> Failure | None:
         """Which `rank` failed, at which `step`, for what `reason`; None if none did."""
         try:
-            return read_json(self.folder / "FAILED")
+            return read_json(self.folder / "FAILED", Failure)
         except UserError:
             return {"rank": None, "step": None, "reason": "the reason could not be written: is the disk full?"}
 
@@ -317,10 +348,13 @@ class Run:
                 return marker.lower()
         return "unfinished" if (self.folder / "logs").exists() else "prepared"
 
-    def _about(self) -> dict[str, Any]:
-        about = read_json(self.folder / "run.json")
-        if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
-            raise UserError(f"{self.folder / 'run.json'} is damaged: make the run again with --overwrite")
+    def _about(self) -> About:
+        try:
+            about = read_json(self.folder / "run.json", About)
+        except UserError as error:
+            raise UserError(f"{error}; make the run again with --overwrite") from error
+        if about is None:
+            raise UserError(f"{self.folder} has no run.json: it holds no run")
         return about
 
 
@@ -340,13 +374,18 @@ def lock_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
+def require_no_links(run: Run) -> None:
+    """Refuse a run folder with links inside: training would write, and remove, where they lead. Raises `UserError`."""
+    for place, folders, files in os.walk(run.folder.resolve()):
+        for name in (*folders, *files):
+            if (path := Path(place) / name).is_symlink():
+                raise UserError(f"{path} is a link, and a run folder holds its own files: put the file itself there")
+
+
 def checkpoint_step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def manifest_of(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself; empty where that is missing or cannot be read."""
-    with suppress(UserError, OSError, UnicodeDecodeError):
-        if isinstance(found := read_json(checkpoint / MANIFEST), dict):
-            return found
-    return {}
+def manifest_of(checkpoint: Path) -> Manifest | None:
+    """What a checkpoint says of itself, or None if it has no manifest. Raises `UserError` if that is damaged."""
+    return read_json(checkpoint / MANIFEST, Manifest)

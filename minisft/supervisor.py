@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import re
+import secrets
 import select
 import signal
 import subprocess
@@ -29,10 +30,16 @@ from typing import Any
 
 import psutil
 
+from minisft import processes
 from minisft.commands import Command
-from minisft.files import write_json
+from minisft.errors import UserError
+from minisft.files import last_lines, open_own, read_json, write_json
+from minisft.guardian import MARK, Guardian
 from minisft.hosts import is_here
+from minisft.processes import lives
 from minisft.pulse import BEAT, SAY, SUPERVISOR, Sign, SupervisorSign, Watch, read_signs
+from minisft.run_files import Failure
+from minisft.text import one_line, say
 
 LOOK = 0.25  # seconds between two looks at the launcher
 POLITE = 2.0  # seconds between asking a process to end and ending it
@@ -45,7 +52,10 @@ LOST = re.compile(
     r"remote process exited|nccl.*(abort|remote error)|socket.*(timeout|closed)|DistNetworkError",
     re.IGNORECASE,
 )
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+ERROR = re.compile(r"\b[\w.]*(?:Error|Exception|Interrupt): .+")
+LONGEST_REASON = 2000  # characters
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -102,22 +112,26 @@ class Supervisor:
         """Returns 0 if the command, every rank and `DONE` say that all went well, else 1; then `FAILED` says why."""
         _adopt_orphans()
         parent = os.getppid()
+        mark = f"{os.getpid()}-{secrets.token_hex(8)}"
+        guardian = Guardian(self.folder, mark)
         sign = SupervisorSign(self.folder)
-        own = os.environ | {SUPERVISOR: sign.name, "PYTHONUNBUFFERED": "1"}
+        own = processes.environment() | {SUPERVISOR: sign.name, MARK: mark, "PYTHONUNBUFFERED": "1"}
         launchers = [
             subprocess.Popen(
                 command.words,
                 cwd=self.task.working_directory,
-                env=own | command.environment,
+                env={name: own[name] for name in own if name not in command.withheld} | command.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # before any thread is started
+                preexec_fn=processes.end_with_parent,  # before any thread is started
             )
             for command in self.task.commands
         ]
-        log = (self.folder / "logs" / "launcher.log").open("wb", buffering=0)
+        log = os.fdopen(
+            open_own(self.folder / "logs" / "launcher.log", os.O_WRONLY | os.O_TRUNC, private=True), "wb", buffering=0
+        )
         readers = [threading.Thread(target=_copy_output, args=(one.stdout, log), daemon=True) for one in launchers]
         for reader in readers:
             reader.start()
@@ -138,12 +152,13 @@ class Supervisor:
         if not self.reason:
             self._look_at_ranks()
         sign.remove()  # ranks on other hosts end with it
-        end_all(launchers)
+        end_all(launchers, guardian.pid)
         for reader in readers:
             reader.join(timeout=2)
         code = self._verdict(next((one.returncode for one in launchers if one.returncode), 0))
         for command in self.task.commands:
             _remove_shared_memory(command.words)
+        guardian.dismiss()
         return code
 
     def _look_at(self, launchers: Sequence[subprocess.Popen]) -> None:
@@ -159,8 +174,15 @@ class Supervisor:
 
     def _said_why(self) -> bool:
         """Whether a rank has given a reason of its own, and not that it has lost another."""
-        failure = _read(self.folder / "FAILED")
-        return failure is not None and not LOST.search(failure["reason"])
+        failure = self._failed()
+        return failure is not None and (not LOST.search(failure["reason"]) or bool(TAKEN.search(failure["reason"])))
+
+    def _failed(self) -> Failure | None:
+        """What a rank has written into `FAILED`, its reason cut to a length that is quickly searched."""
+        with suppress(UserError):
+            if (failure := read_json(self.folder / "FAILED", Failure)) is not None:
+                return failure | {"reason": failure["reason"][:LONGEST_REASON]}
+        return None
 
     def _why(self, host: str, code: int) -> str:
         if code == SSH_FAILED:
@@ -204,7 +226,7 @@ class Supervisor:
             here = is_here(sign.host)
             if here:
                 self._watch_end(sign)
-            if here and not _lives(sign.pid):
+            if here and not lives(sign.pid):
                 self._look_at_end(sign.rank)
             elif (silent := self.watch.unchanged(("life", sign.rank), sign.changed)) > self.task.silence:
                 self.stop(f"no sign of life for {silent:.0f} s ({sign}): it hangs, or was halted", sign)
@@ -228,7 +250,7 @@ class Supervisor:
         done = [sign.rank for sign in signs if sign.phase == "done"]
         if code == 0 and (self.folder / "DONE").exists() and len(done) == self.task.ranks:
             return 0
-        failure = _read(self.folder / "FAILED")
+        failure = self._failed()
         # A rank that broke before it could speak has told the launcher's log; the others were ended for it.
         said = _last_error(self.folder / "logs" / "launcher.log") if len(signs) < self.task.ranks else ""
         if self.reason:
@@ -240,6 +262,9 @@ class Supervisor:
         elif failure is None:
             done_of = f"{len(done)} of {self.task.ranks} ranks were done"
             failure = _failure(None, f"the launcher ended with exit code {code}, and {done_of}")
+        if TAKEN.search(failure["reason"]):
+            reason = f"the port was taken by another process before rank 0 could listen on it ({failure['reason']})"
+            failure = failure | {"reason": f"{reason}: rerun the same command, which takes another port"}
         with suppress(OSError):
             (self.folder / "DONE").unlink(missing_ok=True)
         with suppress(OSError):
@@ -254,12 +279,17 @@ def _copy_output(stream: Any, log: Any) -> None:
         text = line.decode(errors="replace").rstrip()
         if text.startswith(SAY):
             with suppress(OSError):
-                print(text.removeprefix(SAY), flush=True)
+                say(text.removeprefix(SAY))
 
 
-def end_all(launchers: Sequence[subprocess.Popen]) -> None:
-    """End launchers and all that they have started: first politely, then surely."""
+def end_all(launchers: Sequence[subprocess.Popen], spared: int = 0) -> None:
+    """End launchers and all that they have started, the process `spared` excepted: first politely, then surely."""
     me = psutil.Process()
+
+    def family() -> list[psutil.Process]:
+        found = [child for child in me.children(recursive=True) if child.pid != spared]
+        return [child for child in found if lives(child.pid)]
+
     for launcher in launchers:
         if launcher.poll() is None:
             with suppress(ProcessLookupError):
@@ -269,11 +299,11 @@ def end_all(launchers: Sequence[subprocess.Popen]) -> None:
         with suppress(subprocess.TimeoutExpired):
             launcher.wait(timeout=max(0.0, until - time.monotonic()))
     began = time.monotonic()
-    while family := [child for child in me.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]:
-        for child in family:
+    while left := family():
+        for child in left:
             with suppress(psutil.NoSuchProcess):
                 child.terminate() if time.monotonic() - began < POLITE / 4 else child.kill()
-        psutil.wait_procs(family, timeout=0.2)
+        psutil.wait_procs(left, timeout=0.2)
         if time.monotonic() - began > 2 * POLITE:
             break  # not even SIGKILL ends a process that waits for a dead disk
     for launcher in launchers:
@@ -281,10 +311,11 @@ def end_all(launchers: Sequence[subprocess.Popen]) -> None:
             launcher.wait(timeout=1)
     for child in me.children():
         with suppress(psutil.Error):
-            child.wait(timeout=0)  # adopted, and dead
+            if child.pid != spared:
+                child.wait(timeout=0)  # adopted, and dead
 
 
-def _failure(sign: Sign | None, reason: str) -> dict[str, Any]:
+def _failure(sign: Sign | None, reason: str) -> Failure:
     if sign is None:
         return {"rank": None, "step": None, "reason": reason}
     return {"rank": sign.rank, "step": sign.step, "reason": reason}
@@ -296,44 +327,22 @@ def _killed(sign: Sign, code: int = 0) -> str:
 
 
 def _last_line(log: Path) -> str:
-    with suppress(OSError):
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1][:300] if lines else ""
-    return ""
+    lines = [line.strip() for line in last_lines(log) if line.strip()]
+    return one_line(lines[-1], 300) if lines else ""
 
 
 def _last_error(log: Path) -> str:
     """The last line of a log that names an exception."""
-    with suppress(OSError):
-        for line in reversed(log.read_text(errors="replace").splitlines()):
-            if match := re.search(r"(?<![\w.])(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt): .+", line):
-                return match[0][:500]
+    for line in reversed(last_lines(log)):
+        if match := ERROR.search(line[:LONGEST_REASON]):
+            return match[0][:500]
     return ""
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
-        return json.loads(file.read_text())
-    return None
 
 
 def _adopt_orphans() -> None:
     """From now on descendants whose parents die become children of this process (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _die_with_parent() -> None:
-    """In a child, before its program: be killed when the supervisor is (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _remove_shared_memory(command: list[str]) -> None:

@@ -8,7 +8,7 @@ all, `DONE` or `FAILED`.
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
 import os
 import select
@@ -20,13 +20,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from minisft import checkpoints, machine
+from minisft import checkpoints, machine, processes
 from minisft.errors import UserError
-from minisft.files import try_lock, write_json
+from minisft.files import open_lock, open_own, try_lock, write_json
 from minisft.heap import importing
 from minisft.hosts import is_here
-from minisft.pulse import SAY, SUPERVISOR, Pulse, Sign, end_with_supervisor, read_signs
-from minisft.runs import Run, checkpoint_step, lock_of
+from minisft.pulse import SAY, SUPERVISOR, Pulse, Sign, end_with_supervisor, read_signs, write_failure
+from minisft.runs import Run, checkpoint_step, lock_of, require_no_links
+from minisft.text import note, say
 
 if TYPE_CHECKING:
     from minisft.trainer import RunTrainer
@@ -34,16 +35,15 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Train the run whose folder is the last argument (launchers put their own options before it)."""
+    processes.open_standard_streams()
     rank = int(os.environ.get("RANK", "0"))
-    run = Run(Path(sys.argv[-1]).absolute())
-    if not (run.folder / "run.json").exists():
-        print(f"there is no run in {run.folder}: start the command in the project's folder", file=sys.stderr)
+    try:
+        run = _asked_for(sys.argv[1:])
+        lock = _only_one(run, rank)  # noqa: F841 (held to the end of the process)
+        finish_log = _log_to(run.folder / "logs" / f"rank{rank}.log", and_terminal=rank == 0)
+    except UserError as error:
+        note(error)
         sys.exit(2)
-    if run.status == "done":
-        print(f"{run.name} is trained already: minisft launch --overwrite trains it again", file=sys.stderr)
-        sys.exit(2)
-    lock = _only_one(run, rank)  # noqa: F841 (held to the end of the process)
-    finish_log = _log_to(run.folder / "logs" / f"rank{rank}.log", and_terminal=rank == 0)
     pulse = Pulse(run.folder, rank)
     end_with_supervisor(run.folder, pulse)
     try:
@@ -54,7 +54,7 @@ def main() -> None:
             checkpoints.discard_unfinished(run)
         reason = " ".join(str(error).split())[:500]
         failure = {"rank": rank, "step": pulse.step, "reason": f"{type(error).__name__}: {reason}"}
-        write_once(run.folder / "FAILED", failure)
+        write_failure(run.folder, failure)
         pulse.stop("failed")
         finish_log()
         # Not sys.exit: other ranks may be waiting inside a collective, and teardown would wait for them.
@@ -65,15 +65,34 @@ def main() -> None:
     os._exit(0)
 
 
+def _asked_for(words: list[str]) -> Run:
+    """The run that the command line names, if its folder holds what the command was written for. Raises `UserError`."""
+    parser = argparse.ArgumentParser(prog="minisft.train", allow_abbrev=False)
+    parser.add_argument("--prepared", default="")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    options, _ = parser.parse_known_args(words[:-1])
+    run = Run(Path(words[-1] if words else "").absolute(), options.trust_remote_code)
+    if not (run.folder / "run.json").exists():
+        raise UserError(f"there is no run in {run.folder}: start the command in the project's folder")
+    if options.prepared not in ("", run.identity):
+        raise UserError(
+            f"{run.name} was prepared again since this command was written, with other settings or rows: take the "
+            "command in its command.txt, or prepare it once more"
+        )
+    if run.status == "done":
+        raise UserError(f"{run.name} is trained already: minisft launch --overwrite trains it again")
+    require_no_links(run)
+    return run
+
+
 def _only_one(run: Run, rank: int) -> TextIO | None:
     """Nobody else trains or replaces this run: a supervisor holds its lock, and where there is none, rank 0 does."""
     if SUPERVISOR in os.environ:
         return None
     before = next((sign for sign in read_signs(run.folder) if sign.rank == rank), None)
-    lock = lock_of(run.folder).open("w") if rank == 0 else None
+    lock = open_lock(lock_of(run.folder)) if rank == 0 else None
     if (lock is not None and not try_lock(lock)) or (before is not None and _trains(before, run)):
-        print(f"{run.name} is being trained right now: wait for it, or stop it", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"{run.name} is being trained right now: wait for it, or stop it")
     return lock
 
 
@@ -91,16 +110,6 @@ def _trains(sign: Sign, run: Run) -> bool:
         words, first_said = process.cmdline(), min(sign.began.values(), default=math.inf)
         return bool(words) and Path(words[-1]).name == run.name and process.create_time() < first_said + 2
     return False
-
-
-def write_once(file: Path, value: Any) -> None:
-    """Write `value` unless somebody was first: the first failure is the one to read. A full disk takes none."""
-    with suppress(OSError), file.open("x") as stream:
-        try:
-            stream.write(json.dumps(value, indent=2) + "\n")
-            stream.flush()
-        except OSError:
-            file.unlink()
 
 
 def _train(run: Run, rank: int, pulse: Pulse) -> None:
@@ -148,12 +157,12 @@ def _train(run: Run, rank: int, pulse: Pulse) -> None:
 
 def _start_from(run: Run, rank: int) -> Path | None:
     """The checkpoint to go on from, found whole; None starts at the beginning."""
-    checkpoint = checkpoints.latest_resumable(run)
+    checkpoint = checkpoints.resume_point(run)
     if rank == 0:
         checkpoints.discard_unfinished(run)
         if checkpoint is not None:
             checkpoints.verify(run, checkpoint)
-            print(f"{SAY}going on from {checkpoint.name}", flush=True)
+            say(f"{SAY}going on from {checkpoint.name}")
     return checkpoint
 
 
@@ -292,7 +301,7 @@ def _log_to(file: Path, and_terminal: bool) -> Callable[[], None]:
                 stream.flush()
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # a resumed run goes on in the same log
+    log = open_own(file, os.O_WRONLY | os.O_APPEND, private=True)  # a resumed run continues the same log
     if not and_terminal:
         os.dup2(log, 1)
         os.dup2(log, 2)

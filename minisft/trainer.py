@@ -154,7 +154,8 @@ class RunTrainer(Trainer):
             self._barrier()
             if first:
                 config = self.run.config
-                about = {"step": step, "strategy": config.strategy, "ranks": config.ranks, "test_loss": loss}
+                finite = loss if loss is not None and math.isfinite(loss) else None  # NaN is never the best
+                about = {"step": step, "strategy": config.strategy, "ranks": config.ranks, "test_loss": finite}
                 folder = checkpoints.scratch_folder(self.run) / f"checkpoint-{step}"
                 checkpoints.seal(self.run, folder, about | {"resumable": not self.args.save_only_model})
                 checkpoints.rotate(self.run, self.run.config.keep_checkpoints)

@@ -16,7 +16,8 @@ def make_run(own_outputs):
         folder = own_outputs / "model" / name
         (folder / "logs").mkdir(parents=True)
         config = RunConfig.course("vanilla" if ranks == 1 else "zero2", name=name, ranks=ranks)
-        write_json(folder / "run.json", {"config": config.to_dict(), "precision": "fp32", "on_gpu": on_gpu})
+        about = {"config": config.to_dict(), "model_folder": "model", "precision": "fp32", "on_gpu": on_gpu}
+        write_json(folder / "run.json", about)
         lines = [
             {"step": i, "loss": 3 - i / 10, "tokens": 100, "trained_tokens": 50, "seconds": 100 / pace}
             | {"warm_up": i < 3, "bytes": [7, 8][:ranks]}
@@ -78,7 +79,8 @@ def test_the_sentence_follows_the_numbers(make_run):
 def test_a_run_that_has_not_started_has_dashes(make_run, own_outputs):
     folder = own_outputs / "model" / "new"
     folder.mkdir(parents=True)
-    write_json(folder / "run.json", {"config": RunConfig(name="new").to_dict(), "precision": "fp32"})
+    about = {"config": RunConfig(name="new").to_dict(), "model_folder": "model", "precision": "fp32"}
+    write_json(folder / "run.json", about)
     rows = summary_rows([make_run("a", 10, 1000), Run(folder)])
     assert table(rows).splitlines()[2].split() == ["new", "prepared", "1", "0", "-", "-", "-", "-", "-", "-"]
     assert verdict([Run(folder)]) == ""

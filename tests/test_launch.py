@@ -175,7 +175,7 @@ def test_what_is_no_run_is_not_replaced_unless_asked(config, own_outputs, what):
     kept = place / "notes.txt" if what == "folder" else place
     kept.parent.mkdir(parents=True)
     kept.write_text("a year of work")
-    with pytest.raises(UserError, match=r"outputs/model/mine is there and holds no run: .*--name.*--overwrite"):
+    with pytest.raises(UserError, match=r"outputs/model/mine exists but is not a run folder: .*--name.*--overwrite"):
         prepare(config(name="mine"))
     assert kept.read_text() == "a year of work"
     assert prepare(config(name="mine"), overwrite=True).status == "prepared"
@@ -309,12 +309,15 @@ def test_a_run_ends_with_its_parent_unless_it_was_told_to_stay(before, ends):
 
 def test_what_is_said_of_an_interrupted_run_is_what_will_happen(config):
     run = prepare(config("vanilla"))
-    assert launching._goes_on(run) == "the same command starts it anew (--resumable lets a run go on)"
+    said = "the same command starts it from the beginning (--resumable lets a run resume)"
+    assert launching._goes_on(run) == said
     (run.folder / "checkpoint-4").mkdir()
     (run.folder / "checkpoint-4" / "manifest.json").write_text('{"resumable": true}')
+    assert launching._goes_on(run) == "the same command resumes from checkpoint-4"
     (run.folder / "checkpoint-8").mkdir()
-    (run.folder / "checkpoint-8" / "manifest.json").write_text("")  # the power went as it was written
-    assert launching._goes_on(run) == "the same command goes on from checkpoint-4"
+    (run.folder / "checkpoint-8" / "manifest.json").write_text("")  # a damaged file is a reason to stop
+    assert "checkpoint-8/manifest.json is not valid JSON" in launching._goes_on(run)
+    assert "move" in launching._goes_on(run)
     assert run.test_losses == {}
 
 

@@ -22,7 +22,8 @@ def make_run(tiny_model, small_data):
     def make(name, losses, held):
         config = RunConfig.course("vanilla", name=name, model=str(tiny_model), data=str(small_data))
         run = prepare(config)
-        lines = [json.dumps({"step": i, "loss": x, "tokens": 9, "seconds": 1.0}) for i, x in enumerate(losses, 1)]
+        rest = {"tokens": 9, "trained_tokens": 4, "seconds": 1.0, "warm_up": False}
+        lines = [json.dumps({"step": i, "loss": x} | rest) for i, x in enumerate(losses, 1)]
         (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         write_json(run.folder / "memory.json", [{"rank": 0, "at rest": dict.fromkeys(OWNERS, held), "peak": held}])
         return run

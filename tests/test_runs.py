@@ -63,9 +63,11 @@ def test_unknown_settings_in_a_run_folder_are_named():
 def test_a_half_written_metrics_line_is_left_out(tmp_path):
     run = Run(tmp_path)
     assert run.metrics == []
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert run.metrics == [{"step": 1}, {"step": 2}]
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n')
+    rest = {"loss": 2.5, "tokens": 9, "trained_tokens": 4, "seconds": 0.5, "warm_up": False}
+    lines = [{"step": step} | rest for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"ste')
+    assert run.metrics == lines
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\nnonsense\n")
     with pytest.raises(UserError, match="a line that is not JSON"):
         _ = run.metrics
 
@@ -75,9 +77,10 @@ def test_status_follows_the_markers(tmp_path):
     assert run.status == "prepared"
     (tmp_path / "logs").mkdir()
     assert run.status == "unfinished"
-    write_json(tmp_path / "FAILED", {"rank": 0})
+    failure = {"rank": 0, "step": 3, "reason": "out of memory"}
+    write_json(tmp_path / "FAILED", failure)
     assert run.status == "failed"
-    assert run.failure == {"rank": 0}
+    assert run.failure == failure
 
 
 def test_checkpoints_come_in_step_order(tmp_path):

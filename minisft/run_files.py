@@ -1,0 +1,103 @@
+"""The shape of each file of a run folder. A folder may come from somebody else, so every file is checked against it.
+
+`files.read_json(file, shape)` reads one. Keys that are not listed are kept where a later version may add some.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+
+@dataclass(frozen=True)
+class About:
+    """`run.json`: the settings, the model that training starts from, and what was decided for this machine."""
+
+    config: dict[str, Any]
+    model_folder: str
+    model_source: str = ""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    on_gpu: bool = False
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@with_config(ConfigDict(extra="allow"))
+class Metric(TypedDict):
+    """A line of `metrics.jsonl`: one optimizer step."""
+
+    step: int
+    loss: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    warm_up: bool
+    epoch: NotRequired[float]
+    lr: NotRequired[float]
+    grad_norm: NotRequired[float | None]
+    bytes: NotRequired[Annotated[list[int], Field(min_length=1)]]
+
+
+RankMemory = with_config(ConfigDict(extra="allow"))(
+    TypedDict(
+        "RankMemory",
+        {
+            "rank": int,
+            "at rest": NotRequired[dict[str, int]],
+            "after backward": NotRequired[dict[str, int]],
+            "peak": NotRequired[int | None],
+            "communication": NotRequired[dict[str, int]],
+            "in main memory": NotRequired[dict[str, dict[str, int]]],
+            "step": NotRequired[dict[str, Any]],
+        },
+    )
+)
+
+
+class FileSum(TypedDict):
+    """A file of a checkpoint: its size and SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class Manifest(TypedDict):
+    """`manifest.json` of a checkpoint."""
+
+    step: NotRequired[int]
+    strategy: NotRequired[str]
+    ranks: NotRequired[int]
+    test_loss: NotRequired[float | None]
+    resumable: NotRequired[bool]
+    files: NotRequired[dict[str, FileSum]]
+
+
+class Failure(TypedDict):
+    """`FAILED`: which rank failed, at which step (None where that is not known), for what reason."""
+
+    rank: int | None
+    step: int | None
+    reason: str
+
+
+class Hosts(TypedDict):
+    """`hosts.json`: the hosts that a run was prepared for, each with its ranks, and what starts them there."""
+
+    launcher: str
+    hosts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class RankSign:
+    """`ranks/rankN.json`: what a rank said last, and when it first said each of its phases (seconds since 1970)."""
+
+    rank: Annotated[int, Field(ge=0)]
+    host: str
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    phase: str
+    step: int
+    micro_batch: int
+    began: dict[str, float] = field(default_factory=dict)
