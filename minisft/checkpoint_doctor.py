@@ -1,27 +1,39 @@
-"""Whether a checkpoint can be used, found out before a model is built from it.
+"""Whether a model folder or a checkpoint can be used, found out without keeping a model of it.
 
-transformers loads a good deal that is broken: a tensor that is missing becomes random numbers, with a warning. Here
-each checkpoint is looked at first, its file headers before its values, and what is wrong is one sentence. Which tensors
-a model wants, and under which names they are saved, transformers itself says, by loading them without their values.
+Each is examined before it is trained, evaluated or talked to: its files' headers before their values. Which tensors a
+model wants, and under which names they are saved, transformers itself says, by loading them without their values.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minisft.checkpoints import damage
 from minisft.errors import UserError
-from minisft.files import read_json
+from minisft.model_folder import misfit, not_finite, unreadable, weight_files
 from minisft.preflight import model_config
 from minisft.runs import Run
+from minisft.text import one_line
 from minisft.tokens import HuggingFaceTokenizer
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+def flaw(folder: Path, *, trust_remote_code: bool = False, values: bool = True) -> str:
+    """Why the model in `folder` cannot be used, in one sentence without its name; empty if it can.
+
+    Looks at config, files, headers, tensors that are missing, unexpected or of another shape, and tied weights; with
+    `values` also at every number, once for each content. The tokenizer is examined where it is loaded.
+    """
+    return _said(lambda: _flaw(folder, trust_remote_code, values))
+
+
+def require_sound(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise `UserError` if `flaw` finds something."""
+    if wrong := flaw(folder, trust_remote_code=trust_remote_code):
+        raise UserError(f"the model in {folder} cannot be used: {wrong}")
 
 
 def ailment(run: Run, folder: Path) -> str:
@@ -29,66 +41,39 @@ def ailment(run: Run, folder: Path) -> str:
 
     The model before training may be given as well; it needs no chat template.
     """
+    return _said(lambda: _ailment(run, folder))
+
+
+def _said(examine: Any) -> str:
     try:
-        return _ailment(run, folder)
+        return one_line(examine())
     except UserError as error:
-        return str(error)
+        return one_line(error)
     except Exception as error:  # whatever a library raises on files that somebody has damaged
-        return f"it cannot be examined ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
+        return f"it cannot be examined ({type(error).__name__}: {one_line(error, 150)})"
+
+
+def _flaw(folder: Path, trust_remote_code: bool, values: bool) -> str:
+    if wrong := unreadable(folder, trust_remote_code):
+        return wrong
+    model_config(folder, trust_remote_code)
+    files = weight_files(folder)
+    model, found = _without_values(folder, trust_remote_code)
+    return misfit(model, found, files) or (not_finite(files) if values else "")
 
 
 def _ailment(run: Run, folder: Path) -> str:
-    trust = run.config.trust_remote_code
-    if not (folder / "config.json").exists():
+    trust = run.trust_remote_code
+    if not (folder / "config.json").is_file():
         return "it has no config.json"
     config, own = model_config(folder, trust), model_config(run.model_folder, trust)
     if config.model_type != own.model_type:
         return f"it is of another architecture: a {config.model_type} model, and the run's is {own.model_type}"
-    files = weight_files(folder)
-    if not files:
-        return _no_weights(folder)
-    if wrong := _unreadable(files) or damage(folder, {file.name for file in files}):
-        return wrong
-    model, found = _without_values(folder, trust)
     return (
-        _misfit(found)
-        or _no_longer_tied(model, files)
-        or _bad_values(files)
+        _flaw(folder, trust, values=True)
+        or damage(folder, {file.name for file in weight_files(folder)})
         or _no_words(run, folder, config.get_text_config().vocab_size)
     )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint that transformers would read, in name order."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    index = read_json(folder / INDEX)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        if index is not None:
-            raise UserError(f"{INDEX} does not say in which file each tensor is")
-        return []
-    return [folder / name for name in sorted(set(names.values()))]
-
-
-def _no_weights(folder: Path) -> str:
-    if any(folder.glob("global_step*")) or any(folder.rglob("*zero_pp_rank*")):
-        return (
-            f"its weights are still split over the ranks (ZeRO shards and no {WEIGHTS}): gather them with its "
-            "zero_to_fp32.py, or train with stage3_gather_16bit_weights_on_model_save"
-        )
-    return f"it has no {WEIGHTS}"
-
-
-def _unreadable(files: Iterable[Path]) -> str:
-    for file in files:
-        try:
-            list(_tensors_of(file))
-        except FileNotFoundError:
-            return f"{file.name} is missing"
-        except Exception as error:  # safetensors has an error class of its own
-            return f"{file.name} cannot be read ({str(error)[:100]})"
-    return ""
 
 
 def _without_values(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
@@ -102,6 +87,7 @@ def _without_values(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[st
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             local_files_only=True,
+            use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
 
@@ -121,63 +107,6 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
         if bar:
             hf_logging.enable_progress_bar()
-
-
-def _misfit(found: dict[str, Any]) -> str:
-    for name, shape, wanted in sorted(found["mismatched_keys"]):
-        what = "is empty" if not math.prod(shape) else f"has the shape {list(shape)}"
-        return f"the tensor {name} {what}, and its config.json asks for {list(wanted)}"
-    for keys, what in (
-        ("missing_keys", "is missing"),
-        ("unexpected_keys", "has no place in the model of its config.json"),
-    ):
-        if names := sorted(found[keys]):
-            more = f", and {len(names) - 1} more" if names[1:] else ""
-            return f"the tensor {names[0]}{more} {what}"
-    return "; ".join(map(str, found.get("error_msgs") or ()))[:200]
-
-
-def _no_longer_tied(model: Any, files: Iterable[Path]) -> str:
-    import torch
-
-    place = {name: file for file in files for name in _tensors_of(file)}
-    for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if name in place and other in place:
-            pair = [_tensor(place[which], which) for which in (name, other)]
-            if not torch.equal(*pair):
-                return f"{name} differs from {other}, and by its config.json they are one tensor"
-    return ""
-
-
-def _tensors_of(file: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as stream:
-        return list(stream.keys())
-
-
-def _tensor(file: Path, name: str) -> Any:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as stream:
-        return stream.get_tensor(name)
-
-
-def _bad_values(files: Iterable[Path]) -> str:
-    import torch
-    from safetensors import safe_open
-
-    for file in files:
-        with safe_open(file, "pt") as stream:
-            for name in stream.keys():  # noqa: SIM118
-                tensor = stream.get_tensor(name)
-                if not tensor.is_floating_point():
-                    continue
-                if tensor.element_size() == 1:  # 8-bit floats know no isfinite
-                    tensor = tensor.float()
-                if not (finite := torch.isfinite(tensor)).all():
-                    return f"{int((~finite).sum())} of the {tensor.numel()} values of {name} are not finite"
-    return ""
 
 
 def _no_words(run: Run, folder: Path, vocabulary: int) -> str:

@@ -9,37 +9,50 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.mistral import CONTROL_TOKENS
+from minisft.model_folder import misfit, not_finite, unreadable, weight_files
+from minisft.text import one_line
 from minisft.tokens import HuggingFaceTokenizer
 
 
 def load_model(folder: Path, tokenizer: HuggingFaceTokenizer, trust_remote_code: bool = False) -> Any:
     """The model in fp32, with an embedding for every token of `tokenizer`. Raises `UserError`.
 
-    Weights are read as safetensors; older `.bin` files only as plain tensors (`weights_only`). Code that comes with a
-    model runs only where `trust_remote_code` says so.
+    Nothing but safetensors is read, and a model that lacks a tensor, or has one too many, or a value that is not a
+    number, is refused. Code that comes with a model runs only where `trust_remote_code` says so.
 
     A control token that a template adds (v2, v3, v7) starts as the mean of the tokens of its own text, `[INST]` say:
     near what the model knows, and the same on every rank. The output layer grows alike.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            weights_only=True,
-            trust_remote_code=trust_remote_code,
-        )
-    except Exception as error:  # each library that reads a file has errors of its own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} is no checkpoint that transformers can load ({reason})") from error
+    model, wrong = _loaded(folder, trust_remote_code)
+    if wrong:
+        raise UserError(f"{folder} is no checkpoint that transformers can load ({wrong})")
     had = model.config.get_text_config().vocab_size
     if len(tokenizer.hf) > had:
         model.resize_token_embeddings(len(tokenizer.hf), mean_resizing=False)
         _start_from_their_text(model, tokenizer, had)
     return model
+
+
+def _loaded(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
+    """The model in `folder`, and what is wrong with it: empty if nothing is."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        if wrong := unreadable(folder, trust_remote_code):
+            return None, wrong
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+        files = weight_files(folder)
+        return model, misfit(model, found, files) or not_finite(files)
+    except Exception as error:  # each library that reads a file has errors of its own
+        return None, one_line(error, 200)
 
 
 def positions_of(config: Any) -> int | None:

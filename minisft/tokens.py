@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from minisft import machine
 from minisft.errors import UserError
 from minisft.mistral import CONTROL_TOKENS, VERSIONS
+from minisft.model_folder import require_tokenizer_class
 
 SPACE_MARK = "▁"
 
@@ -146,6 +147,7 @@ class HuggingFaceTokenizer:
 def _load(folder: Path | str) -> Any:
     from transformers import AutoTokenizer
 
+    require_tokenizer_class(Path(folder))
     try:
         hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each kind of missing or damaged file raises an error of its own
