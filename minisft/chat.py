@@ -21,7 +21,7 @@ from minisft.generation import stream
 from minisft.live import in_notebook
 from minisft.models import positions_of
 from minisft.runs import Run, checkpoint_step
-from minisft.text import harmless
+from minisft.text import say
 
 REPLACEMENT = "\ufffd"  # what half a character decodes to
 
@@ -30,9 +30,8 @@ class Talk:
     """A conversation with the model in `folder`: what is said goes into the next prompt, as in training."""
 
     def __init__(self, run: Run, folder: Path):
-        config = run.config
-        self.tokenizer, self.template = tools_of(run.model_folder, config.template)
-        self.model = load_to_answer(folder, self.tokenizer, run.precision, config.trust_remote_code)
+        self.tokenizer, self.template = tools_of(run.model_folder, run.config.template)
+        self.model = load_to_answer(folder, self.tokenizer, run.precision, run.trust_remote_code)
         self.positions = positions_of(self.model.config) or 1 << 30
         self.messages: list[Message] = []
 
@@ -81,34 +80,36 @@ def talks(run: Run, step: int | None = None, beside: bool = False) -> dict[str, 
         raise UserError(f"{run.name} has no checkpoint of step {step}: it has those of {', '.join(map(str, steps))}")
     if wrong := ailment(run, folder):
         raise UserError(f"{run.name} {folder.name} cannot be used: {wrong}")
+    if beside and (wrong := ailment(run, run.model_folder)):
+        raise UserError(f"the model before training, {run.model_folder}, cannot be used: {wrong}")
     before = {"before": Talk(run, run.model_folder)} if beside else {}
     return before | {f"step {checkpoint_step(folder)}": Talk(run, folder)}
 
 
-def in_terminal(found: Mapping[str, Talk], asked: TextIO, out: TextIO, max_new_tokens: int = 200) -> None:
+def in_terminal(found: Mapping[str, Talk], asked: TextIO | None, out: TextIO | None, max_new_tokens: int = 200) -> None:
     """Answer each line of `asked` until it ends."""
-    prompt = "you> " if asked.isatty() else ""
+    prompt = "you> " if asked is not None and asked.isatty() else ""
     width = max(map(len, found))
     while True:
-        print(prompt, end="", file=out, flush=True)
-        line = asked.readline()
+        say(prompt, end="", to=out)
+        line = asked.readline() if asked is not None else ""
         if not line:
-            print(file=out) if prompt else None
+            say(to=out) if prompt else None
             return
         if not line.strip():
             continue
         for name, talk in found.items():
-            print(f"{name:<{width}}> ", end="", file=out, flush=True)
+            say(f"{name:<{width}}> ", end="", to=out)
             said = ""
             try:
                 for piece in talk.say(_sayable(line.strip()), max_new_tokens):
                     said += piece
-                    print(harmless(piece), end="", file=out, flush=True)
+                    say(piece, end="", to=out)
                 if not said:
-                    print("(nothing)", end="", file=out)
+                    say("(nothing)", end="", to=out)
             except UserError as error:
-                print(f"({error})", end="", file=out)
-            print(file=out, flush=True)
+                say(f"({error})", end="", to=out)
+            say(to=out)
 
 
 def _sayable(text: str) -> str:
@@ -133,7 +134,7 @@ class Beside:
                 if show:
                     show(answers)
             if not show:
-                print(f"{name}: {harmless(answers[name])}")
+                say(f"{name}: {answers[name]}")
         if show:
             show(answers)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,10 +27,12 @@ from minisft.conversations import Conversation
 from minisft.errors import UserError
 from minisft.evaluation_report import interval_told, write_summary
 from minisft.exam import FORM, Exam, Settings, fingerprint, prompt_ids, read_cache, set_exam, tools_of
-from minisft.files import digest, read_json, write_json, written_whole
+from minisft.files import Digests, open_own, read_json, read_text, write_json, written_whole
+from minisft.run_files import Result, Summary
 from minisft.runs import Run, checkpoint_step, outputs_root
-from minisft.scores import corpus_scores, one_line
-from minisft.text import harmless
+from minisft.scores import corpus_scores
+from minisft.scores import one_line as as_line
+from minisft.text import one_line, say
 
 Say = Callable[[str], None]
 EXAMPLES = 3
@@ -43,29 +46,32 @@ BESIDE = (  # the weights, what a result or its soundness depends on
 )
 
 
-def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = print) -> list[str]:
+def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verify: bool = False) -> list[str]:
     """Evaluate every checkpoint of every run; returns a sentence for each that cannot be used.
 
-    A run without test rows counts as one that cannot be used beside others; alone it raises `UserError`, as do runs
-    without checkpoints and two runs of one name.
+    A result belongs to the content of the files that it was computed from. Checksums are remembered for files that
+    were not touched since; with `verify` every file is read again. A run without test rows counts as one that cannot be
+    used beside others; alone it raises `UserError`, as do runs without checkpoints and two runs of one name.
     """
     for run in runs:
         if not run.checkpoints:
             raise UserError(f"{run.name} has no checkpoint to evaluate (it is {run.status}): train it to its end first")
     if twice := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
         raise UserError(f"two of the runs are called {twice[0]}, and their results have one place: give one at a time")
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[str, Result] = {}
     broken: list[str] = []
+    digests = Digests(verify)
 
     def is_broken(what: str) -> None:
-        broken.append(harmless(what).replace("\n", " "))
+        broken.append(one_line(what))
         say(broken[-1])
 
     for run in runs:
         folder = outputs_root() / "evaluation" / run.name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)  # conversations are personal
         try:
-            exam = set_exam(run, settings, folder)
+            exam = set_exam(run, settings, folder, digests)
         except UserError as error:
             if len(runs) == 1:
                 raise
@@ -74,7 +80,7 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = print) -> 
         results, unusable = [], {}
         for step, model in steps_of(run):
             try:
-                key = _key(run, model, exam, settings)
+                key = _key(run, model, exam, settings, digests)
                 found = known.get(key) or _looked_up(folder, step, key)
                 if found is None:
                     found = _evaluated(run, model, exam, settings, folder / f".checkpoint-{step}-{key}.jsonl")
@@ -92,6 +98,7 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = print) -> 
         _remove_others(folder, {result["step"] for result in results})
         _write_lines(folder / "references.txt", (q.messages[-1].content for q in exam.questions))
         write_summary(folder, run, asdict(settings), results, unusable, exam.leakage(settings))
+    say(f"results belong to the content of the files: {digests.how}")
     return broken
 
 
@@ -102,24 +109,25 @@ def steps_of(run: Run) -> Iterator[tuple[int, Path]]:
         yield checkpoint_step(checkpoint), checkpoint
 
 
-def results_of(run: Run) -> list[dict[str, Any]]:
+def results_of(run: Run) -> list[Result]:
     """What `evaluate_runs` found for the model before training and each checkpoint that it could use, in step order."""
     folder = outputs_root() / "evaluation" / run.name
-    summary = read_cache(folder / "summary.json")
+    summary = read_cache(folder / "summary.json", Summary)
     steps = [c["step"] for c in summary["checkpoints"]] if summary else []
-    return [read_json(folder / f"checkpoint-{step}.json") for step in steps]
+    found = (read_json(folder / f"checkpoint-{step}.json", Result) for step in steps)
+    return [result for result in found if result is not None]
 
 
 # --- one checkpoint ----------------------------------------------------------------------------------------
 
 
-def _looked_up(folder: Path, step: int, key: str) -> dict[str, Any] | None:
-    found = read_cache(folder / f"checkpoint-{step}.json")
-    return found if isinstance(found, dict) and found.get("key") == key else None
+def _looked_up(folder: Path, step: int, key: str) -> Result | None:
+    found = read_cache(folder / f"checkpoint-{step}.json", Result)
+    return found if found is not None and found["key"] == key else None
 
 
-def _evaluated(run: Run, folder: Path, exam: Exam, settings: Settings, kept: Path) -> dict[str, Any]:
-    """`evaluate_model` for a checkpoint that was found sound; an interrupted one goes on after its last answer."""
+def _evaluated(run: Run, folder: Path, exam: Exam, settings: Settings, kept: Path) -> Result:
+    """`evaluate_model` for a checkpoint that was found sound; an interrupted one resumes after its last answer."""
     if wrong := ailment(run, folder):
         raise UserError(wrong)
     return evaluate_model(run, folder, exam, settings, kept)
@@ -140,7 +148,7 @@ def evaluate_model(run: Run, folder: Path, exam: Exam, settings: Settings, kept:
     in nats per token of the answers, their `perplexity`, and every answer beside its prompt and reference.
     """
     tokenizer, template = tools_of(run.model_folder, run.config.template)
-    model = load_to_answer(folder, tokenizer, run.precision, run.config.trust_remote_code)
+    model = load_to_answer(folder, tokenizer, run.precision, run.trust_remote_code)
     answers = _answers(model, exam.questions, template, tokenizer, settings, kept, f"{run.name} {folder.name}")
     loss, trained_tokens = answer_loss(model, exam.questions, template, tokenizer)
     references = [q.messages[-1].content.strip() for q in exam.questions]
@@ -183,7 +191,8 @@ def _answers(
         for i, answer in generate(model, prompts, tokenizer, settings.max_new_tokens, settings.batch_size):
             done[left[i]] = answer
             if kept is not None:
-                with kept.open("a", encoding="utf-8") as stream:
+                handle = open_own(kept, os.O_WRONLY | os.O_APPEND, private=True)
+                with os.fdopen(handle, "a", encoding="utf-8") as stream:
                     stream.write(json.dumps([left[i], answer.text, answer.stopped]) + "\n")
             bar.update()
     return [done[i] for i in range(len(questions))]
@@ -191,13 +200,13 @@ def _answers(
 
 def _kept_answers(file: Path, questions: int) -> dict[int, Answer]:
     """The answers that an interrupted evaluation left, by number; a line that was being written is cut off."""
-    if not file.exists():
+    whole, _, _ = (read_text(file, errors="replace") or "").rpartition("\n")
+    if not whole:
         return {}
-    whole = file.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    file.write_bytes(whole)
+    with written_whole(file, private=True) as stream:
+        stream.write(whole + "\n")
     found = {}
-    for line in whole.splitlines():
+    for line in whole.split("\n"):
         with suppress(ValueError, TypeError):
             index, text, stopped = json.loads(line)
             if 0 <= index < questions:
@@ -205,33 +214,17 @@ def _kept_answers(file: Path, questions: int) -> dict[int, Answer]:
     return found
 
 
-def _key(run: Run, model: Path, exam: Exam, settings: Settings) -> str:
+def _key(run: Run, model: Path, exam: Exam, settings: Settings, digests: Digests) -> str:
     """Changes whenever the result could: other weights, tokenizer, questions, settings, precision or device."""
     import torch
 
     asked = [asdict(question) for question in exam.questions]
     matters = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "exclude_leaked")}
-    digests = [[str(file.name), _digest(file)] for file in weight_files(model)]
+    sums = [[str(file.name), digests.of(file)] for file in weight_files(model)]
     for folder in (model, run.model_folder):
-        digests += [[name, _digest(folder / name)] for name in BESIDE if (folder / name).exists()]
+        sums += [[name, digests.of(folder / name)] for name in BESIDE if (folder / name).exists()]
     device = [run.precision, torch.cuda.get_device_name()] if torch.cuda.is_available() else ["fp32", "cpu"]
-    return fingerprint([FORM, digests, asked, matters, device, run.config.template, run.config.max_length])
-
-
-def _digest(file: Path) -> str:
-    """The checksum of a file's content, looked up where the file is as it was when it was last read."""
-    known_file = outputs_root() / "evaluation" / ".digests.json"
-    stat = file.stat()
-    about = [stat.st_size, stat.st_mtime_ns]
-    known = read_cache(known_file)
-    if not isinstance(known, dict):
-        known = {}
-    found = known.get(str(file))
-    if isinstance(found, list) and found[:2] == about and len(found) == 3:
-        return found[2]
-    known[str(file)] = [*about, digest(file)]
-    write_json(known_file, known)
-    return known[str(file)][2]
+    return fingerprint([FORM, sums, asked, matters, device, run.config.template, run.config.max_length])
 
 
 def _line(result: dict[str, Any]) -> str:
@@ -245,7 +238,7 @@ def _line(result: dict[str, Any]) -> str:
 def _write_lines(file: Path, texts: Iterable[str]) -> None:
     """Texts a line each, as sacreBLEU's command reads them."""
     with written_whole(file) as stream:
-        stream.writelines(one_line(text) + "\n" for text in texts)
+        stream.writelines(as_line(text) + "\n" for text in texts)
 
 
 # --- runs that are still being trained ----------------------------------------------------------------------

@@ -6,14 +6,13 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from minisft.conversations import Conversation, one_per_answer
 from minisft.errors import UserError
-from minisft.files import read_json, write_json
+from minisft.files import Digests, read_json, write_json
 from minisft.labels import encode, encode_segments
 from minisft.leakage import Leak, Prompt, find_leaks, trained_texts
 from minisft.ledger import Ledger
@@ -72,7 +71,7 @@ class Exam:
         return about | {"rows": {name: asdict(leak) for name, leak in self.leaks.items()}}
 
 
-def set_exam(run: Run, settings: Settings, folder: Path) -> Exam:
+def set_exam(run: Run, settings: Settings, folder: Path, digests: Digests | None = None) -> Exam:
     """The first test conversations whose prompt and answer fit in the run's maximum length, and what of them leaked."""
     file = run.folder / "data" / TEST
     if not file.exists() or file.stat().st_size == 0:
@@ -84,7 +83,7 @@ def set_exam(run: Run, settings: Settings, folder: Path) -> Exam:
     while more := [c for _, c in zip(range(settings.rows - len(chosen)), candidates, strict=False)]:
         asked = {c.id: questions_of(c, settings.answers) for c in more}
         seen += sum(map(len, asked.values()))
-        found = _leaks(run, {q.id: q for questions in asked.values() for q in questions}, folder)
+        found = _leaks(run, {q.id: q for questions in asked.values() for q in questions}, folder, digests or Digests())
         leaks |= found
         clean = [c for c in more if not settings.exclude_leaked or not found.keys() & {q.id for q in asked[c.id]}]
         chosen += clean
@@ -113,7 +112,7 @@ def prompt_ids(conversation: Conversation, template: MistralTemplate, tokenizer:
     return encode_segments(template.prompt_segments(conversation), tokenizer)
 
 
-def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path) -> dict[str, Leak]:
+def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path, digests: Digests) -> dict[str, Leak]:
     """Which of the questions are in what the run trained on; looked for once."""
     tokenizer, template = tools_of(run.model_folder, run.config.template)
     prompts = {
@@ -124,23 +123,22 @@ def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path) -> dic
         for name, question in questions.items()
     }
     data = run.folder / "data"
-    stat = (data / TRAIN).stat()
-    file = (
-        folder
-        / f".leaks-{fingerprint([FORM, list(map(asdict, prompts.values())), stat.st_size, stat.st_mtime_ns])}.json"
-    )
-    with suppress(TypeError, AttributeError):  # a file that somebody has damaged is no file
-        return {name: Leak(**leak) for name, leak in read_cache(file).items()}
+    if not (data / TRAIN).is_file():
+        raise UserError(f"{run.name} has no training rows ({data / TRAIN}): prepare it again with --overwrite")
+    looked_for = fingerprint([FORM, list(map(asdict, prompts.values())), digests.of(data / TRAIN)])
+    file = folder / f".leaks-{looked_for}.json"
+    if (known := read_cache(file, dict[str, Leak])) is not None:
+        return known
     found = find_leaks(prompts, trained_texts(load_rows(data), tokenizer))
     write_json(file, {name: asdict(leak) for name, leak in found.items()})
     return found
 
 
-def read_cache(file: Path) -> Any:
-    """The JSON of a file that can be made again, or None where there is none that can be read."""
+def read_cache(file: Path, shape: Any) -> Any:
+    """The JSON of a file that can be made again, as `shape`; None where there is none that can be used."""
     try:
-        return read_json(file)
-    except (UserError, OSError, UnicodeDecodeError):
+        return read_json(file, shape)
+    except UserError:
         return None
 
 

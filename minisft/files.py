@@ -272,6 +272,16 @@ def digest(file: Path, sync: bool = False) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digest_memory() -> Path:
+    """The file in which `Digests` remembers. Raises `UserError` where there is no folder for a cache."""
+    return cache_dir() / "digests.json"
+
+
+def digest_memory() -> Path:
+    """The file in which `Digests` remembers. Raises `UserError` where there is no folder for a cache."""
+    return cache_dir() / "digests.json"
+
+
 class Digests:
     """Checksums of files by content, remembered in the cache folder for files that have not been touched since.
 
@@ -296,11 +306,12 @@ class Digests:
             return entry[-1]
         found = digest(file)
         self.read += 1
-        with suppress(OSError):  # a cache that cannot be written costs time alone
-            self._memory.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError, UserError):  # a cache that cannot be written costs time alone
+            memory = digest_memory()
+            memory.parent.mkdir(parents=True, exist_ok=True)
             known.pop(key, None)
             recent = dict(list(known.items())[-MOST_DIGESTS:])
-            write_json(self._memory, recent | {key: [*about, found]})
+            write_json(memory, recent | {key: [*about, found]})
         return found
 
     @property
@@ -310,12 +321,8 @@ class Digests:
             return f"{self.read} files read and hashed"
         return f"{self.remembered} of {self.read + self.remembered} checksums remembered (files untouched since)"
 
-    @property
-    def _memory(self) -> Path:
-        return cache_dir() / "digests.json"
-
     def _known(self) -> dict[str, Any]:
         with suppress(UserError, OSError):  # remembered checksums can be found again
-            if isinstance(found := read_json(self._memory), dict):
+            if isinstance(found := read_json(digest_memory()), dict):
                 return found
         return {}

@@ -28,7 +28,7 @@ from minisft.checkpoint_doctor import require_sound
 from minisft.checkpoints import holds_weights, resume_point
 from minisft.commands import Command, commands, require_deepspeed, shown, write_place
 from minisft.errors import UserError
-from minisft.files import is_inside, open_lock, read_json, try_lock, write_json, written_whole
+from minisft.files import Digests, is_inside, open_lock, read_json, try_lock, write_json, written_whole
 from minisft.hosts import Place, is_here
 from minisft.ledger import Ledger
 from minisft.lint import lint
@@ -200,8 +200,8 @@ def _rows(config: RunConfig, source: Path, model: Path, tokenizer: HuggingFaceTo
 
     Reading ShareGPT takes seconds, and the strategies that are compared want the same of it.
     """
-    wanted = made_of(config, source, model)
-    rows = take_over(wanted, [run.folder for run in all_runs()], scratch / "data") if source.is_file() else None
+    wanted = made_of(config, source, model, Digests())
+    rows = take_over(wanted, [run.folder for run in all_runs()], scratch / "data")
     if rows is None:
         ledger = Ledger()
         rows = write_data(config, source, tokenizer, scratch / "data", ledger)

@@ -90,6 +90,56 @@ class Hosts(TypedDict):
     hosts: dict[str, int]
 
 
+class Example(TypedDict):
+    """One scored answer: the question's id, its last user turn, what the data set answers, and what the model does."""
+
+    id: str
+    prompt: str
+    reference: str
+    output: str
+    stopped: bool
+
+
+Interval = Annotated[list[float], Field(max_length=2)]  # low and high; empty where none was asked for
+
+
+class Scores(TypedDict):
+    """What an evaluation says of one checkpoint in `summary.json`."""
+
+    step: int
+    bleu: float
+    bleu_interval: Interval
+    chrf: float
+    chrf_interval: Interval
+    length_ratio: float
+    stopped: float
+    loss: float
+    perplexity: float
+    examples: list[Example]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Result(Scores):
+    """`evaluation/<run>/checkpoint-N.json`: the scores of one checkpoint, with every answer."""
+
+    run: str
+    model: str
+    key: str
+    rows: int
+    bleu_signature: str
+    chrf_signature: str
+    answers: list[Example]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Summary(TypedDict):
+    """`evaluation/<run>/summary.json`."""
+
+    run: str
+    rows: int
+    checkpoints: Annotated[list[Scores], Field(min_length=1)]
+
+
 @dataclass(frozen=True)
 class RankSign:
     """`ranks/rankN.json`: what a rank said last, and when it first said each of its phases (seconds since 1970)."""

@@ -3,22 +3,26 @@
 data/train.arrow   id, input_ids, labels; `datasets.Dataset.from_file` maps it into memory
 data/test.jsonl    the test conversations, cleaned, in ShareGPT's shape
 data/test.arrow    the first `eval_rows` of them that fit, as rows: the test loss of each checkpoint is theirs
-data/made_of.json  from what they were made, so that another run which wants the same takes a copy of them
+data/made_of.json  from what they were made, with the checksums of the three files
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from minisft.conversations import Conversation
 from minisft.encoding import encode_stream
-from minisft.files import digest
+from minisft.errors import UserError
+from minisft.files import Digests, digest, digest_memory, read_json, write_json
 from minisft.labels import Row
 from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate
@@ -29,7 +33,7 @@ from minisft.tokens import Tokenizer
 if TYPE_CHECKING:
     from minisft.runs import RunConfig
 
-TRAIN, TEST, TEST_ROWS = "train.arrow", "test.jsonl", "test.arrow"
+TRAIN, TEST, TEST_ROWS = FILES = "train.arrow", "test.jsonl", "test.arrow"
 MADE_OF = "made_of.json"
 MATTERS = (  # of a `RunConfig`, to its rows
     "template",
@@ -43,6 +47,7 @@ MATTERS = (  # of a `RunConfig`, to its rows
     "eval_rows",
 )
 ROWS_AT_ONCE = 256
+MOST_REMEMBERED = 200  # sets of rows that are recognized when another run wants them
 
 
 def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Path, ledger: Ledger) -> int:
@@ -73,41 +78,76 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
     return written
 
 
-def made_of(config: RunConfig, source: Path, model: Path) -> dict[str, Any]:
-    """What the rows depend on: settings, the data, and the tokenizer in the folder `model`; files by size and time."""
-    files = [source, *sorted(model.glob("*token*")), model / "config.json"]
-    files = [file for file in files if file.is_file()]
-    about = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def made_of(config: RunConfig, source: Path, model: Path, digests: Digests) -> dict[str, Any]:
+    """What the rows depend on: settings, the content of the data, and the tokenizer in the folder `model`."""
+    sources = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
+    tokenizer = [file for file in (*sorted(model.glob("*token*")), model / "config.json") if file.is_file()]
+    # Rows name the file that they came from, so its name matters as well; where it lies does not.
+    about = [[file.name, digests.of(file)] for file in (*sources, *tokenizer)]
     return {"package": version("minisft"), "files": about, **{name: getattr(config, name) for name in MATTERS}}
 
 
 def take_over(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) -> int | None:
     """Copy into `folder` the rows, and the ledger beside it, of the first run folder of `runs` that has the same.
 
-    Returns how many rows there are to train, or None if none has. Rows that are not as they were written are not taken.
+    Returns how many rows there are to train, or None if none has. What belongs to `wanted` is known from this machine's
+    own cache, not from a run folder, which may come from somebody else: only files of the same content are taken.
     """
+    known = _known_rows().get(_key(wanted))
+    if known is None:
+        return None
     for run in runs:
-        try:
-            known = json.loads((run / "data" / MADE_OF).read_text())
-            if known["made_of"] == wanted:
-                shutil.copytree(run / "data", folder)
+        with suppress(OSError):  # a run that somebody removes
+            if _sums(run) == known.sha256:
+                folder.mkdir(parents=True)
+                for name in FILES:
+                    shutil.copyfile(run / "data" / name, folder / name)
                 shutil.copyfile(run / "ledger.json", folder.parent / "ledger.json")
-                if _sums(folder) == known["sha256"]:
-                    return int(known["rows"])
-        except (OSError, ValueError, KeyError, TypeError):  # a run that somebody removes or has damaged
-            pass
+                if _sums(folder.parent) == known.sha256:
+                    _describe(folder, wanted, known)
+                    return known.rows
         shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
 def remember(wanted: dict[str, Any], rows: int, folder: Path) -> None:
-    """Write down of what the rows in `folder` were made."""
-    about = {"made_of": wanted, "rows": rows, "sha256": _sums(folder)}
-    (folder / MADE_OF).write_text(json.dumps(about, indent=2) + "\n")
+    """Write down, in the folder and in this machine's cache, of what the rows in `folder` were made."""
+    made = MadeRows(rows, _sums(folder.parent))
+    _describe(folder, wanted, made)
+    recent = dict(list(_known_rows().items())[-MOST_REMEMBERED:])
+    with suppress(OSError, UserError):  # a cache that cannot be written costs time alone
+        _memory().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_memory(), {key: vars(value) for key, value in recent.items()} | {_key(wanted): vars(made)})
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    return {name: digest(folder / name) for name in (TRAIN, TEST, TEST_ROWS)}
+@dataclass(frozen=True)
+class MadeRows:
+    """Rows that were made before: how many to train, and the checksum of each file by name."""
+
+    rows: int
+    sha256: dict[str, str]
+
+
+def _memory() -> Path:
+    return digest_memory().with_name("rows.json")
+
+
+def _known_rows() -> dict[str, MadeRows]:
+    with suppress(UserError):
+        return read_json(_memory(), dict[str, MadeRows]) or {}
+    return {}
+
+
+def _key(wanted: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
+
+
+def _describe(folder: Path, wanted: dict[str, Any], made: MadeRows) -> None:
+    write_json(folder / MADE_OF, {"made_of": wanted, **vars(made)})
+
+
+def _sums(run: Path) -> dict[str, str]:
+    return {name: digest(run / "data" / name) for name in FILES} | {"ledger.json": digest(run / "ledger.json")}
 
 
 def _encoded(

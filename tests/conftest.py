@@ -72,8 +72,9 @@ def save_checkpoint(model: object, tokenizer_folder: Path, folder: Path) -> None
 
 @pytest.fixture(autouse=True)
 def own_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test writes its runs into its own folder."""
+    """Every test writes its runs into its own folder, and remembers checksums there."""
     monkeypatch.setenv("MINISFT_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setattr("minisft.files.digest_memory", lambda: tmp_path / "digests.json")
     return tmp_path / "outputs"
 
 

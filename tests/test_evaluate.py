@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import minisft, save_checkpoint, sharegpt_row
 
-from minisft import evaluate
+from minisft import evaluate, files
 from minisft.answering import Answer, answer_loss, ask, generate
 from minisft.errors import UserError
 from minisft.evaluate import evaluate_runs, results_of, settled
@@ -133,7 +133,7 @@ def test_damaged_results_are_made_again(run, results, calls, content):
     whole = read_json(results / "checkpoint-9.json")
     calls.clear()
     leaks = next(results.glob(".leaks-*"))
-    for file in (results / "checkpoint-9.json", results.parent / ".digests.json", leaks):
+    for file in (results / "checkpoint-9.json", files.digest_memory(), leaks):
         file.write_bytes(content.encode("utf-8", "surrogateescape"))
     assert evaluate_runs([run], QUICK, say=quiet) == []
     assert calls == ["checkpoint-9"]
@@ -154,14 +154,14 @@ def test_a_line_that_was_being_written_is_cut_off(run, results, monkeypatch):
 
 
 def test_a_checkpoint_that_goes_away_meanwhile_is_named(run, monkeypatch):
-    real = evaluate._digest
+    real = files.Digests.of
 
-    def gone(file):
+    def gone(digests, file):
         if "checkpoint-9" in str(file):
             (run.checkpoints[0] / "model.safetensors").unlink(missing_ok=True)
-        return real(file)
+        return real(digests, file)
 
-    monkeypatch.setattr(evaluate, "_digest", gone)
+    monkeypatch.setattr(files.Digests, "of", gone)
     (broken,) = evaluate_runs([run], QUICK, say=quiet)
     assert "checkpoint-9 cannot be used" in broken
     assert [r["step"] for r in results_of(run)] == [0, 10]
