@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -14,7 +15,11 @@ from typing import Annotated, Any
 import typer
 
 from minisft.errors import UserError
+from minisft.files import as_json as json_text
+from minisft.files import written_whole
+from minisft.processes import open_standard_streams
 from minisft.pulse import SILENCE, STALL
+from minisft.text import note, one_line, say
 
 app = typer.Typer(
     help="Supervised fine-tuning and ZeRO, small enough to read. Start with: minisft doctor",
@@ -26,6 +31,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option("--model", "-m", help="smollm2, a model folder, or a hub id")]
 Data = Annotated[str, typer.Option("--data", "-d", help="sharegpt, a file or folder, or a hub id")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run code that comes with the model: only for those you trust")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 MaxLength = Annotated[int, typer.Option(help="longest row, in tokens")]
 DataArgument = Annotated[str, typer.Argument(help="sharegpt, a file or folder, or a hub id")]
@@ -40,7 +48,11 @@ TrainOn = Annotated[str, typer.Option(help="all answers, the last one, or each i
 
 
 def main() -> None:
-    """Run the command line; every mistake a user can mend ends in one sentence and exit code 2."""
+    """Run the command line; every mistake that a user can correct ends in one sentence and exit code 2."""
+    open_standard_streams()
+    for stream in (sys.stdout, sys.stderr):  # what the option parser prints may have characters that a locale lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         _require_a_folder()
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="minisft", standalone_mode=False))
@@ -49,12 +61,11 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except OSError as error:
-        place = f" at {error.filename}" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _stop(f"no space left on device{place}: free some, or point MINISFT_CACHE and MINISFT_OUTPUTS elsewhere")
-        if not error.filename:
-            raise
-        _stop(f"{error.strerror.lower()}{place}: check the path, and that you may write there")
+        place = f" at {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what = "no space left on device" if error.errno != errno.EFBIG else "a file would be larger than allowed"
+            _stop(f"{what}{place}: free some, or point MINISFT_CACHE and MINISFT_OUTPUTS elsewhere")
+        _stop(f"{(error.strerror or str(error)).lower()}{place}: check the path, and that you may read and write there")
     except Exception as error:
         if not hasattr(error, "format_message"):  # what the option parser raises for a mistake in the call
             raise
@@ -75,18 +86,12 @@ def _stop(reason: object) -> None:
 
 
 def _complain(reason: object) -> None:
-    """One line to stderr. It may quote a data file, so nothing in it may reach the terminal as a control code."""
-    line = " ".join(str(reason).split())
-    print("minisft: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
-
-
-def _note(line: str) -> None:
-    """Progress goes to stderr, so that stdout can be piped."""
-    print(line, file=sys.stderr, flush=True)
+    """One line to stderr."""
+    note(f"minisft: {one_line(reason)}")
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    say(json_text(value))
 
 
 @app.command()
@@ -98,7 +103,7 @@ def doctor(
     from minisft.doctor import examine
 
     report = examine()
-    _print_json(report.to_dict()) if as_json else print(report.text(brief=brief))
+    _print_json(report.to_dict()) if as_json else say(report.text(brief=brief))
 
 
 @app.command()
@@ -106,12 +111,12 @@ def fetch(model: Model = "smollm2", data: Data = "sharegpt", as_json: AsJson = F
     """Put model and data into the cache; says from where, how large, and under which licence."""
     from minisft import assets
 
-    found = [assets.find_model(model, _note), assets.find_data(data, _note)]
+    found = [assets.find_model(model, note), assets.find_data(data, note)]
     if as_json:
         _print_json([{**vars(asset), "path": str(asset.path)} for asset in found])
     else:
         for asset in found:
-            print(f"{asset}\n  in {asset.path}")
+            say(f"{asset}\n  in {asset.path}")
 
 
 @app.command()
@@ -128,20 +133,20 @@ def encode(
     """Turn conversations into token ids and labels, one JSON line each."""
     from minisft.assets import find_data
     from minisft.encoding import encode_stream
-    from minisft.files import write_json, written_whole
+    from minisft.files import require_apart, user_output, user_path
     from minisft.ledger import Ledger
     from minisft.mistral import MistralTemplate
     from minisft.reading import read
     from minisft.tokens import load_tokenizer
 
     book = Ledger()
-    places = [Path(data).absolute(), out.absolute(), *([ledger.absolute()] if ledger else [])]
-    if len(set(places)) < len(places):
-        raise UserError(f"the data, --out and --ledger must be different files: one of them is also {out}")
+    source = find_data(data, note).path
+    out, ledger = user_path(out), None if ledger is None else user_path(ledger)
+    require_apart([out, *([ledger] if ledger else [])], [source, *_local_paths(tokenizer)])
     using = load_tokenizer(tokenizer, template)
     form = MistralTemplate.for_tokenizer(using)
     rows = encode_stream(
-        read(find_data(data, _note).path, book),
+        read(source, book),
         form,
         using,
         max_length=max_length,
@@ -149,12 +154,21 @@ def encode(
         truncation=truncation,
         train_on=train_on,
     )
-    with written_whole(out) as stream:
+    with user_output(out) as stream:
         for row in rows:
             stream.write(json.dumps({"id": row.id, "input_ids": row.input_ids, "labels": row.labels}) + "\n")
     if ledger:
-        write_json(ledger, book.to_dict())
-    _note(str(book))
+        with user_output(ledger) as stream:
+            stream.write(json_text(book.to_dict()) + "\n")
+    note(book)
+
+
+def _local_paths(source: str) -> list[Path]:
+    """The path of a model or tokenizer that lies on this machine; nothing for one that is known by its name."""
+    from minisft.files import user_path
+
+    path = user_path(source)
+    return [path] if path.exists() else []
 
 
 @app.command()
@@ -181,10 +195,10 @@ def show(
     if max_length < 2:
         raise UserError(f"max length is {max_length}: give at least 2 tokens")
     using = load_tokenizer(tokenizer, template)
-    before = list(itertools.islice(read(find_data(data, _note).path, Ledger()), max(0, row) + 1))
+    before = list(itertools.islice(read(find_data(data, note).path, Ledger()), max(0, row) + 1))
     if not 0 <= row < len(before):
         raise UserError(f"--row {row} is outside {data}, which has {len(before)} usable conversations")
-    print(Lens(encode(before[row], MistralTemplate.for_tokenizer(using), using, max_length, truncation), using))
+    say(Lens(encode(before[row], MistralTemplate.for_tokenizer(using), using, max_length, truncation), using))
 
 
 @app.command()
@@ -215,20 +229,20 @@ def check(
     from minisft.tokenised import Tokenised, is_tokenised
     from minisft.tokens import load_tokenizer
 
-    path = find_data(data, _note).path
+    path = find_data(data, note).path
     tokenised = is_tokenised(path)
     if against and not tokenised:
         raise UserError(f"--against goes with tokenised data, and {data} has conversations: leave it out")
     using = load_tokenizer(tokenizer, template)
     form = MistralTemplate.for_tokenizer(using)
-    settings = {"truncation": truncation, "train_on": train_on, "say": _note}
+    settings = {"truncation": truncation, "train_on": train_on, "say": note}
     if tokenised:
-        source = read(find_data(against, _note).path, Ledger()) if against else None
+        source = read(find_data(against, note).path, Ledger()) if against else None
         report = check_tokenised(Tokenised(path), form, using, max_length=max_length, against=source, **settings)
     else:
         length = 2048 if max_length is None else max_length
         report = check_conversations(read(path, Ledger()), form, using, max_length=length, **settings)
-    _print_json(report.to_dict()) if as_json else print(report)
+    _print_json(report.to_dict()) if as_json else say(report)
     sys.exit(0 if report.ok else 1)
 
 
@@ -375,21 +389,22 @@ def command(
     config, place = _with_place(options, hostfile, launcher)
     if slurm_nodes is not None:
         require_nodes(config, slurm_nodes)
-    run = prepare(config, place=place, overwrite=overwrite, say=_note)
+    run = prepare(config, place=place, overwrite=overwrite, say=note)
     if Path.cwd() != project_root():
-        _note(f"To be run in the folder {project_root()}:")
+        note(f"To be run in the folder {project_root()}:")
     if slurm_nodes is not None:
         script = run.folder / "job.sbatch"
-        script.write_text(slurm_script(config, run.folder, slurm_nodes, run.on_gpu))
+        with written_whole(script, private=True) as stream:
+            stream.write(slurm_script(run.config, run.folder, slurm_nodes, run.on_gpu))
         if not run.on_gpu:
-            _note("This machine has no GPU, so the run was prepared for CPUs: prepare it on a GPU node to use those")
-        print(shlex.join(["sbatch", shown(script)]))
+            note("This machine has no GPU, so the run was prepared for CPUs: prepare it on a GPU node to use those")
+        say(shlex.join(["sbatch", shown(script)]))
         return
     if place is None and not run.on_gpu:
-        warn_of_cores(config, _note)
+        warn_of_cores(config, note)
     for part in explain(first_words(run.command)):
-        _note(str(part))
-    print(run.command)
+        note(str(part))
+    say(run.command)
 
 
 @app.command()
@@ -409,7 +424,7 @@ def launch(
     config, place = _with_place(options, hostfile, launcher)
     if place is not None and place.launcher == "none":
         raise UserError("--launcher none leaves the start to you: minisft command prints a line for each host")
-    _launch(prepare(config, place=place, overwrite=overwrite, say=_note), place, silence, stall)
+    _launch(prepare(config, place=place, overwrite=overwrite, say=note), place, silence, stall)
 
 
 @app.command()
@@ -419,12 +434,13 @@ def train(
     launcher: LauncherName = None,
     silence: Silence = SILENCE,
     stall: Stall = STALL,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a prepared run."""
     from minisft.runs import Run
 
     _require_patience(silence, stall)
-    prepared = Run.load(run)
+    prepared = Run.load(run, trust_remote_code)
     _launch(prepared, _place(hostfile, prepared.config.ranks, launcher), silence, stall)
 
 
@@ -446,7 +462,7 @@ def _launch(run: Any, place: Any, silence: float, stall: float) -> None:
         _complain(error)
         sys.exit(1)
     progress.close()
-    print(f"done: {os.path.relpath(run.folder)}")
+    say(f"done: {os.path.relpath(run.folder)}")
 
 
 @app.command()
@@ -463,6 +479,10 @@ def evaluate(
         bool, typer.Option("--exclude-leaked", help="take other conversations for those with a trained question")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="wait for runs that are being trained")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read every file again, also those untouched since they were hashed")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """BLEU, loss and three example answers for every checkpoint, and for the model before training."""
     from minisft.evaluate import evaluate_runs, settled
@@ -470,12 +490,10 @@ def evaluate(
     from minisft.exam import Settings
     from minisft.runs import Run, all_runs
 
-    def say(line: str) -> None:
-        print(line, flush=True)
-
     settings = Settings(rows, max_new_tokens, batch_size, answers, resamples, exclude_leaked)
-    wanted = [Run.load(name) for name in runs] if runs else all_runs()
-    chosen = settled(wanted, wait, typer.confirm if sys.stdin.isatty() else None, say)
+    wanted = [Run.load(name, trust_remote_code) for name in runs] if runs else all_runs(trust_remote_code)
+    is_asked = sys.stdin is not None and sys.stdin.isatty()
+    chosen = settled(wanted, wait, typer.confirm if is_asked else None, say)
     if runs and not chosen:
         raise UserError(f"{wanted[0].name} is being trained: give --wait, or evaluate it when it is done")
     if not runs:
@@ -487,11 +505,11 @@ def evaluate(
         raise UserError(
             "no run in outputs/model has a checkpoint: train one first, e.g. ./launchers/run_zero.sh vanilla"
         )
-    broken = evaluate_runs(chosen, settings, say)
+    broken = evaluate_runs(chosen, settings, verify=verify)
     if picture := draw(chosen):
         say(f"written to {os.path.relpath(picture.parent)}: a summary of each run, and {picture.name} of all")
     if broken:
-        _complain(f"not all could be evaluated, for {len(broken)} cannot be used: {broken[0]}")
+        _complain(f"{len(broken)} checkpoints or runs could not be evaluated: {broken[0]}")
         sys.exit(1)
 
 
@@ -501,6 +519,7 @@ def chat(
     step: Annotated[int | None, typer.Option(help="the checkpoint of that step; the last if not given")] = None,
     beside: Annotated[bool, typer.Option("--beside", help="let the model before training answer as well")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 200,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a trained model: each line is a question, and Ctrl-D ends the conversation."""
     from minisft.chat import in_terminal, talks
@@ -508,7 +527,7 @@ def chat(
 
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {max_new_tokens}: give at least 1")
-    in_terminal(talks(Run.load(run), step, beside), sys.stdin, sys.stdout, max_new_tokens)
+    in_terminal(talks(Run.load(run, trust_remote_code), step, beside), sys.stdin, sys.stdout, max_new_tokens)
 
 
 @app.command()
@@ -525,7 +544,7 @@ def memory(
     accumulation: Annotated[int, typer.Option(help="micro-batches per step")] = 1,
     gpu_memory: Annotated[float | None, typer.Option(help="GB of one GPU: says what fits and what to take")] = None,
     states_only: Annotated[bool, typer.Option("--states-only", help="leave the activations out")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Bytes per rank and owner under every strategy, predicted without allocating any of them."""
@@ -540,12 +559,12 @@ def memory(
     if params is not None:
         report = memory_report.of_parameters(params, ranks, precision, accumulation)
     else:
-        about = (batch, trust_remote_code, _note, accumulation, gpu_memory is not None)
+        about = (batch, trust_remote_code, note, accumulation, gpu_memory is not None)
         with importing():  # in there; what garbage the rest makes goes with this process
             report = memory_report.of_model(model, ranks, precision, *about)
     if gpu_memory is not None:
         report.add_plan(gpu_memory * 1e9)
-    _print_json(report.to_dict()) if as_json else print(report.text())
+    _print_json(report.to_dict()) if as_json else say(report.text())
 
 
 @app.command()
@@ -566,7 +585,7 @@ def lint(
     if as_json:
         _print_json([vars(finding) for finding in findings])
     else:
-        print("\n".join(map(str, findings)) or f"nothing is wrong with {file}")
+        say("\n".join(map(str, findings)) or f"nothing is wrong with {file}")
     sys.exit(1 if any(finding.severity == "error" for finding in findings) else 0)
 
 
@@ -584,9 +603,9 @@ def compare(
     if as_json:
         _print_json(rows)
         return
-    print(table(rows))
+    say(table(rows))
     if said := verdict(chosen):
-        print(f"\n{said}")
+        say(f"\n{said}")
 
 
 @app.command()

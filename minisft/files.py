@@ -73,9 +73,9 @@ def require_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
         for source in inputs:
             if is_inside(output, source):
                 where = "lies in the folder" if source.is_dir() else "is the file"
-                raise UserError(f"the output {output} {where} {source}, which is read: write somewhere else")
+                raise UserError(f"inputs and outputs must be different files: the output {output} {where} {source}")
         if any(is_same_file(output, other) for other in outputs[:i]):
-            raise UserError(f"two outputs are the same file, {output}: give each a file of its own")
+            raise UserError(f"outputs must be different files: two of them are {output}")
 
 
 # --- writing -----------------------------------------------------------------------------------------------

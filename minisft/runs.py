@@ -358,9 +358,9 @@ class Run:
         return about
 
 
-def all_runs() -> list[Run]:
+def all_runs(trust_remote_code: bool = False) -> list[Run]:
     """Every run under `outputs/model`, in the strategies' order and then by name."""
-    runs = [Run(p.parent.absolute()) for p in (outputs_root() / "model").glob("[!.]*/run.json")]
+    runs = [Run(p.parent.absolute(), trust_remote_code) for p in (outputs_root() / "model").glob("[!.]*/run.json")]
     order = {strategy: i for i, strategy in enumerate(STRATEGIES)}
     return sorted(runs, key=lambda run: (order.get(run.name, len(order)), run.name))
 
