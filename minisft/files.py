@@ -196,9 +196,10 @@ def read_text(file: Path, errors: str = "strict") -> str | None:
         return None
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): repair or remove it") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{file} is not a regular file: remove it")
     with open(handle, "rb") as stream:  # noqa: PTH123
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise UserError(f"{file} is not a regular file: remove it")
         try:
             return stream.read().decode(errors=errors)
         except UnicodeDecodeError as error:
@@ -270,11 +271,6 @@ def digest(file: Path, sync: bool = False) -> str:
         if sync:
             os.fsync(stream.fileno())
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def digest_memory() -> Path:
-    """The file in which `Digests` remembers. Raises `UserError` where there is no folder for a cache."""
-    return cache_dir() / "digests.json"
 
 
 def digest_memory() -> Path:

@@ -426,7 +426,8 @@ def _follow(task: Task, say: Say, lock: int) -> bool:
             if not asked and (stop or parent not in (None, os.getppid())):
                 why = f"stopped by {signal.Signals(stop[0]).name}" if stop else "stopped because its parent is gone"
                 with suppress(OSError):
-                    print(why, file=supervisor.stdin, flush=True)
+                    supervisor.stdin.write(f"{why}\n")
+                    supervisor.stdin.flush()
                 asked = True
         supervisor.wait()
     finally:

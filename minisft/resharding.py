@@ -18,13 +18,14 @@ import io
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from minisft import processes
 
 STAGES = (0, 1, 2, 3)
 SAVED_BY = 2  # ranks
@@ -111,9 +112,9 @@ def as_table(attempts: Sequence[Resumed], markdown: bool = False) -> str:
 
 
 def _start(ranks: int, folder: str, *options: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = processes.python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
     command += ["--module", "minisft.resharding", "--worker", folder, *options]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = processes.run(command, {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 

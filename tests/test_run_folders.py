@@ -1,0 +1,531 @@
+"""Run folders as others may hand them over, and as two people may prepare them: nothing runs, nothing is lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import minisft, save_checkpoint
+
+from minisft.chat import talks
+from minisft.checkpoint_doctor import ailment
+from minisft.commands import commands
+from minisft.errors import UserError
+from minisft.evaluate import evaluate_runs
+from minisft.exam import Settings
+from minisft.files import read_json, write_json
+from minisft.hosts import Host, Place
+from minisft.launch import launch, prepare
+from minisft.runs import Run, RunConfig
+
+attack = pytest.mark.attack
+QUICK = Settings(rows=3, max_new_tokens=4, resamples=0)
+SHAPES = [None, 0, -1.5, "text", [], [1], [[]], [None], {}, {"step": "x"}, {"rank": {}}, {"files": 3}, {"hosts": []}]
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture
+def config(tiny_model, small_data):
+    def make(strategy="vanilla", **changes):
+        settings = {"model": str(tiny_model), "data": str(small_data), "max_characters": None} | changes
+        return RunConfig.course(strategy, **settings)
+
+    return make
+
+
+def add_checkpoint(run, step=3, **manifest):
+    """A sound checkpoint, as a run leaves it, with a manifest that says this."""
+    from transformers import AutoModelForCausalLM
+
+    folder = run.folder / f"checkpoint-{step}"
+    save_checkpoint(AutoModelForCausalLM.from_pretrained(run.model_folder), run.model_folder, folder)
+    if manifest:
+        write_json(folder / "manifest.json", {"step": step} | manifest)
+    return folder
+
+
+@pytest.fixture
+def run(config):
+    """A run that looks finished, with everything that a run writes."""
+    run = prepare(config(), say=quiet)
+    add_checkpoint(run, test_loss=2.0, resumable=False, files={})
+    line = {"step": 1, "loss": 2.0, "tokens": 9, "trained_tokens": 4, "seconds": 0.5, "warm_up": False}
+    (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    held = {"rank": 0, "at rest": {"parameters": 4}, "after backward": {"parameters": 4}, "peak": 9}
+    write_json(run.folder / "memory.json", [held])
+    write_json(run.folder / "DONE", {"steps": 1})
+    return run
+
+
+# --- 1: consent --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_code(run, tmp_path):
+    """A colleague's run: its model brings code, and its own run.json allows it."""
+    mark = tmp_path / "ran"
+    folder = tmp_path / "colleague"
+    shutil.copytree(run.folder, folder)
+    about = json.loads((folder / "run.json").read_text())
+    about["config"]["trust_remote_code"] = True
+    about["model_folder"] = str(folder / "checkpoint-3")
+    (folder / "run.json").write_text(json.dumps(about))
+    for place in (folder / "checkpoint-3",):
+        theirs = {
+            "AutoConfig": "theirs.C",
+            "AutoModelForCausalLM": "theirs.M",
+            "AutoTokenizer": ["theirs.T", "theirs.T"],
+        }
+        for name in ("config.json", "tokenizer_config.json"):
+            changed = json.loads((place / name).read_text()) | {"auto_map": theirs}
+            (place / name).write_text(json.dumps(changed | ({"model_type": "theirs"} if name == "config.json" else {})))
+        (place / "theirs.py").write_text(
+            f"open({str(mark)!r}, 'w')\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class C(LlamaConfig): model_type = 'theirs'\nclass M(LlamaForCausalLM): config_class = C\n"
+        )
+    return folder, mark
+
+
+@attack("1")
+@pytest.mark.parametrize("verb", ["evaluate", "chat", "train", "compare"])
+def test_a_folder_never_allows_its_own_code(with_code, verb):
+    folder, mark = with_code
+    (folder / "DONE").unlink()
+    done = minisft(verb, folder)
+    assert not mark.exists()
+    if verb != "compare":
+        assert done.returncode in (1, 2)
+        assert "--trust-remote-code" in done.stdout + done.stderr
+
+
+@attack("1")
+def test_consent_is_this_invocations_and_works(with_code):
+    folder, mark = with_code
+    assert not Run.load(folder).config.trust_remote_code
+    assert "--trust-remote-code" in ailment(Run.load(folder), folder / "checkpoint-3")
+    assert not mark.exists()
+    ailment(Run.load(folder, trust_remote_code=True), folder / "checkpoint-3")
+    assert mark.exists()
+
+
+@attack("1")
+def test_a_config_that_is_read_back_carries_no_consent(config):
+    trusting = prepare(config(trust_remote_code=True), say=quiet)
+    assert trusting.trust_remote_code
+    assert "--trust-remote-code" in trusting.command
+    again = Run.load(trusting.folder)
+    assert not again.config.trust_remote_code
+    prepared = prepare(again.config, say=quiet)
+    assert not prepared.trust_remote_code
+    assert "--trust-remote-code" not in prepared.command
+
+
+# --- 3: where commands run ---------------------------------------------------------------------------------
+
+
+@attack("3")
+@pytest.mark.parametrize("name", ["-oProxyCommand=touch harm", "--nodelist=x", "a;b", "$(id)", "a b", "", "a\nb"])
+def test_a_host_that_looks_like_an_option_cannot_be(name):
+    with pytest.raises(UserError, match="cannot be a host's name"):
+        Host(name, 1)
+    with pytest.raises(UserError):
+        Host("worker-1", 0)
+
+
+@attack("3")
+@pytest.mark.parametrize("hosts", [{"-oProxyCommand=touch harm": 1, "b": 1}, {"worker-1": 1, "worker-2": 1}])
+def test_a_run_folder_does_not_decide_where_commands_run(config, hosts):
+    run = prepare(config("zero2"), say=quiet)
+    for launcher in ("ssh", "pdsh", "srun"):
+        write_json(run.folder / "hosts.json", {"launcher": launcher, "hosts": hosts})
+        with pytest.raises(UserError, match="does not decide where commands run: name them again with --hostfile"):
+            launch(Run.load(run.folder), say=quiet)
+    assert not (run.folder / "logs").exists()
+
+
+@attack("3")
+def test_options_end_before_a_hosts_name(config, tmp_path):
+    place = Place((Host("127.0.0.1", 1), Host("worker-1", 1)))
+    words = commands(config("zero2"), tmp_path, place)[1].words
+    assert words[:5] == ["ssh", "-o", "BatchMode=yes", "--", "worker-1"]
+
+
+# --- 4: nothing that may hold weights is removed ------------------------------------------------------------
+
+
+def unfinished(config, **manifest):
+    run = prepare(config, say=quiet)
+    (run.folder / "logs").mkdir()
+    add_checkpoint(run, 3, **manifest)
+    return run
+
+
+def weights_of(run):
+    return {p: p.read_bytes() for p in run.folder.rglob("*") if p.suffix in (".safetensors", ".pt")}
+
+
+def damage_emptied(file):
+    file.write_text("")
+
+
+def damage_cut(file):
+    file.write_text(file.read_text()[:9])
+
+
+def damage_other_json(file):
+    file.write_text("[]")
+
+
+def damage_wrong_types(file):
+    file.write_text('{"resumable": "yes", "files": 3}')
+
+
+def damage_bytes(file):
+    file.write_bytes(b"\xff\xfe\x00")
+
+
+def damage_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def damage_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def damage_gone(file):
+    file.unlink()
+
+
+DAMAGES = [value for name, value in sorted(globals().items()) if name.startswith("damage_")]
+
+
+@attack("4")
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("keep", [1, None])
+def test_a_damaged_manifest_is_a_reason_to_stop(config, damage, keep):
+    asked = config(resumable=True, keep_checkpoints=keep)
+    run = unfinished(asked, resumable=True, test_loss=1.0, files={})
+    damage(run.folder / "checkpoint-3" / "manifest.json")
+    before = weights_of(run)
+    assert before
+    for attempt in (lambda: prepare(asked, say=quiet), lambda: launch(run, say=quiet)):
+        with pytest.raises(UserError, match=r"checkpoint-3.*--overwrite"):
+            attempt()
+        assert weights_of(run) == before
+    assert prepare(asked, overwrite=True, say=quiet).checkpoints == []
+
+
+@attack("4")
+@pytest.mark.parametrize("name", ["run.json", "data/made_of.json"])
+@pytest.mark.parametrize("damage", DAMAGES[:-1])
+def test_a_damaged_file_of_a_run_costs_no_weights(config, damage, name):
+    run = unfinished(config(), resumable=False)
+    before = weights_of(run)
+    damage(run.folder / name)
+    with pytest.raises(UserError):
+        prepare(config(), say=quiet)
+    assert weights_of(run) == before
+
+
+@attack("4")
+@pytest.mark.parametrize("changes", [{}, {"learning_rate": 0.5}])
+@pytest.mark.parametrize("weights", ["checkpoint-3/model.safetensors", "final/model.bin", "best.pt", "x/y/z.gguf"])
+def test_preparing_removes_no_weights_of_an_unfinished_run(config, changes, weights):
+    run = prepare(config(), say=quiet)
+    file = run.folder / weights
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"a week of training")
+    with pytest.raises(UserError, match="--overwrite"):
+        prepare(config(**changes), say=quiet)
+    with pytest.raises(UserError, match="--overwrite"):
+        launch(run, say=quiet)
+    assert file.read_bytes() == b"a week of training"
+    assert prepare(config(**changes), overwrite=True, say=quiet).status == "prepared"
+    assert not file.exists()
+
+
+@attack("4")
+@pytest.mark.parametrize("inside", ["model", "data"])
+def test_what_a_run_starts_from_is_not_replaced_by_it(config, inside, small_data):
+    run = unfinished(config(), resumable=False)
+    checkpoint, rows = run.folder / "checkpoint-3", run.folder / "data" / "test.jsonl"
+    asked = config(model=str(checkpoint)) if inside == "model" else config(data=str(rows))
+    before = weights_of(run)
+    with pytest.raises(UserError, match=f"the {inside} .* lies in the run folder that would be replaced"):
+        prepare(asked, overwrite=True, say=quiet)
+    assert weights_of(run) == before
+
+
+# --- 5: what is launched is what was prepared ---------------------------------------------------------------
+
+
+@attack("5")
+@pytest.mark.parametrize("changes", [{"learning_rate": 5e-3}, {"max_rows": 50}, {"seed": 4}])
+def test_a_run_that_was_prepared_again_with_other_settings_is_not_launched(config, changes):
+    mine = prepare(config(), say=quiet)
+    theirs = prepare(config(**changes), say=quiet)
+    with pytest.raises(UserError, match="was prepared again since"):
+        launch(mine, say=quiet)
+    assert theirs.status == "prepared"
+    assert not (mine.folder / "logs").exists()
+
+
+@attack("5")
+def test_the_worker_trains_what_its_command_was_written_for(config):
+    command = commands(config(), prepare(config(), say=quiet).folder, prepared="")
+    mine = prepare(config(), say=quiet)
+    words = mine.command.split()
+    prepare(config(learning_rate=5e-3), say=quiet)
+    done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("vanilla was prepared again since this command was written")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (mine.folder / "logs").exists()
+    assert command[0].words[-1] == str(mine.folder)
+
+
+@attack("5")
+def test_a_run_that_somebody_else_finished_meanwhile_is_left_alone(config):
+    mine = prepare(config(), say=quiet)
+    add_checkpoint(mine, test_loss=1.0, resumable=False, files={})
+    write_json(mine.folder / "DONE", {"steps": 6})
+    before = weights_of(mine)
+    said = []
+    assert launch(mine, say=said.append).status == "done"
+    assert "is trained already" in said[0]
+    assert weights_of(mine) == before
+    assert mine.failure is None
+
+
+# --- 7: links ----------------------------------------------------------------------------------------------
+
+
+@attack("7")
+def test_a_link_in_the_place_of_the_lock_keeps_its_target(config, own_outputs, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("keep me")
+    (own_outputs / "model").mkdir(parents=True)
+    (own_outputs / "model" / ".vanilla.lock").symlink_to(precious)
+    with pytest.raises(UserError, match="is a link"):
+        prepare(config(), say=quiet)
+    assert precious.read_text() == "keep me"
+
+
+@attack("7")
+@pytest.mark.parametrize(
+    "name",
+    ["command.txt", "metrics.jsonl", "memory.json", "DONE", "hosts.json", "logs", "ranks", "tensorboard", ".saving"],
+)
+def test_a_run_folder_with_links_is_not_trained(config, tmp_path, name):
+    run = prepare(config(), say=quiet)
+    outside = tmp_path / "outside"
+    if "." in name[1:] or name == "DONE":
+        outside.write_text('{"keep": "me"}')
+    else:
+        outside.mkdir()
+        (outside / "rank0.log").write_text("keep me")
+        (outside / "launcher.log").write_text("keep me")
+    (run.folder / name).unlink(missing_ok=True)
+    (run.folder / name).symlink_to(outside)
+    before = {p: p.read_bytes() for p in (outside, *outside.rglob("*")) if p.is_file()}
+    if name != "DONE":
+        with pytest.raises(UserError):
+            launch(run, say=quiet)
+    worker = subprocess.run([sys.executable, "-P", "-m", "minisft.train", str(run.folder)], capture_output=True)
+    assert worker.returncode == 2
+    assert {p: p.read_bytes() for p in (outside, *outside.rglob("*")) if p.is_file()} == before
+
+
+@attack("7")
+def test_overwriting_through_a_link_removes_no_folder_that_is_not_a_run(config, own_outputs, tmp_path):
+    outside = tmp_path / "thesis"
+    outside.mkdir()
+    (outside / "chapter1.tex").write_text("a year of work")
+    (own_outputs / "model").mkdir(parents=True)
+    (own_outputs / "model" / "vanilla").symlink_to(outside)
+    with pytest.raises(UserError, match=r"is a link to .*thesis, which is not a run folder"):
+        prepare(config(), overwrite=True, say=quiet)
+    assert (outside / "chapter1.tex").read_text() == "a year of work"
+
+
+# --- 9, 10: what is called sound, done or best --------------------------------------------------------------
+
+
+def change_in_secret(file):
+    """Another content of the same length, with the old time of modification."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-8:] = bytes(8) if content[-8:] != bytes(8) else b"\x01" * 8
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@attack("9")
+def test_weights_that_were_changed_in_secret_are_scored_again(run, monkeypatch):
+    from minisft import evaluate
+
+    calls, real = [], evaluate.evaluate_model
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda *a: calls.append(a[1].name) or real(*a))
+    evaluate_runs([run], QUICK, say=quiet)
+    calls.clear()
+    (run.checkpoints[0] / "manifest.json").unlink()
+    evaluate_runs([run], QUICK, say=quiet)
+    calls.clear()
+    change_in_secret(run.checkpoints[0] / "model.safetensors")
+    said = []
+    evaluate_runs([run], QUICK, say=said.append)
+    assert calls == ["checkpoint-3"]
+    assert "checksums remembered" in said[-1]
+    evaluate_runs([run], QUICK, say=said.append, verify=True)
+    assert said[-1].endswith("files read and hashed")
+
+
+@attack("9")
+def test_data_that_was_changed_in_secret_makes_new_rows(config, small_data, tmp_path):
+    data = tmp_path / "rows.json"
+    shutil.copy(small_data, data)
+    first = prepare(config(data=str(data)), say=quiet)
+    text, before = data.read_text(), data.stat()
+    data.write_text(text.replace("cat", "dog"))
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = prepare(config(data=str(data), name="second"), say=quiet)
+    files = [(r.folder / "data" / "test.jsonl").read_text() for r in (first, second)]
+    assert "cat" in files[0]
+    assert "cat" not in files[1]
+
+
+@attack("9")
+def test_rows_are_not_taken_from_a_folder_that_only_says_so(config):
+    first = prepare(config(), say=quiet)
+    made_of = read_json(first.folder / "data" / "made_of.json")
+    poisoned = first.folder / "data" / "test.jsonl"
+    poisoned.write_text(poisoned.read_text().replace("cat", "dog"))
+    from minisft.files import digest
+
+    made_of["sha256"]["test.jsonl"] = digest(poisoned)
+    write_json(first.folder / "data" / "made_of.json", made_of)
+    second = prepare(config(name="second"), say=quiet)
+    assert "dog" not in (second.folder / "data" / "test.jsonl").read_text()
+
+
+@attack("10")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_is_never_the_best(config, bad):
+    from minisft.checkpoints import rotate
+
+    run = prepare(config(), say=quiet)
+    for step, loss in ((1, 1.5), (2, bad), (3, 2.0), (4, bad)):
+        (run.folder / f"checkpoint-{step}").mkdir()
+        write_json(run.folder / f"checkpoint-{step}" / "manifest.json", {"test_loss": loss})
+    assert run.best_checkpoint.name == "checkpoint-1"
+    rotate(run, 1)
+    assert [c.name for c in run.checkpoints] == ["checkpoint-1", "checkpoint-4"]
+
+
+@attack("10")
+def test_rotation_keeps_a_checkpoint_that_may_be_the_best(config):
+    from minisft.checkpoints import rotate
+
+    run = prepare(config(), say=quiet)
+    for step in (1, 2, 3):
+        (run.folder / f"checkpoint-{step}").mkdir()
+        write_json(run.folder / f"checkpoint-{step}" / "manifest.json", {"test_loss": float(step)})
+    (run.folder / "checkpoint-1" / "manifest.json").write_text("")
+    rotate(run, 1)
+    assert [c.name for c in run.checkpoints] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+# --- 14: what is personal stays -----------------------------------------------------------------------------
+
+SECRETS = (
+    *("HF_PASSWD", "HF_AUTHTOKEN", "HF_TOKEN", "DS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD"),
+    *("MINISFT_API_KEY", "TORCH_PASSPHRASE", "WANDB_API_KEY", "NCCL_AUTH", "OMP_SECRET", "CUDA_LOGIN"),
+)
+
+
+@attack("14")
+@pytest.mark.parametrize("launcher", ["ssh", "none"])
+def test_no_secret_of_the_environment_is_in_a_file_or_a_command(config, monkeypatch, launcher):
+    for number, name in enumerate(SECRETS):
+        monkeypatch.setenv(name, f"sesame-{number}")
+    for name in ("HF_ENDPOINT", "NCCL_PROXY", "HF_HOME"):
+        monkeypatch.setenv(name, "https://me:sesame@example.org/x")
+    place = Place((Host("127.0.0.1", 1), Host("127.0.0.2", 1), Host("worker-1", 1)), launcher)
+    run = prepare(config("zero2", ranks=3), place=place, say=quiet)
+    texts = [p.read_text(errors="replace") for p in run.folder.rglob("*") if p.is_file()]
+    texts += [str(c) for c in commands(run.config, run.folder, place, supervised=True)]
+    assert not [text for text in texts if "sesame" in text]
+
+
+@attack("14")
+def test_pdsh_gets_no_login_on_its_command_line(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "sesame")
+    place = Place((Host("127.0.0.1", 1), Host("127.0.0.2", 1)), "pdsh")
+    (command,) = commands(config("zero2"), tmp_path, place)
+    assert "MLFLOW_TRACKING_PASSWORD" in command.withheld
+    assert "sesame" not in str(command)
+
+
+@attack("14")
+def test_a_run_is_its_owners_alone(config):
+    run = prepare(config("zero2"), place=Place((Host("127.0.0.1", 1), Host("127.0.0.2", 1))), say=quiet)
+    assert run.folder.stat().st_mode & 0o777 == 0o700
+    for name in ("command.txt", "environment", "hostfile"):
+        assert (run.folder / name).stat().st_mode & 0o777 == 0o600, name
+
+
+# --- 15: valid JSON of another shape, in every file of a run folder -----------------------------------------
+
+FILES = (
+    *("run.json", "DONE", "FAILED", "memory.json", "metrics.jsonl", "ledger.json", "deepspeed.json", "hosts.json"),
+    *("ranks/rank0.json", "command.txt", "data/made_of.json", "data/test.jsonl", "data/train.arrow", "data/test.arrow"),
+    *("checkpoint-3/manifest.json", "checkpoint-3/config.json", "checkpoint-3/generation_config.json"),
+    *("checkpoint-3/tokenizer_config.json", "checkpoint-3/tokenizer.json"),
+    "checkpoint-3/model.safetensors.index.json",
+)
+CONTENTS = [json.dumps(shape).encode() for shape in SHAPES] + [b"", b"{", b"\xff\xfe\x00", b"[" * 50_000, b"9" * 6000]
+
+
+@attack("15")
+@pytest.mark.parametrize("name", FILES)
+def test_any_content_of_any_file_of_a_run_is_no_traceback(run, name, tiny_model, small_data, own_outputs):
+    file = run.folder / name
+    before = file.read_bytes() if file.exists() else None
+    file.parent.mkdir(exist_ok=True)
+    again = ("-s", "vanilla", "-m", tiny_model, "-d", small_data)
+    for content in CONTENTS:
+        file.write_bytes(content)
+        for words in (("compare",), ("compare", "--json"), ("command", *again), ("train", "vanilla")):
+            if words[0] == "train" and not (run.folder / "DONE").exists():
+                continue
+            done = minisft(*words)  # an exception that is not a UserError fails here
+            assert done.returncode in (0, 1, 2), (content, words)
+            assert "Traceback" not in done.stderr
+    if before is not None:
+        file.write_bytes(before)
+
+
+@attack("15")
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith(("data", "checkpoint", "run.json"))])
+def test_any_content_is_evaluated_or_named(run, name):
+    file = run.folder / name
+    for content in (b"", b"[]", b'{"a": [1]}', b"\xff\xfe\x00", b"null", b'"x"', b"[" * 50_000):
+        file.write_bytes(content)
+        done = minisft("evaluate", run.folder, "--rows", 2, "--max-new-tokens", 2, "--resamples", 0)
+        assert done.returncode in (0, 1, 2), content
+        assert "Traceback" not in done.stderr
+
+
+def test_all_of_this_holds_for_a_sound_run(run):
+    assert minisft("compare").returncode == 0
+    assert minisft("train", "vanilla").returncode == 0
+    assert evaluate_runs([run], QUICK, say=quiet) == []
+    assert list(talks(run))
+    assert torch.isfinite(torch.tensor(run.test_losses[3]))
