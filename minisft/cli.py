@@ -107,16 +107,25 @@ def doctor(
 
 
 @app.command()
-def fetch(model: Model = "smollm2", data: Data = "sharegpt", as_json: AsJson = False) -> None:
-    """Put model and data into the cache; says from where, how large, and under which licence."""
+def fetch(
+    model: Model = "smollm2",
+    data: Data = "sharegpt",
+    verify: Annotated[bool, typer.Option("--verify", help="read every cached file again and compare it")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put model and data into the cache; says from where, how large, and under which licence.
+
+    What is in the cache and differs from its checksum is fetched again.
+    """
     from minisft import assets
 
-    found = [assets.find_model(model, note), assets.find_data(data, note)]
+    options = {"verify": verify, "refetch": True}
+    found = [assets.find_model(model, note, **options), assets.find_data(data, note, **options)]
     if as_json:
         _print_json([{**vars(asset), "path": str(asset.path)} for asset in found])
     else:
         for asset in found:
-            say(f"{asset}\n  in {asset.path}")
+            say(f"{asset}\n  in {asset.path}" + (f"\n  {asset.checked}" if asset.checked else ""))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What this machine can run, what is missing, what that costs, and how to mend it.
+"""What this machine can run, what is missing, what that costs, and how to get it.
 
     minisft doctor
 
@@ -20,8 +20,12 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from minisft import assets, machine
+from minisft import machine, packaged, processes
+from minisft.errors import UserError
+from minisft.files import cache_dir
+from minisft.packaged import SHAREGPT, SMOLLM2
 from minisft.runs import outputs_root
+from minisft.text import one_line
 
 MODEL_PARAMETERS = 134_515_008  # SmolLM2-135M, whose embedding is also its output layer
 CHECKPOINT = MODEL_PARAMETERS * 4  # bytes: fp32 weights
@@ -80,7 +84,10 @@ def examine() -> Report:
     """Look at the machine and its environment. Changes nothing; imports torch (seconds), never deepspeed."""
     checks = []
     for name, look in LOOK.items():
-        ok, detail = look()
+        try:
+            ok, detail = look()
+        except (UserError, OSError) as error:  # a folder that cannot be found, or not be looked into
+            ok, detail = False, one_line(error)
         consequence, remedy = ABOUT[name]
         missing = ("", "") if ok else (" ".join(consequence.split()), " ".join(remedy.split()))
         checks.append(Check(name, ok, detail, *missing, required=name in REQUIRED))
@@ -162,14 +169,15 @@ def _outputs_disk() -> Found:
 
 
 def _cache_disk() -> Found:
-    fetched = len(list(assets.cache_dir().glob("*/asset.json"))) >= 2  # the model and the data
-    ok, detail = _disk(assets.cache_dir(), 0 if fetched else assets.SMOLLM2.space + assets.SHAREGPT.space)
-    return ok, f"{detail}; model and data {'are here' if fetched else 'not fetched yet'}"
+    missing = [wheel for wheel in (SMOLLM2, SHAREGPT) if packaged.damage(wheel)]
+    ok, detail = _disk(cache_dir(), sum(wheel.space for wheel in missing))
+    names = " and ".join(wheel.name for wheel in missing)
+    return ok, f"{detail}; {f'{names} not fetched yet' if missing else 'model and data are here'}"
 
 
 def _disk(place: Path, need: int) -> Found:
     there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    if not os.access(there, os.W_OK):
+    if not there.is_dir() or not os.access(there, os.W_OK):
         return False, f"{place} cannot be written to"
     free = shutil.disk_usage(there).free
     return free >= need, f"{_gib(free)} free at {place}"
@@ -215,9 +223,11 @@ def _program(name: str, path: str) -> Found:
     if program is None:
         return False, f"no {name} on PATH"
     try:
-        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=True)
+        done = processes.run([program, "--version"], timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
         return False, f"{program} does not run ({error})"
+    if done.returncode:
+        return False, f"{program} does not run (exit code {done.returncode})"
     return True, f"{done.stdout.partition(chr(10))[0]} ({program})"
 
 

@@ -44,10 +44,13 @@ def end_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def run(words: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    words: Sequence[str], more: Mapping[str, str] | None = None, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, with the variables `more` beside the inherited ones; its output is captured.
 
     Whatever ends this process or this call, the command and all that it has started in its process group end as well.
+    Raises `subprocess.TimeoutExpired` after `timeout` seconds.
     """
     child = subprocess.Popen(
         words,
@@ -62,7 +65,7 @@ def run(words: Sequence[str], more: Mapping[str, str] | None = None) -> subproce
         preexec_fn=end_with_parent,
     )
     try:
-        out, err = child.communicate()
+        out, err = child.communicate(timeout=timeout)
     finally:
         if child.poll() is None:
             with suppress(ProcessLookupError):

@@ -11,6 +11,7 @@ import pytest
 
 from minisft import doctor
 from minisft.doctor import ABOUT, LOOK, REQUIRED, Check, Report, examine
+from minisft.packaged import SHAREGPT, SMOLLM2
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +150,28 @@ def test_fetched_assets_need_no_more_space(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     ok, detail = doctor._cache_disk()
     assert not ok and "not fetched yet" in detail
-    for name in ("model", "data"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "asset.json").touch()
+    for wheel in (SMOLLM2, SHAREGPT):
+        file = tmp_path / wheel.folder / wheel.kept
+        file.parent.mkdir()
+        file.write_text("{}")
+        record = {"sha256": wheel.sha256, "files": {wheel.kept: {"bytes": 2, "sha256": "0" * 64}}}
+        (file.parent / "asset.json").write_text(json.dumps(record))
     ok, detail = doctor._cache_disk()
     assert ok and "are here" in detail
+    file.unlink()  # a record alone is not the data
+    ok, detail = doctor._cache_disk()
+    assert not ok and detail.endswith(f"{SHAREGPT.name} not fetched yet")
+
+
+@pytest.mark.attack("15")
+@pytest.mark.parametrize("place", ["~nosuch/x", "/dev/null", "/dev/null/x"])
+def test_a_folder_that_cannot_be_used_is_a_finding(monkeypatch, place):
+    for name in ("MINISFT_CACHE", "MINISFT_OUTPUTS"):
+        monkeypatch.setenv(name, place)
+    report = examine()
+    for name in ("disk, cache", "disk, outputs"):
+        assert not check(report, name).ok
+        assert "home folder that cannot be found" in check(report, name).detail or place in check(report, name).detail
 
 
 def test_a_containers_limits_count(monkeypatch):

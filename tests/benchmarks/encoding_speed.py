@@ -37,8 +37,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from minisft.assets import cache_dir, find_data, find_model
+from minisft.assets import find_data, find_model
 from minisft.errors import UserError
+from minisft.files import cache_dir
 from minisft.ledger import Ledger
 from minisft.machine import cores
 from minisft.reading import read
