@@ -15,8 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from minisft import files
 from minisft.errors import UserError
-from minisft.files import Digests, cache_dir, read_json, write_json
+from minisft.files import Digests, read_json, write_json
 from minisft.text import one_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -126,10 +127,8 @@ def unreadable(folder: Path, trust_remote_code: bool = False) -> str:
     for file in folder.iterdir():
         if _RANK_FILES.fullmatch(file.name):
             return f"its weights are split over ranks ({file.name}): consolidate them into {WEIGHTS}"
-    files = weight_files(folder)
-    if not files:
-        return _no_weights(folder)
-    return _damaged_headers(files, config)
+    weights = weight_files(folder)
+    return _damaged_headers(weights, config) if weights else _no_weights(folder)
 
 
 def _no_weights(folder: Path) -> str:
@@ -141,9 +140,9 @@ def _no_weights(folder: Path) -> str:
     return f"it has no {WEIGHTS}"
 
 
-def _damaged_headers(files: Sequence[Path], config: dict[str, Any]) -> str:
+def _damaged_headers(weights: Sequence[Path], config: dict[str, Any]) -> str:
     place: dict[str, Path] = {}
-    for file in files:
+    for file in weights:
         if not file.is_file():  # opening a pipe would wait for ever
             return f"{file.name} is {'not a regular file' if file.exists() else 'missing'}"
         try:
@@ -163,33 +162,30 @@ def _damaged_headers(files: Sequence[Path], config: dict[str, Any]) -> str:
 # --- values ------------------------------------------------------------------------------------------------
 
 
-def not_finite(files: Iterable[Path]) -> str:
-    """Which tensor of `files` has values that are not finite numbers. Files found sound once are not read again."""
-    memory = _memory()
-    sound, digests = _remembered(memory), Digests()
-    for file in files:
+def not_finite(weights: Iterable[Path]) -> str:
+    """Which tensor of the files `weights` has values that are not finite; what was found sound is not read again."""
+    sound, digests = _found_finite(), Digests()
+    for file in weights:
         content = digests.of(file)
         if content in sound:
             continue
         if wrong := _bad_values(file):
             return wrong
         sound = [*sound[1 - MOST_REMEMBERED :], content]
-        with suppress(OSError):  # a cache that cannot be written costs time alone
-            if memory is not None:
-                write_json(memory, sound)
+        with suppress(OSError, UserError):  # a cache that cannot be written costs time alone
+            _finite_memory().parent.mkdir(parents=True, exist_ok=True)
+            write_json(_finite_memory(), sound)
     return ""
 
 
-def _memory() -> Path | None:
-    """The file for the checksums of weights whose values were all finite; None without a cache folder."""
-    with suppress(UserError):
-        return cache_dir() / "finite.json"
-    return None
+def _finite_memory() -> Path:
+    """The file for the checksums of weights whose values were all finite, beside those of all files."""
+    return files.digest_memory().with_name("finite.json")
 
 
-def _remembered(memory: Path | None) -> list[str]:
-    with suppress(UserError, OSError):  # what was looked at once can be looked at again
-        return read_json(memory, list[str]) or [] if memory is not None else []
+def _found_finite() -> list[str]:
+    with suppress(OSError, UserError):  # what was looked at once can be looked at again
+        return read_json(_finite_memory(), list[str]) or []
     return []
 
 
@@ -215,8 +211,8 @@ def _bad_values(file: Path) -> str:
 # --- what was loaded ---------------------------------------------------------------------------------------
 
 
-def misfit(model: Any, found: dict[str, Any], files: Sequence[Path]) -> str:
-    """What does not fit between a model's config and its files, by what transformers reports of loading them.
+def misfit(model: Any, found: dict[str, Any], weights: Sequence[Path]) -> str:
+    """What does not fit between a model's config and its files `weights`, by what transformers reports of loading them.
 
     `found` is its `output_loading_info`. Tensors that are one in the model must be equal where both are in the files.
     """
@@ -231,13 +227,15 @@ def misfit(model: Any, found: dict[str, Any], files: Sequence[Path]) -> str:
         if names:
             more = f", and {len(names) - 1} more" if names[1:] else ""
             return f"the tensor {one_line(names[0], 100)}{more} {what}"
-    return "; ".join(one_line(error) for error in found.get("error_msgs") or ())[:200] or _no_longer_tied(model, files)
+    return "; ".join(one_line(error) for error in found.get("error_msgs") or ())[:200] or _no_longer_tied(
+        model, weights
+    )
 
 
-def _no_longer_tied(model: Any, files: Iterable[Path]) -> str:
+def _no_longer_tied(model: Any, weights: Iterable[Path]) -> str:
     import torch
 
-    place = {name: file for file in files for name in tensors_of(file)}
+    place = {name: file for file in weights for name in tensors_of(file)}
     for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name in place and other in place:
             pair = [_tensor(place[which], which) for which in (name, other)]
