@@ -1,9 +1,12 @@
 """A model folder or a data file by name: local, from the hub, or in place of what the hub would have."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
+from conftest import minisft
 
 from minisft import assets
 from minisft.errors import UserError
@@ -82,3 +85,71 @@ def test_the_packaged_model_is_clean_fp32_and_answers():
     out = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     answer = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer == "The capital of France is Paris."
+
+
+@pytest.mark.attack("13")
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        (b"---\nlicense: mit\n---\n", "mit"),
+        (b"license: \x1b[31mmit\x07\x1b]0;x\x07\n", r"\x1b[31mmit\x07\x1b]0;x\x07"),
+        (b"license: caf\xe9 \xff\n", "caf\N{REPLACEMENT CHARACTER} \N{REPLACEMENT CHARACTER}"),
+        ("license: \u202eevil\n".encode(), r"\u202eevil"),
+        (b"license:   \n", "none stated"),
+        (b"x" * 10_000_000 + b"\nlicense: mit\n", "none stated"),
+        (b"license: " + b"x" * 10_000, "x" * 99 + "…"),
+    ],
+)
+def test_a_licence_is_one_harmless_line(tiny_model, tmp_path, card, licence):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "README.md").write_bytes(card)
+    found = assets.find_model(str(folder))
+    assert found.licence == licence
+    assert str(found).splitlines() == [str(found)]
+
+
+@pytest.mark.attack("15")
+def test_a_model_folder_whose_name_is_not_utf_8_is_refused(tiny_model, tmp_path):
+    folder = tmp_path / os.fsdecode(b"m\xff")
+    shutil.copytree(tiny_model, folder)
+    with pytest.raises(UserError, match="is not UTF-8: rename it"):
+        assets.find_model(str(folder))
+    done = minisft("fetch", "--model", folder)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert r"m\xff" in done.stderr
+
+
+NAMES = [
+    "~nosuch/model",
+    "own er/na me",
+    "a--b/c",
+    "../..",
+    "/dev/null",
+    "/dev/fd/0",
+    "-/-",
+    "owner/",
+    "/owner",
+    "x\x1b[31m/y",
+]
+
+
+@pytest.mark.attack("15")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("find", [assets.find_model, assets.find_data])
+def test_a_name_that_means_nothing_is_one_sentence(find, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if find is assets.find_data and Path(name).exists():
+        return  # what is in it is for the reader to judge
+    with pytest.raises(UserError) as error:
+        find(name, lambda line: None)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.attack("15")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_means_nothing_ends_every_command_with_2(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    done = minisft("fetch", f"--model={name}")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "\x1b" not in done.stderr
