@@ -20,6 +20,7 @@ import pytest
 from conftest import AT_LENGTH, at_length, write_sharegpt
 
 from minisft.errors import UserError
+from minisft.guardian import HANDOVER
 from minisft.launch import RunFailed, launch, prepare
 from minisft.pulse import read_signs
 from minisft.runs import Run, RunConfig
@@ -70,8 +71,13 @@ class Victim:
         self.port = int(words[words.index("--master_port") + 1]) if "--master_port" in words else None
 
     def process_of(self, program):
-        (found,) = [p for p in self.family if program in " ".join(p.cmdline())]
+        named = [p for p in self.family if program in " ".join(p.cmdline())]
+        (found,) = [p for p in named if p.ppid() not in {other.pid for other in named}]  # not a fork of it
         return found
+
+    @property
+    def supervisor(self):
+        return self.process_of("minisft.supervisor")
 
     def everything_is_gone(self, within=SOON):
         alive = psutil.wait_procs(self.family, timeout=within)[1]
@@ -218,7 +224,7 @@ def test_a_rank_hangs(prepared):
 
 
 def test_the_supervisor_is_killed(victim):
-    victim.process_of("minisft.supervisor").kill()
+    victim.supervisor.kill()
     victim.everything_is_gone(within=2 * SOON)
     victim.says("the supervisor was killed")
 
@@ -251,6 +257,97 @@ def test_two_runs_at_once_do_not_disturb_each_other(prepared, victim):
     wait_until(lambda: len(victim.run.metrics) > before + 2, victim.process)
     victim.process.send_signal(signal.SIGINT)
     victim.everything_is_gone()
+
+
+# --- two at once, so that nobody is left who could tell -----------------------------------------------------
+
+
+@pytest.mark.attack("11")
+def test_the_starter_is_stopped_and_the_supervisor_killed(light_victim):
+    light_victim.process.send_signal(signal.SIGSTOP)
+    light_victim.supervisor.kill()
+    light_victim.everything_is_gone()
+    assert light_victim.run.failure["reason"] == "the supervisor was killed"
+
+
+@pytest.mark.attack("11")
+def test_both_are_killed_and_their_parent_does_not_wait_for_them(victim):
+    supervisor = victim.supervisor
+    victim.process.send_signal(signal.SIGSTOP)  # it cannot wait for the supervisor, which stays a zombie
+    supervisor.kill()
+    victim.process.send_signal(signal.SIGKILL)  # nobody waits for this one until the test ends
+    victim.everything_is_gone()
+    assert psutil.Process(victim.process.pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.attack("11")
+@pytest.mark.parametrize("strategy", ["vanilla", pytest.param("ddp", marks=at_length), "zero2"])
+def test_stopped_ranks_end_when_both_are_killed(tiny_model, tmp_path, strategy):
+    victim = started(prepared_run(tiny_model, tmp_path, strategy))
+    try:
+        for rank in victim.ranks:
+            rank.suspend()
+        victim.supervisor.kill()
+        victim.process.kill()
+        victim.everything_is_gone()
+    finally:
+        end(victim)
+
+
+@pytest.mark.attack("11")
+def test_a_stopped_supervisor_ends_with_its_starter(light_victim):
+    light_victim.supervisor.suspend()
+    light_victim.process.kill()
+    light_victim.everything_is_gone(within=HANDOVER + SOON)
+
+
+@pytest.mark.attack("11")
+def test_the_lock_is_held_until_every_rank_is_gone(light_victim):
+    """A folder is not free for the next run while a rank of the last one may still write into it."""
+    for rank in light_victim.ranks:
+        rank.suspend()
+    light_victim.supervisor.kill()
+    light_victim.process.kill()
+    wait_until(lambda: not light_victim.run.live)
+    assert not [rank for rank in light_victim.ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.attack("11")
+@pytest.mark.parametrize("closed", [">&-", pytest.param("<&- >&- 2>&-", marks=at_length)])
+def test_closed_streams_disturb_no_run(tiny_model, small_data, own_outputs, closed):
+    words = [sys.executable, "-P", "-m", "minisft.cli", "launch", "-s", "vanilla", "-m", tiny_model, "-d", small_data]
+    line = f'exec {closed}; exec "$@"'
+    done = subprocess.run(["bash", "-c", line, "bash", *map(str, words), "--max-steps", "3"], timeout=120)
+    assert done.returncode == 0
+    assert Run(own_outputs / "model" / "vanilla").status == "done"
+
+
+@pytest.mark.attack("11")
+@pytest.mark.parametrize("strategy", ["zero2", "ddp"])
+def test_a_port_that_is_taken_is_named(tiny_model, tmp_path, monkeypatch, strategy):
+    from minisft import commands
+
+    run = prepared_run(tiny_model, tmp_path, strategy)
+    with socket.socket() as holder:
+        holder.bind(("0.0.0.0", 0))
+        holder.listen()
+        monkeypatch.setattr(commands, "_free_port", lambda: holder.getsockname()[1])
+        with pytest.raises(RunFailed, match="the port was taken by another process"):
+            launch(run, say=lambda line: None)
+
+
+@pytest.mark.attack("2")
+@pytest.mark.parametrize("strategy", ["vanilla", "ddp", "zero2"])
+def test_no_process_of_a_run_imports_a_module_of_the_current_folder(tiny_model, small_data, tmp_path, strategy):
+    place = tmp_path / "hostile"
+    place.mkdir()
+    for module in ("psutil", "torch", "transformers", "deepspeed", "numpy", "json", "pip", "sitecustomize"):
+        (place / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({module!r})\nexit(1)\n")
+    words = [sys.executable, "-P", "-m", "minisft.cli", "launch", "-s", strategy, "-m", tiny_model, "-d", small_data]
+    command = [*map(str, words), "--max-steps", "2"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=240)
+    imported = (tmp_path / "ran").read_text() if (tmp_path / "ran").exists() else ""
+    assert (done.returncode, imported) == (0, ""), done.stderr
 
 
 # --- from a notebook's kernel ------------------------------------------------------------------------------
