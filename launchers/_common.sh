@@ -64,6 +64,8 @@ use_environment() {
         is_up_to_date "$folder" || exit "$status"
     fi
     export PATH="$folder/bin:$PATH" MINISFT_OUTPUTS="${MINISFT_OUTPUTS:-$ROOT/outputs}"
+    # No Python that is started from here on imports modules of the folder that it happens to run in.
+    export PYTHONSAFEPATH=1
     # An operator that is built belongs to the environment: others have other paths and tools.
     [[ ! -w "$folder" ]] || export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$folder/torch_extensions}"
 }

@@ -23,8 +23,10 @@ say() {
     printf '%s\n' "$*"
 }
 
+# Imports nothing, and every version answers. Wherever a Python imports something, -I keeps it from doing so from the
+# current folder, where the user's data may be.
 python_version() {
-    "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || true
+    "$1" -V 2>&1 | sed -n 's/^Python //p' || true
 }
 
 is_supported() {
@@ -41,7 +43,7 @@ find_python() {
             [[ -z "${MINISFT_PYTHON:-}" ]] || tried="; $candidate does not run"
         elif ! is_supported "$version"; then
             tried+="; $candidate is Python $version"
-        elif ! "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
+        elif ! "$candidate" -I -c 'import venv, ensurepip' 2>/dev/null; then
             tried+="; $candidate ($version) lacks the venv or ensurepip module (Debian, Ubuntu: apt install python3-venv)"
         else
             PYTHON=$candidate
@@ -55,7 +57,7 @@ find_python() {
 venv_works() {
     local activate=$1/bin/activate
     [[ -f "$activate" ]] && grep -qF -- "$1" "$activate" && is_supported "$(python_version "$1/bin/python")" &&
-        "$1/bin/python" -m pip --version >/dev/null 2>&1
+        "$1/bin/python" -I -m pip --version >/dev/null 2>&1
 }
 
 make_environment() {
@@ -64,7 +66,7 @@ make_environment() {
         version=$(python_version "$FOLDER/bin/python")
         is_supported "$version" ||
             die "the active environment $FOLDER has Python $version and minisft needs $OLDEST or newer: deactivate it"
-        "$FOLDER/bin/python" -m pip --version >/dev/null 2>&1 ||
+        "$FOLDER/bin/python" -I -m pip --version >/dev/null 2>&1 ||
             die "the active environment $FOLDER has no pip: install pip into it, or deactivate it"
         say "Using the active environment $FOLDER (Python $version)"
     elif venv_works "$FOLDER"; then
@@ -72,7 +74,7 @@ make_environment() {
     else
         find_python
         say "Making $FOLDER with $PYTHON (Python $(python_version "$PYTHON"))"
-        "$PYTHON" -m venv --clear "$FOLDER" >/dev/null ||
+        "$PYTHON" -I -m venv --clear "$FOLDER" >/dev/null ||
             die "$PYTHON could not make $FOLDER: check that the disk has space and that you may write there"
     fi
 }
@@ -81,9 +83,9 @@ make_environment() {
 mention_cpu_build() {
     local pin versions
     [[ "$(uname -s)" == Linux ]] && ! command -v nvidia-smi >/dev/null || return 0
-    ! "$FOLDER/bin/python" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)' || return 0
+    ! "$FOLDER/bin/python" -I -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)' || return 0
     pin=$(sed -n 's/^torch==//p' "$ROOT/launchers/requirements.lock")
-    versions=$("$FOLDER/bin/python" -m pip index versions torch 2>/dev/null) || return 0
+    versions=$("$FOLDER/bin/python" -I -m pip index versions torch 2>/dev/null) || return 0
     [[ "$versions" == *"$pin+cpu"* ]] ||
         say "No NVIDIA GPU here, yet pip will fetch the CUDA build of PyTorch: stop now and set PIP_EXTRA_INDEX_URL to" \
             "the CPU wheel index (PyTorch's \"Get Started\" page names it) to save several GB"
@@ -105,7 +107,7 @@ progress() {
 
 pip_install() {
     local log=$FOLDER/minisft-setup.log status reason
-    "$FOLDER/bin/python" -m pip install --no-input --disable-pip-version-check "$@" 2>&1 |
+    "$FOLDER/bin/python" -I -m pip install --no-input --disable-pip-version-check "$@" 2>&1 |
         tee -- "$log" 2>/dev/null | progress && return
     status=("${PIPESTATUS[@]}")
     ((status[2] != 28)) ||
@@ -151,7 +153,7 @@ else
     install
     # The first ZeRO run on a CPU would wait half a minute for it; without a compiler, runs do without.
     if ! command -v nvidia-smi >/dev/null; then
-        "$FOLDER/bin/python" -m minisft.operators >"$FOLDER/minisft-operator.log" 2>&1 &
+        "$FOLDER/bin/python" -I -m minisft.operators >"$FOLDER/minisft-operator.log" 2>&1 &
         builder=$!
     fi
 fi

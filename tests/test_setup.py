@@ -23,12 +23,11 @@ FAKE_PYTHON = """#!/bin/bash
 here=$(cd "$(dirname "$0")" && pwd)
 case "$*" in
     -V) echo "Python $(cat "$here/version")" ;;
-    *python_version*) cat "$here/version" ;;
-    *find_spec*) exit "${TORCH_MISSING:-0}" ;;
-    *"import venv"*) exit "${NO_VENV:-0}" ;;
-    "-m pip --version") ;;
-    "-m minisft.operators") touch "$here/built" ;;
-    "-m pip index versions torch") echo "$TORCH_VERSIONS" ;;
+    "-I -c "*find_spec*) exit "${TORCH_MISSING:-0}" ;;
+    "-I -c import venv"*) exit "${NO_VENV:-0}" ;;
+    "-I -m pip --version") ;;
+    "-I -m minisft.operators") touch "$here/built" ;;
+    "-I -m pip index versions torch") echo "$TORCH_VERSIONS" ;;
     *)
         echo "$*" >>"$here/calls.txt"
         if [ -e "$here/pip_fails" ]; then cat "$here/pip_fails"; exit 1; fi
@@ -37,11 +36,11 @@ esac
 """
 
 
-def run(script: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+def run(script: Path, *options: str, cwd: str | Path = "/", **env: str) -> subprocess.CompletedProcess[str]:
     """Run it from a folder that is not the repository, with no environment active."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VIRTUAL_ENV", "CONDA_", "MINISFT_"))}
     command = ["bash", str(script), *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=inherited | env, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=inherited | env, timeout=60)
 
 
 def write_program(path: Path, text: str) -> Path:
@@ -251,13 +250,50 @@ def test_the_cpu_build_is_mentioned_where_it_would_save_a_download(
     assert ("PIP_EXTRA_INDEX_URL" in done.stdout) == advised
 
 
+# --- the current folder's modules ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """A folder with modules of the names that the launchers' Pythons import; each leaves a mark."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("venv", "ensurepip", "pip", "platform", "runpy", "importlib", "torch", "minisft", "tempfile"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + ' ')\n")
+    return folder
+
+
+@pytest.mark.attack("2")
+def test_setting_up_imports_nothing_from_the_current_folder(repository, hostile, tmp_path):
+    """With a real Python, which really makes an environment; nothing is installed into it."""
+    (repository / "launchers" / "requirements.lock").write_text("torch==0+none\n")
+    done = run(
+        repository / "launchers" / "setup.sh",
+        "--no-fetch",
+        cwd=hostile,
+        MINISFT_PYTHON=sys.executable,
+        PIP_NO_INDEX="1",
+    )
+    assert done.returncode == 2 and "pip could not install" in done.stderr, done.stderr
+    assert (repository / ".venv" / "bin" / "pip").exists()
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+
+
+@pytest.mark.attack("2")
+def test_what_a_launcher_starts_imports_nothing_from_the_current_folder(repository, active, hostile, tmp_path):
+    code = f"use_environment; {sys.executable} -c 'import platform, tempfile'; {sys.executable} -m platform"
+    done = source(repository, code, cwd=hostile, VIRTUAL_ENV=str(active), MINISFT_SKIP_SETUP="1")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+
+
 # --- which environment, and use_environment ------------------------------------------------------------------
 
 
-def source(repository: Path, code: str, **env: str) -> subprocess.CompletedProcess[str]:
+def source(repository: Path, code: str, cwd: str | Path = "/", **env: str) -> subprocess.CompletedProcess[str]:
     script = repository / "launchers" / "scratch.sh"
     script.write_text(f'set -euo pipefail\nsource "$(dirname "$0")/_common.sh"\n{code}\n')
-    return run(script, **env)
+    return run(script, cwd=cwd, **env)
 
 
 def test_conda_base_is_left_alone(repository, active):
