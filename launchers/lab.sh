@@ -17,4 +17,5 @@ use_environment
 cd -- "$ROOT"
 # As the default address, not as the file to open: that one --no-browser ignores, and the file browser could then not
 # leave notebooks/ for outputs/.
-exec jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb "$@"
+# A notebook may import what is beside it, as everywhere in Jupyter; what it starts through minisft does not.
+exec env -u PYTHONSAFEPATH jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb "$@"

@@ -333,10 +333,10 @@ def test_use_environment_goes_on_without_the_model(repository, active):
 
 
 def test_lab_opens_the_first_notebook_and_hands_jupyter_the_options(repository, active):
-    write_program(active / "bin" / "jupyter", '#!/bin/sh\nprintf "%s|" "$(pwd)" "$@"\n')
+    write_program(active / "bin" / "jupyter", '#!/bin/sh\nprintf "%s|" "$(pwd)" "$@" "${PYTHONSAFEPATH-unset}"\n')
     lab = repository / "launchers" / "lab.sh"
     done = run(lab, "--no-browser", "--port", "1", VIRTUAL_ENV=str(active), MINISFT_SKIP_SETUP="1")
     where, lab, address, *options = done.stdout.rstrip("|").split("|")
     assert (where, lab) == (str(repository), "lab")
     assert address.endswith("=/lab/tree/notebooks/00_start_here.ipynb")
-    assert options == ["--no-browser", "--port", "1"]
+    assert options == ["--no-browser", "--port", "1", "unset"], "a notebook may import what is beside it"
