@@ -167,7 +167,8 @@ def open_own(file: Path, flags: int, private: bool = False) -> int:
 
 def open_lock(file: Path) -> TextIO:
     """The lock file `file`, opened and not yet locked; nothing is written into it. Raises `UserError` for a link."""
-    return open(open_own(file, os.O_RDWR | os.O_NONBLOCK, private=True), "r+")
+    handle = open_own(file, os.O_RDWR | os.O_NONBLOCK, private=True)
+    return os.fdopen(handle, "r+", encoding="utf-8")
 
 
 def try_lock(lock: TextIO, how: int = fcntl.LOCK_EX) -> bool:
@@ -185,10 +186,10 @@ def try_lock(lock: TextIO, how: int = fcntl.LOCK_EX) -> bool:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def read_text(file: Path, errors: str = "strict") -> str | None:
+def read_text(file: Path, errors: str = "strict", most: int | None = None) -> str | None:
     """The text of a regular file, or None if it does not exist. Raises `UserError` if it cannot be read.
 
-    `errors` says what becomes of bytes that are not UTF-8, as in `bytes.decode`.
+    `errors` says what becomes of bytes that are not UTF-8, as in `bytes.decode`; `most`, how many bytes are too many.
     """
     try:
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not keep us waiting
@@ -201,7 +202,10 @@ def read_text(file: Path, errors: str = "strict") -> str | None:
         raise UserError(f"{file} is not a regular file: remove it")
     with open(handle, "rb") as stream:  # noqa: PTH123
         try:
-            return stream.read().decode(errors=errors)
+            content = stream.read() if most is None else stream.read(most + 1)
+            if most is not None and len(content) > most:
+                raise UserError(f"{file} is larger than {most / 1e6:g} MB, far more than such a file holds")
+            return content.decode(errors=errors)
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not UTF-8 text ({error.reason}): it is damaged") from error
         except OSError as error:

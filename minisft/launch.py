@@ -35,7 +35,16 @@ from minisft.lint import lint
 from minisft.live import LiveView, in_notebook
 from minisft.pulse import SILENCE, STALL, clear, read_signs
 from minisft.run_files import Hosts
-from minisft.runs import Run, RunConfig, all_runs, lock_of, outputs_root, project_root, require_no_links
+from minisft.runs import (
+    Run,
+    RunConfig,
+    all_runs,
+    lock_of,
+    outputs_root,
+    project_root,
+    require_contained,
+    require_no_links,
+)
 from minisft.supervisor import Task
 from minisft.text import one_line, say
 from minisft.tokens import HuggingFaceTokenizer
@@ -365,6 +374,7 @@ def _require_sound_deepspeed(run: Run, say: Say) -> None:
     if errors := [finding for finding in findings if finding.severity == "error"]:
         said = "; ".join(f"{finding.key} {finding.message}" for finding in errors)
         raise UserError(f"{shown(run.folder / 'deepspeed.json')} cannot be trained with: {said}")
+    require_contained(run)
     for finding in findings:
         say(f"deepspeed.json: {finding}")
 

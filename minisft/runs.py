@@ -19,7 +19,8 @@ from minisft.files import checked, open_own, parse_json, read_json, read_text, t
 from minisft.labels import TRUNCATIONS
 from minisft.mistral import VERSIONS
 from minisft.run_files import About, Failure, Manifest, Metric, RankMemory
-from minisft.zero_config import STRATEGIES
+from minisft.text import one_line
+from minisft.zero_config import STRATEGIES, reaching_out
 
 MANIFEST = "manifest.json"  # of a checkpoint: its step, its test loss, its files and their checksums
 if TYPE_CHECKING:
@@ -380,6 +381,15 @@ def require_no_links(run: Run) -> None:
         for name in (*folders, *files):
             if (path := Path(place) / name).is_symlink():
                 raise UserError(f"{path} is a link, and a run folder holds its own files: put the file itself there")
+
+
+def require_contained(run: Run) -> None:
+    """Refuse a `deepspeed.json` that could write files elsewhere or load code. Raises `UserError`."""
+    if names := reaching_out(run.deepspeed or {}):
+        raise UserError(
+            f"{run.folder / 'deepspeed.json'} sets {one_line(', '.join(names), 100)}: in a run folder only sizes, "
+            "precision and the split of the states may be set, so take it out"
+        )
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -7,6 +7,7 @@ own data parallel), `zero1` (optimizer states split), `zero2` (and gradients), `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 # What DeepSpeed takes where a configuration is silent, in elements: buckets, and at stage 3 tensors that are kept whole
@@ -44,6 +45,11 @@ REASONS = {
     "zero_optimization.offload_param": "the slices of the parameters, too: the GPU holds what a layer needs just now",
     "zero_force_ds_cpu_optimizer": "false steps with PyTorch's fused AdamW, which is vectorised and needs no compiler; "
     "DeepSpeed would otherwise build an Adam of its own",
+}
+
+CONTAINED = frozenset(REASONS) - {name for name in REASONS if "." in name} | {
+    *("zero_optimization", "zero_allow_untested_optimizer", "communication_data_type", "data_types"),
+    *("prescale_gradients", "gradient_predivide_factor", "steps_per_print", "wall_clock_breakdown"),
 }
 
 
@@ -104,3 +110,16 @@ def deepspeed_config(
         "zero_optimization": zero,
     }
     return about | ({"zero_force_ds_cpu_optimizer": False} if offloads(strategy) else {})
+
+
+def reaching_out(config: Mapping[str, Any]) -> list[str]:
+    """The settings of a DeepSpeed JSON that could write files, swap to a disk or load code.
+
+    A run folder may come from somebody else, so its file may set sizes, precision and the split of the states alone.
+    """
+    zero = config.get("zero_optimization")
+    offloaded = [zero.get(name) for name in ("offload_optimizer", "offload_param")] if isinstance(zero, Mapping) else []
+    nvme = any(
+        isinstance(place, Mapping) and ("nvme_path" in place or place.get("device") == "nvme") for place in offloaded
+    )
+    return sorted(set(config) - CONTAINED) + ["offloading to nvme"] * nvme

@@ -149,6 +149,30 @@ def test_a_run_folder_does_not_decide_where_commands_run(config, hosts):
     assert not (run.folder / "logs").exists()
 
 
+REACHING_OUT = {
+    "flops_profiler": {"enabled": True, "output_file": "precious"},
+    "csv_monitor": {"enabled": True, "output_path": "outside", "job_name": "x"},
+    "tensorboard": {"enabled": True, "output_path": "outside"},
+    "aio": {"block_size": 1},
+    "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "outside"}},
+}
+
+
+@attack("3")
+@pytest.mark.parametrize("key", REACHING_OUT)
+def test_a_run_folders_deepspeed_file_reaches_no_other_place(config, key):
+    run = prepare(config("zero3"), say=quiet)
+    write_json(run.folder / "deepspeed.json", run.deepspeed | {key: REACHING_OUT[key]})
+    with pytest.raises(UserError, match=r"deepspeed\.json"):
+        launch(Run.load(run.folder), say=quiet)
+    worker = subprocess.run(
+        [sys.executable, "-P", "-m", "minisft.train", str(run.folder)], capture_output=True, text=True
+    )
+    assert (worker.returncode, len(worker.stderr.splitlines())) == (2, 1), worker.stderr
+    assert key in worker.stderr
+    assert not (run.folder / "logs").exists()
+
+
 @attack("3")
 def test_options_end_before_a_hosts_name(config, tmp_path):
     place = Place((Host("127.0.0.1", 1), Host("worker-1", 1)))
