@@ -7,6 +7,7 @@ own data parallel), `zero1` (optimizer states split), `zero2` (and gradients), `
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,8 +119,6 @@ def reaching_out(config: Mapping[str, Any]) -> list[str]:
     A run folder may come from somebody else, so its file may set sizes, precision and the split of the states alone.
     """
     zero = config.get("zero_optimization")
-    offloaded = [zero.get(name) for name in ("offload_optimizer", "offload_param")] if isinstance(zero, Mapping) else []
-    nvme = any(
-        isinstance(place, Mapping) and ("nvme_path" in place or place.get("device") == "nvme") for place in offloaded
-    )
-    return sorted(set(config) - CONTAINED) + ["offloading to nvme"] * nvme
+    inside = zero.items() if isinstance(zero, Mapping) else ()
+    swapped = [key for key, value in inside if isinstance(value, Mapping) and "nvme" in json.dumps(value)]
+    return sorted(set(config) - CONTAINED) + [f"zero_optimization.{key}" for key in swapped]
