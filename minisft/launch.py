@@ -48,7 +48,7 @@ from minisft.runs import (
 from minisft.supervisor import Task
 from minisft.text import one_line, say
 from minisft.tokens import HuggingFaceTokenizer
-from minisft.training_data import made_of, remember, take_over, write_data
+from minisft.training_data import made_of, remember, require_as_made, take_over, write_data
 from minisft.zero_config import deepspeed_config, offloads
 
 Say = Callable[[str], None]
@@ -341,6 +341,7 @@ def _require_startable(run: Run, place: Place | None, say: Say) -> None:
         )
     _require_place(run.config, place)
     require_no_links(run)
+    require_as_made(run.folder)
     resume_point(run)
     _require_sound_deepspeed(run, say)
     if place is None and not run.on_gpu:

@@ -158,8 +158,11 @@ def _train(run: Run, rank: int, pulse: Pulse) -> None:
 
 def _start_from(run: Run, rank: int) -> Path | None:
     """The checkpoint to go on from, found whole; None starts at the beginning."""
+    from minisft.training_data import require_as_made
+
     checkpoint = checkpoints.resume_point(run)
     if rank == 0:
+        require_as_made(run.folder)
         checkpoints.discard_unfinished(run)
         if checkpoint is not None:
             checkpoints.verify(run, checkpoint)

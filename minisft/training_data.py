@@ -33,6 +33,7 @@ from minisft.tokens import Tokenizer
 if TYPE_CHECKING:
     from minisft.runs import RunConfig
 
+LEDGER = "ledger.json"  # beside the folder
 TRAIN, TEST, TEST_ROWS = FILES = "train.arrow", "test.jsonl", "test.arrow"
 MADE_OF = "made_of.json"
 MATTERS = (  # of a `RunConfig`, to its rows
@@ -102,7 +103,7 @@ def take_over(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) -> int
                 folder.mkdir(parents=True)
                 for name in FILES:
                     shutil.copyfile(run / "data" / name, folder / name)
-                shutil.copyfile(run / "ledger.json", folder.parent / "ledger.json")
+                shutil.copyfile(run / LEDGER, folder.parent / LEDGER)
                 if _sums(folder.parent) == known.sha256:
                     _describe(folder, wanted, known)
                     return known.rows
@@ -118,6 +119,15 @@ def remember(wanted: dict[str, Any], rows: int, folder: Path) -> None:
     with suppress(OSError, UserError):  # a cache that cannot be written costs time alone
         _memory().parent.mkdir(parents=True, exist_ok=True)
         write_json(_memory(), {key: vars(value) for key, value in recent.items()} | {_key(wanted): vars(made)})
+
+
+def require_as_made(run_folder: Path) -> None:
+    """Refuse rows that are not those that were prepared; a folder without checksums passes. Raises `UserError`."""
+    made = read_json(run_folder / "data" / MADE_OF, MadeRows)
+    for name, expected in made.sha256.items() if made is not None else ():
+        file = run_folder / name if name == LEDGER else run_folder / "data" / name
+        if not file.is_file() or Digests().of(file) != expected:
+            raise UserError(f"{file} is not as it was prepared: prepare the run again with --overwrite")
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ def _describe(folder: Path, wanted: dict[str, Any], made: MadeRows) -> None:
 
 
 def _sums(run: Path) -> dict[str, str]:
-    return {name: digest(run / "data" / name) for name in FILES} | {"ledger.json": digest(run / "ledger.json")}
+    return {name: digest(run / "data" / name) for name in FILES} | {LEDGER: digest(run / LEDGER)}
 
 
 def _encoded(

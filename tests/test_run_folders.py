@@ -317,6 +317,16 @@ def test_the_worker_trains_what_its_command_was_written_for(config):
 
 
 @attack("5")
+@pytest.mark.parametrize("name", ["data/train.arrow", "data/test.arrow", "data/test.jsonl"])
+def test_rows_that_were_changed_after_preparing_are_not_trained(config, name):
+    run = prepare(config(), say=quiet)
+    change_in_secret(run.folder / name)
+    with pytest.raises(UserError, match="is not as it was prepared"):
+        launch(run, say=quiet)
+    assert not (run.folder / "logs").exists()
+
+
+@attack("5")
 def test_a_run_that_somebody_else_finished_meanwhile_is_left_alone(config):
     mine = prepare(config(), say=quiet)
     add_checkpoint(mine, test_loss=1.0, resumable=False, files={})
