@@ -19,10 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from minisft import files
 from minisft.conversations import Conversation
 from minisft.encoding import encode_stream
 from minisft.errors import UserError
-from minisft.files import Digests, digest, digest_memory, read_json, write_json
+from minisft.files import Digests, digest, read_json, write_json
 from minisft.labels import Row
 from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate
@@ -139,7 +140,7 @@ class MadeRows:
 
 
 def _memory() -> Path:
-    return digest_memory().with_name("rows.json")
+    return files.digest_memory().with_name("rows.json")
 
 
 def _known_rows() -> dict[str, MadeRows]:
