@@ -2,135 +2,56 @@
 
 DeepSpeed refuses an unknown key inside `zero_optimization` and passes over one beside it; it fills what is missing
 with defaults made for large models; and much of what a file says does nothing at the stage it asks for. Of a file
-DeepSpeed itself is asked as well, where it is installed.
+the installed DeepSpeed itself is asked as well (`minisft.lint_deepspeed`).
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import logging
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
+from minisft.files import parse_json, read_text
+from minisft.lint_keys import (
+    ALIASES,
+    BATCH_KEYS,
+    DEPRECATED_ZERO_KEYS,
+    HALF_KEYS,
+    OBJECT_KEYS,
+    OFFLOAD_KEYS,
+    REMOVED_KEYS,
+    TOP_KEYS,
+    ZERO_KEYS,
+)
+from minisft.text import one_line
 from minisft.zero_config import DEFAULT_BUCKET
 
+MOST_BYTES = 250_000  # of a file: such configurations have a few thousand
+MOST_DIGITS = 30
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
-
-# The keys that DeepSpeed 0.19 reads: `runtime/config.py` and what it imports.
-TOP_KEYS = _words(
-    """
-    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
-    optimizer scheduler zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer fp16 bf16 bfloat16
-    torch_autocast data_types gradient_clipping communication_data_type seq_parallel_communication_data_type
-    prescale_gradients gradient_predivide_factor gradient_allreduce_op disable_allgather disable_python_gc
-    steps_per_print dump_state wall_clock_breakdown memory_breakdown log_level timers comms_logger flops_profiler
-    tensorboard wandb csv_monitor comet activation_checkpointing autotuning aio checkpoint datastates_ckpt
-    dataloader_drop_last data_efficiency pipeline hybrid_engine tensor_parallel expert_parallel compile
-    weight_quantization use_data_before_expert_parallelism vocabulary_size sequence_parallel_size data_parallel_size
-    """
-)
-REMOVED_KEYS = _words(
-    """
-    nebula compression_training amp quantize_training sparse_gradients eigenvalue sparse_attention elasticity
-    graph_harvesting curriculum_learning progressive_layer_drop
-    """
-)
-# Of `zero_optimization`, the stages at which a key does something.
-ZERO_KEYS: dict[str, tuple[int, ...]] = {
-    "stage": (0, 1, 2, 3),
-    "contiguous_gradients": (1, 2, 3),
-    "reduce_scatter": (1, 2, 3),
-    "reduce_bucket_size": (1, 2, 3),
-    "use_multi_rank_bucket_allreduce": (1, 2),
-    "allgather_partitions": (1, 2),
-    "allgather_bucket_size": (1, 2),
-    "overlap_comm": (1, 2, 3),
-    "compute_grad_norm": (1, 2),
-    "load_from_fp32_weights": (1, 2),
-    "elastic_checkpoint": (1, 2, 3),
-    "offload_param": (3,),
-    "offload_optimizer": (1, 2, 3),
-    "zenflow": (1, 2, 3),
-    "sub_group_size": (3,),
-    "cpu_offload_param": (3,),
-    "cpu_offload_use_pin_memory": (1, 2, 3),
-    "cpu_offload": (1, 2, 3),
-    "stage3_prefetch_bucket_size": (3,),
-    "stage3_param_persistence_threshold": (3,),
-    "stage3_model_persistence_threshold": (3,),
-    "stage3_max_live_parameters": (3,),
-    "stage3_max_reuse_distance": (3,),
-    "stage3_gather_16bit_weights_on_model_save": (3,),
-    "stage3_module_granularity_threshold": (3,),
-    "stage3_use_all_reduce_for_fetch_params": (3,),
-    "stage3_allgather_sequential": (3,),
-    "stage3_gather_fp16_weights_on_model_save": (3,),
-    "ignore_unused_parameters": (1, 2),
-    "legacy_stage1": (1,),
-    "round_robin_gradients": (1, 2),
-    "parameter_alignment": (1, 2, 3),
-    "zero_hpz_partition_size": (3,),
-    "zero_quantized_weights": (3,),
-    "zero_quantized_nontrainable_weights": (3,),
-    "zero_quantized_gradients": (3,),
-    "memory_efficient_linear": (3,),
-    "pipeline_loading_checkpoint": (3,),
-    "override_module_apply": (3,),
-    "log_trace_cache_warnings": (3,),
-    "enable_sanity_checks": (1, 2, 3),
-    "save_muon_momentum_buffer_in_memory": (1, 2, 3),
-    "leaf_module": (3,),
-}
-DEPRECATED_ZERO_KEYS = {
-    "cpu_offload": 'offload_optimizer: {"device": "cpu"}',
-    "cpu_offload_param": 'offload_param: {"device": "cpu"}',
-    "cpu_offload_use_pin_memory": "pin_memory inside offload_optimizer",
-    "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
-}
-# DeepSpeed's own names of these fields, which it takes as well; Trainer does not look for them.
-ALIASES = {
-    key.removeprefix("stage3_"): key
-    for key in ZERO_KEYS
-    if key.startswith("stage3_") and key not in DEPRECATED_ZERO_KEYS
-}
-OFFLOAD_KEYS = {
-    "offload_param": frozenset({"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"}),
-    "offload_optimizer": _words(
-        "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload "
-        "cpuadam_cores_perc"
-    ),
-}
-HALF_KEYS = {
-    "fp16": _words(
-        "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
-        "min_loss_scale fp16_master_weights_and_grads"
-    ),
-    "bf16": _words(
-        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
-    ),
-}
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-PARALLEL_KEYS = ("sequence_parallel_size", "data_parallel_size")  # they ask for as many processes
-# Of DeepSpeed's configuration classes, where in a file their settings are.
-BLOCKS = {
-    "DeepSpeedZeroConfig": ("zero_optimization",),
-    "DeepSpeedFP16Config": ("fp16",),
-    "DeepSpeedBF16Config": ("bf16",),
-    "CommsLoggerConfig": ("comms_logger",),
-    "CompileConfig": ("compile",),
-    "HybridEngineConfig": ("hybrid_engine",),
-}
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
 DEFAULT_LIVE = 1_000_000_000
+FLAGS = (
+    "prescale_gradients",
+    "managed_gradient_accumulation",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dataloader_drop_last",
+    "use_data_before_expert_parallelism",
+)
+LOG_LEVELS = ["debug", "info", "warning", "error", "critical", None]
 # What transformers' Trainer fills in where a file says "auto", and nowhere else.
 AUTO_KEYS = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "reduce_bucket_size")
 FILLED_BY_TRAINER = (
@@ -150,84 +71,57 @@ class Finding:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.severity}: {self.key}: {self.message}"
+        return f"{self.severity}: {one_line(self.key, 200)}: {one_line(self.message)}"
 
 
 def lint_file(file: str | Path, **about: Any) -> list[Finding]:
-    """`lint` of a file. Raises `UserError` if there is none, or if it holds no JSON object."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"there is no file {str(file)!r}: give a DeepSpeed configuration in JSON") from None
-    except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(file)!r} is no text file: give a DeepSpeed configuration in JSON") from error
+    """`lint` of a file, and what DeepSpeed says of it. Raises `UserError` if it holds no JSON object of this kind."""
+    from minisft.lint_deepspeed import examined
+
+    config, repeated = _read(Path(file))
+    found = [Finding("error", key, "written twice: DeepSpeed refuses such a file") for key in repeated]
+    found += lint(config, **about)
+    known = {finding.key for finding in found if finding.severity == "error"}
+    return sorted([*found, *examined(config, known)], key=_severity)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """The object in a file, and the keys that are written twice."""
+    if file.exists() and not file.is_file():
+        raise UserError(f"{str(file)!r} is no text file: give a DeepSpeed configuration in JSON")
+    text = read_text(file, most=MOST_BYTES)
+    if text is None:
+        raise UserError(f"there is no file {str(file)!r}: give a DeepSpeed configuration in JSON")
+    parse_json(text, file, Any)  # refuses what is nested too deeply to be gone through
     repeated: list[str] = []
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        repeated.extend(sorted({key for key in keys if keys.count(key) > 1}))
+        counted = Counter(key for key, _ in pairs)
+        repeated.extend(key for key in counted if counted[key] > 1)
         return dict(pairs)
 
-    try:
-        config = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{str(file)!r} is not valid JSON ({error})") from error
+    def whole(digits: str) -> int:
+        if len(digits) > MOST_DIGITS:
+            raise UserError(f"{str(file)!r} holds a number of {len(digits)} digits: DeepSpeed has no such setting")
+        return int(digits)
+
+    config = json.loads(text, object_pairs_hook=once, parse_int=whole)
     if not isinstance(config, dict):
         kind = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}.get(
             type(config), "a number"
         )
         raise UserError(f"{str(file)!r} holds {kind}: a DeepSpeed configuration is a JSON object, in braces")
-    twice = [Finding("error", key, "written twice: DeepSpeed refuses such a file") for key in repeated]
-    found = twice + lint(config, **about)
-    if any(finding.severity == "error" for finding in found):
-        return found
-    return [*refused(config), *found]
-
-
-def refused(config: Mapping[str, Any]) -> list[Finding]:
-    """What DeepSpeed's own configuration class raises, if it raises anything; nothing where it is not installed.
-
-    Batches aside, which `lint` checks, and "auto", which somebody fills in before or DeepSpeed drops.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips its probing for accelerators, and a warning
-    try:
-        from deepspeed.runtime.config import DeepSpeedConfig
-    except ImportError:
-        return []
-    asked = {key: value for key, value in _without_auto(config).items() if key not in BATCH_KEYS + PARALLEL_KEYS}
-    logger = logging.getLogger("DeepSpeed")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        DeepSpeedConfig(asked | {"train_micro_batch_size_per_gpu": 1})
-    except Exception as error:  # what it raises is of many kinds
-        if not hasattr(error, "errors"):
-            return [Finding("error", "DeepSpeed", f"refuses the file: {' '.join(str(error).split())[:200]}")]
-        block = BLOCKS.get(getattr(error, "title", ""), ())
-        return [
-            Finding(
-                "error", ".".join(map(str, (*block, *one["loc"]))) or "DeepSpeed", f"DeepSpeed refuses it: {one['msg']}"
-            )
-            for one in error.errors()
-        ]
-    finally:
-        logger.setLevel(level)
-    return []
-
-
-def _without_auto(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
-    return value
+    return config, sorted(repeated)
 
 
 def lint(config: Mapping[str, Any], ranks: int | None = None, parameters: int | None = None) -> list[Finding]:
     """All findings, errors first. With `ranks` and the model's `parameters` it can check batches and buckets, too."""
-    found = [*_top(config), *_batch(config, ranks), *_precision(config), *_zero(config, parameters)]
-    return sorted(found, key=lambda finding: finding.severity)  # stable: "error" comes before "warning"
+    found = [*_top(config), *_batch(config, ranks), *_scalars(config), *_precision(config), *_zero(config, parameters)]
+    return sorted(found, key=_severity)
+
+
+def _severity(finding: Finding) -> str:
+    return finding.severity  # "error" comes before "warning", and sorting keeps the order of equals
 
 
 def _top(config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -237,19 +131,27 @@ def _top(config: Mapping[str, Any]) -> Iterator[Finding]:
                 yield Finding(
                     "error", key, 'is "auto", which Trainer does not fill in here: DeepSpeed has no such value'
                 )
+            elif key in OBJECT_KEYS and not isinstance(value, Mapping):
+                yield Finding("error", key, f"is {shown(value)}: DeepSpeed refuses it, give an object in braces")
         elif key in REMOVED_KEYS:
             yield Finding("error", key, "DeepSpeed 0.19 has no such feature any more: take it out")
         elif key in ZERO_KEYS or key in ALIASES:
             yield Finding("error", key, "DeepSpeed does not read it here: it belongs inside zero_optimization")
         elif key.startswith("_"):  # how people write comments
-            yield Finding("warning", key, "DeepSpeed passes over it without a word")
+            yield Finding("warning", key, "is ignored by DeepSpeed")
         else:
-            yield Finding("error", key, f"DeepSpeed passes over it without a word{_meant(key, TOP_KEYS)}")
+            yield Finding("error", key, f"is ignored by DeepSpeed{meant(key, TOP_KEYS)}")
     for block in ("optimizer", "scheduler"):
         if block in config:
             yield Finding(
                 "warning", block, "Trainer then leaves its own aside, and checks that the values of both agree"
             )
+    if config.get("activation_checkpointing"):
+        yield Finding(
+            "warning",
+            "activation_checkpointing",
+            "is ignored under Trainer: models of transformers have their own, minisft's is --activation-checkpointing",
+        )
 
 
 def _batch(config: Mapping[str, Any], ranks: int | None) -> Iterator[Finding]:
@@ -259,7 +161,7 @@ def _batch(config: Mapping[str, Any], ranks: int | None) -> Iterator[Finding]:
         ranks = max(1, ranks // together)
     for name, value in zip(BATCH_KEYS, (whole, micro, steps), strict=True):
         if value is not None and value != "auto" and (not _is_whole(value) or value < 1):
-            yield Finding("error", name, f"is {json.dumps(value)}: give a whole number, at least 1")
+            yield Finding("error", name, f"is {shown(value)}: give a whole number, at least 1")
             return
     if whole is None and micro is None:
         yield Finding("error", BATCH_KEYS[0], "neither this nor train_micro_batch_size_per_gpu is given: one is needed")
@@ -275,6 +177,30 @@ def _batch(config: Mapping[str, Any], ranks: int | None) -> Iterator[Finding]:
         yield Finding("error", BATCH_KEYS[0], f"is {whole}, which is no multiple of {given}")
 
 
+def _scalars(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Single values, which DeepSpeed takes unchecked: it stops at the first step, or takes any text for true."""
+    for key in FLAGS:
+        value = config.get(key)
+        if isinstance(value, str) and value != "auto":
+            yield Finding("error", key, f"is {shown(value)}, a text: give true or false, without quotes")
+    for key in ("gradient_clipping", "gradient_predivide_factor", "steps_per_print"):
+        value = config.get(key)
+        if key not in config or value == "auto" or (value is None and key == "steps_per_print"):
+            continue
+        if not isinstance(value, int | float):
+            yield Finding("error", key, f"is {shown(value)}: DeepSpeed stops at the first step, give a number")
+        elif key == "gradient_clipping" and not value >= 0:
+            yield Finding("warning", key, f"is {shown(value)}: nothing is clipped")
+        elif key != "gradient_clipping" and not value > 0:
+            yield Finding("error", key, f"is {shown(value)}: give a number above 0")
+    if "log_level" in config and config["log_level"] not in LOG_LEVELS:
+        yield Finding(
+            "error",
+            "log_level",
+            f"DeepSpeed refuses {shown(config['log_level'])}: take debug, info, warning, error or critical",
+        )
+
+
 def _precision(config: Mapping[str, Any]) -> Iterator[Finding]:
     on = []
     for name in ("fp16", "bf16", "bfloat16"):
@@ -282,16 +208,16 @@ def _precision(config: Mapping[str, Any]) -> Iterator[Finding]:
         if block is None:
             continue
         if not isinstance(block, Mapping):
-            yield Finding("error", name, f'is {json.dumps(block)}: give an object, {{"enabled": true}}')
+            yield Finding("error", name, f'is {shown(block)}: give an object, {{"enabled": true}}')
             continue
-        if str(block.get("enabled")).lower() in ("true", "1", "1.0", "yes", "on", "y", "t"):  # as DeepSpeed reads it
+        if _is_on(block.get("enabled")):
             on.append("bf16" if name == "bfloat16" else name)
         if block.get("enabled") is None and block:
             yield Finding("warning", f"{name}.enabled", "is not given, so the whole block does nothing")
         known = HALF_KEYS["bf16" if name == "bfloat16" else name]
         for key in block:
             if key not in known:
-                yield Finding("error", f"{name}.{key}", f"DeepSpeed refuses it{_meant(key, known)}")
+                yield Finding("error", f"{name}.{key}", f"DeepSpeed refuses it{meant(key, known)}")
     if len(set(on)) > 1:
         yield Finding("error", on[0], f"and {on[1]} are both enabled: DeepSpeed refuses that, choose one")
 
@@ -305,11 +231,11 @@ def _zero(config: Mapping[str, Any], parameters: int | None) -> Iterator[Finding
         yield Finding("warning", "zero_optimization", "is not given, so this is stage 0: plain data parallelism")
         return
     if not isinstance(zero, Mapping):
-        yield Finding("error", "zero_optimization", f"is {json.dumps(zero)}: give an object")
+        yield Finding("error", "zero_optimization", f"is {shown(zero)}: give an object")
         return
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        yield Finding("error", "zero_optimization.stage", f"is {json.dumps(stage)}: give 0, 1, 2 or 3")
+        yield Finding("error", "zero_optimization.stage", f"is {shown(stage)}: give 0, 1, 2 or 3")
         return
     if "stage" not in zero:
         yield Finding("warning", "zero_optimization.stage", "is not given, so it is 0, and nothing is split")
@@ -332,9 +258,10 @@ def _zero(config: Mapping[str, Any], parameters: int | None) -> Iterator[Finding
         if key in OFFLOAD_KEYS and isinstance(value, Mapping):
             for inner in value:
                 if inner not in OFFLOAD_KEYS[key]:
-                    yield Finding("error", f"{name}.{inner}", f"DeepSpeed refuses it{_meant(inner, OFFLOAD_KEYS[key])}")
+                    yield Finding("error", f"{name}.{inner}", f"DeepSpeed refuses it{meant(inner, OFFLOAD_KEYS[key])}")
             if value.get("device") == "nvme" and not value.get("nvme_path"):
                 yield Finding("error", f"{name}.nvme_path", "is not given, though the device is nvme")
+    yield from _together(config, zero, stage)
     yield from _sizes(zero, stage, parameters)
     if stage == 3 and not any(zero.get(f"stage3_gather_{kind}_weights_on_model_save") for kind in ("16bit", "fp16")):
         yield Finding(
@@ -348,7 +275,7 @@ def _strange(key: str, name: str) -> Iterator[Finding]:
     if key in TOP_KEYS:
         yield Finding("error", name, "DeepSpeed refuses it here: it belongs beside zero_optimization, not inside")
     else:
-        yield Finding("error", name, f"DeepSpeed refuses it{_meant(key, ZERO_KEYS)}")
+        yield Finding("error", name, f"DeepSpeed refuses it{meant(key, ZERO_KEYS)}")
 
 
 def _sizes(zero: Mapping[str, Any], stage: int, parameters: int | None) -> Iterator[Finding]:
@@ -362,7 +289,7 @@ def _sizes(zero: Mapping[str, Any], stage: int, parameters: int | None) -> Itera
             continue
         number = DEFAULT_BUCKET if value is None else _number(value)
         if number is None:
-            yield Finding("error", name, f"is {json.dumps(value)}: give a number of elements")
+            yield Finding("error", name, f"is {shown(value)}: give a number of elements")
             continue
         size = int(number)
         held = " and stays allocated all the time" if stage == 3 and key == "reduce_bucket_size" else ""
@@ -385,11 +312,40 @@ def _sizes(zero: Mapping[str, Any], stage: int, parameters: int | None) -> Itera
             )
 
 
+def _together(config: Mapping[str, Any], zero: Mapping[str, Any], stage: int) -> Iterator[Finding]:
+    """Settings that DeepSpeed's engine refuses beside others."""
+    scatters = _is_on(zero.get("reduce_scatter", True)) and stage >= 2
+    if scatters and str(config.get("gradient_allreduce_op")).lower() != "sum":
+        for key, harmless in (("prescale_gradients", (False, None)), ("gradient_predivide_factor", (1, None))):
+            if key in config and config[key] not in harmless:
+                message = f"DeepSpeed refuses {shown(config[key])} at stage {stage}, unless reduce_scatter is false"
+                yield Finding("error", key, message)
+    if _is_on(zero.get("legacy_stage1")) and stage:
+        yield Finding("error", "zero_optimization.legacy_stage1", "DeepSpeed refuses it: it is no more")
+    for half in ("fp16", "bf16"):
+        block, key = config.get(half), f"{half}_master_weights_and_grads"
+        if stage not in (1, 2) or not isinstance(block, Mapping) or not _is_on(block.get(key)):
+            continue
+        away = zero.get("offload_optimizer")
+        on_cpu = isinstance(away, Mapping) and away.get("device") == "cpu"
+        if not on_cpu and not _is_on(block.get("bf16_optimizer_states")):
+            yield Finding("error", f"{half}.{key}", "DeepSpeed refuses it unless offload_optimizer is on the cpu")
+    if config.get("managed_gradient_accumulation") is False and stage < 2 and _is_on(zero.get("overlap_comm")):
+        yield Finding(
+            "error", "managed_gradient_accumulation", "DeepSpeed refuses false beside overlap_comm below stage 2"
+        )
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a value is true as DeepSpeed's classes read it."""
+    return str(value).lower() in ("true", "1", "1.0", "yes", "on", "y", "t")
+
+
 def _number(value: Any) -> float | None:
     """What DeepSpeed takes for a size, a string of digits included; None if it is none."""
     try:
         number = math.nan if isinstance(value, bool) else float(int(value) if isinstance(value, str) else value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if 0 <= number < math.inf else None
 
@@ -398,6 +354,17 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _meant(key: str, known: Any) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.75)
-    return f": did you mean {close[0]}?" if close else ": no such key is known"
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def shown(value: Any) -> str:
+    """A value as it is in the file, on one line and cut where it is long."""
+    return one_line(json.dumps(value), 60)
+
+
+def meant(key: str, known: Iterable[str], otherwise: str = "no such key is known") -> str:
+    """The end of a sentence about an unknown key: the known one that is spelt most like it."""
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.75) if len(key) < 80 else []
+    return f": did you mean {close[0]}?" if close else f": {otherwise}"

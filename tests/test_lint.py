@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from conftest import minisft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisft.errors import UserError
-from minisft.lint import (
+from minisft.lint import lint, lint_file
+from minisft.lint_keys import (
     ALIASES,
     DEPRECATED_ZERO_KEYS,
     HALF_KEYS,
@@ -17,8 +24,6 @@ from minisft.lint import (
     REMOVED_KEYS,
     TOP_KEYS,
     ZERO_KEYS,
-    lint,
-    lint_file,
 )
 from minisft.zero_config import STRATEGIES, deepspeed_config
 
@@ -110,7 +115,11 @@ CASES = [
     (zero(stage=2, cpu_offload=True), set(), {"zero_optimization.cpu_offload"}),
     (zero(stage=0) | {"amp": {"enabled": True}}, {"amp"}, set()),
     # an optimizer and a scheduler of DeepSpeed's
-    (zero(stage=0) | {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}, set(), {"optimizer"}),
+    (
+        zero(stage=0) | {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR", "params": {}}},
+        set(),
+        {"optimizer"},
+    ),
     # offload without a place
     (zero(stage=3, offload_optimizer={"device": "nvme"}), {"zero_optimization.offload_optimizer.nvme_path"}, None),
     (zero(stage=3, offload_optimizer={"devise": "cpu"}), {"zero_optimization.offload_optimizer.devise"}, None),
@@ -314,3 +323,309 @@ def test_deepspeed_refuses_no_zero_block_that_passes(deepspeed_zero, config, err
         refused = True
     ours = {key for key in errors if key.startswith("zero_optimization.")}
     assert refused <= bool(ours)
+
+
+# --- against DeepSpeed's engine -----------------------------------------------------------------------------
+
+SMALL = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
+BF16 = {"bf16": {"enabled": True}}
+CPU = {"offload_optimizer": {"device": "cpu"}}
+
+
+def at(stage=2, zero=None, **more):
+    return BATCH | {"zero_optimization": {"stage": stage} | SMALL | (zero or {})} | more
+
+
+def optimizer(kind="AdamW", stage=2, beside=None, **params):
+    return at(stage, optimizer={"type": kind, "params": params} | (beside or {}))
+
+
+def scheduler(kind="WarmupLR", stage=2, beside=None, **params):
+    return at(stage, scheduler={"type": kind, "params": params} | (beside or {}))
+
+
+# What an engine does, and with which key. "taken for true": any text is, also "false".
+ENGINES = [
+    (at(), "used", ""),
+    (at(gradient_clipping=2), "used", ""),
+    (at(gradient_clipping=-1), "used", ""),
+    (at(gradient_clipping="1.0"), "refused", "gradient_clipping"),
+    (at(0, gradient_clipping="1.0"), "refused", "gradient_clipping"),
+    (at(3, gradient_clipping="1.0"), "refused", "gradient_clipping"),
+    (at(gradient_clipping="1.0", **BF16), "refused", "gradient_clipping"),
+    (at(gradient_clipping=None), "refused", "gradient_clipping"),
+    (at(steps_per_print="10"), "refused", "steps_per_print"),
+    (at(steps_per_print=0), "refused", "steps_per_print"),
+    (at(steps_per_print=None), "used", ""),
+    (at(log_level="loud"), "refused", "log_level"),
+    (at(wall_clock_breakdown="false"), "refused", "wall_clock_breakdown"),
+    (at(memory_breakdown="false"), "taken for true", "memory_breakdown"),
+    (at(zero_allow_untested_optimizer="false"), "taken for true", "zero_allow_untested_optimizer"),
+    (at(vocabulary_size="100"), "refused", "DeepSpeed"),
+    (at(communication_data_type=16), "refused", "DeepSpeed"),
+    (at(prescale_gradients=True), "refused", "prescale_gradients"),
+    (at(3, prescale_gradients=True), "refused", "prescale_gradients"),
+    (at(prescale_gradients="false"), "refused", "prescale_gradients"),
+    (at(1, prescale_gradients=True), "used", ""),
+    (at(0, prescale_gradients=True), "used", ""),
+    (at(2, {"reduce_scatter": False}, prescale_gradients=True), "used", ""),
+    (at(3, {"reduce_scatter": False}, prescale_gradients=True), "used", ""),
+    (at(prescale_gradients=True, gradient_allreduce_op="sum"), "used", ""),
+    (at(gradient_predivide_factor=2.0), "refused", "gradient_predivide_factor"),
+    (at(3, gradient_predivide_factor=2.0), "refused", "gradient_predivide_factor"),
+    (at(gradient_predivide_factor="1.0"), "refused", "gradient_predivide_factor"),
+    (at(gradient_predivide_factor=1), "used", ""),
+    (at(1, gradient_predivide_factor=2.0), "used", ""),
+    (at(3, gradient_allreduce_op="sum"), "refused", "DeepSpeed"),
+    (at(1, {"legacy_stage1": True}), "refused", "zero_optimization.legacy_stage1"),
+    (at(1, {"overlap_comm": True}, managed_gradient_accumulation=False), "refused", "managed_gradient_accumulation"),
+    (at(2, {"overlap_comm": True}, managed_gradient_accumulation=False), "used", ""),
+    (at(data_types={"grad_accum_dtype": "float17"}), "refused", "data_types"),
+    (at(data_types={"param_dtype": "bf16"}), "refused", "data_types"),
+    (at(data_types={"grad_accum_dtype": "fp32"}), "used", ""),
+    (at(0, data_types={"grad_accum_dtype": "fp32"}, **BF16), "refused", "data_types.grad_accum_dtype"),
+    (at(2, data_types={"grad_accum_dtype": "fp32"}, **BF16), "used", ""),
+    (
+        at(1, bf16={"enabled": True, "bf16_master_weights_and_grads": True}),
+        "refused",
+        "bf16.bf16_master_weights_and_grads",
+    ),
+    (at(0, bf16={"enabled": True, "bf16_master_weights_and_grads": True}), "refused", "DeepSpeed"),
+    (at(torch_autocast={"enabled": True, "dtype": "float17"}), "refused", "DeepSpeed"),
+    (at(checkpoint={"tag_validation": "nope"}), "refused", "DeepSpeed"),
+    (at(aio=[1]), "refused", "DeepSpeed"),
+    # optimizers
+    (optimizer(lr=5e-6), "used", ""),
+    (optimizer("adam", lr=5e-6, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.1), "used", ""),
+    (optimizer("AdamW", beside={"lr": 5e-6}), "ignored", "optimizer.lr"),
+    (optimizer("AdamW", beside={"legacy_fusion": True}, lr=1), "used", ""),
+    (optimizer(lrr=5e-6), "refused", "optimizer.params.lrr"),
+    (optimizer(lr=5e-6, max_grad_norm=1.0), "refused", "optimizer.params"),
+    (optimizer(lr="5e-6", torch_adam=True), "refused", "optimizer.params.lr"),
+    (optimizer(betas=[0.9]), "refused", "optimizer.params.betas"),
+    (optimizer(torch_adam=True, bias_correction=True), "refused", "optimizer.params.bias_correction"),
+    (optimizer(amsgrad=True), "refused", "optimizer.params"),
+    (optimizer("AdamV", lr=1), "refused", "optimizer.type"),
+    (optimizer("OneBitAdam", lr=1), "refused", "optimizer.type"),
+    (optimizer("FusedAdam", lr=1), "refused", "optimizer.type"),
+    (optimizer("SGD", lr=1), "refused", "optimizer.type"),
+    (optimizer("sgd", stage=0, lr=1), "refused", "optimizer.type"),
+    (optimizer("SGD", stage=0, lr=1), "used", ""),
+    (optimizer("SGD", lr=1) | {"zero_allow_untested_optimizer": True}, "used", ""),
+    (optimizer("Adagrad", lr=1), "used", ""),
+    (optimizer("Lion", lr=1), "used", ""),
+    (optimizer("Lion", lr=1, eps=1), "refused", "optimizer.params.eps"),
+    (optimizer("Lamb", lr=1), "refused", "optimizer.type"),
+    (optimizer("Muon", lr=1, epss=1), "ignored", "optimizer.params.epss"),
+    (optimizer("lr_scheduler", stage=0), "refused", "optimizer"),
+    (at(optimizer={"params": {"lr": 1}}), "refused", "optimizer.type"),
+    (at(0, optimizer={"params": {"lr": 1}}), "refused", "optimizer.type"),
+    (at(optimizer={"type": 3}), "refused", "DeepSpeed"),
+    (at(optimizer={"type": "AdamW", "params": [1]}), "refused", "DeepSpeed"),
+    (at(optimizer="AdamW"), "refused", "optimizer"),
+    # schedulers
+    (scheduler(warmup_num_steps=3), "used", ""),
+    (scheduler(beside={"warmup_num_steps": 3}), "ignored", "scheduler.warmup_num_steps"),
+    (scheduler(warmup_steps=3), "refused", "scheduler.params.warmup_steps"),
+    (scheduler(warmup_num_steps=0), "refused", "scheduler.params"),
+    (scheduler(warmup_num_steps=3.0), "refused", "scheduler.params"),
+    (scheduler("warmuplr"), "refused", "scheduler.type"),
+    (scheduler("CosineAnnealing"), "refused", "scheduler.type"),
+    (scheduler("WarmupDecayLR", warmup_num_steps=3), "refused", "scheduler.params"),
+    (scheduler("WarmupDecayLR", warmup_num_steps=3, total_num_steps="9"), "refused", "scheduler.params"),
+    (scheduler("WarmupDecayLR", warmup_num_steps=3, total_num_steps=9), "used", ""),
+    (scheduler("OneCycle", cycle_min_lr=1, cycle_max_lr=2), "used", ""),
+    (scheduler("CosineAnnealingLR", T_max=9), "refused", "scheduler.type"),
+    (scheduler("CosineAnnealingLR", stage=0, T_max=9), "used", ""),
+    (scheduler("CosineAnnealingLR", stage=0), "refused", "scheduler"),
+    (at(scheduler={"type": "WarmupLR"}), "refused", "scheduler.params"),
+    (at(scheduler={"params": {}}), "ignored", "scheduler.params"),
+    (at(scheduler=None), "refused", "scheduler"),
+    # misspelt inside
+    (at(aio={"que_depth": 8}), "ignored", "aio.que_depth"),
+    (at(aio={"queue_depth": 8}), "used", ""),
+    (at(flops_profiler={"enable": True}), "ignored", "flops_profiler.enable"),
+    (
+        at(activation_checkpointing={"partition_activation": True}),
+        "ignored",
+        "activation_checkpointing.partition_activation",
+    ),
+    (at(data_types={"grad_acum_dtype": "fp32"}), "ignored", "data_types.grad_acum_dtype"),
+    (at(checkpoint={"use_node_local": True}), "ignored", "checkpoint.use_node_local"),
+    (at(autotuning={"enable": True}), "ignored", "autotuning.enable"),
+    (at(torch_autocast={"enable": True}), "ignored", "torch_autocast.enable"),
+    (at(timers={"throughputt": {}}), "ignored", "timers.throughputt"),
+    (at(tensorboard={"enable": True}), "refused", "tensorboard.enable"),
+    (at(gradient_cliping=1.0), "ignored", "gradient_cliping"),
+]
+
+
+def without(config, key):
+    inner, *rest = key.split(".", 1)
+    if not rest:
+        return {name: value for name, value in config.items() if name != inner}
+    return config | {inner: without(config[inner], rest[0])}
+
+
+def differing(config):
+    return {key: value for key, value in config.items() if key != "zero_optimization"}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """What an engine makes of each configuration, and of those without the key that it is said to ignore."""
+    out = tmp_path_factory.mktemp("engines") / "found.json"
+    configs = [config for config, _, _ in ENGINES]
+    configs += [without(config, key) for config, what, key in ENGINES if what == "ignored"]
+    worker = Path(__file__).with_name("lint_engines.py")
+    done = subprocess.run(
+        [sys.executable, "-P", worker, out, json.dumps(configs)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    return found[: len(ENGINES)], found[len(ENGINES) :]
+
+
+def test_the_table_is_what_engines_do(engines):
+    found, without_keys = engines
+    plain = iter(without_keys)
+    for (config, what, key), made in zip(ENGINES, found, strict=True):
+        assert ("refused" in made) == (what == "refused"), (config, made)
+        if what == "ignored":
+            assert made == next(plain), (config, key)
+
+
+@pytest.mark.parametrize(("config", "what", "key"), ENGINES, ids=[json.dumps(differing(c)) for c, _, _ in ENGINES])
+def test_the_linter_agrees_with_the_engine(tmp_path, config, what, key):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(config))
+    errors = {f.key: f.message for f in lint_file(file) if f.severity == "error"}
+    if what == "used":
+        assert errors == {}
+    elif what == "ignored":
+        assert "is ignored by DeepSpeed" in errors[key]
+    else:
+        assert key in errors, errors
+
+
+# --- files of anybody ---------------------------------------------------------------------------------------
+
+ZERO = {"stage": 2}
+
+
+@pytest.mark.attack("12")
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(BATCH | {f"gradient_clippin{i}": 1 for i in range(200_000)}),
+        "{" + ",".join(f'"a{i}": 1, "a{i}": 2' for i in range(50_000)) + "}",
+        "[" * 1_000_000,
+        '{"a":' * 100_000 + "1" + "}" * 100_000,
+        "[" * 100_000 + "]" * 100_000,
+        '{"train_batch_size": ' + "9" * 4000 + "}",
+        '{"train_batch_size": ' + "9" * 200_000 + "}",
+        json.dumps({"optimizer": {"type": "A" * 10_000_000}}),
+    ],
+    ids=["keys", "keys written twice", "no end", "deep", "deep lists", "digits", "more digits", "a long text"],
+)
+def test_what_is_no_configuration_by_its_size_is_one_sentence(tmp_path, text):
+    file = tmp_path / "ds.json"
+    file.write_text(text)
+    began = time.perf_counter()
+    with pytest.raises(UserError) as error:
+        lint_file(file)
+    assert len(str(error.value)) < 400
+    assert time.perf_counter() - began < 10
+
+
+@pytest.mark.attack("12")
+@pytest.mark.parametrize(
+    "config",
+    [
+        {f"gradient_clippin{i}": 1 for i in range(8000)},
+        {"zero_optimization": ZERO | {f"stage3_max_live_par{i}": 1 for i in range(7000)}},
+        {"optimizer": {"type": "AdamW", "params": {f"weight_deca{i}": 1 for i in range(9000)}}},
+        {"aio": {f"queue_dept{i}": 1 for i in range(9000)}},
+    ],
+    ids=["beside", "zero", "optimizer", "aio"],
+)
+def test_the_largest_that_is_read_takes_seconds(tmp_path, config):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(BATCH | {"zero_optimization": ZERO} | config))
+    began = time.perf_counter()
+    assert any("did you mean" in finding.message for finding in lint_file(file))
+    assert time.perf_counter() - began < 20
+
+
+@pytest.mark.attack("13")
+def test_what_a_file_says_gives_a_terminal_no_orders(tmp_path):
+    file = tmp_path / "ds\x1b[31m.json"
+    escapes = {"\x1b]0;title\x07": 1, "\x1b[31m": "\x1b[2J", "a\nerror: forged: line": 1, "\u202e\x9b": 1}
+    config = (
+        BATCH
+        | escapes
+        | {
+            "zero_optimization": ZERO | escapes | {"offload_optimizer": escapes},
+            "aio": escapes,
+            "fp16": escapes,
+            "tensorboard": escapes,
+            "optimizer": {"type": "\x1b[31m", "params": escapes},
+            "scheduler": {"type": "\x1b[31m", "params": escapes} | escapes,
+            "gradient_clipping": "\x1b[31m",
+            "communication_data_type": "\x1b[31m",
+        }
+    )
+    file.write_text(json.dumps(config))
+    said, listed = minisft("lint", file), minisft("lint", file, "--json")
+    assert said.returncode == listed.returncode == 1
+    for text in (said.stdout, listed.stdout):
+        assert text.replace("\n", "").isprintable()
+    assert "error: forged: line" not in said.stdout.splitlines()
+    assert "\x1b[31m" in {finding["key"] for finding in json.loads(listed.stdout)}
+    assert len(said.stdout.splitlines()) == len(json.loads(listed.stdout))
+
+
+@pytest.mark.attack("15")
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"\xef\xbb\xbf{}", b"\0", b'{"a": "\\ud800"}', b"{,}", b"[1]"])
+def test_a_file_that_is_damaged_is_one_sentence(tmp_path, content):
+    file = tmp_path / "ds.json"
+    file.write_bytes(content)
+    done = minisft("lint", file)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.attack("15")
+def test_what_is_no_file_is_one_sentence(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("/dev/zero", "/dev/full", tmp_path, tmp_path / "pipe", tmp_path / "loop", tmp_path / ("x" * 300)):
+        done = minisft("lint", name)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["auto", "AdamW"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.text(max_size=3) | st.sampled_from(["type", "params", "lr", "stage", "enabled"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.attack("15")
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from([*sorted(TOP_KEYS | REMOVED_KEYS), "\x1b"]) | st.text(max_size=3), ANY, max_size=4)
+)
+def test_a_file_of_any_object_is_answered(tmp_path_factory, config):
+    file = tmp_path_factory.getbasetemp() / "any.json"
+    file.write_text(json.dumps(config))
+    try:
+        found = lint_file(file, ranks=3, parameters=1000)
+    except UserError as error:
+        assert "not valid JSON" in str(error) or "digits" in str(error)
+    else:
+        assert all(str(finding).isprintable() for finding in found)
