@@ -358,6 +358,9 @@ LauncherName = Annotated[
 Silence = Annotated[float, typer.Option(help="seconds without a sign of life after which a rank is ended, and the run")]
 Stall = Annotated[float, typer.Option(help="seconds without a step of any rank after which the run is ended")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a run of this name")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="replace an unfinished run of these settings that cannot be resumed")
+]
 
 
 def _with_run_options(function: Any) -> Any:
@@ -385,6 +388,7 @@ def _with_run_options(function: Any) -> Any:
 def command(
     options: dict[str, Any],
     overwrite: Overwrite = False,
+    restart: Restart = False,
     hostfile: Hostfile = None,
     launcher: LauncherName = None,
     slurm_nodes: Annotated[int | None, typer.Option(help="write a SLURM batch script for so many nodes")] = None,
@@ -398,7 +402,7 @@ def command(
     config, place = _with_place(options, hostfile, launcher)
     if slurm_nodes is not None:
         require_nodes(config, slurm_nodes)
-    run = prepare(config, place=place, overwrite=overwrite, say=note)
+    run = prepare(config, place=place, overwrite=overwrite, restart=restart, say=note)
     if Path.cwd() != project_root():
         note(f"To be run in the folder {project_root()}:")
     if slurm_nodes is not None:
@@ -421,6 +425,7 @@ def command(
 def launch(
     options: dict[str, Any],
     overwrite: Overwrite = False,
+    restart: Restart = False,
     hostfile: Hostfile = None,
     launcher: LauncherName = None,
     silence: Silence = SILENCE,
@@ -433,7 +438,7 @@ def launch(
     config, place = _with_place(options, hostfile, launcher)
     if place is not None and place.launcher == "none":
         raise UserError("--launcher none leaves the start to you: minisft command prints a line for each host")
-    _launch(prepare(config, place=place, overwrite=overwrite, say=note), place, silence, stall)
+    _launch(prepare(config, place=place, overwrite=overwrite, restart=restart, say=note), place, silence, stall)
 
 
 @app.command()

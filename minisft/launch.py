@@ -25,7 +25,7 @@ from typing import Any
 
 from minisft import assets, operators, preflight, processes, text
 from minisft.checkpoint_doctor import require_sound
-from minisft.checkpoints import holds_weights, resume_point
+from minisft.checkpoints import holds_weights, latest_resumable, resume_point
 from minisft.commands import Command, commands, require_deepspeed, shown, write_place
 from minisft.errors import UserError
 from minisft.files import Digests, is_inside, open_lock, read_json, try_lock, write_json, written_whole
@@ -63,15 +63,22 @@ class RunFailed(RuntimeError):
 # --- preparing ---------------------------------------------------------------------------------------------
 
 
-def prepare(config: RunConfig, *, place: Place | None = None, overwrite: bool = False, say: Say = say) -> Run:
+def prepare(
+    config: RunConfig,
+    *,
+    place: Place | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    say: Say = say,
+) -> Run:
     """Make the run folder: data split and encoded, the DeepSpeed configuration, and the command.
 
     A finished run with the same settings is returned as it is, and so is an unfinished one that can be resumed from a
     checkpoint; one that holds no weights is prepared from the beginning. Any other run of this name is only replaced
-    with `overwrite`: nothing that may hold weights is removed without it. The folder appears whole, by one rename, and
-    all of this is decided while its lock is held. `place` are the hosts to run on, if not this machine alone; they may
-    differ when a run is resumed. Paths among the settings become absolute: `rows.json` elsewhere is another file.
-    Raises `UserError`.
+    with `overwrite`, or with `restart` if it is unfinished, has the same settings and cannot be resumed: nothing that
+    may hold weights is removed without either. The folder appears whole, by one rename, and all of this is decided while
+    its lock is held. `place` are the hosts to run on, if not this machine alone; they may differ when a run is resumed.
+    Paths among the settings become absolute: `rows.json` elsewhere is another file. Raises `UserError`.
     """
     _require_place(config, place)
     config = _settled(config)
@@ -79,7 +86,7 @@ def prepare(config: RunConfig, *, place: Place | None = None, overwrite: bool = 
     if folder.is_symlink() and not folder.exists():
         raise UserError(f"{shown(folder)} is a link to {folder.readlink()}, which is not there: correct or remove it")
     with _only_one(folder):
-        if not overwrite and (run := _existing(config, folder, place, say)) is not None:
+        if not overwrite and (run := _existing(config, folder, place, restart, say)) is not None:
             return run
         if overwrite:
             _require_replaceable(folder)
@@ -90,7 +97,7 @@ def prepare(config: RunConfig, *, place: Place | None = None, overwrite: bool = 
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _existing(config: RunConfig, folder: Path, place: Place | None, say: Say) -> Run | None:
+def _existing(config: RunConfig, folder: Path, place: Place | None, restart: bool, say: Say) -> Run | None:
     """The run in `folder` if it is done or can be resumed; None if a new one may take its place."""
     if not (folder / "run.json").exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -111,7 +118,7 @@ def _existing(config: RunConfig, folder: Path, place: Place | None, say: Say) ->
         return None
     if run.status == "done":
         return run
-    checkpoint = resume_point(run)
+    checkpoint = latest_resumable(run) if restart else resume_point(run)
     if checkpoint is None:
         return None
     require_no_links(run)

@@ -277,6 +277,24 @@ def test_preparing_removes_no_weights_of_an_unfinished_run(config, changes, weig
 
 
 @attack("4")
+def test_a_restart_replaces_an_unfinished_run_of_the_same_settings_alone(config):
+    run = unfinished(config(), resumable=False)
+    before = weights_of(run)
+    with pytest.raises(UserError, match="other settings"):
+        prepare(config(learning_rate=0.5), restart=True, say=quiet)
+    (run.folder / "checkpoint-3" / "manifest.json").write_text("")
+    with pytest.raises(UserError, match="manifest"):
+        prepare(config(), restart=True, say=quiet)
+    assert weights_of(run) == before
+    (run.folder / "checkpoint-3" / "manifest.json").unlink()
+    assert prepare(config(), restart=True, say=quiet).checkpoints == []
+    again = unfinished(config(), resumable=False)
+    write_json(again.folder / "DONE", {"steps": 3})
+    assert prepare(config(), restart=True, say=quiet).status == "done"
+    assert weights_of(again)
+
+
+@attack("4")
 @pytest.mark.parametrize("inside", ["model", "data"])
 def test_what_a_run_starts_from_is_not_replaced_by_it(config, inside, small_data):
     run = unfinished(config(), resumable=False)
