@@ -97,8 +97,8 @@ def resume_point(run: Run) -> Path | None:
     if (weights := holds_weights(run.folder)) is not None:
         raise UserError(
             f"{run.folder} holds weights of an unfinished run ({weights.relative_to(run.folder)}) and no checkpoint to "
-            "resume from: start it from the beginning with --restart (or --overwrite), give this run another --name, or "
-            "start from its weights with --model"
+            "resume from: start it from the beginning with --restart (or --overwrite), give this run another --name, "
+            "or start from its weights with --model"
         )
     return None
 

@@ -76,7 +76,7 @@ def prepare(
     A finished run with the same settings is returned as it is, and so is an unfinished one that can be resumed from a
     checkpoint; one that holds no weights is prepared from the beginning. Any other run of this name is only replaced
     with `overwrite`, or with `restart` if it is unfinished, has the same settings and cannot be resumed: nothing that
-    may hold weights is removed without either. The folder appears whole, by one rename, and all of this is decided while
+    may hold weights is removed without either. The folder appears whole, by one rename; all of this is decided while
     its lock is held. `place` are the hosts to run on, if not this machine alone; they may differ when a run is resumed.
     Paths among the settings become absolute: `rows.json` elsewhere is another file. Raises `UserError`.
     """
