@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FIRST = 5  # ids that a reason names
-MOST = 200  # different reasons; a damaged file may have an unknown role in every row
+MOST = 200  # different reasons, keys or lines; a damaged file may have an unknown role in every row
 
 
 @dataclass
@@ -37,13 +37,16 @@ class Ledger:
 
     `stages` is in the order of the work: raw, cleaned, …, templated, truncated, trained. Text that was never encoded
     (a long conversation's rest, a dropped row) enters a stage's token count by its characters, at the ratio measured
-    on the text that was encoded; such a count is marked as estimated. `lost` says what a damaged file withheld.
+    on the text that was encoded; such a count is marked as estimated. `unread` counts the rows that were kept and have
+    a key that nothing reads, by its name. `lost` says what a damaged file withheld, and `notes` what else to know.
     """
 
     stages: dict[str, Stage] = field(default_factory=lambda: defaultdict(Stage))
     dropped: dict[str, Reason] = field(default_factory=lambda: defaultdict(Reason))
     repaired: dict[str, Reason] = field(default_factory=lambda: defaultdict(Reason))
+    unread: dict[str, Reason] = field(default_factory=lambda: defaultdict(Reason))
     lost: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     encoded_tokens: int = 0
     encoded_characters: int = 0
 
@@ -59,8 +62,14 @@ class Ledger:
     def repair(self, reason: str, row: str) -> None:
         _add(self.repaired, reason, row)
 
+    def leave_unread(self, key: str, row: str) -> None:
+        _add(self.unread, key, row, "other keys")
+
     def lose(self, what: str) -> None:
-        self.lost.append(what)
+        _append(self.lost, what)
+
+    def note(self, what: str) -> None:
+        _append(self.notes, what)
 
     @property
     def tokens_per_character(self) -> float | None:
@@ -89,7 +98,9 @@ class Ledger:
             "stages": stages,
             "dropped": reasons(self.dropped),
             "repaired": reasons(self.repaired),
+            "unread": reasons(self.unread),
             "lost": self.lost,
+            "notes": self.notes,
         }
 
     def __str__(self) -> str:
@@ -98,17 +109,24 @@ class Ledger:
             tokens = self.tokens(name)
             shown = "" if tokens is None else f"{'≈ ' if entry.characters else ''}{tokens:,}"
             lines.append(f"{entry.rows:>11,} {shown:>15}  {name}")
-        for title, entries in (("dropped", self.dropped), ("mended", self.repaired)):
+        for title, entries in (("dropped", self.dropped), ("mended", self.repaired), ("not read", self.unread)):
             for reason, entry in sorted(entries.items(), key=lambda item: -item[1].rows):
                 lines.append(f"{entry.rows:>11,} {'':>15}  {title}: {reason}")
         lines += [f"{'lost':>11} {'':>15}  {what}" for what in self.lost]
+        lines += [f"{'note':>11} {'':>15}  {what}" for what in self.notes]
         if any(entry.characters for entry in self.stages.values()) and self.tokens_per_character:
             lines.append("≈ counts text that was not encoded at the tokens per character of the text that was")
         return "\n".join(lines)
 
 
-def _add(entries: dict[str, Reason], reason: str, row: str) -> None:
-    entry = entries[reason if reason in entries or len(entries) < MOST else "another reason"]
+def _add(entries: dict[str, Reason], reason: str, row: str, others: str = "another reason") -> None:
+    entry = entries[reason if reason in entries or len(entries) < MOST else others]
     entry.rows += 1
     if len(entry.first) < FIRST:
         entry.first.append(row)
+
+
+def _append(lines: list[str], line: str) -> None:
+    """Once each, and not without end: a folder may have any number of files."""
+    if line not in lines and len(lines) < MOST:
+        lines.append(line)

@@ -1,12 +1,13 @@
-"""Reading conversations from dirty files, row by row: JSON lists, JSON lines, Parquet, or a folder of them.
+"""Reading conversations from dirty files, row by row: JSON lists, JSON lines, Parquet, Arrow, or a folder of them.
 
 Nothing is loaded whole but one object around all rows (`{"data": [row, …]}`). Damage is skipped where the next row
-can be found, and always has its line in the ledger.
+can be found, and always has its line in the ledger. The work is linear in the size of a file, however it is damaged.
 """
 
 from __future__ import annotations
 
 import codecs
+import io
 import itertools
 import json
 import re
@@ -14,20 +15,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minisft.conversations import SHAPES, Conversation, Unusable, clean, either
+from minisft.conversations import Conversation, Unusable, clean
+from minisft.data_files import DataFile, files_of, open_data
 from minisft.errors import UserError
+from minisft.escaping import is_escaped
 from minisft.ledger import Ledger
+from minisft.shapes import SHAPES, has_known_shape, texts_of
+from minisft.tables import is_table, rows_of_table
+from minisft.text import one_line
 
 BAD_ROW = "row is not valid JSON"
 TOO_DEEP = "row is nested too deeply"
 BOM = b"\xef\xbb\xbf"
 CHUNK = 1 << 22  # bytes read at a time
-LONGEST_ROW = 1 << 29  # characters; only damage makes a row longer
+LONGEST_ROW = 1 << 28  # characters; only damage makes a row longer
 PATIENCE = 1000  # rows without a single conversation before a file is refused
+SAMPLE = 1 << 22  # characters of its first rows, by which a file is judged
 
 
 def read(path: Path | str, ledger: Ledger) -> Iterator[Conversation]:
-    """Every usable conversation of a file (JSON, JSON lines, Parquet) or of a folder of such files, one at a time.
+    """Every usable conversation of a file (JSON, JSON lines, Parquet, Arrow) or of a folder of such, one at a time.
 
     Counts the stages raw and cleaned. Raises `UserError` if the path is missing, empty, no such file, or without a
     single usable conversation.
@@ -35,10 +42,10 @@ def read(path: Path | str, ledger: Ledger) -> Iterator[Conversation]:
     path = Path(path)
     used: dict[str, int] = {}  # every id so far, and how often it came; with its number an id names one row
     rows = 0
-    for where, row in rows_of(path, ledger):
+    for where, row, escaped in _judged_rows(path, ledger):
         rows += 1
-        ledger.count("raw", characters=_characters(row))
-        conversation = clean(row, where, ledger)
+        ledger.count("raw", characters=sum(map(len, texts_of(row))))
+        conversation = clean(row, where, ledger, escaped)
         if conversation is None:
             if not used and rows >= PATIENCE:
                 break
@@ -69,82 +76,73 @@ def rows_of(path: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
 
     A row that cannot be read is an `Unusable`, the reason for it.
     """
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in {".json", ".jsonl", ".parquet"} and p.is_file())
-        files = [p for p in files if not p.name.startswith("dataset_info")]  # the hub's own description of the data
-        if not files:
-            raise UserError(f"folder {path} has no .json, .jsonl or .parquet file: give a file of conversations")
-    else:
-        files = [path]
-    for file in files:
-        if not file.exists():
-            raise UserError(f"data file {file} does not exist: check the path, or use --data sharegpt")
-        if file.stat().st_size == 0:
-            raise UserError(f"data file {file} is empty: fetch or export it again")
+    for file in files_of(path, ledger):
         yield from _rows_of_file(file, ledger)
 
 
-def _rows_of_file(file: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as stream:
-        head = stream.read(4096)
-    if head.startswith(b"PAR1"):
-        yield from _rows_of_parquet(file)
-        return
-    if head.startswith(BOM):
-        ledger.repair("byte-order mark: removed", file.name)
-    match head.removeprefix(BOM).lstrip()[:1]:
-        case b"[":
-            yield from _rows_of_list(file, ledger)
-        case b"{" | b'"':
-            yield from _rows_of_lines(file, ledger)
-        case b"":
-            raise UserError(f"data file {file} is empty: fetch or export it again")
-        case _:
-            raise UserError(f"data file {file} is not JSON, JSON lines or Parquet: it starts with {head[:20]!r}")
-
-
-# --- a JSON list -------------------------------------------------------------------------------------------
-
-
-def _rows_of_list(file: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
-    text = _Text(file)
-    text.skip("[")
-    for number in itertools.count():
-        text.skip(",")
-        if text.next == "]":
-            text.skip("]")
-            if text.next:
-                ledger.lose(f"{file.name} goes on after its list of {number:,} rows; that was not read")
-            return
-        try:
-            row = text.take()
-        except (ValueError, RecursionError) as error:
-            if not text.skip_value():
+def _judged_rows(path: Path, ledger: Ledger) -> Iterator[tuple[str, Any, bool]]:
+    """The same, and whether the row's file was HTML-escaped, which its first rows tell."""
+    for file in files_of(path, ledger):
+        rows = _rows_of_file(file, ledger)
+        sample: list[tuple[str, Any]] = []
+        characters = 0
+        for where, row in itertools.islice(rows, PATIENCE):
+            sample.append((where, row))
+            characters += sum(map(len, texts_of(row)))
+            if characters > SAMPLE:
                 break
-            row = _unreadable(error)
-        yield f"{file.name} row {number}", row
-    if number == 0:
-        raise UserError(f"data file {file} is not JSON: it has no whole row; fetch or export it again")
-    ledger.lose(f"{file.name} is cut off or damaged after {number:,} whole rows; what follows could not be read")
+        escaped = is_escaped(text for _, row in sample for text in texts_of(row))
+        sample.reverse()
+        while sample:  # a row is not kept longer than it is used
+            yield *sample.pop(), escaped
+        for where, row in rows:
+            yield where, row, escaped
 
 
-def _unreadable(error: Exception) -> Unusable:
-    return Unusable(TOO_DEEP if isinstance(error, RecursionError) else BAD_ROW)
+def _rows_of_file(file: DataFile, ledger: Ledger) -> Iterator[tuple[str, Any]]:
+    with open_data(file, ledger) as stream:
+        head = stream.peek()
+        if is_table(head):
+            yield from rows_of_table(file, stream, head)
+            return
+        if head.startswith(BOM):
+            ledger.repair("byte-order mark: removed", file.name)
+            stream.read(len(BOM))
+        match head.removeprefix(BOM).lstrip()[:1]:
+            case b"[":
+                yield from _rows_of_list(file, stream, ledger)
+            case b"{" | b'"':
+                yield from _rows_of_lines(file, stream, ledger)
+            case b"":
+                raise UserError(f"data file {file.path} is empty: fetch or export it again")
+            case _:
+                found = f"it starts with {head[:20]!r}"
+                raise UserError(f"data file {file.path} is not JSON, JSON lines or Parquet: {found}")
+
+
+# --- JSON text ---------------------------------------------------------------------------------------------
+
+
+class _NoEndError(ValueError):
+    """The next value does not end in this file, or not within the longest row."""
 
 
 class _Text:
-    """JSON text of a file, read as it is needed."""
+    """JSON text of a file, read as it is needed.
 
-    def __init__(self, file: Path):
-        self._stream = file.open("rb")
-        if self._stream.read(len(BOM)) != BOM:
-            self._stream.seek(0)
+    Python's parser is fast, but an error costs it all text before, in which it counts the lines. So one error is
+    allowed for each piece that is read; until the next piece, values are then cut out first and parsed alone.
+    """
+
+    def __init__(self, stream: io.BufferedReader):
+        self._stream = stream
         # A byte that is no UTF-8 becomes a lone surrogate, which cleaning replaces and reports.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._json = json.JSONDecoder(strict=False)  # raw line ends inside a string do no harm
         self._buffer = ""
         self._start = 0  # of what is not used yet
         self._ended = False
+        self._had_error = False  # since the last piece was read
 
     @property
     def next(self) -> str:
@@ -153,29 +151,50 @@ class _Text:
 
     def _more(self) -> bool:
         """Read on: at least a chunk, and as much as there is already, so that long rows cost linear time."""
+        if self._ended or len(self._buffer) - self._start > LONGEST_ROW:
+            return False
         self._buffer = self._buffer[self._start :]
         self._start = 0
-        if self._ended or len(self._buffer) > LONGEST_ROW:
-            return False
         data = self._stream.read(max(CHUNK, len(self._buffer)))
         self._ended = not data
         self._buffer += self._decoder.decode(data, final=self._ended)
-        if self._ended:
-            self._stream.close()
+        self._had_error = False
         return not self._ended
 
     def skip(self, mark: str = "") -> None:
         """Skip white space, and one `mark` with the white space after it if it comes next."""
-        for text in (mark, ""):
-            while True:
-                self._start = _SPACE.match(self._buffer, self._start).end()
-                if self._start < len(self._buffer) or not self._more():
-                    break
-            if text and self.next == text:
-                self._start += 1
+        self._skip_all(_SPACE)
+        if mark and self.next == mark:
+            self._start += 1
+            self._skip_all(_SPACE)
+
+    def skip_commas(self) -> int:
+        """Skip white space and commas; returns how many commas there were."""
+        return self._skip_all(_COMMAS)
+
+    def _skip_all(self, characters: re.Pattern[str]) -> int:
+        commas = 0
+        while True:
+            start, self._start = self._start, characters.match(self._buffer, self._start).end()
+            commas += self._buffer.count(",", start, self._start)
+            if self._start < len(self._buffer) or not self._more():
+                return commas
 
     def take(self) -> Any:
-        """The next JSON value. Raises `ValueError` or `RecursionError`, having used up nothing."""
+        """The next JSON value, or an `Unusable` in its place. Raises `_NoEndError`."""
+        if not self._had_error:
+            try:
+                return self._parsed()
+            except (ValueError, RecursionError):
+                self._had_error = True
+        end = self._end_of_value()
+        start, self._start = self._start, end
+        try:
+            return json.loads(self._buffer[start:end], strict=False)
+        except (ValueError, RecursionError) as error:
+            return _unreadable(error)
+
+    def _parsed(self) -> Any:
         while True:
             try:
                 value, end = self._json.raw_decode(self._buffer, self._start)
@@ -184,126 +203,142 @@ class _Text:
                 if not unfinished or not self._more():
                     raise
             else:
-                if end < len(self._buffer):
-                    self._start = end
-                    return value
-                used = end - self._start
-                if not self._more():  # else a number might go on
-                    self._start = used
+                length = end - self._start
+                if end < len(self._buffer) or not self._more():  # else a number might go on
+                    self._start += length
                     return value
 
-    def skip_value(self) -> bool:
-        """Skip what cannot be parsed, up to the comma or bracket that ends it in its list; False if there is none."""
+    def _end_of_value(self) -> int:
+        """Where the next value ends, whatever it is: at the bracket that closes it, or at a comma outside brackets."""
         while True:
+            closing = {"{": "}", "[": "]"}.get(self.next)
             depth = 0
             for match in _MARK.finditer(self._buffer, self._start):
-                if match[0] in ",]" and depth == 0:
-                    self._start = match.start()
-                    return True
-                if match[0] in "{[":
+                mark = match[0]
+                if (match["open"] is not None) or (match["word"] and match.end() == len(self._buffer)):
+                    break  # it may have more to come
+                if closing is None:
+                    return match.end()
+                if mark in ("{", "["):
                     depth += 1
-                elif match[0] in "}]":
+                elif mark in ("}", "]"):
                     depth = max(0, depth - 1)
-                elif match[0] != "," and not match[1]:
-                    break  # a string that goes on
+                if depth == 0 and mark in (closing, ","):
+                    return match.start() if mark == "," else match.end()
             if not self._more():
-                return False
+                raise _NoEndError
 
 
-_SPACE = re.compile(r"[ \t\r\n]*")
-_MARK = re.compile(r'"(?:[^"\\]++|\\.)*+(")?|[\[\]{},]', re.DOTALL)
+def _unreadable(error: Exception) -> Unusable:
+    return Unusable(TOO_DEEP if isinstance(error, RecursionError) else BAD_ROW)
 
 
-# --- JSON lines --------------------------------------------------------------------------------------------
+_SPACE, _COMMAS = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*")
+_MARK = re.compile(  # a string, one without an end, a bracket or a comma, a word
+    r'"(?:[^"\\]++|\\.)*+(?:"|(?P<open>))|[\[\]{},]|(?P<word>[^ \t\r\n"\[\]{},]++)', re.DOTALL
+)
 
 
-def _rows_of_lines(file: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
-    first = True
-    with file.open("rb") as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_ROW), b""), 1):
-            text = line.removeprefix(BOM if number == 1 else b"").decode("utf-8", "surrogateescape").strip()
-            if not text:
-                continue
-            try:
-                row = json.loads(text, strict=False)
-            except (ValueError, RecursionError) as error:
-                if first and getattr(error, "msg", "") != "Extra data" and _goes_on(file):
-                    yield from _rows_of_objects(file, ledger)
-                    return
-                row = _unreadable(error)
-            if first and (rows := _wrapped(row)) is not None and not stream.peek(1):
-                yield from ((f"{file.name} row {i}", row) for i, row in enumerate(rows))
-                return
-            first = False
-            yield f"{file.name} line {number}", row
+# --- JSON files --------------------------------------------------------------------------------------------
 
 
-def _goes_on(file: Path) -> bool:
-    """Whether the first value of a file, which is not on one line, is on several."""
-    text = _Text(file)
-    text.skip()
-    try:
-        text.take()
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _rows_of_objects(file: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
-    """Objects over many lines, one after another; or one object that has all rows under one key."""
-    text = _Text(file)
-    text.skip()
-    number = 0
-    while text.next:
-        try:
-            value = text.take()
-        except (ValueError, RecursionError):
-            ledger.lose(f"{file.name} is cut off or damaged after {number:,} whole rows; what follows was not read")
+def _rows_of_list(file: DataFile, stream: io.BufferedReader, ledger: Ledger) -> Iterator[tuple[str, Any]]:
+    text = _Text(stream)
+    text.skip("[")
+    for number in itertools.count():
+        where = f"{file.name} row {number}"
+        if text.skip_commas() > 1:
+            ledger.repair("commas without a row: skipped", where)
+        if text.next == "]":
+            text.skip("]")
+            if text.next:
+                ledger.lose(f"{file.name} goes on after its list of {number:,} rows; that was not read")
             return
-        rows = _wrapped(value) if number == 0 else None
-        for row in [value] if rows is None else rows:
-            yield f"{file.name} row {number}", row
-            number += 1
+        try:
+            row = text.take()
+        except _NoEndError:
+            break
+        yield where, row
+    if number == 0:
+        raise UserError(f"data file {file.path} is not JSON: it has no whole row; fetch or export it again")
+    ledger.lose(f"{file.name} is cut off or damaged after {number:,} whole rows; what follows could not be read")
+
+
+COMMA = "comma after a row: removed"
+
+
+def _rows_of_lines(file: DataFile, stream: io.BufferedReader, ledger: Ledger) -> Iterator[tuple[str, Any]]:
+    first = True
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_ROW), b""), 1):
+        where = f"{file.name} line {number}"
+        text = line.decode("utf-8", "surrogateescape").strip()
+        has_comma = text.endswith(",")
+        text = text.rstrip(", \t") if has_comma else text
+        if not text:
+            continue
+        try:
+            row = json.loads(text, strict=False)
+        except (ValueError, RecursionError) as error:
+            if first and getattr(error, "msg", "") != "Extra data" and _goes_on(file, ledger):
+                yield from _rows_of_objects(file, ledger)
+                return
+            row = _unreadable(error)
+        else:
+            if has_comma:
+                ledger.repair(COMMA, where)
+        if first and not stream.peek(1) and (rows := _wrapped(row, file)) is not None:
+            yield from ((f"{file.name} row {i}", row) for i, row in enumerate(rows))
+            return
+        first = False
+        yield where, row
+
+
+def _goes_on(file: DataFile, ledger: Ledger) -> bool:
+    """Whether the first value of a file, which is not on one line, is on several."""
+    with _reopened(file, ledger) as stream:
+        text = _Text(stream)
         text.skip()
+        try:
+            return not isinstance(text.take(), Unusable)
+        except _NoEndError:
+            return False
 
 
-def _wrapped(value: Any) -> list[Any] | None:
-    """The rows of `{"data": [row, …]}`, under whatever key; None if `value` is a row itself."""
-    if not isinstance(value, dict) or {"conversations", "messages", "instruction"} & set(value):
-        return None
-    lists = [v for v in value.values() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)]
-    return lists[0] if len(lists) == 1 else None
+def _reopened(file: DataFile, ledger: Ledger) -> io.BufferedReader:
+    stream = open_data(file, ledger)
+    if stream.peek(len(BOM)).startswith(BOM):
+        stream.read(len(BOM))
+    return stream
 
 
-# --- Parquet -----------------------------------------------------------------------------------------------
-
-
-def _rows_of_parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
+def _rows_of_objects(file: DataFile, ledger: Ledger) -> Iterator[tuple[str, Any]]:
+    """Objects over many lines, one after another; or one object that has all rows under one key."""
+    with _reopened(file, ledger) as stream:
+        text = _Text(stream)
+        text.skip()
+        number = 0
+        while text.next:
+            where = f"{file.name} row {number}"
+            try:
+                value = text.take()
+            except _NoEndError:
+                ledger.lose(f"{file.name} is cut off or damaged after {number:,} whole rows; what follows was not read")
+                return
+            if text.skip_commas():
+                ledger.repair(COMMA, where)
+            rows = _wrapped(value, file) if number == 0 and not text.next else None
+            for row in [value] if rows is None else rows:
                 yield f"{file.name} row {number}", row
                 number += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data file {file} is damaged Parquet ({reason}): fetch it again") from error
 
 
-def _characters(row: Any) -> int:
-    """The text in a raw row, whatever its shape."""
-    if isinstance(row, str):
-        return len(row)
-    if not isinstance(row, dict):
-        return 0
-    turns = next((row[key] for key in ("conversations", "messages") if isinstance(row.get(key), list | str)), None)
-    if turns is None:
-        texts = (row.get(key) for key in ("system", "instruction", "input", "output"))
-        return sum(len(text) for text in texts if isinstance(text, str))
-    if isinstance(turns, str):
-        return len(turns)
-    texts = (either(turn, "value", "content") for turn in turns if isinstance(turn, dict))
-    return sum(len(text) for text in texts if isinstance(text, str))
+def _wrapped(value: Any, file: DataFile) -> list[Any] | None:
+    """The rows of `{"data": [row, …]}`, under whatever key; None if `value` is a row itself."""
+    if not isinstance(value, dict) or has_known_shape(value):
+        return None
+    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
+    if len(lists) > 1:
+        keys = ", ".join(one_line(key, 40) for key in list(lists)[:8])
+        what = f"several lists of rows, under the keys {keys}"
+        raise UserError(f"data file {file.path} has {what}: write the one to be read into a file of its own")
+    return next(iter(lists.values()), None)

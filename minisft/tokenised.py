@@ -6,8 +6,6 @@ and what `save_to_disk` of `datasets` wrote. One batch of rows is in memory at a
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,6 @@ from minisft.conversations import Unusable
 from minisft.errors import UserError
 from minisft.ledger import Ledger
 from minisft.reading import rows_of
-
-STREAM_START, FILE_START = b"\xff\xff\xff\xff", b"ARROW1"
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Tokenised:
     def __iter__(self) -> Iterator[RawRow]:
         ledger = Ledger()
         empty = True
-        for where, row in _rows(self.path, ledger):
+        for where, row in rows_of(self.path, ledger):
             empty = False
             yield _raw(where, row)
         yield from (RawRow(self.path.name, None, None, None, what) for what in ledger.lost)
@@ -54,9 +50,7 @@ class Tokenised:
 
 def is_tokenised(path: Path) -> bool:
     """Whether the data has the columns `input_ids` or `labels`, by its first row. Raises `UserError` if unreadable."""
-    if _saved_by_datasets(path) or _is_arrow(path):
-        return True
-    _, row = next(_rows(path, Ledger()), (None, None))
+    _, row = next(rows_of(path, Ledger()), (None, None))
     return isinstance(row, dict) and bool({"input_ids", "labels"} & set(row))
 
 
@@ -84,71 +78,3 @@ def _without_padding(row: dict[str, Any]) -> tuple[Any, Any]:
         return ids, labels
     kept = [i for i, (seen, label) in enumerate(zip(mask, labels, strict=True)) if seen != 0 or label != -100]
     return [ids[i] for i in kept], [labels[i] for i in kept]
-
-
-# --- files -------------------------------------------------------------------------------------------------
-
-
-def _rows(path: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
-    if not path.exists():
-        raise UserError(f"data file {path} does not exist: check the path")
-    if _saved_by_datasets(path):
-        yield from _rows_of_saved(path)
-    elif path.is_dir() and not any(path.rglob("*.json*")) and (arrows := sorted(path.rglob("*.arrow"))):
-        for file in arrows:
-            yield from _rows_of_arrow(file)
-    elif path.is_file() and _is_arrow(path):
-        yield from _rows_of_arrow(path)
-    else:
-        yield from rows_of(path, ledger)
-
-
-def _saved_by_datasets(path: Path) -> bool:
-    return path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-
-
-def _is_arrow(path: Path) -> bool:
-    if path.is_dir():
-        return False
-    if not path.exists():
-        raise UserError(f"data file {path} does not exist: check the path")
-    with path.open("rb") as stream:
-        return stream.read(6).startswith((STREAM_START, FILE_START))
-
-
-def _rows_of_saved(folder: Path) -> Iterator[tuple[str, Any]]:
-    """A `Dataset` (state.json names its files in order) or a `DatasetDict` (a folder for each split)."""
-    try:
-        if (folder / "dataset_dict.json").is_file():
-            splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-            for split in splits:
-                yield from ((f"{split} {where}", row) for where, row in _rows_of_saved(folder / split))
-            return
-        files = [entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is not whole ({error}): save the data set with save_to_disk again") from error
-    number = itertools.count()
-    for file in files:
-        yield from ((f"row {next(number)}", row) for _, row in _rows_of_arrow(folder / file))
-
-
-def _rows_of_arrow(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-
-    number = 0
-    try:
-        with file.open("rb") as stream:
-            if stream.read(6).startswith(FILE_START):
-                opened = pyarrow.ipc.open_file(file)
-                batches = map(opened.get_batch, range(opened.num_record_batches))
-            else:
-                stream.seek(0)
-                batches = iter(pyarrow.ipc.open_stream(stream))
-            for batch in batches:
-                for start in range(0, batch.num_rows, 256):
-                    for row in batch.slice(start, 256).to_pylist():
-                        yield f"{file.name} row {number}", row
-                        number += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data file {file} is damaged Arrow ({reason}): write it again") from error

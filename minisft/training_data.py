@@ -59,7 +59,7 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
     not matter for the memory. Raises `UserError`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    split = assign(read(source, ledger), config.test_fraction, config.seed)
+    split = assign(read(source, ledger), config.test_fraction, config.seed, ledger)
     for stage in ("train side of the split", "test side of the split", "test", "train"):
         ledger.count(stage, rows=0)  # in the order in which they are read best
     with (folder / TEST).open("w", encoding="utf-8") as test:

@@ -1,0 +1,110 @@
+"""Rows of Parquet and Arrow files, as JSON would have given them: one batch at a time, and checked before it is read.
+
+Damaged Arrow is dangerous: its offsets are used as they stand, and wrong ones end the process. So every batch is
+validated whole before a value of it is touched. Columns that nothing reads are not converted.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from minisft.data_files import DataFile
+from minisft.errors import UserError
+from minisft.messages import KEYS, Unusable
+
+if TYPE_CHECKING:
+    import pyarrow
+
+PARQUET = b"PAR1"
+ARROW_STREAM, ARROW_FILE = b"\xff\xff\xff\xff", b"ARROW1"
+TOKENISED = ("input_ids", "labels", "attention_mask")
+AT_ONCE = 256  # rows
+MOST_PER_BYTE = 1000  # rows; a column of nothing claims any number of them
+FILLED = object()  # stands for a value that nothing reads
+_READ = KEYS | set(TOKENISED)
+
+
+def is_table(head: bytes) -> bool:
+    """Whether a file that begins with these bytes is Parquet or Arrow."""
+    return head.startswith((PARQUET, ARROW_STREAM, ARROW_FILE))
+
+
+def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes) -> Iterator[tuple[str, Any]]:
+    """Every row of a Parquet or Arrow file with its name. Raises `UserError` if the file is damaged.
+
+    A row with a value that cannot be read (a text that is not UTF-8, a date before the year 1) is an `Unusable`.
+    """
+    kind = "Parquet" if head.startswith(PARQUET) else "Arrow"
+    if not stream.seekable():
+        raise UserError(f"data file {file.path} is compressed {kind}: unpack it")
+    number = 0
+    try:
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+        for batch in _parquet(stream) if kind == "Parquet" else _arrow(stream, head):
+            if number + batch.num_rows > size * MOST_PER_BYTE:
+                raise ValueError(f"{size:,} bytes cannot hold {batch.num_rows:,} rows")
+            batch.validate(full=kind == "Arrow")
+            for start in range(0, batch.num_rows, AT_ONCE):
+                for row in _rows(batch.slice(start, AT_ONCE), kind):
+                    yield f"{file.name} row {number}", row
+                    number += 1
+    except (ValueError, LookupError, TypeError, ArithmeticError, MemoryError, OSError) as error:  # and all of Arrow's
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"data file {file.path} is damaged {kind} ({reason}): fetch or write it again") from error
+
+
+def _parquet(stream: io.BufferedReader) -> Iterable[pyarrow.RecordBatch]:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20).iter_batches(batch_size=AT_ONCE)
+
+
+def _arrow(stream: io.BufferedReader, head: bytes) -> Iterable[pyarrow.RecordBatch]:
+    import pyarrow
+
+    if not head.startswith(ARROW_FILE):
+        return iter(pyarrow.ipc.open_stream(stream))
+    opened = pyarrow.ipc.open_file(stream)
+    return map(opened.get_batch, range(opened.num_record_batches))
+
+
+def _rows(batch: pyarrow.RecordBatch, kind: str) -> Iterator[dict[str, Any] | Unusable]:
+    columns = {
+        name: _values(column) if name in _READ else _filled(column)
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+    }
+    for values in zip(*columns.values(), strict=True):
+        row = dict(zip(columns, values, strict=True))
+        bad = next((name for name, value in row.items() if isinstance(value, Unusable)), None)
+        yield row if bad is None else Unusable(f"damaged {kind}: a value of {bad} cannot be read ({row[bad]})")
+
+
+def _values(column: pyarrow.Array) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except (ValueError, ArithmeticError):
+        return [_value(cell) for cell in column]
+
+
+def _value(cell: pyarrow.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except (ValueError, ArithmeticError) as error:
+        return Unusable(type(error).__name__)
+
+
+def _filled(column: pyarrow.Array) -> list[Any]:
+    """Of a column that nothing reads: where there is more in it than null, `""` or `[]`."""
+    import pyarrow.compute
+    import pyarrow.types as types
+
+    if types.is_string(column.type) or types.is_large_string(column.type) or types.is_binary(column.type):
+        is_filled = pyarrow.compute.greater(pyarrow.compute.binary_length(column), 0)
+    elif types.is_list(column.type) or types.is_large_list(column.type):
+        is_filled = pyarrow.compute.greater(pyarrow.compute.list_value_length(column), 0)
+    else:
+        is_filled = column.is_valid()
+    return [FILLED if filled else None for filled in is_filled.to_pylist()]
