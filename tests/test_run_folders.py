@@ -445,12 +445,12 @@ def test_data_that_was_changed_in_secret_makes_new_rows(config, small_data, tmp_
     shutil.copy(small_data, data)
     first = prepare(config(data=str(data)), say=quiet)
     text, before = data.read_text(), data.stat()
-    data.write_text(text.replace("cat", "dog"))
+    data.write_text(text.replace("birds", "worms"))
     os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
     second = prepare(config(data=str(data), name="second"), say=quiet)
     files = [(r.folder / "data" / "test.jsonl").read_text() for r in (first, second)]
-    assert "cat" in files[0]
-    assert "cat" not in files[1]
+    assert "birds" in files[0]
+    assert "birds" not in files[1]
 
 
 @attack("9")
@@ -458,13 +458,13 @@ def test_rows_are_not_taken_from_a_folder_that_only_says_so(config):
     first = prepare(config(), say=quiet)
     made_of = read_json(first.folder / "data" / "made_of.json")
     poisoned = first.folder / "data" / "test.jsonl"
-    poisoned.write_text(poisoned.read_text().replace("cat", "dog"))
+    poisoned.write_text(poisoned.read_text().replace("birds", "worms"))
     from minisft.files import digest
 
     made_of["sha256"]["test.jsonl"] = digest(poisoned)
     write_json(first.folder / "data" / "made_of.json", made_of)
     second = prepare(config(name="second"), say=quiet)
-    assert "dog" not in (second.folder / "data" / "test.jsonl").read_text()
+    assert "worms" not in (second.folder / "data" / "test.jsonl").read_text()
 
 
 @attack("10")
