@@ -32,6 +32,8 @@ from minisft.splits import assign, count_side, select
 from minisft.tokens import Tokenizer
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from minisft.runs import RunConfig
 
 LEDGER = "ledger.json"  # beside the folder
@@ -191,8 +193,7 @@ def write_rows(rows: Iterable[Row], file: Path) -> int:
     """Write rows as an Arrow stream; returns how many there were."""
     import pyarrow
 
-    ids = pyarrow.list_(pyarrow.int32())
-    schema = pyarrow.schema([("id", pyarrow.string()), ("input_ids", ids), ("labels", ids)])
+    schema = _schema()
     written = 0
     held: list[Row] = []
 
@@ -214,10 +215,40 @@ def write_rows(rows: Iterable[Row], file: Path) -> int:
 
 
 def load_rows(folder: Path, name: str = TRAIN) -> Any:
-    """Rows of a run as a `datasets.Dataset`, mapped and not loaded."""
+    """Rows of a run as a `datasets.Dataset`, mapped and not loaded. Raises `UserError` if the file is damaged."""
     from datasets import Dataset
 
+    _require_rows(folder / name)
     return Dataset.from_file(str(folder / name))
+
+
+def _schema() -> pyarrow.Schema:
+    import pyarrow
+
+    ids = pyarrow.list_(pyarrow.int32())
+    return pyarrow.schema([("id", pyarrow.string()), ("input_ids", ids), ("labels", ids)])
+
+
+def _require_rows(file: Path) -> None:
+    """Refuse an Arrow stream that is not rows, before any of its offsets is used. Raises `UserError`."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    try:
+        with pyarrow.memory_map(str(file)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
+            if not stream.schema.equals(_schema()):
+                raise ValueError("its columns are not id, input_ids and labels")
+            for batch in stream:
+                batch.validate(full=True)
+                lengths = [compute.list_value_length(batch.column(name)) for name in ("input_ids", "labels")]
+                if not lengths[0].equals(lengths[1]) or any(column.null_count for column in batch.columns):
+                    raise ValueError("a row has not as many labels as ids")
+                least = compute.min(batch.column("input_ids").flatten()).as_py()
+                if least is not None and least < 0:
+                    raise ValueError(f"an id is {least}")
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{file} is damaged ({reason}): prepare the run again with --overwrite") from error
 
 
 def row_lengths(rows: Any) -> list[int]:
