@@ -14,6 +14,7 @@
 #   --model M  --data D     your own model folder or hub id, your own ShareGPT file
 #   --max-steps N  --lr X  --batch-size N  --precision auto|fp32|bf16|fp16
 #   --name NAME             the run's folder (default: the strategy)
+#   --restart               start an unfinished run that cannot be resumed from the beginning
 #   --overwrite             train again what is trained already
 #   -h, --help              print this; `minisft launch --help` lists every option
 #
