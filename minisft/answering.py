@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.batches import PaddingFree, PadRight, portions
+from minisft.checkpoint_doctor import require_sound
 from minisft.conversations import Conversation, Message
 from minisft.exam import prompt_ids, tools_of
 from minisft.generation import attending, replies
@@ -68,6 +69,7 @@ def answer_loss(
 
 def ask(folder: Path, questions: Sequence[str], max_new_tokens: int = 40, template: str = "v1") -> list[Answer]:
     """Greedy answers of the model in `folder` to questions, each asked alone, in the template of training."""
+    require_sound(folder)
     tokenizer, form = tools_of(folder, template)
     asked = [Conversation("asked", (Message("user", q), Message("assistant", ""))) for q in questions]
     prompts = [prompt_ids(c, form, tokenizer) for c in asked]
@@ -80,9 +82,7 @@ def load_to_answer(
 ) -> Any:
     """A model for inference: in fp32, or on a GPU, if there is one, in the `precision` of its training."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of loading weights, which takes a second
     model = load_model(folder, tokenizer, trust_remote_code).eval()
     if not torch.cuda.is_available():
         return model

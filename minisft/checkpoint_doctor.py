@@ -6,15 +6,12 @@ model wants, and under which names they are saved, transformers itself says, by 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minisft.checkpoints import damage
 from minisft.errors import UserError
-from minisft.model_folder import misfit, not_finite, unreadable, weight_files
+from minisft.model_folder import misfit, not_finite, quiet, unreadable, weight_files
 from minisft.preflight import model_config
 from minisft.runs import Run
 from minisft.text import one_line
@@ -80,7 +77,7 @@ def _without_values(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[st
     """The model on PyTorch's meta device, and what transformers says of how its tensors and the files' agree."""
     from transformers import AutoModelForCausalLM
 
-    with _quiet():
+    with quiet():
         return AutoModelForCausalLM.from_pretrained(
             folder,
             device_map="meta",
@@ -90,23 +87,6 @@ def _without_values(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[st
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own report: what it says is said here, in one sentence."""
-    from transformers.utils import logging as hf_logging
-
-    log = logging.getLogger("transformers")
-    before, bar = log.level, hf_logging.is_progress_bar_enabled()
-    log.setLevel(logging.CRITICAL)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-        if bar:
-            hf_logging.enable_progress_bar()
 
 
 def _no_words(run: Run, folder: Path, vocabulary: int) -> str:

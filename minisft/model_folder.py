@@ -8,10 +8,11 @@ folder's name, empty if all is well.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,24 @@ def _bad_values(file: Path) -> str:
     return ""
 
 
-# --- what was loaded ---------------------------------------------------------------------------------------
+# --- loading -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own report, which quotes names from the files: what it reports is said in one sentence."""
+    from transformers.utils import logging as hf_logging
+
+    log = logging.getLogger("transformers")
+    before, bar = log.level, hf_logging.is_progress_bar_enabled()
+    log.setLevel(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        if bar:
+            hf_logging.enable_progress_bar()
 
 
 def misfit(model: Any, found: dict[str, Any], weights: Sequence[Path]) -> str:

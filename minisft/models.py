@@ -9,7 +9,7 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.mistral import CONTROL_TOKENS
-from minisft.model_folder import misfit, not_finite, unreadable, weight_files
+from minisft.model_folder import misfit, not_finite, quiet, unreadable, weight_files
 from minisft.text import one_line
 from minisft.tokens import HuggingFaceTokenizer
 
@@ -41,14 +41,15 @@ def _loaded(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
     try:
         if wrong := unreadable(folder, trust_remote_code):
             return None, wrong
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            output_loading_info=True,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
+        with quiet():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+            )
         files = weight_files(folder)
         return model, misfit(model, found, files) or not_finite(files)
     except Exception as error:  # each library that reads a file has errors of its own
