@@ -13,13 +13,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from minisft import files
 from minisft.errors import UserError
 from minisft.files import Digests, read_json, write_json
-from minisft.text import one_line
+from minisft.text import harmless, one_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -210,6 +211,20 @@ def _bad_values(file: Path) -> str:
 
 
 # --- loading -----------------------------------------------------------------------------------------------
+
+
+@cache
+def clean_logs() -> None:
+    """Have control characters written out in whatever transformers logs: it quotes names and values from the files."""
+    from transformers.utils import logging as hf_logging
+
+    def clean(record: logging.LogRecord) -> bool:
+        record.msg, record.args = harmless(record.getMessage()), ()
+        return True
+
+    hf_logging.get_logger()  # which makes the handler
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(clean)
 
 
 @contextmanager

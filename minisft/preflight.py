@@ -13,7 +13,7 @@ from typing import Any
 
 from minisft import machine
 from minisft.errors import UserError
-from minisft.model_folder import model_json
+from minisft.model_folder import clean_logs, model_json
 from minisft.models import positions_of
 from minisft.runs import RunConfig, outputs_root
 
@@ -142,6 +142,7 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
 
     file = folder if folder.is_file() else folder / "config.json"
     model_json(file, trust_remote_code)
+    clean_logs()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each kind of damage raises an error of its own

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from minisft import machine
 from minisft.errors import UserError
 from minisft.mistral import CONTROL_TOKENS, VERSIONS
-from minisft.model_folder import require_tokenizer_class
+from minisft.model_folder import clean_logs, require_tokenizer_class
 
 SPACE_MARK = "▁"
 
@@ -134,6 +134,8 @@ class HuggingFaceTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         piece = self.hf.convert_ids_to_tokens(token_id)
+        if piece is None:  # a vocabulary may have holes, and a model more embeddings than tokens
+            return b""
         if token_id in self.control_ids:
             return piece.encode()
         if self._byte_level:
@@ -148,9 +150,12 @@ def _load(folder: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     require_tokenizer_class(Path(folder))
+    clean_logs()
     try:
         hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each kind of missing or damaged file raises an error of its own
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # each kind of damage raises an error of its own; a panic in Rust is no Exception
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the tokenizer in {folder} cannot be loaded ({reason}): save one there") from error
     if not hf.is_fast:

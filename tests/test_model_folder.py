@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minisft import model_folder
+from minisft import model_folder, processes
 from minisft.answering import ask
 from minisft.checkpoint_doctor import ailment, flaw
 from minisft.errors import UserError
@@ -407,6 +407,35 @@ def test_code_runs_with_consent(folder, tmp_path):
     (tmp_path / "ran").unlink(missing_ok=True)
     load_model(folder, HuggingFaceTokenizer(tmp_path / "sound"), trust_remote_code=True)
     assert (tmp_path / "ran").exists()
+
+
+# --- what reaches the terminal ------------------------------------------------------------------------------------
+
+
+@pytest.mark.attack("13")
+def test_no_escape_of_a_model_folder_reaches_the_terminal(tiny_model, small_data, tmp_path, capfd):
+    """Its name, its keys, its tensors' names."""
+    folder = shutil.copytree(tiny_model, tmp_path / "m\x1b[31m\x9b2J")
+    edit_weights(folder, lambda w: w | {"evil\x1b[31m": torch.zeros(1)})
+    edit_json(folder / "config.json", **{"\x1b]0;k\x07": 1, "rope_parameters": {"\x1b[5m": 1, "rope_type": "default"}})
+    HuggingFaceTokenizer(folder)
+    done = minisft("launch", "-s", "vanilla", "-m", folder, "-d", small_data)
+    assert done.returncode == 2 and r"evil\x1b[31m has no place" in done.stderr
+    with pytest.raises(UserError):
+        load_model(folder, HuggingFaceTokenizer(folder))
+    shown = "".join(capfd.readouterr()) + done.stdout + done.stderr
+    assert not set(shown) & {"\x1b", "\x9b", "\x07"}, shown
+
+
+@pytest.mark.attack("13")
+def test_what_transformers_logs_of_a_folder_is_harmless():
+    """It warns of some tokenizers by the name of their folder."""
+    code = (
+        "from minisft.model_folder import clean_logs\nclean_logs()\nfrom transformers.utils import logging\n"
+        "logging.get_logger('transformers.x').warning('a \\x1b[31m %s', '\\x9b')"
+    )
+    done = processes.run(processes.python("-c", code))
+    assert done.stderr.endswith("a \\x1b[31m \\u009b\n") and not set(done.stderr) & {"\x1b", "\x9b"}
 
 
 # --- files that are not what they should be -----------------------------------------------------------------------

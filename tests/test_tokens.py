@@ -1,6 +1,7 @@
 """Text becomes text tokens only, whatever the tokenizer; control tokens come by name only."""
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -216,3 +217,53 @@ def test_what_cannot_be_used_is_said_in_one_sentence(tmp_path):
     hf.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no EOS token"):
         HuggingFaceTokenizer(tmp_path)
+
+
+@pytest.mark.attack("15")
+def test_a_vocabulary_with_holes_shows_nothing_there(tiny_model, tmp_path):
+    """As where a model has more embeddings than its tokenizer has tokens, and generates one of those ids."""
+    tokenizer = HuggingFaceTokenizer(tiny_model)
+    beyond = len(tokenizer.hf) + 7
+    assert tokenizer.token_bytes(beyond) == b""
+    assert tokenizer.decode([beyond]) == ""
+
+
+@pytest.mark.attack("15")
+def test_a_tokenizer_that_makes_the_library_panic_is_one_sentence(tiny_model, tmp_path):
+    """A panic in Rust reaches Python as an error that is no `Exception`."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    whole["model"]["continuing_subword_prefix"] = "a/b"
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=r"tokenizer in .* cannot be loaded"):
+        HuggingFaceTokenizer(folder)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.mark.attack("15")
+@settings(max_examples=80)
+@given(data=st.data())
+def test_a_tokenizer_altered_anywhere_is_loaded_or_refused_in_one_sentence(tiny_model, tmp_path_factory, data):
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("model") / "model")
+    file = folder / data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json", "config.json"]))
+    whole = node = json.loads(file.read_text())
+    keys = sorted(node)
+    while True:
+        key = data.draw(st.sampled_from(keys))
+        inner = node[key]
+        if not isinstance(inner, dict | list) or not inner or data.draw(st.booleans()):
+            break
+        node, keys = inner, sorted(inner)[:40] if isinstance(inner, dict) else list(range(min(3, len(inner))))
+    node[key] = data.draw(JSON)
+    file.write_text(json.dumps(whole))
+    try:
+        tokenizer = HuggingFaceTokenizer(folder)
+        tokenizer.decode(tokenizer.encode("the cat <s> sat"))
+    except UserError as error:
+        assert "\n" not in str(error)
