@@ -1,277 +1,44 @@
-"""From a `RunConfig` to a prepared run folder, to one exact command, to a finished run.
+"""From a prepared run folder to a finished run.
 
-    run = prepare(RunConfig.course("zero2"))
-    launch(run)
+    run = launch(prepare(RunConfig.course("zero2")))
 
-Everything that can be wrong with the input is found in `prepare`, before any process starts.
+A supervisor runs the command of the folder (`minisft.supervisor`); this side follows it, and stops it when asked.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import queue
 import shutil
 import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from minisft import assets, operators, preflight, processes, text
-from minisft.checkpoint_doctor import require_sound
-from minisft.checkpoints import holds_weights, latest_resumable, resume_point
-from minisft.commands import Command, commands, require_deepspeed, shown, write_place
+from minisft import operators, preflight, processes, text
+from minisft.checkpoints import resume_point
+from minisft.commands import Command, shown
 from minisft.errors import UserError
-from minisft.files import Digests, is_inside, open_lock, read_json, try_lock, write_json, written_whole
+from minisft.files import read_json, write_json
 from minisft.hosts import Place, is_here
-from minisft.ledger import Ledger
 from minisft.lint import lint
 from minisft.live import LiveView, in_notebook
+from minisft.prepare import HOSTS, Say, only_one, prepare, require_place, write_commands
 from minisft.pulse import SILENCE, STALL, clear, read_signs
 from minisft.run_files import Hosts
-from minisft.runs import (
-    Run,
-    RunConfig,
-    all_runs,
-    lock_of,
-    outputs_root,
-    project_root,
-    require_contained,
-    require_no_links,
-)
+from minisft.runs import Run, project_root, require_contained, require_no_links
 from minisft.supervisor import Task
-from minisft.text import one_line, say
-from minisft.tokens import HuggingFaceTokenizer
-from minisft.training_data import made_of, remember, require_as_made, take_over, write_data
-from minisft.zero_config import deepspeed_config, offloads
+from minisft.text import one_line
+from minisft.training_data import require_as_made
 
-Say = Callable[[str], None]
-HOSTS = "hosts.json"  # of a run folder: where it takes place
+__all__ = ["RunFailed", "launch", "prepare"]
 TICK = 0.25  # seconds between two looks for an interrupt
 
 
 class RunFailed(RuntimeError):
     """A run that started and did not finish. The message names the rank, the reason and the log."""
-
-
-# --- preparing ---------------------------------------------------------------------------------------------
-
-
-def prepare(
-    config: RunConfig,
-    *,
-    place: Place | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
-    say: Say = say,
-) -> Run:
-    """Make the run folder: data split and encoded, the DeepSpeed configuration, and the command.
-
-    A finished run with the same settings is returned as it is, and so is an unfinished one that can be resumed from a
-    checkpoint; one that holds no weights is prepared from the beginning. Any other run of this name is only replaced
-    with `overwrite`, or with `restart` if it is unfinished, has the same settings and cannot be resumed: nothing that
-    may hold weights is removed without either. The folder appears whole, by one rename; all of this is decided while
-    its lock is held. `place` are the hosts to run on, if not this machine alone; they may differ when a run is resumed.
-    Paths among the settings become absolute: `rows.json` elsewhere is another file. Raises `UserError`.
-    """
-    _require_place(config, place)
-    config = _settled(config)
-    folder = outputs_root() / "model" / config.name
-    if folder.is_symlink() and not folder.exists():
-        raise UserError(f"{shown(folder)} is a link to {folder.readlink()}, which is not there: correct or remove it")
-    with _only_one(folder):
-        if not overwrite and (run := _existing(config, folder, place, restart, say)) is not None:
-            return run
-        if overwrite:
-            _require_replaceable(folder)
-        scratch = _beside(folder, "preparing")
-        try:
-            return _prepare(config, place, folder, scratch, say)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _existing(config: RunConfig, folder: Path, place: Place | None, restart: bool, say: Say) -> Run | None:
-    """The run in `folder` if it is done or can be resumed; None if a new one may take its place."""
-    if not (folder / "run.json").exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(
-                f"{shown(folder)} exists but is not a run folder: move it away, give this run another --name, or "
-                "replace it with --overwrite"
-            )
-        return None
-    run = Run(folder, config.trust_remote_code, place=place).as_it_is()
-    before = _settled(run.config)
-    if before != config:
-        if run.status == "done" or holds_weights(folder):
-            raise UserError(
-                f"{shown(folder)} holds a run with other settings ({_difference(before, config)}): "
-                f"{_why_not_resumed(before, config)}give this run another --name, or replace the old one with "
-                "--overwrite"
-            )
-        return None
-    if run.status == "done":
-        return run
-    checkpoint = latest_resumable(run) if restart else resume_point(run)
-    if checkpoint is None:
-        return None
-    require_no_links(run)
-    say(f"{config.name} was interrupted: it resumes from {checkpoint.name}")
-    _write_commands(run, folder, place)
-    return run
-
-
-def _require_replaceable(folder: Path) -> None:
-    """Refuse to replace, through a link, what is not a run. Raises `UserError`."""
-    if folder.is_symlink() and not (folder / "run.json").is_file() and not _is_empty(folder):
-        raise UserError(
-            f"{shown(folder)} is a link to {folder.readlink()}, which is not a run folder: remove the link, or give "
-            "this run another --name"
-        )
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
-
-
-def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path, say: Say) -> Run:
-    model = assets.find_model(config.model, say)
-    source = assets.find_data(config.data, say).path
-    for what, path in (("model", model.path), ("data", source)):
-        if folder.exists() and is_inside(path, folder):
-            raise UserError(
-                f"the {what} {path} lies in the run folder that would be replaced, {shown(folder)}: give this run "
-                "another --name"
-            )
-    require_sound(model.path, trust_remote_code=config.trust_remote_code)
-    tokenizer = HuggingFaceTokenizer(model.path, config.template)
-    architecture = preflight.model_config(model.path, config.trust_remote_code)
-    precision, on_gpu = preflight.resolve_precision(config.precision)
-    shapes = assets.parameter_shapes(model.path)
-
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(mode=0o700)  # conversations are personal
-    rows = _rows(config, source, model.path, tokenizer, scratch)
-    parameters = sum(map(math.prod, shapes.values()))
-    preflight.require_fit(config, architecture, rows)
-    preflight.require_space(config, rows, parameters)
-    preflight.warn_of_memory(config, architecture, precision, on_gpu, say)
-    if offloads(config.strategy) and not on_gpu:
-        say("Without a GPU everything is in main memory already: offloading works here, and saves nothing")
-    about = {
-        "config": config.to_dict(),
-        "model_folder": str(model.path.absolute()),
-        "model_source": model.source,
-        "precision": precision,
-        "on_gpu": on_gpu,
-        "versions": _versions(),
-    }
-    write_json(scratch / "run.json", about)
-    deepspeed = deepspeed_config(
-        config.strategy,
-        micro_batch=config.batch_size,
-        accumulation=config.accumulation,
-        ranks=config.ranks,
-        max_grad_norm=config.max_grad_norm,
-        precision=precision,
-        largest_tensor=max(map(math.prod, shapes.values())),
-        on_gpu=on_gpu,
-    )
-    if deepspeed:
-        write_json(scratch / "deepspeed.json", deepspeed)
-    _write_commands(Run(scratch, config.trust_remote_code).as_it_is(), folder, place)
-    _replace(folder, scratch)
-    return Run(folder, config.trust_remote_code, place=place).as_it_is()
-
-
-def _beside(folder: Path, what: str) -> Path:
-    """A hidden folder on the same disk as a run's, which may be a link to another."""
-    real = folder.resolve()
-    return real.with_name(f".{real.name}.{what}")
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """Put `new` in the place of `folder`, by renaming alone: whatever ends this, there is never half of one."""
-    real, old = folder.resolve(), _beside(folder, "removed")
-    _remove(old)
-    if real.exists():
-        real.rename(old)
-    new.rename(real)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    is_folder = path.is_dir() and not path.is_symlink()
-    shutil.rmtree(path, ignore_errors=True) if is_folder else path.unlink(missing_ok=True)
-
-
-def _rows(config: RunConfig, source: Path, model: Path, tokenizer: HuggingFaceTokenizer, scratch: Path) -> int:
-    """Write the data and its ledger into `scratch`, or copy them from a run that has the same; returns how many rows.
-
-    Reading ShareGPT takes seconds, and the strategies that are compared want the same of it.
-    """
-    wanted = made_of(config, source, model, Digests())
-    rows = take_over(wanted, [run.folder for run in all_runs()], scratch / "data")
-    if rows is None:
-        ledger = Ledger()
-        rows = write_data(config, source, tokenizer, scratch / "data", ledger)
-        write_json(scratch / "ledger.json", ledger.to_dict())
-        remember(wanted, rows, scratch / "data")
-    return rows
-
-
-def _settled(config: RunConfig) -> RunConfig:
-    return replace(config, model=assets.settled(config.model), data=assets.settled(config.data))
-
-
-def _require_place(config: RunConfig, place: Place | None) -> None:
-    if place is None:
-        return
-    require_deepspeed(config)
-    if place.ranks != config.ranks:
-        raise UserError(f"the hosts take {place.ranks} ranks, but {config.ranks} were asked for: make them equal")
-
-
-def _write_commands(run: Run, folder: Path, place: Place | None, supervised: bool = False) -> list[Command]:
-    """Write what starts `run`, which lies, or will lie, in `folder`: command.txt, and what several hosts need."""
-    found = commands(run.config, folder, place, supervised, run.prepared)
-    with written_whole(run.folder / "command.txt", private=True) as stream:
-        stream.writelines(f"{command}\n" for command in found)
-    if place is None:
-        (run.folder / HOSTS).unlink(missing_ok=True)
-    else:
-        write_json(run.folder / HOSTS, place.to_dict())
-        write_place(run.folder, place, supervised)
-    return found
-
-
-def _why_not_resumed(old: RunConfig, new: RunConfig) -> str:
-    if (old.strategy, old.ranks) == (new.strategy, new.ranks):
-        return ""
-    return (
-        f"its checkpoints hold the optimizer states as {old.strategy} lays them out over {old.ranks} rank(s), which no "
-        "other strategy or number of ranks reads; go on with the old ones, start from its weights (--model "
-        "outputs/model/<run>/checkpoint-N), "
-    )
-
-
-def _difference(old: RunConfig, new: RunConfig) -> str:
-    a, b = old.to_dict(), new.to_dict()
-    return ", ".join(f"{key.replace('_', ' ')} {a[key]} -> {b[key]}" for key in a if a[key] != b[key])
-
-
-def _versions() -> dict[str, str]:
-    packages = ("minisft", "torch", "transformers", "accelerate", "deepspeed", "datasets")
-    return {"python": ".".join(map(str, sys.version_info[:3]))} | {name: version(name) for name in packages}
-
-
-# --- running -----------------------------------------------------------------------------------------------
 
 
 def launch(
@@ -291,7 +58,7 @@ def launch(
     `stall` seconds. Success is exit code 0, the `DONE` marker, and every rank's word. Raises `RunFailed` or
     `KeyboardInterrupt`, once all processes are gone, or `UserError` if the run is live.
     """
-    with _only_one(run.folder) as lock:
+    with only_one(run.folder) as lock:
         if run.prepared and run.prepared != run.identity:
             raise UserError(f"{run.name} was prepared again since, with other settings or rows: prepare it once more")
         is_done = run.status == "done"
@@ -302,7 +69,7 @@ def launch(
         place = place or run.place
         _require_startable(run, place, say)
         run = run.as_it_is()
-        started = _write_commands(run, run.folder, place, supervised=True)
+        started = write_commands(run, run.folder, place, supervised=True)
         _require_programs(started)
         _clear_earlier_try(run)
         (run.folder / "logs").mkdir(exist_ok=True)
@@ -346,7 +113,7 @@ def _require_startable(run: Run, place: Place | None, say: Say) -> None:
             f"{run.name} was prepared for the hosts {hosts}, and a run folder does not decide where commands run: name "
             "them again with --hostfile"
         )
-    _require_place(run.config, place)
+    require_place(run.config, place)
     require_no_links(run)
     require_as_made(run.folder)
     resume_point(run)
@@ -492,13 +259,3 @@ def _wait_for_ranks(run: Run) -> None:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(ranks, timeout=3)
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[int]:
-    """Hold a run for this process; the kernel lets go of the lock however the process ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open_lock(lock_of(folder)) as lock:
-        if not try_lock(lock):
-            raise UserError(f"{folder.name} is being trained right now: wait for it, or give another --name")
-        yield lock.fileno()

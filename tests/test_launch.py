@@ -14,6 +14,7 @@ from conftest import sharegpt_row
 
 from minisft import launch as launching
 from minisft import preflight, training_data
+from minisft import prepare as preparing
 from minisft import train as training
 from minisft.commands import commands, explain, first_words
 from minisft.errors import UserError
@@ -57,8 +58,8 @@ def test_the_run_folder_holds_what_the_worker_and_the_evaluation_need(config):
 
 def test_a_second_run_that_wants_the_same_rows_takes_a_copy(config, monkeypatch, small_data, tmp_path):
     calls = []
-    real = launching.write_data
-    monkeypatch.setattr(launching, "write_data", lambda *a: calls.append(1) or real(*a))
+    real = preparing.write_data
+    monkeypatch.setattr(preparing, "write_data", lambda *a: calls.append(1) or real(*a))
     first = prepare(config(max_characters=None))
     second = prepare(config("vanilla", max_characters=None))
     assert len(calls) == 1
@@ -102,7 +103,7 @@ def test_every_word_of_a_command_is_explained(config, strategy, tmp_path):
 
 
 def test_two_commands_have_two_ports(config):
-    a, b = (commands(config(), launching.outputs_root())[0].words for _ in range(2))
+    a, b = (commands(config(), preparing.outputs_root())[0].words for _ in range(2))
     port = a.index("--master_port") + 1
     assert a[port] != b[port]
 
@@ -193,7 +194,7 @@ def test_a_run_on_another_disk_behind_a_link_is_replaced_there(config, own_outpu
     assert link.is_symlink()
     assert run.folder == again.folder == link
     assert again.status == "prepared"
-    with launching._only_one(link):
+    with preparing.only_one(link):
         assert Run(link).live
         assert Run(there).live
         with pytest.raises(UserError, match="being trained right now"):
@@ -275,7 +276,7 @@ def test_a_worker_without_a_run_says_so_and_leaves_nothing(tmp_path):
 
 def test_a_second_worker_of_a_run_is_refused(config):
     run = prepare(config("vanilla"))
-    with launching._only_one(run.folder):
+    with preparing.only_one(run.folder):
         done = worker(run.folder)
     assert (done.returncode, done.stderr) == (2, "vanilla is being trained right now: wait for it, or stop it\n")
     # A rank that holds no lock is known by its sign.
