@@ -395,8 +395,8 @@ def command(
 ) -> None:
     """Write a run folder, print the command that trains it, and say (on stderr) what each part of it is for."""
     from minisft.commands import explain, first_words, require_nodes, shown, slurm_script
-    from minisft.launch import prepare
     from minisft.preflight import warn_of_cores
+    from minisft.prepare import prepare
     from minisft.runs import project_root
 
     config, place = _with_place(options, hostfile, launcher)
@@ -432,7 +432,7 @@ def launch(
     stall: Stall = STALL,
 ) -> None:
     """Write a run folder, train it, and follow it to its end."""
-    from minisft.launch import prepare
+    from minisft.prepare import prepare
 
     _require_patience(silence, stall)
     config, place = _with_place(options, hostfile, launcher)
