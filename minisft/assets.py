@@ -142,9 +142,10 @@ def hub_reachable(seconds: float = 3.0) -> bool:
 
 def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
     """Fetch from the hub's local cache or the hub; None means: use the packaged stand-in."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    user_path(constants.HF_HUB_CACHE)  # the hub's own client would raise an error of another kind
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "README.md"]
     if kind == "dataset":
         wanted = ["*.json", "*.jsonl", "*.parquet", "README.md"]

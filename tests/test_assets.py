@@ -120,6 +120,15 @@ def test_a_model_folder_whose_name_is_not_utf_8_is_refused(tiny_model, tmp_path)
     assert r"m\xff" in done.stderr
 
 
+@pytest.mark.attack("15")
+def test_a_hub_cache_in_a_home_that_cannot_be_found_is_one_sentence(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~nosuch/hub")
+    with pytest.raises(UserError, match="home folder that cannot be found"):
+        assets.find_model("someone/else", lambda line: None)
+
+
 NAMES = [
     "~nosuch/model",
     "own er/na me",
