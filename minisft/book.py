@@ -9,9 +9,7 @@ running: training runs are processes of their own, and one that stays behind hol
 from __future__ import annotations
 
 import asyncio
-import html
 import json
-import logging
 import os
 import re
 import signal
@@ -19,32 +17,28 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
 
 from minisft.errors import UserError
+from minisft.files import parse_json, read_text, user_path, written_whole
+from minisft.pages import NO_ALT, index_of, page_of, quiet
+from minisft.processes import environment
+from minisft.text import one_line, say
 
 DEFAULT_TIMEOUT = 1800.0  # seconds per notebook
+MOST_SECONDS = 1e9
 HEARTBEAT = 30.0  # seconds between two signs of life of a long cell
 GRACE = 5.0  # seconds that an interrupted cell, or a terminated process, has to end by itself
 MARK = "MINISFT_NOTEBOOK_RUN"  # inherited by what a cell starts, so a process is found without its parent
-ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\].*?(?:\x07|\x1b\\)")
-NO_ALT = "No description has been provided for this image"  # nbconvert's words where the author had none
-# nbconvert's own page has no place for alt text (7.17), and loads a script that only live widgets need.
-PAGE = """{% extends 'index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}
-{% block data_png %}<div class="jp-RenderedImage jp-OutputArea-output {{ extra_class }}">
-<img src="data:image/png;base64,{{ output.data['image/png'] | escape_html }}"
-{%- for key in ('alt', 'width', 'height') if output | get_metadata(key, 'image/png') %}
- {{ key }}="{{ output | get_metadata(key, 'image/png') | escape_html }}"{% endfor %}></div>{% endblock %}"""
-INDEX = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>minisft: the notebooks</title>
-<h1>The notebooks</h1><table cellpadding="6"><tr><th>Notebook<th>File<th>Status<th>Time</tr>{rows}</table></html>"""
-
-say = partial(print, flush=True)
-quiet = logging.Logger("minisft.book", level=100)  # a failure is reported once, by run_notebooks
+# Orders to a terminal: colours and the like, titles and links, and an ESC that begins neither.
+ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b\n]*(?:\x07|\x1b\\)|\x1b")
+CELL_FILE = re.compile(r"(?<![^\s\"'<>()])[^\s\"'<>()]*/ipykernel_\d+/\d+\.py")  # from its beginning only: linear
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class Result:
 
 def execute(root: Path, paths: list[Path] | None, in_place: bool = False, timeout: float | None = None) -> int:
     """Runs and reports; returns the exit code: 0, 1 if a notebook failed, 130 if interrupted."""
-    out = Path(os.environ.get("MINISFT_OUTPUTS") or root / "outputs").absolute() / "notebooks"
+    out = user_path(os.environ.get("MINISFT_OUTPUTS") or root / "outputs").absolute() / "notebooks"
     try:
         results = run_notebooks(paths, root=root, out=out, in_place=in_place, timeout=timeout)
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -84,7 +78,8 @@ def run_notebooks(
     also replaces its source. Raises UserError for a path that is no notebook.
     """
     root = root.resolve()
-    notebooks = [Path(p).resolve() for p in paths or sorted((root / "notebooks").glob("[0-9]*.ipynb"))]
+    named = paths or sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    notebooks = [Path(os.path.realpath(user_path(path))) for path in named]
     if not notebooks:
         raise UserError(f"{root / 'notebooks'} holds no numbered notebook: name the ones to run")
     if timeout is not None and not timeout > 0:
@@ -101,8 +96,13 @@ def run_notebooks(
         if result.images_without_alt:
             say(f'  warning: {result.images_without_alt} image(s) without alt text ("{NO_ALT}")')
         results.append(result)
-        _index(out, results)
+        _write(out / "index.html", index_of([_row(result) for result in results]))
     return results
+
+
+def _row(result: Result) -> tuple[str, str, str, float]:
+    status = "ok" if result.ok else f"failed, cell {result.cell}" if result.cell else "failed"
+    return result.notebook.stem, result.title, status, result.seconds
 
 
 def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | None) -> Result:
@@ -110,41 +110,60 @@ def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | Non
     import nbformat
 
     try:
-        nb = _read(source := path.read_bytes())
-        limit = (nb.metadata.get("minisft") or {}).get("timeout_seconds", timeout or DEFAULT_TIMEOUT)
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
-            raise ValueError(f"metadata.minisft.timeout_seconds is {limit!r}: give a positive number")
-    except Exception as error:  # whatever is wrong with this file, the other notebooks still run
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Result(path, False, 0.0, error_tail=f"not a valid notebook: {reason}")
+        source = read_text(path)
+        nb = _parsed(source or "", path)
+        limit = _time_limit(nb, timeout)
+    except UserError as error:  # the other notebooks still run
+        return Result(path, False, 0.0, error_tail=f"not a valid notebook: {error}")
     started = time.monotonic()
     cell, tail = asyncio.run(_execute(nb, path.parent, limit))
     seconds = time.monotonic() - started
     _clean(nb, root)
     text = nbformat.writes(nb).rstrip("\n") + "\n"
-    if in_place and not tail and path.read_bytes() != source:
+    if in_place and not tail and read_text(path) != source:
         tail = "the file changed while it ran, so it was not replaced"
     elif in_place and not tail:
         _write(path, text)
     headings = (re.match("# +(.+)", cell.source) for cell in nb.cells if cell.cell_type == "markdown")
-    title = next((heading[1].strip() for heading in headings if heading), path.stem)
-    page = _page(nb, path.parent, title)
+    title = one_line(next((heading[1].strip() for heading in headings if heading), path.stem))
+    page = page_of(nb, path.parent, title)
     _write(out / path.name, text)
     _write(out / f"{path.stem}.html", page)
     return Result(path, not tail, seconds, cell, _neutral(tail, root), title, page.count(f'alt="{NO_ALT}"'))
 
 
-def _read(source: bytes) -> Any:
+@with_config(ConfigDict(extra="allow"))
+class RawNotebook(TypedDict):
+    """What must be there before nbformat looks at the rest."""
+
+    nbformat: Literal[4]
+    nbformat_minor: int
+    cells: list[dict[str, Any]]
+
+
+def _parsed(source: str, path: Path) -> Any:
     """The notebook; a cell without an id gets one from its place, the same on every run, for small diffs."""
     import nbformat
 
-    raw = json.loads(source)
+    raw = parse_json(source, path, RawNotebook)
     raw["nbformat_minor"] = max(5, raw["nbformat_minor"])
     for place, cell in enumerate(raw["cells"]):
         cell.setdefault("id", f"cell-{place:02d}")
-    nb = nbformat.reads(json.dumps(raw), as_version=4)
-    nbformat.validate(nb)
-    return nb
+    try:
+        nbformat.validate(raw)  # first: reading takes the shape for granted
+    except nbformat.ValidationError as error:
+        raise UserError(f"{path} does not have the expected content ({one_line(error, 200)})") from error
+    return nbformat.reads(json.dumps(raw), as_version=4)
+
+
+def _time_limit(nb: Any, timeout: float | None) -> float:
+    settings = nb.metadata.get("minisft") or {}
+    if not isinstance(settings, dict):
+        raise UserError(f"metadata.minisft is {one_line(repr(settings), 80)}: it must be an object")
+    limit = settings.get("timeout_seconds", timeout or DEFAULT_TIMEOUT)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < MOST_SECONDS:
+        raise UserError(f"metadata.minisft.timeout_seconds is {one_line(repr(limit), 80)}: give a positive number")
+    return limit
 
 
 async def _execute(nb: Any, folder: Path, limit: float) -> tuple[int | None, str]:
@@ -160,7 +179,7 @@ async def _execute(nb: Any, folder: Path, limit: float) -> tuple[int | None, str
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # the cell of an interrupted notebook
     deadline, mark, children = time.monotonic() + limit, f"{os.getpid()}-{time.time_ns()}", set()
     # A shell's MPLBACKEND would keep the figures out of the notebook; in JupyterLab they are drawn inline.
-    env = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"} | {MARK: mark}
+    env = {key: value for key, value in environment().items() if key != "MPLBACKEND"} | {MARK: mark}
     # With no folder to search for kernelspecs, what is left is this very interpreter.
     manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), log=quiet)
     client = NotebookClient(nb, manager, record_timing=False, log=quiet, extra_arguments=["--log-level=ERROR"])
@@ -246,55 +265,50 @@ def _neutral(text: str, root: Path) -> str:
     places = {str(root): ".", str(Path.home()): "~", sys.prefix: "~/env"}
     for place in sorted(places.keys() - {"/"}, key=len, reverse=True):  # the environment may lie in the project
         text = re.sub(rf"(?<![\w.~-]){re.escape(place)}(?![\w-])", places[place], text)
-    text = re.sub(r"[^\s\"'<>()]*/ipykernel_\d+/\d+\.py", "cell.py", text)
+    text = CELL_FILE.sub("cell.py", text)
     return re.sub(r" at 0x[0-9a-f]{6,}", " at 0x…", text)
 
 
 def _clean(nb: Any, root: Path) -> None:
     """Takes out of `nb` what a second run, or another machine, would change."""
-    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
-
     nb.metadata.pop("widgets", None)  # random ids, and nothing to show without a live kernel
     nb.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     nb.metadata.language_info = {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"}
     for cell in (cell for cell in nb.cells if cell.cell_type == "code"):
         cell.metadata.pop("execution", None)
-        # How stdout and stderr interleave is chance: between two figures, all of stdout comes first.
-        groups = groupby(cell.outputs, lambda output: output.output_type == "stream")
-        cell.outputs = [o for _, run in groups for o in sorted(run, key=lambda o: o.get("name") != "stdout")]
-        CoalesceStreamsPreprocessor().preprocess_cell(cell, {}, 0)  # of a progress bar, the last state stays
+        cell.outputs = _in_order(cell.outputs)
         for output in cell.outputs:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
             for part in (output, output.get("data", {})):
                 for key in [key for key in part if key in ("text", "evalue") or key.startswith("text/")]:
-                    part[key] = _neutral(part[key], root).replace("\r", "")
+                    part[key] = _neutral(str(part[key]), root).replace("\r", "")
             if "traceback" in output:
                 output.traceback = [_neutral(part, root) for part in output.traceback]
 
 
-def _page(nb: Any, folder: Path, title: str) -> str:
-    """`nb` as one HTML file that can be read offline: images are inside, links lead from page to page."""
-    from nbconvert import HTMLExporter
+def _in_order(outputs: list[Any]) -> list[Any]:
+    """Outputs as every run has them: how stdout and stderr interleave is chance, so all of stdout comes first."""
+    from nbformat.v4 import new_output
 
-    exporter = HTMLExporter(raw_template=PAGE, embed_images=True, log=quiet)
-    page, _ = exporter.from_notebook_node(nb, {"metadata": {"name": title, "path": str(folder)}})
-    page = re.sub(r'href="([\w.-]+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', page)
-    return page.replace('<script src="http', '<script async src="http')  # the text does not wait for it
+    ordered = []
+    for is_stream, run in groupby(outputs, lambda output: output.output_type == "stream"):
+        if not is_stream:
+            ordered += run
+            continue
+        texts: dict[str, list[str]] = {}
+        for output in run:
+            texts.setdefault(output.name, []).append(output.text)
+        for name in sorted(texts, key=lambda name: (name != "stdout", name)):
+            ordered.append(new_output("stream", name=name, text=_overwritten("".join(texts[name]))))
+    return ordered
 
 
-def _index(out: Path, results: list[Result]) -> None:
-    rows = ""
-    for result in results:
-        file = html.escape(result.notebook.stem)
-        link = f'<a href="{file}.html">{html.escape(result.title)}</a>' if result.title else file
-        status = "ok" if result.ok else f"failed, cell {result.cell}" if result.cell else "failed"
-        rows += f"\n<tr><td>{link}<td>{file}.ipynb<td>{status}<td>{result.seconds:.0f} s</tr>"
-    _write(out / "index.html", INDEX.format(rows=rows))
+def _overwritten(text: str) -> str:
+    """The text after its carriage returns: of a progress bar, the last state stays."""
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
 
 
 def _write(path: Path, text: str) -> None:
-    """All or nothing: an interruption leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with written_whole(path) as stream:
+        stream.write(text)

@@ -30,8 +30,7 @@ from minisft.exam import FORM, Exam, Settings, fingerprint, prompt_ids, read_cac
 from minisft.files import Digests, open_own, read_json, read_text, write_json, written_whole
 from minisft.run_files import Result, Summary
 from minisft.runs import Run, checkpoint_step, outputs_root
-from minisft.scores import corpus_scores
-from minisft.scores import one_line as as_line
+from minisft.scores import as_line, corpus_scores, tokenizer_for
 from minisft.text import one_line, say
 
 Say = Callable[[str], None]
@@ -97,6 +96,8 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verif
             say(_line(results[-1]))
         _remove_others(folder, {result["step"] for result in results})
         _write_lines(folder / "references.txt", (q.messages[-1].content for q in exam.questions))
+        if results and results[0].get("bleu_note"):
+            say(f"{run.name}: {results[0]['bleu_note']}")
         write_summary(folder, run, asdict(settings), results, unusable, exam.leakage(settings))
     say(f"results belong to the content of the files: {digests.how}")
     return broken
@@ -224,6 +225,7 @@ def _key(run: Run, model: Path, exam: Exam, settings: Settings, digests: Digests
     for folder in (model, run.model_folder):
         sums += [[name, digests.of(folder / name)] for name in BESIDE if (folder / name).exists()]
     device = [run.precision, torch.cuda.get_device_name()] if torch.cuda.is_available() else ["fp32", "cpu"]
+    matters["tokenizer"] = tokenizer_for([question.messages[-1].content for question in exam.questions])
     return fingerprint([FORM, sums, asked, matters, device, run.config.template, run.config.max_length])
 
 

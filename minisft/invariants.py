@@ -13,8 +13,9 @@ from typing import Any
 
 from minisft.conversations import Conversation, Message
 from minisft.labels import IGNORE_INDEX, encode_segments
-from minisft.marks import Found, Labelled, by_control_tokens, by_text, describe, printable
+from minisft.marks import Found, Labelled, by_control_tokens, by_text, describe
 from minisft.mistral import MistralTemplate
+from minisft.text import one_line
 from minisft.tokens import Tokenizer
 
 INVARIANTS = {
@@ -62,7 +63,7 @@ class Violation:
     message: str
 
     def __str__(self) -> str:
-        places = [f"row {printable(self.row)}"]
+        places = [f"row {one_line(self.row)}"]
         places += [] if self.turn is None else [f"turn {self.turn}"]
         places += [] if self.token is None else [f"token {self.token}"]
         return f"{', '.join(places)}: {self.message}"
@@ -90,8 +91,10 @@ def check_row(
 
     def note(violations: Iterator[tuple[str, int | None, str]]) -> None:
         for invariant, token, message in violations:
+            if invariant in found:  # a row may break it at every token, and finding the turn takes a while
+                continue
             turn = None if token is None else _turn(input_ids, token, tokenizer)
-            found.setdefault(invariant, Violation(row, turn, token, invariant, message))
+            found[invariant] = Violation(row, turn, token, invariant, message)
 
     note(_malformed(input_ids, labels, tokenizer))
     if found:
@@ -220,7 +223,7 @@ def _answers(row: Labelled, template: MistralTemplate, conversation: Conversatio
         spelt = row.spelt(start, end - complete)
         if not _spells(spelt, answer, row.tokenizer, complete or end < len(row.ids)):
             shown = spelt[:40].decode(errors="replace")
-            yield "answers", start, f"trained is {printable(shown)!r}, the answer is {printable(answer[:40])!r}"
+            yield "answers", start, f"trained is {shown!r}, the answer is {answer[:40]!r}"
     if len(spans) > len(answers) or (whole and len(spans) < len(answers)):
         yield "answers", None, f"{len(spans)} trained spans, and {len(answers)} answers to train"
 

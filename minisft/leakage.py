@@ -12,15 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minisft.scores import BY_CHARACTER
+
 SHINGLE = 5  # words
 FEWEST = 4  # shingles of a question: with fewer, a phrase that many use would count as a duplicate
 NEAR = 0.8  # of a question's shingles, in one row
 ROWS_AT_ONCE = 512
 
 # Scripts without blanks between words count by the character; and so do signs that are no punctuation, emoji say.
-_BY_CHARACTER = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _WORD = re.compile(
-    rf"[{_BY_CHARACTER}]|(?:(?![{_BY_CHARACTER}])\w)+|[^\w\s\x00-\x7f\u00a0-\u00bf\u2010-\u2027\u3000-\u303f]"
+    rf"[{BY_CHARACTER}]|(?:(?![{BY_CHARACTER}])\w)+|[^\w\s\x00-\x7f\u00a0-\u00bf\u2010-\u2027\u3000-\u303f]"
 )
 
 Words = tuple[str, ...]

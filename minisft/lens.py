@@ -7,7 +7,6 @@ character of it moves the cursor, turns the line around or hides. On a page it i
 from __future__ import annotations
 
 import math
-import unicodedata
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from html import escape
 from typing import Any
 
 from minisft.labels import IGNORE_INDEX, Row
-from minisft.text import spelt
+from minisft.text import visible
 from minisft.tokens import Tokenizer
 
 FOLD, KEPT = 400, 200  # of more boxes or lines than FOLD, only KEPT at either end stay open
@@ -340,29 +339,7 @@ def token_losses(model: Any, input_ids: list[int]) -> list[float | None]:
     return [None, *losses.tolist()]
 
 
-# --- text that can only be read ----------------------------------------------------------------------------
-
-_SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
-# Printable by name, and yet nothing of them is seen: fillers, a joiner, variation selectors, a blank.
-_UNSEEN = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0}
-_UNSEEN |= {*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
-
-
-def visible(data: bytes) -> str:
-    """`data` so that all of it is seen: `␣`, `⏎` and `⇥`, bytes as `\\xf0`, characters without a shape as `\\u200b`."""
-    shown, stands = "", False  # whether the character before is one that an accent can stand on
-    for c in data.decode("utf-8", "surrogateescape"):
-        category = unicodedata.category(c)[0]
-        if c in _SIGNS:
-            c, stands = _SIGNS[c], False
-        elif category in "CZ" or ord(c) in _UNSEEN:
-            c, stands = spelt(c), False
-        elif category == "M" and not stands:
-            c = f"◌{c}"
-        else:
-            stands = True
-        shown += c
-    return shown or "∅"
+# --- parts of what is shown --------------------------------------------------------------------------------
 
 
 def _folded(items: Sequence[Any], limit: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:

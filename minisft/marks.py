@@ -44,12 +44,7 @@ class Labelled:
 
 
 def describe(token_id: int, tokenizer: Tokenizer) -> str:
-    return f"id {token_id} ({printable(tokenizer.piece(token_id))})"
-
-
-def printable(text: str) -> str:
-    """No control character may reach a terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return f"id {token_id} ({tokenizer.piece(token_id)})"
 
 
 def by_control_tokens(row: Labelled, version: str, controls: list[int]) -> Found:

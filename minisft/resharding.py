@@ -18,7 +18,6 @@ import io
 import itertools
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft import processes
+from minisft.text import note, say
 
 STAGES = (0, 1, 2, 3)
 SAVED_BY = 2  # ranks
@@ -75,7 +75,7 @@ class Resumed:
         return "; ".join([*causes, off])
 
 
-def resume_matrix(ranks: Sequence[int] = (SAVED_BY, 1), say: Callable[[str], None] = print) -> list[Resumed]:
+def resume_matrix(ranks: Sequence[int] = (SAVED_BY, 1), say: Callable[[str], None] = say) -> list[Resumed]:
     """Every attempt, by real processes on this machine; about a minute on two cores. Raises `RuntimeError`."""
     with tempfile.TemporaryDirectory() as folder:
         say(f"saving at stages 0 to 3 on {SAVED_BY} ranks")
@@ -275,15 +275,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         _work(options.worker, options.load)
-    attempts = resume_matrix(say=lambda line: print(line, file=sys.stderr))
-    print(as_table(attempts, options.markdown))
-    print()
+    attempts = resume_matrix(say=note)
+    say(f"{as_table(attempts, options.markdown)}\n")
     reasons: dict[str, list[str]] = {}
     for a in attempts:
         if a.why:
             reasons.setdefault(f"{a.verdict}: {a.why}", []).append(f"{a.saved_stage} to {a.stage}")
     for why, cases in reasons.items():
-        print(f"{why} ({', '.join(dict.fromkeys(cases))})")
+        say(f"{why} ({', '.join(dict.fromkeys(cases))})")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from minisft.text import say
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
@@ -37,14 +39,14 @@ def main() -> None:
                 lines = [_label(text), f"{'':<8}" + "".join(f"{size:>12,}" for size in held.values())]
                 if number == 0:
                     lines.insert(0, f"{'bytes':<8}" + "".join(f"{name:>12}" for name in held))
-                print("\n".join(lines), flush=True)
+                say("\n".join(lines))
         torch.distributed.barrier()
         os._exit(0)
     said: list[Any] = [None] * ranks
     torch.distributed.all_gather_object(said, owned(stage, ranks))
     if rank == 0:
         for other, lines in enumerate(said):
-            print("\n".join([f"rank {other} owns", *(f"  {line}" for line in lines)]), flush=True)
+            say("\n".join([f"rank {other} owns", *(f"  {line}" for line in lines)]))
     torch.distributed.barrier()
     os._exit(0)  # tearing down the threads of a process group now and then aborts the process
 

@@ -12,7 +12,11 @@ import sys
 import unicodedata
 from typing import TextIO
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|&~$:@])")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|&~$:@=^\"'])")
+_SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
+# Printable by name, and yet nothing of them is seen: fillers, a joiner, variation selectors, a blank.
+_UNSEEN = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0}
+_UNSEEN |= {*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
 
 
 def harmless(text: str) -> str:
@@ -39,13 +43,29 @@ def one_line(text: object, most: int = 0) -> str:
 
 def in_markdown(text: str) -> str:
     """The text on one line of a Markdown page, where nothing in it is markup, HTML or a link."""
-    return _MARKDOWN.sub(r"\\\1", one_line(text).replace("&", "&amp;").replace("<", "&lt;"))
+    return _MARKDOWN.sub(r"\\\1", one_line(text))
 
 
-def in_figure(text: str) -> str:
-    """The text as matplotlib draws it: no mathtext, and no leading underscore, which would hide it in a legend."""
-    line = one_line(text).replace("$", r"\$")
-    return f"\N{ZERO WIDTH SPACE}{line}" if line.startswith("_") else line
+def in_markdown_block(text: str) -> str:
+    """The text as an indented block of a Markdown page, in which nothing is markup; put an empty line before it."""
+    return "\n".join("    " + line for line in harmless(text).splitlines() or [""])
+
+
+def visible(data: bytes) -> str:
+    """`data` so that all of it is seen: `␣`, `⏎` and `⇥`, bytes as `\\xf0`, characters without a shape as `\\u200b`."""
+    shown, stands = "", False  # whether the character before is one that an accent can stand on
+    for c in data.decode("utf-8", "surrogateescape"):
+        category = unicodedata.category(c)[0]
+        if c in _SIGNS:
+            c, stands = _SIGNS[c], False
+        elif category in "CZ" or ord(c) in _UNSEEN:
+            c, stands = spelt(c), False
+        elif category == "M" and not stands:
+            c = f"◌{c}"
+        else:
+            stands = True
+        shown += c
+    return shown or "∅"
 
 
 def say(text: object = "", *, to: TextIO | None = None, end: str = "\n") -> None:

@@ -18,6 +18,7 @@ from minisft import machine
 from minisft.errors import UserError
 from minisft.mistral import CONTROL_TOKENS, VERSIONS
 from minisft.model_folder import clean_logs, require_tokenizer_class
+from minisft.text import visible
 
 SPACE_MARK = "▁"
 
@@ -56,7 +57,7 @@ class Tokenizer(Protocol):
         """The text of `ids`, control tokens written out."""
 
     def piece(self, token_id: int) -> str:
-        """What one token looks like, for showing it: `␣` for a space, `⏎` for a line end."""
+        """What one token looks like, for showing it: all of it is seen, as by `text.visible`."""
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; several tokens may be needed for one character."""
@@ -130,7 +131,7 @@ class HuggingFaceTokenizer:
         return self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def piece(self, token_id: int) -> str:
-        return _visible(self.token_bytes(token_id))
+        return visible(self.token_bytes(token_id))
 
     def token_bytes(self, token_id: int) -> bytes:
         piece = self.hf.convert_ids_to_tokens(token_id)
@@ -312,7 +313,7 @@ class MistralCommonTokenizer:
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def piece(self, token_id: int) -> str:
-        return _visible(self.token_bytes(token_id))
+        return visible(self.token_bytes(token_id))
 
     def token_bytes(self, token_id: int) -> bytes:
         if self._tekken:
@@ -327,10 +328,6 @@ def _bytes_of_piece(piece: str) -> bytes:
     if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
         return bytes([int(match[1], 16)])
     return piece.replace(SPACE_MARK, " ").encode()
-
-
-def _visible(piece: bytes) -> str:
-    return piece.decode(errors="replace").replace(" ", "␣").replace("\n", "⏎")
 
 
 def load_tokenizer(source: str = "smollm2", version: str | None = None) -> Tokenizer:

@@ -1,7 +1,7 @@
 """BLEU taken apart: which runs of words two texts share, and how that becomes one number.
 
-Papineni et al. (2002), as sacreBLEU computes it by default (Post 2018): 13a tokens, runs of one to four, each counted
-at most as often as the reference has it, exponential smoothing (Chen and Cherry 2014, method 3), brevity penalty.
+Papineni et al. (2002), as sacreBLEU computes it (Post 2018): runs of one to four tokens, each counted at most as often
+as the reference has it, exponential smoothing (Chen and Cherry 2014, method 3), brevity penalty.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from minisft.scores import one_line
+from minisft.scores import ORDERS, as_line, tokenizer_for
 
-ORDERS = (1, 2, 3, 4)
 # From light to strong with the length of the longest shared run; the number beside a token says the same.
 SHADES = {1: "#e3eef7", 2: "#b7d4ea", 3: "#79b0d9", 4: "#4b93c7"}
 
@@ -98,12 +97,12 @@ class XRay:
         return list(zip(ORDERS, self.matched, self.total, shares, strict=True))
 
 
-def xray(output: str, reference: str) -> XRay:
-    """Take the BLEU of `output` against `reference` apart."""
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+def xray(output: str, reference: str, tokenize: str | None = None) -> XRay:
+    """Take the BLEU of `output` against `reference` apart; `tokenize` as in `scores.corpus_scores`."""
+    from sacrebleu.metrics import BLEU
 
-    split = Tokenizer13a()
-    words, wanted = (tuple(split(one_line(text)).split()) for text in (output, reference))
+    split = BLEU(tokenize=tokenize or tokenizer_for([reference])).tokenizer
+    words, wanted = (tuple(split(as_line(text)).split()) for text in (output, reference))
     matched, total = [], []
     depth, reference_depth = [0] * len(words), [0] * len(wanted)
     for n in reversed(ORDERS):

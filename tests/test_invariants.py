@@ -303,6 +303,6 @@ def test_a_report_counts_rows_and_names_the_first_few():
         "checked": 9, "failed": 4, "first": 0, "means": 0, "mend": 0,
     }  # fmt: skip
     text = str(report)
-    assert "row row1\N{REPLACEMENT CHARACTER}, turn 1, token 7: gone" in text
+    assert r"row row1\x1b, turn 1, token 7: gone" in text
     assert "\x1b" not in text
     assert INVARIANTS["eos"][1] in text and INVARIANTS["bos"][1] not in text
