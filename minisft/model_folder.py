@@ -24,8 +24,12 @@ from minisft.text import harmless, one_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-MOST_LAYERS = 10_000  # transformers makes a list of them before anything else
-LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+LAYERS = re.compile(r"n_layers?|num_(hidden_)?layers")
+# transformers makes lists of layers and tables of positions and frequencies before it reads a tensor.
+LIMITS = (
+    (LAYERS, 10_000),
+    (re.compile(r".*(dim|size|heads|experts|rank|positions|embeddings|embd|inner|ctx)"), 1 << 24),
+)
 # What a config may choose by itself. Any other name is a package, or a kernel that transformers gets from a hub.
 OWN_CODE = {
     "attn_implementation": ("eager", "sdpa", "flex_attention"),
@@ -69,8 +73,9 @@ def require_tokenizer_class(folder: Path) -> None:
 def _json(file: Path) -> dict[str, Any] | None:
     values = read_json(file, dict[str, Any])
     for key, value in _entries(values or {}):
-        if key in LAYERS and isinstance(value, int) and value > MOST_LAYERS:
-            raise UserError(f"{file} asks for {value} layers ({key}): at most {MOST_LAYERS} are read")
+        for named, most in LIMITS:
+            if isinstance(value, int) and value > most and named.fullmatch(key):
+                raise UserError(f"{file} asks for {value} ({one_line(key, 60)}): at most {most} is read")
     return values
 
 
@@ -155,7 +160,7 @@ def _damaged_headers(weights: Sequence[Path], config: dict[str, Any]) -> str:
             if name in place:
                 return f"the tensor {one_line(name, 100)} is in {place[name].name} and in {file.name}"
             place[name] = file
-    layers = max((v for k, v in _entries(config) if k in LAYERS and isinstance(v, int)), default=0)
+    layers = max((v for k, v in _entries(config) if LAYERS.fullmatch(k) and isinstance(v, int)), default=0)
     if layers > len(place):
         return f"config.json asks for {layers} layers, and there are only {len(place)} tensors"
     return ""

@@ -538,15 +538,23 @@ def test_what_is_examined_is_what_is_loaded(folder, kind):
 
 @pytest.mark.attack("12")
 @pytest.mark.parametrize(
-    ("key", "count"), [("num_hidden_layers", 10**12), ("n_layer", 10**9), ("num_hidden_layers", 9999)]
+    "key", ["num_hidden_layers", "n_layer", "head_dim", "n_positions", "num_local_experts", "vocab_size"]
 )
-def test_layers_without_end_are_refused_at_once(folder, key, count):
-    edit_json(folder / "config.json", **{key: count})
-    assert f"asks for {count} layers" in flaw(folder)
-    if count > model_folder.MOST_LAYERS:
-        for attempt in (lambda: model_config(folder, False), lambda: HuggingFaceTokenizer(folder)):
-            with pytest.raises(UserError, match=f"asks for {count} layers"):
-                attempt()
+@pytest.mark.parametrize("count", [10**8, 10**12, 10**30])
+@pytest.mark.parametrize("part", [False, True])
+def test_numbers_without_end_are_refused_at_once(folder, key, count, part):
+    """transformers would make lists and tables of them before it reads a tensor."""
+    edit_json(folder / "config.json", **({"text_config": {key: count}} if part else {key: count}))
+    assert f"asks for {count} ({key})" in flaw(folder)
+    for attempt in (lambda: model_config(folder, False), lambda: HuggingFaceTokenizer(folder)):
+        with pytest.raises(UserError, match=f"asks for {count} "):
+            attempt()
+
+
+@pytest.mark.attack("12")
+def test_more_layers_than_tensors_are_not_built(folder):
+    edit_json(folder / "config.json", num_hidden_layers=9999)
+    assert flaw(folder) == "config.json asks for 9999 layers, and there are only 20 tensors"
 
 
 JSONS = ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", INDEX]
