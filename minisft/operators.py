@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from minisft.text import one_line
+
 FOLDER = "TORCH_EXTENSIONS_DIR"  # the variable by which PyTorch finds it
 
 
@@ -73,7 +75,7 @@ def main() -> None:
     try:
         ShareMemCommBuilder().load(verbose=False)
     except Exception as error:  # a compiler can fail in many ways
-        sys.exit(f"DeepSpeed's CPU operator could not be built: {' '.join(str(error).split())[-300:]}")
+        sys.exit(f"DeepSpeed's CPU operator could not be built: {one_line(error)[-300:]}")
 
 
 if __name__ == "__main__":
