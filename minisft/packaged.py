@@ -142,7 +142,7 @@ def find(wheel: Wheel, say: Say, *, verify: bool = False, refetch: bool = False)
     target, digests = cache_dir() / wheel.folder, Digests(verify)
     is_new = False
     if wrong := damage(wheel, digests):
-        if (target / RECORD).exists() and not refetch:
+        if os.path.lexists(target / RECORD) and not refetch:
             raise UserError(f"{wheel.name} in {target} is damaged ({wrong}): run `minisft fetch` to replace it")
         try:
             with _cache_lock(wheel.folder):
