@@ -70,6 +70,17 @@ def test_a_command_ends_with_the_process_that_runs_it(number):
 
 
 @pytest.mark.attack("11")
+def test_a_command_that_takes_too_long_ends_with_all_that_it_started(tmp_path):
+    pid = tmp_path / "pid"
+    code = (
+        f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(pid)!r}, 'w').write(str(p.pid)); p.wait()"
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        processes.run(processes.python("-c", code), timeout=1.5)
+    time.sleep(0.1)
+    assert not lives(int(pid.read_text()))
+
+
 def test_a_zombie_does_not_live_and_a_reused_number_is_another_process():
     child = subprocess.Popen(["true"])
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
