@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisft.errors import UserError
+from minisft.meta_model import LayerKind, layer_kinds, layers_of, meta_model, repetition, shallow
 from minisft.models import with_layers
 
 COPIES = "copies of a bucket"
 ACTIVATIONS, LOGITS, GRADIENTS, BACKWARD = "activations", "logits and loss", "gradients", "temporaries of backward"
 
-DEEP, FEW = 8, 3  # layers beyond which a model is traced with fewer, and with how many
+DEEP = 8  # layers beyond which a model may be traced with fewer
+MOST_OPERATIONS = 300_000  # a minute of a slow machine
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,14 @@ class Stretch:
     """The worst moment between the arrivals of two gradients (before the first, of forward as well).
 
     `held`: bytes alive by owner, without the gradients that have arrived. Those were `arrived` elements of `staying`
-    bytes, and the next one has `arriving` bytes (0 after the last).
+    bytes, and the next one has `arriving` bytes (0 after the last). `layer` is the decoder layer of the next one.
     """
 
     held: dict[str, int]
     arrived: int
     staying: int
     arriving: int
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,14 @@ def dry_run(
     activation_checkpointing: bool = False,
     on_gpu: bool = False,
     trust_remote_code: bool = False,
+    layers: Sequence[LayerKind] | None = None,
 ) -> DryRun:
     """One micro-batch of rows of these `lengths`, in tokens, through the model of a transformers `config`.
 
     `trained` of the tokens have a loss; all, if not given. `half_weights` is DeepSpeed's way (weights in bf16 or
     fp16); else half precision is autocast over fp32 weights. `on_gpu` counts what CUDA's kernels keep where
-    PyTorch is built for CUDA, and elsewhere what a CPU's keep. Raises `UserError` for a model that cannot be traced;
-    its states can be predicted all the same.
+    PyTorch is built for CUDA, and elsewhere what a CPU's keep. `layers` is `Shapes.layers` of this config, where it is
+    known. Raises `UserError` for a model that cannot be traced; its states can be predicted all the same.
     """
     options = {
         **{"lengths": lengths, "trained": trained, "precision": precision, "half_weights": half_weights},
@@ -93,7 +97,7 @@ def dry_run(
     level = quiet.level
     quiet.setLevel(logging.CRITICAL)
     try:
-        found = _all_layers(config, **options)
+        found = _all_layers(config, layers, **options)
     except Exception as error:  # whatever a model's own code raises on tensors without values
         reason = " ".join(str(error).split())[:200]
         name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
@@ -106,37 +110,54 @@ def dry_run(
     return found
 
 
-def _all_layers(config: Any, **options: Any) -> DryRun:
-    """The trace of a model with all its layers; of a deep one from two shallow ones, if its layers are all alike.
+def _all_layers(config: Any, kinds: Sequence[LayerKind] | None = None, **options: Any) -> DryRun:
+    """The trace of a model with all its layers; of a deep one, from two shallow ones where its layers repeat.
 
-    Each further layer then adds the same to what is retained, and to every stretch: of the first half of backward
-    counted from its beginning, of the second from its end. Each half has a whole layer. From one layer to the next
-    the same stretch changes evenly, so that no layer in between is worse than those at both ends.
+    Layers are alike if they are on the meta device, and the shallow models are the first layers of the deep one.
     """
     layers = getattr(config, "num_hidden_layers", 0)
-    kinds = getattr(config, "layer_types", None)
-    if not isinstance(layers, int) or layers <= DEEP or len(set(kinds or ())) > 1:
+    if not isinstance(layers, int) or layers <= DEEP:
+        return _trace(config, **options)
+    trust = options["trust_remote_code"]
+    kinds = list(layer_kinds(meta_model(config, trust)) if kinds is None else kinds)
+    start, period = repetition(kinds)
+    few = shallow(len(kinds), start, period)
+    if len(kinds) != layers or 2 * few + period >= layers:
         return _trace(config, **options)
     try:
-        a, b = (_trace(with_layers(config, n), **options) for n in (FEW, FEW + 1))
+        pair = [with_layers(config, n) for n in (few, few + period)]
+        if any(layer_kinds(meta_model(c, trust)) != kinds[: c.num_hidden_layers] for c in pair):
+            return _trace(config, **options)
+        a, b = (_trace(c, **options) for c in pair)
     except Exception:  # some models cannot have so few
         return _trace(config, **options)
+    found = _extended(a, b, (layers - few) // period, start + (few - start) // 2)
+    return found or _trace(config, **options)
+
+
+def _extended(a: DryRun, b: DryRun, times: int, middle: int) -> DryRun | None:
+    """The trace of a model with `times` periods more than `a`, of which `b` has one; None if they do not fit together.
+
+    Each further period adds the same to what is retained, and to every stretch: of the beginning of backward, through
+    the layers from `middle` on, counted from its beginning, and of the rest counted from its end. Both have a whole
+    period. From one period to the next the same stretch changes evenly, so none in between is worse than those at both
+    ends.
+    """
 
     def extended(x: int, y: int) -> int:
-        return x + (y - x) * (layers - FEW)
+        return x + (y - x) * times
 
     def all_extended(x: dict[str, int], y: dict[str, int]) -> dict[str, int]:
         return {owner: extended(x.get(owner, 0), y.get(owner, 0)) for owner in {*x, *y}}
 
-    half = len(a.stretches) // 2
-    pairs = [*zip(a.stretches[:half], b.stretches, strict=False)]
-    pairs += zip(a.stretches[half:], b.stretches[half - len(a.stretches) :], strict=True)
+    below = (i for i, s in enumerate(a.stretches) if s.layer is not None and s.layer < middle)
+    cut, more = next(below, 0), len(b.stretches) - len(a.stretches)
+    pairs = list(zip(a.stretches, b.stretches[:cut] + b.stretches[cut + more :], strict=False))
+    if more < 0 or len(pairs) < len(a.stretches) or any(x.arriving != y.arriving for x, y in pairs):
+        return None
     stretches = tuple(
         Stretch(
-            all_extended(x.held, y.held),
-            extended(x.arrived, y.arrived),
-            extended(x.staying, y.staying),
-            extended(x.arriving, y.arriving),
+            all_extended(x.held, y.held), extended(x.arrived, y.arrived), extended(x.staying, y.staying), x.arriving
         )
         for x, y in pairs
     )
@@ -207,26 +228,28 @@ def _trace(
             if device == "cuda" and fake:
                 inputs["cu_seq_lens_q"] = fake.from_tensor(inputs["cu_seq_lens_q"]).to(device)
 
-        count = Allocations(ACTIVATIONS)
+        count = Allocations(ACTIVATIONS, most=None if real else MOST_OPERATIONS)
         parameters = list(model.parameters())
+        layer_of = {p: i for i, parts in enumerate(layers_of(model)) for part in parts for p in part.parameters()}
         for tensor in (*parameters, *model.buffers()):
             count.ignore(tensor)
         stretches: list[Stretch] = []
         elements = size = 0  # of the gradients that have arrived
 
-        def end_stretch(arriving: int) -> None:
-            stretches.append(Stretch(dict(count.peak.held), elements, size, arriving))
+        def end_stretch(arriving: int, layer: int | None = None) -> None:
+            stretches.append(Stretch(dict(count.peak.held), elements, size, arriving, layer))
             count.peak = Moment("backward", {})
 
         def arrived(parameter: Any) -> None:
             nonlocal elements, size
-            end_stretch(parameter.grad.nbytes)
+            end_stretch(parameter.grad.nbytes, layer_of.get(parameter))
             elements += parameter.numel()
             size += parameter.grad.nbytes
             parameter.grad = None
 
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(arrived)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(arrived)
         if head is not None:
             head.around = lambda: count.owned_by(LOGITS)
             head.most_chunks = None if real else 2

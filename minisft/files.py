@@ -220,13 +220,13 @@ def last_lines(file: Path, most_bytes: int = 1 << 16) -> list[str]:
     return []
 
 
-def read_json(file: Path, shape: type[T] | Any = None) -> T | Any:
+def read_json(file: Path, shape: type[T] | Any = None, most: int | None = None) -> T | Any:
     """The JSON of a file, or None if there is no such file. Raises `UserError` if it is damaged or of another shape.
 
     `shape` is a type (a dataclass, a `TypedDict`, `dict[str, int]`, …) that the value must have; without one any JSON
-    is taken.
+    is taken. `most` says how many bytes are too many.
     """
-    text = read_text(file)
+    text = read_text(file, most=most)
     return None if text is None else parse_json(text, file, shape)
 
 

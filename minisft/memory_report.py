@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import user_path
+from minisft.files import read_json, user_path
+from minisft.meta_model import MOST_PARAMETERS
+from minisft.model_folder import MOST_BYTES
 from minisft.models import positions_of
 from minisft.planner import RESERVED, Plan, plan
 from minisft.traffic import predict_traffic, sent
@@ -29,8 +30,9 @@ from minisft.zero_memory import (
 from minisft.zero_peak import at_peak
 
 LENGTH = 2048  # tokens
-MOST_PARAMETERS, MOST_RANKS = 1e15, 100_000
+MOST_RANKS, MOST_ACCUMULATION = 100_000, 1_000_000
 MOST_ROWS = 512  # of one rank's micro-batch: beyond any, and each is traced
+MOST_TOKENS = 2**31 - 1  # PyTorch counts where rows begin in 32 bits
 SHOWN = 8  # ranks whose numbers are all written out; beyond, the fullest stands for all
 KINDS = {None: "plain", 0: "stage 0", 1: "stage 1, 2", 2: "stage 1, 2", 3: "stage 3"}
 
@@ -57,6 +59,10 @@ class Batch:
                 raise UserError(f"{what} is {value}: give at least 1")
         if self.rows > MOST_ROWS:
             raise UserError(f"batch size is {self.rows}: give at most {MOST_ROWS}, and --accumulation for the rest")
+        if self.rows * (self.length or 1) > MOST_TOKENS:
+            raise UserError(
+                f"max length is {self.length}: give at most {MOST_TOKENS // self.rows:,} for {self.rows} rows"
+            )
 
 
 @dataclass
@@ -165,8 +171,9 @@ def _require(ranks: int, precision: str, accumulation: int) -> None:
     require(ranks, precision)
     if ranks > MOST_RANKS:
         raise UserError(f"ranks is {ranks}: give at most {MOST_RANKS:,}")
-    if accumulation < 1:
-        raise UserError(f"accumulation is {accumulation}: give at least 1")
+    if not 1 <= accumulation <= MOST_ACCUMULATION:
+        what = "least 1" if accumulation < 1 else f"most {MOST_ACCUMULATION:,}"
+        raise UserError(f"accumulation is {accumulation}: give at {what}")
 
 
 def of_model(
@@ -195,22 +202,20 @@ def of_model(
     names = [strategy for strategy in STRATEGIES if strategy != "vanilla" or ranks == 1]
     settings = {s: generated(shapes, s, ranks, precision, accumulation, on_gpu) for s in names}
     found = {strategy: predict(shapes, strategy, ranks, precision, settings[strategy]) for strategy in names}
-    activations: dict[str, Any] = {}
-    note = ""
+    activations, dry, note = {}, {}, ""
     if batch is not None:
-        activations, dry, note = _dry_runs(config, precision, batch, trust_remote_code, on_gpu)
-        for strategy, predicted in found.items():
-            if run := dry.get(precision != "fp32" and zero_stage(strategy) is not None):
-                about = (shapes, strategy, ranks, precision, predicted, run, settings[strategy], accumulation)
-                for moments, peak in zip(predicted, at_peak(*about), strict=True):
-                    moments["peak"] = peak
+        activations, dry, note = _dry_runs(config, precision, batch, trust_remote_code, on_gpu, shapes)
     strategies = {}
     for strategy, predicted in found.items():
-        chosen = enumerate(predicted)
+        chosen = list(range(ranks))
         if ranks > SHOWN:
-            fullest = max(range(ranks), key=lambda r: total(predicted[r]["after backward"]))
-            chosen = [(fullest, predicted[fullest])]
-        strategies[strategy] = {"ranks": [{"rank": rank, **moments} for rank, moments in chosen]}
+            chosen = [max(chosen, key=lambda rank: total(predicted[rank]["after backward"]))]
+        shown = [{"rank": rank, **predicted[rank]} for rank in chosen]
+        if run := dry.get(precision != "fp32" and zero_stage(strategy) is not None):
+            about = (shapes, strategy, ranks, precision, shown, run, settings[strategy], accumulation)
+            for moments, peak in zip(shown, at_peak(*about), strict=True):
+                moments["peak"] = peak
+        strategies[strategy] = {"ranks": shown}
         if away := in_main_memory(settings[strategy]):
             strategies[strategy]["in main memory"] = sorted(away)
     basis = f"states exact ({DEEPSPEED})"
@@ -224,10 +229,7 @@ def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> A
 
     path = user_path(name)
     if path.is_file():
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name!r} is not valid JSON ({error}): give a config.json") from error
+        values = read_json(path, most=MOST_BYTES)
         if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
             raise UserError(f"{name!r} is no transformers config: give a config.json, a model folder or a hub id")
         return preflight.model_config(path, trust_remote_code)
@@ -236,7 +238,7 @@ def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> A
 
 
 def _dry_runs(
-    config: Any, precision: str, batch: Batch, trust_remote_code: bool, on_gpu: bool
+    config: Any, precision: str, batch: Batch, trust_remote_code: bool, on_gpu: bool, shapes: Shapes
 ) -> tuple[dict[str, Any], dict[bool, Any], str]:
     """What a micro-batch needs beside the states: for the report, and by whether the weights are in half precision.
 
@@ -247,6 +249,7 @@ def _dry_runs(
     options = {
         **{"lengths": [batch.length] * batch.rows, "precision": precision, "on_gpu": on_gpu},
         **{"activation_checkpointing": batch.activation_checkpointing, "trust_remote_code": trust_remote_code},
+        "layers": shapes.layers,
     }
     dry, note = {}, ""
     for half in sorted({False, precision != "fp32"}):

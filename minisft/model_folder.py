@@ -25,6 +25,7 @@ from minisft.text import harmless, one_line
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 LAYERS = re.compile(r"n_layers?|num_(hidden_)?layers")
+MOST_BYTES = 4_000_000  # of a config.json: transformers copies it several times
 # transformers makes lists of layers and tables of positions and frequencies before it reads a tensor.
 LIMITS = (
     (LAYERS, 10_000),
@@ -46,7 +47,7 @@ MOST_REMEMBERED = 500
 
 def model_json(file: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """The values of a `config.json`. Raises `UserError` if it is damaged, absurd, or asks for code from elsewhere."""
-    values = _json(file)
+    values = _json(file, MOST_BYTES)
     if values is None:
         raise UserError(f"{file} does not exist: give the folder that save_pretrained wrote")
     for key, value in _entries(values):
@@ -70,8 +71,8 @@ def require_tokenizer_class(folder: Path) -> None:
             raise UserError(f"the tokenizer_class {one_line(found, 60)!r} in {folder / name} is not one of a tokenizer")
 
 
-def _json(file: Path) -> dict[str, Any] | None:
-    values = read_json(file, dict[str, Any])
+def _json(file: Path, most: int | None = None) -> dict[str, Any] | None:
+    values = read_json(file, dict[str, Any], most)
     for key, value in _entries(values or {}):
         for named, most in LIMITS:
             if isinstance(value, int) and value > most and named.fullmatch(key):

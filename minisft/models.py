@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,10 @@ def positions_of(config: Any) -> int | None:
 
 def with_layers(config: Any, layers: int) -> Any:
     """A copy of a transformers config, with so many layers."""
-    config = deepcopy(config)
-    if kinds := getattr(config, "layer_types", None):
-        with suppress(AttributeError):  # of some it is a property, which follows the number of layers
-            config.layer_types = kinds[:layers]
+    config, had = deepcopy(config), config.num_hidden_layers
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == had:  # one entry for each layer, as `layer_types`
+            setattr(config, key, value[:layers])
     config.num_hidden_layers = layers
     return config
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from minisft.errors import UserError
 from minisft.zero_config import offloads, zero_stage
-from minisft.zero_memory import Shapes, generated, on_gpu, paper, predict, total
+from minisft.zero_memory import Shapes, distinct, generated, on_gpu, paper, predict, total
 
 # At equal traffic from the simplest to the leanest. Offloading comes last: main memory is an order of magnitude
 # further away than another GPU.
 CANDIDATES = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+MOST_GPU = 1e15  # bytes
 RESERVED = 1.5e9  # bytes of a GPU that are never ours: the CUDA context, the libraries' workspaces, fragmentation
 
 
@@ -72,8 +73,8 @@ def plan(
     `peaks` gives a strategy's bytes on the GPU at the worst moment, where they are known; elsewhere it is the states
     after backward, and `activation_bytes` of a micro-batch on top. Raises `UserError` for numbers that cannot be.
     """
-    if not gpu_bytes > RESERVED:
-        raise UserError(f"a GPU of {gpu_bytes / 1e9:.1f} GB is no GPU: give its memory in GB, e.g. 80")
+    if not RESERVED < gpu_bytes <= MOST_GPU:
+        raise UserError(f"a GPU of {gpu_bytes / 1e9:.4g} GB is no GPU: give its memory in GB, e.g. 80")
     options = []
     for strategy in candidates(model, ranks):
         states = state_bytes(model, strategy, ranks, precision)
@@ -131,9 +132,9 @@ def main_memory_bytes(model: Shapes, strategy: str, ranks: int, precision: str =
 
 
 def _by_place(model: Shapes, strategy: str, ranks: int, precision: str) -> Iterator[tuple[int, int]]:
-    """Each rank's bytes of states after backward, on its GPU and in main memory."""
+    """Bytes of states after backward, on a rank's GPU and in its main memory, of the ranks that differ."""
     config = generated(model, strategy, ranks, precision)
-    for rank in predict(model, strategy, ranks, precision, config):
+    for rank in distinct(predict(model, strategy, ranks, precision, config)):
         held = rank["after backward"]
         there = total(on_gpu(held, config))
         yield there, total(held) - there

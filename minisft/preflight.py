@@ -18,6 +18,7 @@ from minisft.models import positions_of
 from minisft.runs import RunConfig, outputs_root
 
 GB = 1e9
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 
 
 def resolve_precision(asked: str) -> tuple[str, bool]:
@@ -87,7 +88,8 @@ def state_bytes(config: RunConfig, model: Any, precision: str, on_gpu: bool) -> 
     deepspeed = zero_memory.generated(shapes, config.strategy, config.ranks, precision)
     held = zero_memory.predict(shapes, config.strategy, config.ranks, precision, deepspeed)
     if on_gpu:
-        return max(zero_memory.total(zero_memory.on_gpu(rank["after backward"], deepspeed)) for rank in held)
+        ranks = zero_memory.distinct(held)
+        return max(zero_memory.total(zero_memory.on_gpu(rank["after backward"], deepspeed)) for rank in ranks)
     return zero_memory.most(held, "after backward")
 
 
@@ -153,7 +155,20 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
             ) from error
         raise UserError(f"{file} is of no model that transformers knows ({reason})") from error
     require_language_model(config, file)
+    _require_sense(config, file)
+    _require_sense(config.get_text_config(), file)
     return config
+
+
+def _require_sense(config: Any, file: Path) -> None:
+    """Raise `UserError` for what transformers takes over from a `config.json` and no model can have."""
+    for name in vars(config):
+        if callable(getattr(type(config), name, None)):
+            raise UserError(f"{file} has the key {name}, in the place of a function of transformers: remove it")
+    for name in SIZES:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"{file} says that {name} is {value}: give at least 1")
 
 
 def require_language_model(config: Any, source: str | Path) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, TypeVar
 
 import numpy as np
 
 from minisft.errors import UserError
+from minisft.meta_model import LayerKind, layer_kinds, meta_model
 from minisft.zero_config import (
     DEFAULT_BUCKET,
     DEFAULT_PERSISTENCE,
@@ -24,6 +26,7 @@ from minisft.zero_config import (
     zero_stage,
 )
 
+T = TypeVar("T")
 OWNERS = (
     "parameters",
     "gradients",
@@ -106,12 +109,14 @@ class Shapes:
     """A model as ZeRO sees it: the elements of every trained parameter, shared ones once, by param group.
 
     `groups` are lists of (name, elements) in the optimizer's order; transformers' Trainer makes two, with and without
-    weight decay. `buffer_bytes` is what else the module holds. `source` says where it comes from.
+    weight decay. `buffer_bytes` is what else the module holds. `source` says where it comes from. `layers` says of
+    each decoder layer what it consists of.
     """
 
     groups: tuple[tuple[tuple[str, int], ...], ...]
     buffer_bytes: int = 0
     source: str = ""
+    layers: tuple[LayerKind, ...] = field(default=(), repr=False)
 
     @property
     def parameters(self) -> int:
@@ -138,18 +143,9 @@ class Shapes:
     @classmethod
     def of_config(cls, config: Any, trust_remote_code: bool = False, source: str = "") -> Shapes:
         """The same from a transformers config: a model is built without weights. Raises `UserError` if none can be."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except Exception as error:  # each model's code raises its own
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise UserError(
-                f"no {config.model_type} model can be built from this config ({reason}): correct it"
-            ) from error
-        return cls.of_model(model, source or f"{type(model).__name__} built from its config, without weights")
+        model = meta_model(config, trust_remote_code)
+        shapes = cls.of_model(model, source or f"{type(model).__name__} built from its config, without weights")
+        return replace(shapes, layers=tuple(layer_kinds(model)))
 
 
 def partition_size(elements: int, ranks: int) -> int:
@@ -201,6 +197,8 @@ def predict(
 ) -> list[dict[str, dict[str, int]]]:
     """Bytes of the model's states, one entry per rank: for each of `MOMENTS` its owners' bytes.
 
+    Ranks that hold the same share an entry.
+
     `deepspeed` is the configuration that runs; without one it is what `minisft` generates. Raises `UserError` for a
     strategy, number of ranks or precision that cannot be.
     """
@@ -222,15 +220,22 @@ def predict(
     if deepspeed and offloaded(deepspeed, "optimizer"):
         accumulation = int(deepspeed.get("gradient_accumulation_steps", 1))
         rest, gradients, extra = _offloaded(shapes, ranks, precision, stage, accumulation, rest)
-    predicted = []
-    for rank in range(ranks):
+
+    @cache
+    def entry(arriving: int, kept: int) -> dict[str, dict[str, int]]:
         resting = dict.fromkeys(OWNERS, 0) | rest
-        resting["offload buffers"] += int(extra[rank])
-        after = resting | {"gradients": resting["gradients"] + int(gradients[rank])}
+        resting["offload buffers"] += kept
+        after = resting | {"gradients": resting["gradients"] + arriving}
         if strategy == "ddp":  # the gradients lie in the buckets
             after["buckets"] = 0
-        predicted.append({"at rest": resting, "after backward": after})
-    return predicted
+        return {"at rest": resting, "after backward": after}
+
+    return [entry(*pair) for pair in zip(gradients.tolist(), extra.tolist(), strict=True)]
+
+
+def distinct(predicted: Sequence[T]) -> list[T]:
+    """The entries of `predict` without those that ranks share."""
+    return list({id(entry): entry for entry in predicted}.values())
 
 
 def generated(
@@ -372,4 +377,4 @@ def most(predicted: Sequence[Mapping[str, Mapping[str, int]]], moment: str) -> i
     """Bytes of the rank that holds the most at `moment`."""
     if not predicted:
         return math.nan
-    return max(total(rank[moment]) for rank in predicted)
+    return max(total(rank[moment]) for rank in distinct(predicted))
