@@ -71,8 +71,8 @@ def require_tokenizer_class(folder: Path) -> None:
             raise UserError(f"the tokenizer_class {one_line(found, 60)!r} in {folder / name} is not one of a tokenizer")
 
 
-def _json(file: Path, most: int | None = None) -> dict[str, Any] | None:
-    values = read_json(file, dict[str, Any], most)
+def _json(file: Path, most_bytes: int | None = None) -> dict[str, Any] | None:
+    values = read_json(file, dict[str, Any], most_bytes)
     for key, value in _entries(values or {}):
         for named, most in LIMITS:
             if isinstance(value, int) and value > most and named.fullmatch(key):

@@ -106,7 +106,10 @@ BREAK = {
         lambda folder: edit_json(folder / "config.json", hidden_act="nonesuch"),
         "cannot be examined .*nonesuch",
     ),
-    "an impossible vocabulary": (lambda folder: edit_json(folder / "config.json", vocab_size=-1), "cannot be examined"),
+    "an impossible vocabulary": (
+        lambda folder: edit_json(folder / "config.json", vocab_size=-1),
+        "vocab_size is -1: give at least 1",
+    ),
     "a manifest without files": (
         lambda folder: (folder / "manifest.json").write_text('{"step": 3}'),
         "manifest.json does not name",
