@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -25,6 +26,7 @@ from minisft.errors import UserError
 
 T = TypeVar("T")
 PRIVATE = 0o600
+JUST_NOW = 100_000_000  # nanoseconds; clocks of file systems move in steps of up to 10 ms
 MOST_DIGESTS = 500  # files whose checksum is remembered
 _STREAM = re.compile(r"/(?:dev/fd|proc/self/fd)/(\d+)")
 _STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
@@ -306,6 +308,8 @@ class Digests:
             return entry[-1]
         found = digest(file)
         self.read += 1
+        if time.time_ns() - before.st_ctime_ns < JUST_NOW:  # another write may get the same time
+            return found
         with suppress(OSError, UserError):  # a cache that cannot be written costs time alone
             memory = digest_memory()
             memory.parent.mkdir(parents=True, exist_ok=True)
@@ -318,7 +322,7 @@ class Digests:
     def how(self) -> str:
         """How the checksums were found, for a report."""
         if not self.remembered:
-            return f"{self.read} files read and hashed"
+            return f"{self.read} {'file' if self.read == 1 else 'files'} read and hashed"
         return f"{self.remembered} of {self.read + self.remembered} checksums remembered (files untouched since)"
 
     def _known(self) -> dict[str, Any]:
