@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minisft.observe import speed
 from minisft.runs import Run, checkpoint_step
+from minisft.text import one_line
 from minisft.traffic import sent
 from minisft.zero_measure import OTHER
 from minisft.zero_memory import MOMENTS
@@ -79,7 +80,8 @@ def tables(runs: Sequence[Run]) -> dict[str, pandas.DataFrame]:
 
 def verdict(runs: Sequence[Run]) -> str:
     """Which of the runs was fastest and which leanest here, and how far that carries. Empty without two to compare."""
-    rows = [row for row in summary_rows(runs) if row["tokens_per_second"] and row["model_state_bytes"]]
+    rows = [row | {"run": one_line(row["run"])} for row in summary_rows(runs)]
+    rows = [row for row in rows if row["tokens_per_second"] and row["model_state_bytes"]]
     if len(rows) < 2:
         return ""
     most = max(row["tokens_per_second"] for row in rows)
@@ -129,7 +131,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         lines.append(
-            f"{row['run']:<14} {row['status']:<10} {row['ranks']:>5} {row['steps']:>5} "
+            f"{one_line(row['run']):<14} {row['status']:<10} {row['ranks']:>5} {row['steps']:>5} "
             f"{_number(row['first_loss'], '.4f'):>10} {_number(row['last_loss'], '.4f'):>10} "
             f"{_number(row['tokens_per_second'], ',.0f'):>9} {_size(row['model_state_bytes']):>12} "
             f"{_size(row['peak_bytes']):>10} {_size(row['sent_bytes']):>10}"

@@ -231,7 +231,8 @@ def _key(run: Run, model: Path, exam: Exam, settings: Settings, digests: Digests
 
 def _line(result: dict[str, Any]) -> str:
     return (
-        f"{result['run']} step {result['step']:>3}: BLEU {result['bleu']:5.2f}{interval_told(result, 'bleu')}, "
+        f"{one_line(result['run'])} step {result['step']:>3}: "
+        f"BLEU {result['bleu']:5.2f}{interval_told(result, 'bleu')}, "
         f"chrF {result['chrf']:5.2f}, loss {result['loss']:.3f}, {result['stopped']:.0%} of {result['rows']} answers "
         "stopped by themselves"
     )

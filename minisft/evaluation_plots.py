@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from minisft.files import read_json
-from minisft.plots import PALETTE, Picture, figure_of, picture_of
+from minisft.plots import PALETTE, Picture, figure_of, in_figure, legend_below, picture_of
+from minisft.run_files import Summary
 from minisft.runs import Run, outputs_root
-from minisft.scores import corpus_scores
+from minisft.scores import corpus_scores, tokenizer_for
 
-Summary = Mapping[str, Any]  # a `summary.json`
 NAMES = {"BLEU": "bleu", "chrF": "chrf", "loss": "loss"}
 
 
 def draw(runs: Sequence[Run]) -> Path | None:
     """Write the figure of these runs' last evaluations, `outputs/evaluation/scores.png`, if there is any."""
     folder = outputs_root() / "evaluation"
-    found = [summary for run in runs if (summary := read_json(folder / run.name / "summary.json"))]
+    found = [summary for run in runs if (summary := read_json(folder / run.name / "summary.json", Summary))]
     if not found:
         return None
     scores_over_steps(found).save(folder / "scores.png")
@@ -35,9 +35,10 @@ def scores_over_steps(summaries: Sequence[Summary]) -> Picture:
         spread = 0.012 * max(steps) * (i - (len(summaries) - 1) / 2)
         for panel, key in zip(axes, NAMES.values(), strict=True):
             values = [c[key] for c in summary["checkpoints"]]
-            style = {"color": PALETTE[i % 7], "marker": "o", "markersize": 4, "linewidth": 1.4, "label": summary["run"]}
-            edges = [c.get(f"{key}_interval") for c in summary["checkpoints"]]
-            if all(edges):
+            style = {"color": PALETTE[i % 7], "marker": "o", "markersize": 4, "linewidth": 1.4}
+            style["label"] = in_figure(summary["run"])
+            edges = [c.get(f"{key}_interval") or [] for c in summary["checkpoints"]]
+            if all(len(edge) == 2 for edge in edges):
                 spans = [(max(0, v - low), max(0, high - v)) for v, (low, high) in zip(values, edges, strict=True)]
                 panel.errorbar(
                     [s + spread for s in steps], values, yerr=list(zip(*spans, strict=True)), capsize=2, **style
@@ -48,7 +49,7 @@ def scores_over_steps(summaries: Sequence[Summary]) -> Picture:
         panel.set(xlabel="optimizer step", ylabel=label)
         if "loss" not in label:
             panel.set_ylim(bottom=0)
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=len(summaries), loc="outside lower center")
+    legend_below(figure, axes[0])
     figure.suptitle(_message(summaries))
     each = "; ".join(
         f"{s['run']} {', '.join(f'{name} {_from_to(s, key)}' for name, key in NAMES.items())}" for s in summaries
@@ -83,11 +84,12 @@ def interval_widths(answers: Sequence[Mapping[str, Any]], draws: int = 8, seed: 
     """
     chance = random.Random(seed)  # noqa: S311 (draws answers, guards nothing)
     sizes = [n for n in (4, 8, 16, 32, 64, 128, 256) if n < len(answers)]
+    tokenize = tokenizer_for([a["reference"] for a in answers])
     found: list[tuple[int, float]] = []
     for size in [*sizes, len(answers)]:
         for _ in range(draws if size < len(answers) else 1):
             part = chance.sample(list(answers), size)
-            scores = corpus_scores([a["output"] for a in part], [a["reference"] for a in part], 300)
+            scores = corpus_scores([a["output"] for a in part], [a["reference"] for a in part], 300, tokenize)
             low, high = scores["bleu_interval"]
             found.append((size, high - low))
     all_of_them = found[-1][1]

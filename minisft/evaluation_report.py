@@ -9,7 +9,7 @@ from typing import Any
 
 from minisft.files import write_json, written_whole
 from minisft.runs import Run
-from minisft.text import harmless
+from minisft.text import in_markdown, in_markdown_block, one_line
 
 COLUMNS = ("step", "bleu", "bleu_interval", "chrf", "chrf_interval", "length_ratio", "stopped", "loss", "perplexity")
 
@@ -54,7 +54,7 @@ def _markdown(
 ) -> list[str]:
     which = "the last answer of each" if settings["answers"] == "last" else "every answer of each"
     lines = [
-        f"# Evaluation of {run.name}",
+        f"# Evaluation of {in_markdown(run.name)}",
         "",
         f"{results[0]['rows']} answers to test conversations ({which}), greedy, of at most "
         f"{settings['max_new_tokens']} tokens. Step 0 is the model before training. Loss and perplexity are those of "
@@ -62,9 +62,10 @@ def _markdown(
         "",
         _leaks_told(leakage),
         "",
-        f"BLEU: `{results[0]['bleu_signature']}`  ",
-        f"chrF: `{results[0]['chrf_signature']}`",
+        f"BLEU: {_code(results[0]['bleu_signature'])}  ",
+        f"chrF: {_code(results[0]['chrf_signature'])}",
         "",
+        *([in_markdown(results[0]["bleu_note"]), ""] if results[0].get("bleu_note") else []),
         "| step | BLEU (95%) | chrF (95%) | length ratio | stopped by itself | loss | perplexity |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -75,14 +76,19 @@ def _markdown(
         for r in results
     ]
     for step, why in unusable.items():
-        lines += ["", f"Checkpoint {step} cannot be used:", *_quoted(harmless(why))]
-    lines += ["", "To check a score: `sacrebleu references.txt -i checkpoint-N.txt`."]
+        lines += ["", f"Checkpoint {step} cannot be used:", "", in_markdown_block(why)]
+    tokenizer = results[0].get("bleu_tokenizer", "13a")
+    lines += ["", f"To check a score: {_code(f'sacrebleu references.txt -tok {tokenizer} -i checkpoint-N.txt')}."]
     for i, example in enumerate(results[0]["examples"]):
-        lines += ["", f"## Example {i + 1}", "", "Prompt", *_quoted(example["prompt"])]
-        lines += ["", "Reference", *_quoted(example["reference"])]
+        lines += ["", f"## Example {i + 1}", "", "Prompt", "", in_markdown_block(example["prompt"])]
+        lines += ["", "Reference", "", in_markdown_block(example["reference"])]
         for result in results:
-            lines += ["", f"Step {result['step']}", *_quoted(result["examples"][i]["output"])]
+            lines += ["", f"Step {result['step']}", "", in_markdown_block(result["examples"][i]["output"])]
     return lines
+
+
+def _code(text: str) -> str:
+    return f"`{one_line(text).replace('`', '')}`"
 
 
 def interval_told(result: Mapping[str, Any], name: str) -> str:
@@ -97,11 +103,6 @@ def _leaks_told(leakage: Mapping[str, Any]) -> str:
         return f"None of the {of} questions that were looked at is among the trained ones."
     done = "those conversations were left out" if leakage["excluded"] else "they are in the scores"
     return f"Of {of} questions {exact} were trained word by word and {near} nearly so: {done}."
-
-
-def _quoted(text: str) -> list[str]:
-    """Untrusted text as an indented block, in which Markdown and HTML mean nothing."""
-    return ["", *("    " + line for line in text.splitlines() or [""])]
 
 
 def side_by_side(questions: Sequence[str], before: Sequence[Any], after: Sequence[Any]) -> str:

@@ -6,7 +6,6 @@ there is escaped. Where HTML is not shown, the same is a few lines of text.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from contextlib import suppress
@@ -14,7 +13,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minisft.files import last_lines
+from typing_extensions import TypedDict
+
+from minisft.errors import UserError
+from minisft.files import last_lines, parse_json
 from minisft.pulse import read_signs
 from minisft.runs import Run
 
@@ -23,7 +25,7 @@ LOG_LINES = 6
 POINTS = 240  # of the curve
 WIDTH, HEIGHT = 440, 120  # of the curve, in pixels
 COLOURS = {"done": "#009E73", "failed": "#D55E00"}
-STEP = re.compile(r"step +(\d+)/(\d+) +(.*)")
+STEP = re.compile(r"step +(\d{1,12})/(\d{1,12}) +(.*)")
 
 
 def in_notebook() -> bool:
@@ -33,6 +35,13 @@ def in_notebook() -> bool:
     except ImportError:
         return False
     return type(get_ipython()).__name__ == "ZMQInteractiveShell"
+
+
+class Point(TypedDict):
+    """What the curve needs of a line of `metrics.jsonl`."""
+
+    step: int
+    loss: float
 
 
 class LiveView:
@@ -75,11 +84,11 @@ class LiveView:
 
     def _read(self) -> None:
         for line in self.metrics.new_lines():
-            with suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                if self.losses and entry["step"] <= self.losses[-1][0]:
-                    self.losses = [point for point in self.losses if point[0] < entry["step"]]
-                self.losses.append((entry["step"], float(entry["loss"])))
+            with suppress(UserError):
+                point = parse_json(line, self.metrics.file, Point)
+                while self.losses and self.losses[-1][0] >= point["step"]:  # repeated after a resume
+                    self.losses.pop()
+                self.losses.append((point["step"], point["loss"]))
 
     @property
     def headline(self) -> str:

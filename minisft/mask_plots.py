@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from minisft.labels import IGNORE_INDEX, Row
-from minisft.plots import PALETTE, Picture, figure_of, picture_of
+from minisft.plots import PALETTE, Picture, drawable, figure_of, picture_of
 from minisft.tokens import Tokenizer
 
 BLUE, ORANGE = PALETTE[0], PALETTE[1]
@@ -79,7 +79,7 @@ def losses_before_and_after(
     ends = [n for n, p in enumerate(places) if row.input_ids[p] == tokenizer.eos_id]
     for n in ends:
         axes.axvspan(n - 0.5, n + 0.5, color="#0072B2", alpha=0.12, linewidth=0, zorder=0)
-    names = [tokenizer.piece(row.input_ids[p]) for p in places]
+    names = [drawable(tokenizer.piece(row.input_ids[p])) for p in places]
     axes.set_xticks(list(x), ["EOS" if n in ends else name for n, name in enumerate(names)], rotation=60, ha="right")
     for label in axes.get_xticklabels():
         label.set(parse_math=False, rotation_mode="anchor", family="DejaVu Sans Mono", fontsize=9)

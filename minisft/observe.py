@@ -71,7 +71,7 @@ class TerminalProgress:
         self.redraws = stream is not None and stream.isatty()
 
     def __call__(self, line: str) -> None:
-        step = re.match(r"step +(\d+)/(\d+) ", line)
+        step = re.match(r"step +(\d{1,12})/(\d{1,12}) ", line)
         if not (step and self.redraws):
             self.close()
             say(line, to=self.stream)

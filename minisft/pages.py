@@ -49,7 +49,7 @@ STYLES = _words(
 VALUE = re.compile(r"[\w#.,:%\s-]*(?:rgba?\([\d.,%\s]*\)[\w#.,%\s-]*)*")  # no other function: url() would load a file
 LINK = re.compile(r"(?:https?://|mailto:)[^\s\x00-\x1f]*|(?!//)[\w./%-]*(?:#[^\s\x00-\x1f]*)?")
 IMAGE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]*")
-DEEPEST = 100  # elements in each other; what is deeper keeps its text alone
+DEEPEST, MOST = 100, 50_000  # elements in each other, and in one output; of further ones only the text stays
 
 # nbconvert's own page loads scripts for formulas, diagrams and widgets, and has no place for alt text (7.17).
 PAGE = """{% extends 'index.html.j2' %}
@@ -100,10 +100,11 @@ def _plain(nb: Any) -> Any:
     nb.metadata = from_dict({"language_info": nb.metadata.get("language_info", {})})
     for cell in nb.cells:
         cell.metadata = from_dict({"tags": cell.metadata.get("tags", [])})
-        for output in cell.get("outputs", []):
-            if "metadata" in output:
-                about = {kind: d for kind, d in output.metadata.items() if kind in SHOWN and isinstance(d, Mapping)}
-                output.metadata = from_dict({kind: {k: str(v) for k, v in d.items()} for kind, d in about.items()})
+        for output in (output for output in cell.get("outputs", []) if "data" in output):
+            about = {kind: d for kind, d in output.metadata.items() if kind in SHOWN and isinstance(d, Mapping)}
+            output.metadata = from_dict({kind: {k: str(v) for k, v in d.items()} for kind, d in about.items()})
+            if output.data and not output.data.keys() & set(SHOWN):
+                output.data["text/plain"] = f"({one_line(', '.join(output.data), 200)}: not shown on this page)"
     return nb
 
 
@@ -138,11 +139,13 @@ class _Reader:
         self.parts: list[str] = []
         self.ends: list[str] = []  # of the open elements
         self.unread = 0  # how many of them have content that is not shown
+        self.shown = 0  # elements
 
     def start(self, tag: str, attributes: Mapping[str, str]) -> None:
         self.unread += tag in UNREAD
-        is_shown = tag in ELEMENTS and not self.unread and len(self.ends) < DEEPEST
+        is_shown = tag in ELEMENTS and not self.unread and len(self.ends) < DEEPEST and self.shown < MOST
         if is_shown:
+            self.shown += 1
             self.parts.append(f"<{tag}")
             for name, value in attributes.items():
                 if (kept := _value(tag, name, value or "")) is not None:

@@ -11,15 +11,18 @@ from typing import Any
 
 from minisft.compare import leanest, listed, model_states, summary_rows
 from minisft.conversations import Conversation
+from minisft.files import written_whole
 from minisft.labels import Row, encode_segments
 from minisft.ledger import Ledger
 from minisft.mistral import Segment
 from minisft.runs import Run
+from minisft.text import harmless, one_line, spelt
 from minisft.tokens import Tokenizer
 from minisft.zero_measure import OTHER
 
 # Okabe and Ito (2008): distinguishable with every common kind of colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+LONGEST_NAME = 40  # characters that a figure shows of a name
 OWNER_COLOURS = {
     "parameters": "#0072B2",
     "gradients": "#009E73",
@@ -43,7 +46,8 @@ class Picture:
         return {"image/png": self.png, "text/plain": self.alt}, {"image/png": {"alt": escape(self.alt)}}
 
     def save(self, path: Path | str) -> None:
-        Path(path).write_bytes(self.png)
+        with written_whole(Path(path)) as stream:
+            stream.buffer.write(self.png)
 
 
 def loss_curves(runs: Sequence[Run]) -> Picture:
@@ -51,7 +55,7 @@ def loss_curves(runs: Sequence[Run]) -> Picture:
     curves = {run.name: [m["loss"] for m in run.metrics] for run in runs}
     steps = min(map(len, curves.values()))
     first = next(iter(curves.values()))[:steps]
-    away = {name: [abs(a - b) / b for a, b in zip(c, first, strict=False)] for name, c in curves.items()}
+    away = {n: [abs(a - b) / max(abs(b), 1e-9) for a, b in zip(c, first, strict=False)] for n, c in curves.items()}
     worst = max(max(a) for a in away.values())
     verdict = "lie on each other" if worst < 1e-3 else "differ"
     figure, (top, bottom) = figure_of(7.6, 5.0, nrows=2, sharex=True, height_ratios=[2.2, 1])
@@ -59,14 +63,15 @@ def loss_curves(runs: Sequence[Run]) -> Picture:
     for i, (name, curve) in enumerate(curves.items()):
         width = 9 - 7.5 * i / max(1, len(curves) - 1)
         x = range(1, len(curve) + 1)
-        top.plot(x, curve, color=PALETTE[i % 7], linewidth=width, label=name, solid_capstyle="round")
+        top.plot(x, curve, color=PALETTE[i % 7], linewidth=width, label=in_figure(name), solid_capstyle="round")
         if i:
-            bottom.plot(x[:steps], [max(a, 1e-9) for a in away[name]], color=PALETTE[i % 7], marker="o", label=name)
+            bottom.plot(x[:steps], [max(a, 1e-9) for a in away[name]], color=PALETTE[i % 7], marker="o")
     base = next(iter(curves))
     top.set(ylabel="loss (nats per trained token)", title=f"{len(runs)} strategies, one loss: the curves {verdict}")
     top.legend(frameon=False)
     bottom.axhline(1e-3, color="#888888", linestyle=":", linewidth=1)
-    bottom.set(yscale="log", ylim=(3e-10, 1), xlabel="optimizer step", ylabel=f"relative distance\nfrom {base}")
+    bottom.set(yscale="log", ylim=(3e-10, 1), xlabel="optimizer step")
+    bottom.set_ylabel(f"relative distance\nfrom {in_figure(base)}")
     first_to_last = f"from {first[0]:.2f} to {first[-1]:.2f} in {steps} steps"
     return picture_of(
         figure,
@@ -85,7 +90,8 @@ def comparison(runs: Sequence[Run]) -> Picture:
         losses = [m["loss"] for m in run.metrics]
         seconds = [sum(m["seconds"] for m in run.metrics[: n + 1]) for n in range(len(losses))]
         width = 7 - 5.5 * i / max(1, len(runs) - 1)
-        by_step.plot([m["step"] for m in run.metrics], losses, color=colours[run.name], linewidth=width, label=run.name)
+        style = {"color": colours[run.name], "linewidth": width, "label": in_figure(run.name)}
+        by_step.plot([m["step"] for m in run.metrics], losses, **style)
         by_time.plot(seconds, losses, color=colours[run.name], linewidth=1.8)
     by_step.set(xlabel="optimizer step", ylabel="loss (nats per trained token)")
     by_time.set(xlabel="seconds of training", ylabel="loss")
@@ -97,16 +103,16 @@ def comparison(runs: Sequence[Run]) -> Picture:
     )
     for panel, key, size, label in panels:
         values = [(row[key] or 0) / size for row in rows.values()]
-        panel.barh(list(rows), values, color=list(colours.values()))
+        panel.barh(list(map(in_figure, rows)), values, color=list(colours.values()))
         panel.set(xlabel=label, xlim=(0, 1.25 * max(*values, 1e-9)))
         panel.invert_yaxis()
         for y, value in enumerate(values):
             panel.text(value, y, f" {value:,.0f}" if size == 1 else f" {value:.2f}", va="center", fontsize=8)
-    figure.legend(*by_step.get_legend_handles_labels(), frameon=False, ncols=len(rows), loc="outside lower center")
+    legend_below(figure, by_step)
     fastest = max(rows, key=lambda name: rows[name]["tokens_per_second"] or 0)
     lightest = leanest(list(rows.values()))
-    least = f", and {listed(lightest)} held the least between steps" if lightest else ""
-    figure.suptitle(f"On this machine {fastest} was the fastest{least}")
+    least = f", and {listed(list(map(in_figure, lightest)))} held the least between steps" if lightest else ""
+    figure.suptitle(f"On this machine {in_figure(fastest)} was the fastest{least}")
     each = "; ".join(
         f"{name} {row['tokens_per_second'] or 0:,.0f} tokens/s, {_gigabytes(row['model_state_bytes'])} of states, "
         f"{_gigabytes(row['peak_bytes'])} at the peak, {_gigabytes(row['sent_bytes'])} sent per step"
@@ -122,7 +128,8 @@ def _gigabytes(size: float | None) -> str:
 def memory_bars(runs: Sequence[Run]) -> Picture:
     """Measured bytes of one rank between two steps, by owner, one bar per run."""
     figure, axes = figure_of(7.6, 0.9 + 0.55 * len(runs))
-    names = [f"{run.name} ({run.config.ranks} rank{'s' if run.config.ranks > 1 else ''})" for run in runs]
+    drawn = [in_figure(run.name) for run in runs]
+    names = [f"{name} ({r.config.ranks} rank{'s' * (r.config.ranks > 1)})" for name, r in zip(drawn, runs, strict=True)]
     ranks = [max(run.memory, key=model_states, default={}) for run in runs]
     left = [0.0] * len(runs)
     for owner, colour in OWNER_COLOURS.items():
@@ -131,8 +138,8 @@ def memory_bars(runs: Sequence[Run]) -> Picture:
             axes.barh(names, sizes, left=left, color=colour, label=owner, edgecolor="white")
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     least = min(left)
-    lightest = " and ".join(run.name for run, total in zip(runs, left, strict=True) if total < 1.01 * least)
-    title = f"{lightest} hold {least:.2f} GB on each rank, {runs[0].name} {left[0]:.2f} GB"
+    lightest = " and ".join(name for name, total in zip(drawn, left, strict=True) if total < 1.01 * least)
+    title = f"{lightest} hold {least:.2f} GB on each rank, {drawn[0]} {left[0]:.2f} GB"
     axes.set(xlabel="GB on one rank between two steps (measured)", title=title)
     axes.invert_yaxis()
     axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.28))
@@ -152,7 +159,8 @@ def before_and_after(summaries: Sequence[dict[str, Any]]) -> Picture:
         width = 7 - 5.5 * i / max(1, len(summaries) - 1)
         for axes, key, scale in ((left, "loss", 1), (right, "stopped", 100)):
             values = [scale * c[key] for c in summary["checkpoints"]]
-            axes.plot(steps, values, marker="o", color=PALETTE[i % 7], linewidth=width, label=summary["run"])
+            style = {"color": PALETTE[i % 7], "linewidth": width, "label": in_figure(summary["run"])}
+            axes.plot(steps, values, marker="o", **style)
     first, last = summaries[0]["checkpoints"][0], summaries[0]["checkpoints"][-1]
     moved = "falls" if last["loss"] < first["loss"] else "does not fall"
     change = 100 * (last["stopped"] - first["stopped"])
@@ -188,7 +196,7 @@ def draw_tokens(
     heading = wrap(title, int(width / 7.2))
     placed, x, y = [], gap, 18 + 17 * len(heading)
     for text, kinds, losses in tiles:
-        text = _drawable(text)
+        text = drawable(text)
         size = character * len(text)
         if x + size + gap > width and x > gap:
             x, y = gap, y + pitch
@@ -219,15 +227,30 @@ def draw_tokens(
     return picture_of(figure, alt)
 
 
-def _drawable(text: str) -> str:
+def legend_below(figure: Any, axes: Any) -> None:
+    """A legend of what is drawn in `axes` below the whole of a figure, in as many columns as have room."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(len(labels), 100 // (6 + max(map(len, labels), default=0))))
+    figure.legend(handles, labels, frameon=False, ncols=columns, loc="outside lower center")
+
+
+def in_figure(name: object) -> str:
+    """A name as matplotlib draws it in a title, a legend or beside an axis: on one line and literally.
+
+    It is no formula, and has no leading underscore, which would hide it in a legend.
+    """
+    line = drawable(one_line(name, LONGEST_NAME), "DejaVu Sans:bold")
+    line = (line if len(line) <= LONGEST_NAME else line[: LONGEST_NAME - 1] + "…").replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{line}" if line.startswith("_") else line
+
+
+def drawable(text: str, face: str = "DejaVu Sans Mono:bold") -> str:
     """`text` with what the font cannot draw, or would draw onto its neighbour, spelt out."""
     from unicodedata import bidirectional, combining
 
     from matplotlib.font_manager import findfont, get_font
 
-    from minisft.text import spelt
-
-    font = get_font(findfont("DejaVu Sans Mono:bold"))
+    font = get_font(findfont(face))
     plain = (font.get_char_index(ord(c)) and not combining(c) and bidirectional(c) not in ("R", "AL") for c in text)
     return "".join(c if drawn else spelt(c) for c, drawn in zip(text, plain, strict=True)).replace("◌\\", "\\")
 
@@ -265,7 +288,7 @@ def token_lanes(lanes: Mapping[str, tuple[Iterable[Segment], Tokenizer]], marked
             flags = _tokens_of(marked, ids, tokenizer) if segment.text else [False] * len(ids)
             turns += [f"turn {turn + 1}"] * any(flags)
             for token_id, flag in zip(ids, flags, strict=True):
-                text = _drawable(tokenizer.piece(token_id))
+                text = drawable(tokenizer.piece(token_id))
                 if x + character * len(text) > width and x > left:
                     x, y = left, y + pitch
                 kind = "system prompt" if flag else _lane_kind(segment)
@@ -387,4 +410,4 @@ def picture_of(figure: Any, alt: str) -> Picture:
     # A palette looks the same and is a third of the size, in notebooks that are kept under version control.
     few_colours = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     few_colours.save(out, "PNG", optimize=True, dpi=(110, 110))
-    return Picture(out.getvalue(), alt)
+    return Picture(out.getvalue(), harmless(alt))

@@ -8,7 +8,7 @@ from typing import Any
 
 from minisft.dry_run import ACTIVATIONS, BACKWARD, LOGITS
 from minisft.planner import RESERVED, Plan
-from minisft.plots import OWNER_COLOURS, PALETTE, Picture, figure_of, picture_of
+from minisft.plots import OWNER_COLOURS, PALETTE, Picture, figure_of, in_figure, picture_of
 from minisft.runs import Run
 from minisft.traffic import OPERATIONS, predict_traffic, sent
 from minisft.zero_memory import MOMENTS, OWNERS, Shapes, paper, partition_size, predict, total
@@ -227,15 +227,15 @@ def step_timeline(memory: Mapping[str, Any], name: str) -> Picture:
         colour = STEP_COLOURS.get(owner, "#BBBBBB")
         column.bar(0, held / size, bottom=bottom, width=0.8, color=colour, edgecolor="white")
         if held > 0.03 * peak:
-            text = f"{owner}  {held / size:.2f}"
+            text = f"{in_figure(owner)}  {held / size:.2f}"
             column.text(0.5, bottom + held / size / 2, text, va="center", fontsize=8)
         bottom += held / size
     column.set(xlim=(-0.5, 3.2), ylim=axes.get_ylim(), xticks=[0], xticklabels=["at the peak"], yticks=[])
     column.spines[["left", "bottom"]].set_visible(False)
     most = next(iter(owners))
     figure.suptitle(
-        f"{name} holds the most in {_phase(phase)}, {peak / before:.1f} times what lies there between steps: "
-        f"{owners[most] / peak:.0%} of it are {most}",
+        f"{in_figure(name)} holds the most in {_phase(phase)}, {peak / before:.1f} times what is there between steps: "
+        f"{owners[most] / peak:.0%} of it are {in_figure(most)}",
         fontsize=11,
     )
     each = ", ".join(f"{held / size:.2f} {unit} {owner}" for owner, held in owners.items())
@@ -252,6 +252,7 @@ def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulat
     runs = [run for run in runs if run.config.ranks > 1]
     figure, (left, right) = figure_of(9.4, 1.9 + 0.4 * len(runs), ncols=2)
     predicted = {run.name: _predicted_traffic(shapes, run) for run in runs}
+    names = list(map(in_figure, predicted))
     size, unit = unit_for(
         max(sent(moved, run.config.ranks) for run, moved in zip(runs, predicted.values(), strict=True))
     )
@@ -259,7 +260,7 @@ def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulat
     for i, operation in enumerate(OPERATIONS):
         sizes = [sent({operation: predicted[run.name][operation]}, run.config.ranks) / size for run in runs]
         if any(sizes):
-            left.barh(list(predicted), sizes, left=edge, color=PALETTE[i], label=operation, edgecolor="white")
+            left.barh(names, sizes, left=edge, color=PALETTE[i], label=operation, edgecolor="white")
             edge = [a + b for a, b in zip(edge, sizes, strict=True)]
     measured = {}
     for i, run in enumerate(runs):

@@ -272,6 +272,98 @@ def test_a_limit_that_is_no_number_is_reported(tmp_path):
     assert "timeout_seconds is 'soon'" in result.error_tail
 
 
+HEAD = '"nbformat": 4, "nbformat_minor": 5'
+WRONG = [
+    '{"nbformat": 3, "nbformat_minor": 0, "worksheets": [], "metadata": {}}',
+    '{"nbformat": 4, "nbformat_minor": "5", "cells": [], "metadata": {}}',
+    '{HEAD, "cells": {}, "metadata": {}}',
+    '{HEAD, "cells": [5], "metadata": {}}',
+    '{HEAD, "cells": [], "metadata": []}',
+    '{HEAD, "cells": [], "metadata": {"minisft": "x"}}',
+    '{HEAD, "cells": [], "metadata": {"minisft": {"timeout_seconds": 1e400}}}',
+    '{HEAD, "cells": [], "metadata": {"minisft": {"timeout_seconds": NaN}}}',
+    '{HEAD, "cells": [], "metadata": {"minisft": {"timeout_seconds": true}}}',
+    '{HEAD, "cells": [], "metadata": {"minisft": {"timeout_seconds": 1' + "0" * 400 + "}}}",
+    '{HEAD, "cells": [{"cell_type": "markdown", "metadata": {}, "source": "\\ud800"}]}',
+    '{HEAD, "cells": [{"cell_type": "code", "metadata": 3, "source": 5}], "metadata": {}}',
+    "[" * 100_000,
+    "\udcff",
+]
+
+
+@pytest.mark.attack("15")
+@pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
+def test_a_notebook_of_another_shape_is_one_sentence(tmp_path, text):
+    path = write(tmp_path, "00_odd")
+    path.write_bytes(text.replace("HEAD", HEAD).encode(errors="surrogateescape"))
+    (result,) = book.run_notebooks([path], root=tmp_path, out=tmp_path / "out")
+    assert result.error_tail.startswith("not a valid notebook: ")
+    assert len(result.error_tail.splitlines()) == 1
+    assert len(result.error_tail) < 700
+
+
+@pytest.mark.attack("15")
+def test_names_and_metadata_of_any_kind(tmp_path, capsys):
+    """A name that is not UTF-8, a title and metadata that give orders: the page is there, and linked."""
+    path = write(tmp_path, "00_\udce9\x1b[31m<b>", "print('ran')", kernelspec={"name": "x", "display_name": "\x1b[31m"})
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[0].metadata |= {"transient": 5, "jupyter": {"outputs_hidden": True}, "tags": ["<b>"]}
+    nbformat.write(nb, path)
+    assert book.execute(tmp_path, [path]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert r"00_\xe9\x1b[31m<b>.ipynb" in printed
+    index = (tmp_path / "outputs" / "notebooks" / "index.html").read_text()
+    assert 'href="00_%E9%1B%5B31m%3Cb%3E.html"' in index
+    assert "ran" in (tmp_path / "outputs" / "notebooks" / f"{path.stem}.html").read_text()
+
+
+@pytest.mark.attack("12")
+@pytest.mark.attack("13")
+def test_outputs_that_were_made_elsewhere_are_not_trusted(tmp_path):
+    """A cell that is skipped keeps its outputs: they are shown, without what is active in them, and in linear time."""
+    path = write(tmp_path, "kept", "1", "print('\x1b]' * 60_000)")
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[0].metadata["tags"] = ["skip-execution"]
+    hostile = "<b>kept</b><script>alert('active')</script><a href='javascript:alert(1)' onclick='alert(2)'>x</a>"
+    data = {"text/html": hostile, "application/javascript": "alert('active')"}
+    nb.cells[0].outputs = [
+        nbformat.v4.new_output("display_data", data=data),
+        nbformat.v4.new_output("stream", name="stdout", text="\x1b]" * 60_000),
+    ]
+    nbformat.write(nb, path)
+
+    started = time.monotonic()
+    result, _, page = run_one(tmp_path, path)
+
+    assert result.ok
+    assert time.monotonic() - started < 25
+    assert "<b>kept</b>" in page
+    assert "<script" not in page and "javascript:" not in page and "onclick" not in page
+
+
+@pytest.mark.attack("2")
+def test_a_kernel_is_started_without_the_modules_of_the_folder(tmp_path):
+    path = write(tmp_path, "safe", "print('ran')")
+    for module in ("psutil", "ipykernel", "zmq"):
+        (path.parent / f"{module}.py").write_text("raise SystemExit('a module of the folder')\n")
+    result, _, page = run_one(tmp_path, path)
+    assert result.ok, result.error_tail
+    assert "ran" in page
+
+
+@pytest.mark.attack("7")
+def test_a_link_in_the_place_of_a_page_is_replaced(tmp_path):
+    target = tmp_path / "precious.txt"
+    target.write_text("keep me")
+    out = tmp_path / "outputs" / "notebooks"
+    out.mkdir(parents=True)
+    for name in ("page.html", "page.ipynb", "index.html"):
+        (out / name).symlink_to(target)
+    run_one(tmp_path, write(tmp_path, "page", "1"))
+    assert target.read_text() == "keep me"
+
+
 def test_mistakes_in_the_call(tmp_path):
     with pytest.raises(UserError, match=r"missing\.ipynb"):
         book.execute(tmp_path, [tmp_path / "missing.ipynb"])

@@ -63,8 +63,13 @@ def listener():
 
 def opened(body, folder):
     """The document as it is after the browser has loaded a page with this body and run what runs."""
+    return shown(f"<!doctype html><meta charset=utf-8><title>unchanged</title><body>{body}</body>", folder)
+
+
+def shown(html, folder):
+    """The document as it is after the browser has loaded this one and run what runs."""
     page = folder / "page.html"
-    page.write_text(f"<!doctype html><meta charset=utf-8><title>unchanged</title><body>{body}</body>")
+    page.write_text(html)
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += [
         "--disable-background-networking",
