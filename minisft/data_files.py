@@ -5,9 +5,11 @@ A folder may come from somebody else: only regular files are opened, and `save_t
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import stat
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,8 @@ DESCRIPTIONS = ("dataset_info", "state.json", "dataset_dict.json")  # beginnings
 NAMED = 3  # files that a note names
 _CODECS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _BUFFER = 1 << 18  # bytes
+_PIECE = 1 << 13  # bytes that are unpacked at a time; damage costs no more
+_LEAST, _RATIO = 1 << 28, 100  # bytes that may come of any compressed file, or of each of its bytes; more is a bomb
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,7 @@ def open_data(file: DataFile, ledger: Ledger) -> io.BufferedReader:
         raise UserError(f"data file {file.path} does not exist: check the path, or use --data sharegpt") from None
     except OSError as error:
         raise UserError(f"data file {file.path} cannot be read ({error.strerror}): check its permissions") from error
-    plain = _Plain(handle, "rb")
-    plain.file = file
+    plain = _Plain(handle, file)
     about = os.fstat(handle)
     if not stat.S_ISREG(about.st_mode):
         plain.close()
@@ -141,32 +144,43 @@ def open_data(file: DataFile, ledger: Ledger) -> io.BufferedReader:
 class _Plain(io.FileIO):
     """A file on a disk that may fail."""
 
-    file: DataFile
+    def __init__(self, handle: int, file: DataFile):
+        super().__init__(handle, "rb")
+        self._file = file
 
     def readinto(self, buffer: bytearray) -> int:
         try:
             return super().readinto(buffer)
         except OSError as error:
-            raise UserError(f"data file {self.file.path} cannot be read ({error.strerror}): copy it again") from error
+            raise UserError(f"data file {self._file.path} cannot be read ({error.strerror}): copy it again") from error
 
 
 class _Unpacked(io.RawIOBase):
     """What is in a compressed file, in pieces of bounded size."""
 
     def __init__(self, packed: io.BufferedReader, codec: str, file: DataFile, ledger: Ledger):
-        import pyarrow
-
         self._packed, self._codec, self._file, self._ledger = packed, codec, file, ledger
-        self._stream = pyarrow.CompressedInputStream(packed, codec)
         self._read = 0
+        self._most = max(_LEAST, _RATIO * os.fstat(packed.fileno()).st_size)
+        if codec == "gzip":
+            self._stream = gzip.GzipFile(fileobj=packed)
+        else:
+            import pyarrow
+
+            self._stream = pyarrow.CompressedInputStream(packed, codec)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: bytearray) -> int:
+        if self._read > self._most:
+            self._ledger.lose(f"{self._file.name} unpacks to more than {self._most:,} bytes; the rest was not read")
+            return 0
         try:
-            data = self._stream.read(min(len(buffer), 1 << 16))  # damage costs no more than this
-        except OSError:
+            data = self._stream.read(min(len(buffer), _PIECE))
+        except (OSError, EOFError, zlib.error):
+            if not self._read:
+                raise UserError(f"data file {self._file.path} is damaged {self._codec}: fetch it again") from None
             self._ledger.lose(f"{self._file.name} is cut off or damaged {self._codec} after {self._read:,} bytes")
             return 0
         buffer[: len(data)] = data

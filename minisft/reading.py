@@ -29,6 +29,7 @@ TOO_DEEP = "row is nested too deeply"
 BOM = b"\xef\xbb\xbf"
 CHUNK = 1 << 22  # bytes read at a time
 LONGEST_ROW = 1 << 28  # characters; only damage makes a row longer
+DEEPEST = 1 << 18  # open brackets, of which Python's parser takes a thousand; with more a row has no end
 PATIENCE = 1000  # rows without a single conversation before a file is refused
 SAMPLE = 1 << 22  # characters of its first rows, by which a file is judged
 
@@ -225,6 +226,8 @@ class _Text:
                     depth = max(0, depth - 1)
                 if depth == 0 and mark in (closing, ","):
                     return match.start() if mark == "," else match.end()
+                if depth > DEEPEST:
+                    raise _NoEndError
             if not self._more():
                 raise _NoEndError
 
@@ -270,6 +273,8 @@ COMMA = "comma after a row: removed"
 def _rows_of_lines(file: DataFile, stream: io.BufferedReader, ledger: Ledger) -> Iterator[tuple[str, Any]]:
     first = True
     for number, line in enumerate(iter(lambda: stream.readline(LONGEST_ROW), b""), 1):
+        if line.isspace():
+            continue
         where = f"{file.name} line {number}"
         text = line.decode("utf-8", "surrogateescape").strip()
         has_comma = text.endswith(",")

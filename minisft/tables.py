@@ -37,6 +37,8 @@ def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes) -> Ite
     A row with a value that cannot be read (a text that is not UTF-8, a date before the year 1) is an `Unusable`.
     """
     kind = "Parquet" if head.startswith(PARQUET) else "Arrow"
+    import pyarrow
+
     if not stream.seekable():
         raise UserError(f"data file {file.path} is compressed {kind}: unpack it")
     number = 0
@@ -51,7 +53,7 @@ def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes) -> Ite
                 for row in _rows(batch.slice(start, AT_ONCE), kind):
                     yield f"{file.name} row {number}", row
                     number += 1
-    except (ValueError, LookupError, TypeError, ArithmeticError, MemoryError, OSError) as error:  # and all of Arrow's
+    except (pyarrow.ArrowException, ValueError, LookupError, ArithmeticError, MemoryError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"data file {file.path} is damaged {kind} ({reason}): fetch or write it again") from error
 
@@ -71,6 +73,21 @@ def _arrow(stream: io.BufferedReader, head: bytes) -> Iterable[pyarrow.RecordBat
     return map(opened.get_batch, range(opened.num_record_batches))
 
 
+def _require_backed(column: pyarrow.Array) -> None:
+    """Raise `ValueError` for a list of more values than there is data for: of nothing, or the same ones many times."""
+    import pyarrow.compute as compute
+    import pyarrow.types as types
+
+    if types.is_struct(column.type):
+        for child in column.flatten():
+            _require_backed(child)
+    elif types.is_nested(column.type) and not types.is_map(column.type) and not types.is_union(column.type):
+        claimed = compute.sum(compute.list_value_length(column)).as_py() or 0
+        if claimed > 8 * column.nbytes + AT_ONCE * AT_ONCE:  # true or false takes a bit
+            raise ValueError(f"{column.nbytes:,} bytes cannot hold {claimed:,} values")
+        _require_backed(column.flatten())
+
+
 def _rows(batch: pyarrow.RecordBatch, kind: str) -> Iterator[dict[str, Any] | Unusable]:
     columns = {
         name: _values(column) if name in _READ else _filled(column)
@@ -83,6 +100,7 @@ def _rows(batch: pyarrow.RecordBatch, kind: str) -> Iterator[dict[str, Any] | Un
 
 
 def _values(column: pyarrow.Array) -> list[Any]:
+    _require_backed(column)
     try:
         return column.to_pylist()
     except (ValueError, ArithmeticError):

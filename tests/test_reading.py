@@ -1,12 +1,16 @@
 """Every kind of dirt in a file, and the line in the ledger that it must produce."""
 
+import gzip
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
 import tracemalloc
+from pathlib import Path
 
+import mutations
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -17,6 +21,7 @@ from test_conversations import rows as any_rows
 
 from minisft import reading
 from minisft.conversations import Message
+from minisft.data_files import DataFile, _Plain
 from minisft.errors import UserError
 from minisft.ledger import Ledger
 from minisft.reading import PATIENCE, read, rows_of
@@ -165,6 +170,34 @@ def test_damaged_parquet_is_refused(tmp_path):
         list(read(cut, Ledger()))
 
 
+@pytest.mark.attack("15")
+def test_parquet_with_dates_out_of_range_costs_only_rows_that_need_them(tmp_path):
+    days = pyarrow.array([2**31 - 1, -(2**31), 0], pyarrow.int32()).cast(pyarrow.date32())
+    table = pyarrow.Table.from_pylist([good(f"r{i}") for i in range(3)])
+    unneeded = table.append_column("day", days).append_column("when", days.cast(pyarrow.timestamp("s")))
+    pyarrow.parquet.write_table(unneeded, tmp_path / "x.parquet")
+    ids, ledger = ids_in(tmp_path / "x.parquet")
+    assert ids == ["r0", "r1", "r2"]
+    assert {name: entry.rows for name, entry in ledger.unread.items()} == {"day": 3, "when": 3}
+    pyarrow.parquet.write_table(table.append_column("label", days), tmp_path / "x.parquet")
+    ids, ledger = ids_in(tmp_path / "x.parquet")
+    assert ids == ["r2"]
+    assert [entry.rows for entry in ledger.dropped.values()] == [2]
+    assert "a value of label cannot be read" in next(iter(ledger.dropped))
+
+
+@pytest.mark.attack("16")
+def test_columns_of_a_table_that_nothing_reads_are_counted_where_they_have_a_value(tmp_path):
+    more = [{"source": "web", "tags": [], "n": 1}, {"source": "", "tags": ["a"], "n": None}, {"source": None}]
+    rows = [good(f"r{i}") | one for i, one in enumerate(more)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    ids, ledger = ids_in(tmp_path / "x.parquet")
+    assert len(ids) == 3
+    assert {name: entry.first for name, entry in ledger.unread.items()} == {
+        "source": ["r0"], "tags": ["r1"], "n": ["r0"],
+    }  # fmt: skip
+
+
 # --- damaged rows ------------------------------------------------------------------------------------------
 
 BROKEN = {
@@ -292,6 +325,68 @@ def test_damage_without_an_end_is_not_read_into_memory(file, monkeypatch, form):
         assert ledger.dropped["row is not valid JSON"].rows == 1 + 3
 
 
+SOUPS = {"commas": ",", "half a word": "nul,", "broken objects": "{x},"}
+
+
+@pytest.mark.attack("12")
+@pytest.mark.parametrize("soup", SOUPS)
+def test_a_megabyte_of_broken_values_takes_seconds(file, soup):
+    """One after the other, each used to cost the whole text before it: more than half a minute for this."""
+    file.write_text(
+        f"[{json.dumps(good('r0'))},{SOUPS[soup] * (1_000_000 // len(SOUPS[soup]))}{json.dumps(good('r1'))}]"
+    )
+    began = time.perf_counter()
+    ids, ledger = ids_in(file)
+    assert time.perf_counter() - began < 20
+    assert ids[0] == "r0"
+    assert ids[1:] == ["r1"] or ledger.lost
+    if soup == "commas":
+        assert ledger.repaired["commas without a row: skipped"].rows == 1
+
+
+PIECES = [*'"[]{},\\ \n:\x00-é1', "nul", '{"a":1}', "1e9", '"a"', "\ufeff", '{"a" 1}']
+
+
+@pytest.mark.attack("12")
+@settings(max_examples=20)
+@given(pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=5), lines=st.booleans())
+def test_work_is_linear_in_the_file_whatever_is_in_it(tmp_path_factory, pieces, lines):
+    """Twice as much of anything takes about twice as long, or no time to speak of."""
+    file = tmp_path_factory.mktemp("soup") / "data.json"
+
+    def seconds(times):
+        body = "".join(pieces) * times
+        file.write_text(f"{json.dumps(GOOD)}\n{body}" if lines else f"[{json.dumps(GOOD)},{body}]")
+        began = time.process_time()
+        ids_in(file)
+        return time.process_time() - began
+
+    few, many = 2_000, 16_000
+    assert seconds(many) < 5 * many / few * max(seconds(few), 0.01)
+
+
+@pytest.mark.attack("12")
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_good_rows_among_broken_ones_are_all_found(file, monkeypatch, form):
+    """After an error values are cut out one by one: the same rows as before it, wherever a piece of the file ends."""
+    parts = [json.dumps(good(f"r{i}")) if i % 3 else BROKEN[list(BROKEN)[i % 7]] for i in range(1, 60)]
+    file.write_text("[" + ",\n".join(parts) + "]" if form == "list" else "\n".join(parts))
+    for chunk in (1, 2, 7, 64, 1000, 1 << 20):
+        monkeypatch.setattr(reading, "CHUNK", chunk)
+        assert ids_in(file)[0] == [f"r{i}" for i in range(1, 60) if i % 3]
+
+
+@pytest.mark.attack("15")
+@pytest.mark.parametrize("number", ["1" * 100_000, "-" + "9" * 5000, "1e" + "9" * 5000, "0." + "1" * 100_000, "NaN"])
+def test_numbers_without_end_cost_at_most_their_row(file, number):
+    for row in (number, f'{{"id": {number}, "conversations": []}}', f'{{"instruction": "a", "output": {number}}}'):
+        for text in (f"[{json.dumps(good('r0'))},{row},{json.dumps(good('r1'))}]",
+                     f"{json.dumps(good('r0'))}\n{row}\n{json.dumps(good('r1'))}"):  # fmt: skip
+            file.write_text(text)
+            ids, _ = ids_in(file)
+            assert (ids[0], ids[-1]) == ("r0", "r1")
+
+
 # --- cut files ---------------------------------------------------------------------------------------------
 
 
@@ -348,6 +443,106 @@ def test_text_after_the_end_of_the_list_is_said_to_be_lost(file):
     ids, ledger = ids_in(file)
     assert ids == ["a"]
     assert "goes on after its list of 1 rows" in ledger.lost[0]
+
+
+# --- what people write and others refuse --------------------------------------------------------------------
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_that_end_in_a_comma_are_read_and_counted(file, indent):
+    file.write_text(",\n".join(json.dumps(good(f"r{i}"), indent=indent) for i in range(3)) + ",\n")
+    ids, ledger = ids_in(file)
+    assert ids == ["r0", "r1", "r2"]
+    assert (ledger.repaired[reading.COMMA].rows, ledger.dropped) == (3, {})
+
+
+def packed(how, data):
+    if how == "gz":
+        return gzip.compress(data)
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize("how", ["gz", "zst"])
+@pytest.mark.parametrize("form", [name for name in FORMS if "strings" not in name])
+def test_compressed_files_are_read(tmp_path, form, how):
+    (tmp_path / f"data.json.{how}").write_bytes(packed(how, FORMS[form]))
+    for path in (tmp_path, tmp_path / f"data.json.{how}"):  # in a folder as well
+        ids, ledger = ids_in(path)
+        assert ids == ["a", "b"]
+        assert (ledger.dropped, ledger.lost) == ({}, [])
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize("how", ["gz", "zst"])
+def test_compressed_files_that_are_cut_keep_what_is_whole(tmp_path, how):
+    rows = [sharegpt_row(f"r{i}", ("human", os.urandom(3000).hex()), ("gpt", "ok")) for i in range(300)]
+    whole = packed(how, "\n".join(map(json.dumps, rows)).encode())
+    file = tmp_path / f"data.jsonl.{how}"
+    file.write_bytes(whole[: len(whole) // 2])
+    ids, ledger = ids_in(file)
+    assert 20 < len(ids) < 290
+    assert ids == [f"r{i}" for i in range(len(ids))]
+    assert "cut off or damaged" in ledger.lost[0]
+
+
+@pytest.mark.attack("12")
+def test_a_decompression_bomb_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("minisft.data_files._LEAST", 1 << 20)
+    file = tmp_path / "bomb.jsonl.gz"
+    file.write_bytes(gzip.compress(json.dumps(GOOD).encode() + b"\n" + b'{"a": "' + b"x" * (64 << 20)))
+    tracemalloc.start()
+    ids, ledger = ids_in(file)
+    assert tracemalloc.get_traced_memory()[1] < 40_000_000
+    tracemalloc.stop()
+    assert ids == ["a"]
+    assert "unpacks to more than" in ledger.lost[0]
+
+
+def test_a_compressed_table_is_refused(tmp_path):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), sink)
+    (tmp_path / "x.parquet.gz").write_bytes(packed("gz", sink.getvalue().to_pybytes()))
+    with pytest.raises(UserError, match="compressed Parquet: unpack it"):
+        list(read(tmp_path / "x.parquet.gz", Ledger()))
+
+
+SPEAKING = [("How do I show a less-than sign?", "Write &lt; in the HTML source."), ("And?", "It is &quot; or &amp;.")]
+ESCAPED = [
+    ("Fix &lt;p&gt;this", "&lt;p&gt;this&lt;/p&gt;"),
+    ("Is 1 &lt; 2?", "It&#39;s so."),
+    ("Say &quot;yes&quot;", "AT&amp;T"),
+]
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize(
+    ("talks", "undone"),
+    [
+        (SPEAKING, 0),
+        (SPEAKING * 50, 0),
+        (ESCAPED, 3),
+        (ESCAPED[:1], 0),  # too little to tell
+        ([*ESCAPED, ("What is <b>?", "&lt;b&gt; in source")], 0),  # so escaping is not what happened here
+        (ESCAPED * 50 + [("What is <b>?", "&lt;b&gt; in source")], 150),  # a file put together from others
+        ([("x", "y")] * 2000 + ESCAPED * 9, 0),  # its first rows decide
+        (ESCAPED * 9 + SPEAKING, 9 * 3 + 2),  # in such a file an entity was one character
+    ],
+)
+def test_html_is_unescaped_by_what_the_whole_file_shows(file, talks, undone):
+    rows = [sharegpt_row(f"r{i}", ("human", q), ("gpt", a)) for i, (q, a) in enumerate(talks)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    ledger = Ledger()
+    found = list(read(file, ledger))
+    assert ledger.repaired["HTML-escaped text: unescaped"].rows == undone
+    if not undone:
+        assert [c.messages[1].content for c in found] == [answer for _, answer in talks]
+    else:
+        assert [c.messages[1].content for c in found[:3]] == ["<p>this</p>", "It's so.", "AT&T"]
 
 
 # --- bytes and characters ----------------------------------------------------------------------------------
@@ -426,7 +621,8 @@ def test_one_id_for_all_rows_costs_linear_time(file):
         ("[]", "no rows"),
         ("{}", "row of an unknown shape"),
         ('{"data": []}', "row of an unknown shape"),
-        (json.dumps({"train": [GOOD], "test": [GOOD]}), "row of an unknown shape"),
+        (json.dumps({"train": [GOOD], "test": [GOOD]}), "several lists of rows, under the keys train, test"),
+        (json.dumps({"train": [GOOD], "te\x1b[31m": [GOOD]}, indent=1), r"under the keys train, te\\x1b\[31m"),
         (json.dumps([{"text": "Hi", "n": 1}]), "row of an unknown shape"),
         (json.dumps([{"evil\x1b[31m\nkey": 1}]), "row of an unknown shape"),
         (json.dumps([sharegpt_row("a", ("human", "Hi"))]), "no question with an answer"),
@@ -466,6 +662,164 @@ def test_a_huge_file_of_the_wrong_shape_is_refused_early(file, form):
 def test_many_unusable_rows_after_a_usable_one_are_read_on(file):
     file.write_text("\n".join([json.dumps(GOOD), *["{}"] * (2 * PATIENCE), json.dumps(good("z"))]))
     assert ids_in(file)[0] == ["a", "z"]
+
+
+# --- files and folders of others -----------------------------------------------------------------------------
+
+
+def refused(path, says, seconds=10):
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=says) as error:
+        list(read(path, Ledger()))
+    assert time.perf_counter() - began < seconds
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.attack("15")
+def test_what_is_no_regular_file_is_refused_and_waits_for_nobody(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", Path("/dev/zero"), Path("/dev/null")):
+        refused(path, "give a regular file")
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    refused(tmp_path / "loop.json", "cannot be read")
+    refused(tmp_path, "no .json")  # neither of them is data of the folder
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "a.json").write_text(json.dumps([GOOD]))
+    ids, ledger = ids_in(tmp_path)
+    assert ids == ["a"]
+    assert ledger.notes == ["2 files of the folder were not read: loop.json, pipe.json"]
+
+
+@pytest.mark.attack("15")
+def test_a_file_that_cannot_be_read_or_disappears_is_said(tmp_path, monkeypatch):
+    files = [tmp_path / f"{name}.json" for name in "ab"]
+    for file in files:
+        file.write_text(json.dumps([good(file.stem)]))
+    rows = rows_of(tmp_path, Ledger())
+    next(rows)
+    files[1].unlink()
+    with pytest.raises(UserError, match="does not exist"):
+        list(rows)
+    files[1].write_text("x")
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("minisft.data_files.os.open", denied)
+    refused(tmp_path, "cannot be read .Permission denied")
+
+
+@pytest.mark.attack("15")
+def test_a_disk_that_fails_is_said():
+    """`/proc/self/mem` opens as a regular file, and its first byte cannot be read."""
+    file = DataFile(Path("/proc/self/mem"), "mem")
+    with pytest.raises(UserError, match=r"cannot be read .*copy it again"):
+        _Plain(os.open(file.path, os.O_RDONLY), file).readinto(bytearray(9))
+
+
+@pytest.mark.attack("15")
+def test_names_that_are_not_utf8_or_move_the_cursor(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff\x1b[31m"))
+    folder.mkdir()
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok"}]}
+    for name in (b"l\xff.jsonl", b"l\xfe.json", b"o\x1b[31m.txt"):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_text(json.dumps(row))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "p.parquet")
+    (tmp_path / "p.parquet").rename(Path(os.fsdecode(os.fsencode(folder) + b"/p\xff.parquet")))
+    ids, ledger = ids_in(folder)
+    assert ids == [r"l\xfe.json line 1", r"l\xff.jsonl line 1", r"p\xff.parquet row 0"]
+    assert ledger.notes == [r"1 files of the folder were not read: o\x1b[31m.txt"]
+
+
+@pytest.mark.attack("16")
+def test_hidden_files_are_left_out_and_other_endings_read(tmp_path):
+    for name in (".ipynb_checkpoints/a-checkpoint.jsonl", "._a.jsonl", "a.JSONL", "b.ndjson", "sub/c.Json", "d.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(good(Path(name).stem)))
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(json.dumps(good("e")).encode()))
+    ids, ledger = ids_in(tmp_path)
+    assert ids == ["a", "b", "e", "c"]
+    assert ledger.notes == [
+        "3 files of the folder were not read: ._a.jsonl, .ipynb_checkpoints/a-checkpoint.jsonl, d.csv"
+    ]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_list([good(f"r{i}") for i in range(9)])
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(2))}).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_conversations_saved_to_disk_are_read(saved):
+    assert ids_in(saved / "train")[0] == [f"r{i}" for i in range(9)]
+    assert len(ids_in(saved)[0]) == 11
+    (saved / "dataset_dict.json").unlink()  # a folder of such folders, as the hub's cache has them
+    assert len(ids_in(saved)[0]) == 11
+
+
+HOSTILE = [
+    "", "null", "[]", "{}", '"x"', "3", "[" * 5000, "{" * 9, "1" * 5000, '{"_data_files": 3}', '{"_data_files": [{}]}',
+    '{"_data_files": ["x"]}', '{"_data_files": [{"filename": null}]}', '{"_data_files": [{"filename": 3}]}',
+    *(json.dumps({"_data_files": [{"filename": name}]}) for name in (
+        "../train/x.arrow", "/etc/passwd", "..", ".", "", "a/b", "none.arrow", "\0", "\ud800", "x\x1b[31m",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.attack("15")
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:40])
+def test_saved_folders_of_others_name_only_files_of_their_own(saved, text):
+    (saved / "train" / "state.json").write_text(text)
+    for path in (saved, saved / "train"):
+        refused(path, "not whole|does not exist|no usable conversation|cannot be read")
+    (saved / "dataset_dict.json").write_text(text.replace("_data_files", "splits"))
+    refused(saved, "not whole")
+    for splits in ([".."], ["."], ["/tmp"], ["train/../test"], [3], "train", [["train"]], ["none"]):
+        (saved / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+        refused(saved, "not whole")
+
+
+# --- damage of every kind of file ------------------------------------------------------------------------------
+
+
+@pytest.mark.attack("15")
+@pytest.mark.parametrize("kind", mutations.KINDS)
+def test_damage_at_random_ends_in_rows_or_in_a_sentence(tmp_path, kind):
+    """In a process of its own, which damaged Arrow used to end; `python -P tests/mutations.py` tries thousands."""
+    words = [sys.executable, "-P", mutations.__file__, kind, "3", "120", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "120 files" in done.stdout
+
+
+def of_nothing(values, lists=None):
+    """An array of nulls, or of so many lists of them, which takes no space at all."""
+    nulls = pyarrow.Array.from_buffers(pyarrow.null(), values, [None])
+    if not lists:
+        return nulls
+    offsets = pyarrow.array([0, values], pyarrow.int32()).buffers()[1]
+    return pyarrow.Array.from_buffers(pyarrow.list_(pyarrow.null()), lists, [None, offsets], children=[nulls])
+
+
+@pytest.mark.attack("15")
+@pytest.mark.parametrize("column", ["input_ids", "messages", "other"])
+@pytest.mark.parametrize("lists", [None, 1])
+def test_a_table_cannot_claim_more_than_it_holds(tmp_path, column, lists):
+    """Two billion values of a column of nothing take no data, and would fill the memory."""
+    claims = pyarrow.RecordBatch.from_arrays([of_nothing((1 << 31) - 1, lists)], names=[column])
+    with pyarrow.ipc.new_stream(tmp_path / "x.arrow", claims.schema) as writer:
+        writer.write_batch(claims)
+    refused(
+        tmp_path / "x.arrow", "damaged Arrow .* cannot hold" if (column, lists) != ("other", 1) else "unknown shape"
+    )
+    fine = pyarrow.RecordBatch.from_pylist([good("a") | {"tools": [], "chosen": [[]], "images": None}] * 300)
+    with pyarrow.ipc.new_file(tmp_path / "x.arrow", fine.schema) as writer:
+        writer.write_batch(fine)
+    assert len(ids_in(tmp_path / "x.arrow")[0]) == 300
 
 
 # --- nothing is lost without a line ------------------------------------------------------------------------
