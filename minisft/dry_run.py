@@ -148,7 +148,7 @@ def _extended(a: DryRun, b: DryRun, times: int, middle: int) -> DryRun | None:
         return x + (y - x) * times
 
     def all_extended(x: dict[str, int], y: dict[str, int]) -> dict[str, int]:
-        return {owner: extended(x.get(owner, 0), y.get(owner, 0)) for owner in {*x, *y}}
+        return {owner: extended(x.get(owner, 0), y.get(owner, 0)) for owner in x | y}
 
     below = (i for i, s in enumerate(a.stretches) if s.layer is not None and s.layer < middle)
     cut, more = next(below, 0), len(b.stretches) - len(a.stretches)

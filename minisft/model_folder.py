@@ -28,7 +28,9 @@ LAYERS = re.compile(r"n_layers?|num_(hidden_)?layers")
 MOST_BYTES = 4_000_000  # of a config.json: transformers copies it several times
 # transformers makes lists of layers and tables of positions and frequencies before it reads a tensor.
 LIMITS = (
-    (LAYERS, 10_000),
+    (LAYERS, 2_000),
+    (re.compile(r"num_labels"), 1 << 20),
+    (re.compile(r".*\[\]"), 1 << 24),  # a number in a list
     (re.compile(r".*(dim|size|heads|experts|rank|positions|embeddings|embd|inner|ctx)"), 1 << 24),
 )
 # What a config may choose by itself. Any other name is a package, or a kernel that transformers gets from a hub.
@@ -76,16 +78,20 @@ def _json(file: Path, most_bytes: int | None = None) -> dict[str, Any] | None:
     for key, value in _entries(values or {}):
         for named, most in LIMITS:
             if isinstance(value, int) and value > most and named.fullmatch(key):
-                raise UserError(f"{file} asks for {value} ({one_line(key, 60)}): at most {most} is read")
+                raise UserError(f"{file} asks for {one_line(value, 40)} ({one_line(key, 60)}): at most {most} is read")
     return values
 
 
 def _entries(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, those of the configs inside included."""
-    for key, value in values.items():
-        yield key, value
-        if isinstance(value, dict):
-            yield from _entries(value)
+    """Every key with its value, those of the configs and lists inside included; what is in a list as `key[]`."""
+    inside: list[tuple[str, Any]] = [("", values)]
+    while inside:
+        name, outer = inside.pop()
+        in_list = f"{name.removesuffix('[]')}[]"
+        for key, value in outer.items() if isinstance(outer, dict) else ((in_list, value) for value in outer):
+            yield key, value
+            if isinstance(value, dict | list):
+                inside.append((key, value))
 
 
 # --- files -------------------------------------------------------------------------------------------------

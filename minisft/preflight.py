@@ -13,7 +13,7 @@ from typing import Any
 
 from minisft import machine
 from minisft.errors import UserError
-from minisft.model_folder import clean_logs, model_json
+from minisft.model_folder import clean_logs, model_json, quiet
 from minisft.models import positions_of
 from minisft.runs import RunConfig, outputs_root
 
@@ -140,13 +140,14 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
 
     Raises `UserError` if transformers knows none such.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     file = folder if folder.is_file() else folder / "config.json"
     model_json(file, trust_remote_code)
     clean_logs()
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each kind of damage raises an error of its own
         reason = " ".join(str(error).split())[:200]
         if "trust_remote_code" in str(error):
@@ -156,7 +157,10 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
         raise UserError(f"{file} is of no model that transformers knows ({reason})") from error
     require_language_model(config, file)
     _require_sense(config, file)
-    _require_sense(config.get_text_config(), file)
+    text = config.get_text_config()
+    if not isinstance(text, PreTrainedConfig):
+        raise UserError(f"{file} has a key text_config, which a {config.model_type} model has not: remove it")
+    _require_sense(text, file)
     return config
 
 
