@@ -56,28 +56,31 @@ def by_control_tokens(row: Labelled, version: str, controls: list[int]) -> Found
     closing_of = dict(zip(names[::2], names[1::2], strict=True))
     eos, bos = row.tokenizer.eos_id, row.tokenizer.bos_id
     begin, closing, asked = row.start, None, False  # the current stretch, and what ends it if it is a prompt
+    before: bool | None = None  # whether the answer that ends where the stretch begins is trained
     for i in (i for i in controls if i >= row.start):
         token = row.ids[i]
         if closing is not None and token == closing:
             yield from _prompt(row, begin, i + 1)
-            begin, closing, asked = i + 1, None, True
+            begin, closing, asked, before = i + 1, None, True, None
         elif closing is None and token in closing_of:
             if begin < i:
                 yield "eos", i, f"{row.piece(i)} follows an answer without EOS"
             begin, closing = i, closing_of[token]
-        elif closing is None and token == eos and asked:
+        elif closing is None and token == eos and (asked or _is_second(row, before, begin, i + 1)):
             yield from _answer(row, begin, i + 1)
+            before = row.first_trained(begin, i + 1) is not None
             begin, asked = i + 1, False
         elif token != bos or bos == eos:
             yield "control", i, f"{row.piece(i)} has no place here"
     last = len(row.ids) - 1
+    is_second = closing is None and _is_second(row, before, begin, len(row.ids))
     if closing is not None:
         yield from _prompt(row, begin, len(row.ids))
     elif begin <= last:
-        if not asked:
+        if not asked and not is_second:
             yield "control", begin, f"{row.piece(begin)} stands where a question or a system prompt should begin"
         yield from _answer(row, begin, len(row.ids))
-    if (closing is not None or asked) and not row.full:
+    if (closing is not None or asked or is_second) and not row.full:
         yield "eos", last, f"the row ends in {row.piece(last)}, not in EOS"
 
 
@@ -85,21 +88,26 @@ def by_text(row: Labelled, controls: list[int]) -> Found:
     """v1: every stretch up to an EOS is `[INST] question [/INST] answer`, in text."""
     eos, bos = row.tokenizer.eos_id, row.tokenizer.bos_id
     begin = row.start
+    before: bool | None = None  # whether the answer that ends where the stretch begins is trained
     for i in (i for i in controls if i >= row.start):
         if row.ids[i] == eos and i > begin:
-            yield from _exchange(row, begin, i + 1)
+            yield from _exchange(row, begin, i + 1, before)
+            before = row.first_trained(begin, i + 1) is not None
             begin = i + 1
         elif row.ids[i] != bos or bos == eos:
             yield "control", i, f"{row.piece(i)} has no place here"
     last = len(row.ids) - 1
     if begin <= last:
-        yield from _exchange(row, begin, len(row.ids))
+        yield from _exchange(row, begin, len(row.ids), before)
         if not row.full:
             yield "eos", last, f"the row ends in {row.piece(last)}, not in EOS"
 
 
-def _exchange(row: Labelled, begin: int, end: int) -> Found:
+def _exchange(row: Labelled, begin: int, end: int, before: bool | None) -> Found:
     trained = row.first_trained(begin, end)
+    if trained in (begin, None) and _is_second(row, before, begin, end) and b"[INST]" not in row.spelt(begin, end):
+        yield from _answer(row, begin, end)
+        return
     question = row.spelt(begin, end if trained is None else trained).strip(b" ")
     if not question.startswith(b"[INST]") and not (row.full and end == len(row.ids) and b"[INST]".startswith(question)):
         yield "control", begin, f"{row.piece(begin)} stands where a question's [INST] should begin"
@@ -111,6 +119,16 @@ def _exchange(row: Labelled, begin: int, end: int) -> Found:
     if b"[/INST]" in after:
         yield "prompt", trained, "[INST] … [/INST] is trained (if the answer quotes it, give --against)"
     yield from _run(row, trained, end)
+
+
+def _is_second(row: Labelled, before: bool | None, begin: int, end: int) -> bool:
+    """Whether a stretch can be an answer that follows an answer: one of them is trained, and the other is not.
+
+    Answers of one weight are joined; answers of different weight stay apart. `before` is None where no answer precedes.
+    """
+    if before is None or begin == end or row.ids[begin] == row.tokenizer.eos_id:
+        return False
+    return (row.first_trained(begin, end) is not None) != before
 
 
 def _prompt(row: Labelled, begin: int, end: int) -> Found:

@@ -220,6 +220,85 @@ def test_no_traceback_for_bad_input(run, tmp_path, written, data):
         list(Tokenised(tmp_path / "none"))
 
 
+ASK, TELL = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+MIXED = [  # one kept row in two, as people's reports have them
+    {"messages": [ASK, TELL], "label": True, "source": "web"},
+    {"messages": [ASK, TELL | {"content": "5"}], "label": False},
+    {"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"}], "system": "Be brief."},
+    {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A cat."}], "image": "x.png"},
+    {"instruction": "And two?", "output": 2, "history": [["One?", "1"]]},
+    {"messages": [ASK, TELL | {"tool_calls": [{"function": {"name": "sum"}}]}]},
+    {"messages": [ASK, TELL | {"content": "No.", "weight": 0}, TELL | {"thinking": "Two and two."}]},
+]
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize("how", ["jsonl", "jsonl.gz", "json", "parquet"])
+def test_every_command_reads_the_same_rows_and_says_what_it_did_not(run, tiny_model, tmp_path, how):
+    import gzip
+
+    import pyarrow.parquet
+
+    from minisft.ledger import Ledger
+    from minisft.runs import RunConfig
+    from minisft.tokens import HuggingFaceTokenizer
+    from minisft.training_data import load_rows, write_data
+
+    data, out, book = (tmp_path / name for name in (f"talks.{how}", "rows.jsonl", "ledger.json"))
+    rows = MIXED if how != "parquet" else [row | {"output": str(row.get("output", ""))} for row in MIXED]
+    lines = ",\n".join(map(json.dumps, rows)) + ","
+    if how == "parquet":
+        columns = dict.fromkeys(key for row in rows for key in row)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([columns | row for row in rows]), data)
+    elif how == "json":
+        data.write_text(f"[{lines}]")
+    else:
+        data.write_bytes(gzip.compress(lines.encode()) if how.endswith("gz") else lines.encode())
+    code, _, printed = run("encode", data, "--tokenizer", tiny_model, "--out", out, "--ledger", book)
+    assert code == 0
+    ledger = json.loads(book.read_text())
+    assert {reason: entry["rows"] for reason, entry in ledger["dropped"].items()} == {
+        "marked as undesirable (label)": 1, "needs images": 1, "tool calls that the template cannot show": 1,
+    }  # fmt: skip
+    assert {"source", "thinking (of a turn)"} == set(ledger["unread"])
+    assert {"reasoning left out: no template has it", "instruction/output: converted"} <= set(ledger["repaired"])
+    assert "not read: source" in printed and "dropped: needs images" in printed
+    encoded = [json.loads(line) for line in out.read_text().splitlines()]
+    tokenizer = HuggingFaceTokenizer(tiny_model)
+    texts = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in encoded]
+    assert [text.split() for text in texts] == [["4</s>"], ["1</s>"], ["1</s>", "2</s>"], ["4</s>"]]
+
+    assert run("check", out, "--tokenizer", tiny_model, "--against", data)[0] == 0
+    assert "4 rows: every invariant holds" in run("check", data, "--tokenizer", tiny_model)[1]
+    assert run("show", data, "--tokenizer", tiny_model, "--row", 1)[1].startswith("3 of 26 tokens trained")
+    assert "has 4 usable conversations" in run("show", data, "--tokenizer", tiny_model, "--row", 4)[2]
+    config = RunConfig.course("vanilla", model=str(tiny_model), data=str(data))
+    trained = Ledger()
+    written = write_data(config, data, tokenizer, tmp_path / "run", trained)
+    assert written == 3 and len(load_rows(tmp_path / "run")) == 3  # and one for testing
+    assert trained.dropped.keys() >= ledger["dropped"].keys()
+    assert trained.unread.keys() == ledger["unread"].keys()
+
+
+@pytest.mark.attack("16")
+def test_a_run_of_rows_that_are_numbered_has_its_test_rows(tiny_model, tmp_path):
+    from minisft.ledger import Ledger
+    from minisft.runs import RunConfig
+    from minisft.tokens import HuggingFaceTokenizer
+    from minisft.training_data import write_data
+
+    data, ledger = tmp_path / "talks.jsonl", Ledger()
+    rows = [sharegpt_row(f"example_{i}", ("human", f"{i}+1?"), ("gpt", str(i + 1))) for i in range(60)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    config = RunConfig.course("vanilla", model=str(tiny_model), data=str(data))
+    assert write_data(config, data, HuggingFaceTokenizer(tiny_model), tmp_path / "run", ledger) == 54
+    assert len((tmp_path / "run" / "test.jsonl").read_text().splitlines()) == 6
+    one = [row | {"id": f"Qw3rTy1_{i}"} for i, row in enumerate(rows)]
+    data.write_text("\n".join(map(json.dumps, one)))
+    write_data(config, data, HuggingFaceTokenizer(tiny_model), tmp_path / "run", ledger)
+    assert "the test side has 0 of 60 rows" in ledger.notes[0]
+
+
 def test_hostile_ids_reach_no_terminal(run, tmp_path):
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"id": "\x1b[31m", "input_ids": [1, 5], "labels": [5, 5]}))

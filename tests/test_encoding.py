@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from test_mistral import A, talk
 from tokenizer_kinds import KINDS, tokenizer_of
 
-from minisft.conversations import Conversation, Message
+from minisft.conversations import Conversation, Message, clean
 from minisft.encoding import BATCH, encode_stream
 from minisft.errors import UserError
+from minisft.invariants import check_row
 from minisft.labels import IGNORE_INDEX, encode
 from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate
+from minisft.reference import reference
+from minisft.tokens import load_tokenizer
 from minisft.training_data import load_rows, write_rows
 
 LONG_QUESTION = talk(("user", "word " * 200), ("assistant", "ok"))
@@ -120,6 +123,42 @@ def test_a_system_prompt_out_of_place_has_its_line(version, warned):
     assert ledger.repaired[line].rows == warned
     for train_on in ("each", "last"):
         assert line not in encoded([made], version, train_on=train_on)[1].repaired
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v3-tekken", "v7"])
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
+def test_answers_of_different_weight_stay_apart_as_in_the_reference(version, weights):
+    answers = [{"role": "assistant", "content": f"Hello {i}.", "weight": weight} for i, weight in enumerate(weights)]
+    turns = [{"role": "user", "content": "Hi"}, *answers, {"role": "user", "content": "Bye"}, answers[0]]
+    tokenizer = load_tokenizer(f"mistral:{version}")
+    template = MistralTemplate.for_tokenizer(tokenizer)
+    conversation = clean({"messages": turns}, "here", Ledger())
+    (row,) = encode_stream([conversation], template, tokenizer, max_length=99, ledger=Ledger())
+    ids, mask = reference(conversation, version)
+    assert row.input_ids == ids
+    assert [label != IGNORE_INDEX for label in row.labels] == mask
+    for known in (None, conversation):
+        violations = check_row("x", row.input_ids, row.labels, template, tokenizer, max_length=99, conversation=known)
+        assert not violations
+    for length in range(4, len(ids)):  # cut anywhere
+        cut = encode(conversation, template, tokenizer, length)
+        violations = check_row("x", cut.input_ids, cut.labels, template, tokenizer, max_length=length)
+        assert {v.invariant for v in violations} <= {"targets"}
+
+
+@pytest.mark.attack("16")
+def test_two_answers_of_one_weight_without_a_question_are_still_violations():
+    tokenizer = load_tokenizer("mistral:v3")
+    template = MistralTemplate.for_tokenizer(tokenizer)
+    row = encode(A, template, tokenizer, 99)
+    answer = tokenizer.encode("more", "control")
+    for trained in (True, False):
+        labels = answer if trained else [IGNORE_INDEX] * len(answer)
+        ids = [*row.input_ids, *answer, tokenizer.eos_id, *answer, tokenizer.eos_id]
+        more = [*labels, tokenizer.eos_id if trained else IGNORE_INDEX]
+        violations = check_row("x", ids, [*row.labels, *more, *more], template, tokenizer, max_length=99)
+        assert "control" in {v.invariant for v in violations}
 
 
 def test_a_last_answer_of_weight_0_leaves_nothing_to_train():

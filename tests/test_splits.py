@@ -87,6 +87,83 @@ def test_only_sharegpts_own_ids_are_grouped():
     assert origin("QWJhYvA_7") == origin("QWJhYvA_0#2") == "QWJhYvA"
     assert origin("identity_12") != origin("identity_13")
     assert origin("row-5#2") == origin("row-5")
+    assert origin("example_12") != origin("example_13")
+
+
+NAMES = ["example", "medical", "finance", "message", "Chapter", "PROBLEM", "history", "topic12", "batch1a", "science"]
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [f"example_{i}" for i in range(60)],
+        [f"example_{i}" for i in range(10)],
+        [f"{name}_{i}" for name in ("medical", "finance") for i in range(100)],
+        [f"message_{i}" for i in range(30)],
+        [f"topic{k:02d}_{i}" for k in range(10) for i in range(100)],
+        [f"issue#{i}" for i in range(50)],
+        ["x", *(f"x#{i}" for i in range(2, 200))],  # one id for every row, as reading numbers it
+        [f"example_{i}" for i in range(100)] + [f"Qq{i:02d}wE{i % 9}_0" for i in range(100)],
+    ],
+    ids=lambda ids: f"{ids[0]} … {ids[-1]}",
+)
+def test_names_with_numbers_are_rows_of_their_own(ids):
+    ledger = Ledger()
+    train, test = split(made(ids), ledger=ledger)
+    assert (len(train), len(test)) == (len(ids) - round(0.1 * len(ids)), round(0.1 * len(ids)))
+    assert ledger.notes == []
+
+
+@pytest.mark.attack("16")
+@given(
+    sizes=st.dictionaries(st.sampled_from(NAMES), st.integers(11, 60), min_size=1, max_size=4),
+    seed=st.integers(0, 5),
+    fraction=st.sampled_from([0.1, 0.3]),
+)
+def test_the_test_share_is_the_one_asked_for_or_it_is_said(sizes, seed, fraction):
+    conversations = made([f"{name}_{i}" for name, size in sizes.items() for i in range(size)])
+    ledger = Ledger()
+    test = split(conversations, fraction, seed, ledger)[1]
+    assert len(test) == round(fraction * len(conversations))
+    assert not ledger.notes
+
+
+@pytest.mark.attack("16")
+def test_parts_of_a_conversation_stay_together_where_names_are_random():
+    """Of names that were drawn a few look like words, and some have many parts: they are conversations as well."""
+    chance = random.Random(1)
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    names = ["".join(chance.choices(letters, k=7)) for _ in range(400)] + ["banana" + c for c in "abcdefghij"]
+    conversations = made([f"{name}_{i}" for name in names for i in range(chance.choice([1, 1, 2, 3, 30]))])
+    ledger = Ledger()
+    train, test = split(conversations, ledger=ledger)
+    assert {c.id[:7] for c in train}.isdisjoint(c.id[:7] for c in test)
+    assert len(test) == round(0.1 * len(conversations))
+    assert ledger.notes == []
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize(
+    ("ids", "question", "says"),
+    [
+        (
+            [f"QWJhYvA_{i}" for i in range(50)],
+            "q{}",
+            "the test side has 0 of 50 rows, where 10% was asked for; parts of",
+        ),
+        (["alone"], "q{}", "the test side has 0 of 1 rows, where 10% was asked for; a single conversation"),
+        ([f"r{i}" for i in range(40)], "same", "the test side has 0 of 40 rows, where 10% was asked for; 4 more ask"),
+        ([f"QWJhYvA_{i}" for i in range(50)] + [f"mZ7kQ1x_{i}" for i in range(40)], "q{}", "has 40 of 90 rows"),
+    ],
+)
+def test_a_test_side_that_is_empty_or_far_from_what_was_asked_for_is_said(ids, question, says):
+    ledger = Ledger()
+    split(made(ids, question), ledger=ledger)
+    (note,) = ledger.notes
+    assert says in note
+    assert f"note                  {note}" in str(ledger)
+    assert ledger.to_dict()["notes"] == [note]
 
 
 def test_a_single_conversation_in_parts_larger_than_the_test_set():
