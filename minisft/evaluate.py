@@ -88,7 +88,7 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verif
                 is_broken(f"{run.name} {model.name} cannot be used: {unusable[step]}")
                 continue
             known[key] = found
-            results.append(found | {"run": run.name, "step": step, "model": model.name, "key": key})
+            results.append(found | {"run": one_line(run.name), "step": step, "model": one_line(model.name), "key": key})
             write_json(folder / f"checkpoint-{step}.json", results[-1])
             _write_lines(folder / f"checkpoint-{step}.txt", (a["output"] for a in found["answers"]))
             for kept in folder.glob(f".checkpoint-{step}-*.jsonl"):

@@ -30,7 +30,7 @@ def write_summary(
     write_json(
         folder / "summary.json",
         {
-            "run": run.name,
+            "run": one_line(run.name),
             "strategy": run.config.strategy,
             "settings": dict(settings),
             "rows": results[0]["rows"],

@@ -22,7 +22,7 @@ from minisft.zero_measure import OTHER
 
 # Okabe and Ito (2008): distinguishable with every common kind of colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-LONGEST_NAME = 40  # characters that a figure shows of a name
+LONGEST_NAME = 24  # characters that a figure shows of a name
 OWNER_COLOURS = {
     "parameters": "#0072B2",
     "gradients": "#009E73",
@@ -106,6 +106,7 @@ def comparison(runs: Sequence[Run]) -> Picture:
         panel.barh(list(map(in_figure, rows)), values, color=list(colours.values()))
         panel.set(xlabel=label, xlim=(0, 1.25 * max(*values, 1e-9)))
         panel.invert_yaxis()
+        panel.tick_params(axis="y", labelsize=8)
         for y, value in enumerate(values):
             panel.text(value, y, f" {value:,.0f}" if size == 1 else f" {value:.2f}", va="center", fontsize=8)
     legend_below(figure, by_step)
@@ -239,7 +240,7 @@ def in_figure(name: object) -> str:
 
     It is no formula, and has no leading underscore, which would hide it in a legend.
     """
-    line = drawable(one_line(name, LONGEST_NAME), "DejaVu Sans:bold")
+    line = drawable(one_line(name, LONGEST_NAME) or "∅", "DejaVu Sans:bold")
     line = (line if len(line) <= LONGEST_NAME else line[: LONGEST_NAME - 1] + "…").replace("$", r"\$")
     return f"\N{ZERO WIDTH SPACE}{line}" if line.startswith("_") else line
 

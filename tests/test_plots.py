@@ -11,7 +11,16 @@ from minisft.labels import encode
 from minisft.launch import prepare
 from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate
-from minisft.plots import before_and_after, loss_curves, memory_bars, token_flow, token_lanes, token_strip
+from minisft.plots import (
+    before_and_after,
+    comparison,
+    drawable,
+    loss_curves,
+    memory_bars,
+    token_flow,
+    token_lanes,
+    token_strip,
+)
 from minisft.runs import RunConfig
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.zero_measure import OWNERS
@@ -121,3 +130,52 @@ def test_the_flow_of_tokens_tells_every_stage():
     assert picture.alt.startswith("90% of the rows are trained on, but only 25% of the tokens")
     assert "truncated 9 rows, 3.0 million tokens" in picture.alt
     assert size(picture)[0] > 800
+
+
+def texts_of(monkeypatch):
+    """Collects what a figure shows: titles, legends and labels, as they are drawn."""
+    from matplotlib.text import Text
+
+    drawn = []
+    real = Text._preprocess_math
+
+    def preprocess(self, text):
+        shown, is_formula = real(self, text)
+        drawn.append("a formula" if is_formula else shown)
+        return shown, is_formula
+
+    monkeypatch.setattr(Text, "_preprocess_math", preprocess)
+    return drawn
+
+
+@pytest.mark.attack("13")
+@pytest.mark.parametrize("name", ["$\\frac{", "_x", "$a$ $b$", "<img src=x>", "你好\x1b[31m", "a\nb", "W" * 255])
+def test_figures_of_runs_draw_any_name_literally(make_run, name, monkeypatch):
+    import warnings
+
+    from minisft.text import one_line
+
+    runs = [make_run("a", [2.0, 1.0], 100), make_run("b", [2.0, 0.0], 50)]
+    monkeypatch.setattr(type(runs[0]), "name", property(lambda run: name if run.folder.name == "a" else "other"))
+    drawn = texts_of(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for figure in (loss_curves, memory_bars, comparison):
+            drawn.clear()
+            picture = figure(runs)
+            assert "\x1b" not in picture.alt
+            expected = drawable(one_line(name), "DejaVu Sans:bold")[:20]
+            assert any(expected in text for text in drawn), (figure.__name__, drawn)
+
+
+@pytest.mark.attack("7")
+def test_a_picture_is_saved_whole_and_not_through_a_link(tmp_path):
+    from minisft.plots import Picture
+
+    target = tmp_path / "precious.txt"
+    target.write_text("keep me")
+    link = tmp_path / "scores.png"
+    link.symlink_to(target)
+    Picture(b"png", "alt").save(link)
+    assert target.read_text() == "keep me"
+    assert link.read_bytes() == b"png"
