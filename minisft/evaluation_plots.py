@@ -102,6 +102,8 @@ def interval_widths(answers: Sequence[Mapping[str, Any]], draws: int = 8, seed: 
     if all_of_them > 0:
         axes.plot(line, roots, color=PALETTE[1], linestyle="--", label="falling with the root of the number")
         axes.set(yscale="log")
+    elif scores["bleu"]:
+        title = f"BLEU is {scores['bleu']:.0f} whichever of these {len(answers)} answers are drawn"
     else:
         title = f"Not one of {len(answers)} answers shares enough to be scored: no run of words is in its reference"
     axes.set(xscale="log", xlabel="answers", ylabel="width of the 95% interval, BLEU", title=title)

@@ -93,6 +93,34 @@ def test_the_sacrebleu_command_gives_the_same_score(run, results):
         assert chrf["score"] == pytest.approx(found["chrf"], abs=1e-5)
 
 
+@pytest.mark.attack("16")
+def test_perfect_answers_in_chinese_score_100_with_one_tokenizer_for_all_checkpoints(
+    tiny_model, tmp_path, monkeypatch, own_outputs
+):
+    answers = ["法国的首都是巴黎。", "天空是蓝色的。", "一年有十二个月。"]
+    rows = [sharegpt_row(f"z{i:03}k", ("human", f"问题 {i}"), ("gpt", answers[i % 3])) for i in range(40)]
+    (tmp_path / "zh.json").write_text(json.dumps(rows))
+    about = {"model": str(tiny_model), "data": str(tmp_path / "zh.json"), "name": "zh", "max_characters": None}
+    run = prepare(RunConfig.course("vanilla", **about), say=quiet)
+    shutil.copytree(tiny_model, run.folder / "checkpoint-3")
+
+    def perfect(model, questions, *rest):
+        return [Answer(question.messages[-1].content, True) for question in questions]
+
+    monkeypatch.setattr(evaluate, "_answers", perfect)
+    said = []
+    assert evaluate_runs([run], QUICK, say=said.append) == []
+    found = results_of(run)
+    assert [result["bleu"] for result in found] == [pytest.approx(100)] * len(found)
+    assert all("tok:zh" in result["bleu_signature"] for result in found)
+    assert "BLEU 100.00" in said[0]
+    results = own_outputs / "evaluation" / "zh"
+    assert "-tok zh" in (results / "summary.md").read_text()
+    command = [sys.executable, "-m", "sacrebleu", results / "references.txt", "-tok", "zh", "-i"]
+    done = subprocess.run([*command, results / "checkpoint-0.txt", "-b"], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == 100
+
+
 def test_what_is_scored_is_not_scored_again_unless_it_changed(run, calls):
     evaluate_runs([run], QUICK, say=quiet)
     assert len(calls) == 3

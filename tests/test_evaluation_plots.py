@@ -1,10 +1,13 @@
 import random
+from types import SimpleNamespace
 
+import pytest
 from conftest import WORDS
 from test_plots import size
 
 from minisft import evaluation_plots
-from minisft.evaluation_plots import interval_widths, scores_over_steps
+from minisft.errors import UserError
+from minisft.evaluation_plots import draw, interval_widths, scores_over_steps
 
 
 def summary(run, *bleus, loss=(2.0, 1.0)):
@@ -57,3 +60,19 @@ def test_more_answers_narrow_the_interval(monkeypatch):
 def test_without_a_single_match_there_is_no_width():
     answers = [{"output": "dog", "reference": "the cat sat on the mat"}] * 5
     assert "no run of words" in interval_widths(answers, draws=2).alt
+
+
+@pytest.mark.attack("15")
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"run": "r", "rows": 1, "checkpoints": []}', '{"run": 1, "rows": 1, "checkpoints": [{}]}']
+)
+def test_results_of_another_shape_are_one_sentence(own_outputs, text):
+    folder = own_outputs / "evaluation" / "r"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(text)
+    with pytest.raises(UserError, match=r"summary.json .* is damaged"):
+        draw([SimpleNamespace(name="r")])
+
+
+def test_without_results_there_is_no_figure(own_outputs):
+    assert draw([SimpleNamespace(name="r")]) is None

@@ -306,3 +306,17 @@ def test_a_report_counts_rows_and_names_the_first_few():
     assert r"row row1\x1b, turn 1, token 7: gone" in text
     assert "\x1b" not in text
     assert INVARIANTS["eos"][1] in text and INVARIANTS["bos"][1] not in text
+
+
+@pytest.mark.attack("12")
+@pytest.mark.parametrize("control", ["bos", "eos", "[INST]", "[/INST]"])
+def test_a_row_that_breaks_an_invariant_at_every_token_takes_seconds(control):
+    import time
+
+    tokenizer = MistralCommonTokenizer("v3")
+    token = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(control) or tokenizer.control_id(control)
+    ids = [tokenizer.bos_id] + [token] * 200_000
+    begin = time.monotonic()
+    found = check_row("x", ids, ids, MistralTemplate.for_tokenizer(tokenizer), tokenizer)
+    assert found
+    assert time.monotonic() - begin < 20

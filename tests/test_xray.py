@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 
 from minisft.errors import UserError
-from minisft.scores import corpus_scores, paired_bootstrap
+from minisft.evaluation_plots import interval_widths
+from minisft.scores import MECAB, corpus_scores, paired_bootstrap, tokenizer_for
 from minisft.xray import xray
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", ",", ".", "&", "<", "red")
@@ -93,3 +94,82 @@ def test_a_paired_bootstrap_tells_a_difference_from_chance():
     assert paired_bootstrap(chairs, tables, ["the cat sat on the mat today"] * 12) == 1
     with pytest.raises(UserError, match="no answer to compare"):
         paired_bootstrap([], [], [])
+
+
+# --- scripts without blanks between words --------------------------------------------------------------------------
+
+TEXTS = {  # harmless sentences: the first is the question's right answer, the second shares some of it
+    "zh": ("法国的首都是巴黎。", "法国的首都是里昂。"),
+    "ja": ("フランスの首都はパリです。", "フランスの首都はリヨンです。"),
+    "ko": ("프랑스의 수도는 파리입니다.", "프랑스의 수도는 리옹입니다."),
+    "th": ("เมืองหลวงของฝรั่งเศสคือปารีส", "เมืองหลวงของฝรั่งเศสคือลียง"),
+    "en": ("The capital of France is Paris.", "The capital of France is Lyon."),
+    "ru": ("Столица Франции это город Париж.", "Столица Франции это город Лион."),
+}
+
+
+def expected_tokenizer(language):
+    from importlib.util import find_spec
+
+    if mecab := {"ja": "ja-mecab", "ko": "ko-mecab"}.get(language):
+        return mecab if all(map(find_spec, MECAB[mecab])) else "char"
+    return {"zh": "zh", "th": "char"}.get(language, "13a")
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize("language", TEXTS)
+def test_perfect_answers_score_100_in_any_script_as_sacrebleu_computes_it(language):
+    right, near = TEXTS[language]
+    tokenize = expected_tokenizer(language)
+    assert tokenizer_for([right]) == tokenizer_for([right, near] * 20) == tokenize
+    found = corpus_scores([right] * 3, [right] * 3, 20)
+    assert found["bleu"] == pytest.approx(100)
+    assert found["length_ratio"] == 1
+    assert f"tok:{tokenize}" in found["bleu_signature"]
+    assert found["bleu_tokenizer"] == tokenize
+    oracle = BLEU(tokenize=tokenize).corpus_score([near, right], [[right, right]])
+    found = corpus_scores([near, right], [right, right], 0)
+    assert found["bleu"] == pytest.approx(oracle.score)
+    assert 0 < found["bleu"] < 100
+    assert xray(near, right).score == pytest.approx(BLEU(tokenize=tokenize).corpus_score([near], [[right]]).score)
+    assert paired_bootstrap([near] * 8, [right] * 8, [right] * 8, 50) < 0.1
+
+
+@given(
+    st.sampled_from([text for pair in TEXTS.values() for text in pair]), st.sampled_from(["zh", "char", "13a"]), words
+)
+def test_taken_apart_with_any_tokenizer_it_is_sacrebleus(reference, tokenize, more):
+    output = reference[:4] + more
+    oracle = BLEU(tokenize=tokenize).corpus_score([output], [[reference]])
+    found = xray(output, reference, tokenize)
+    assert found.score == pytest.approx(oracle.score)
+    assert list(found.matched) == oracle.counts
+
+
+@pytest.mark.parametrize(
+    ("references", "tokenize"),
+    [
+        (["4", "", "?!"], "13a"),
+        (["In Chinese it is 你好, a short word for a greeting that everybody knows."], "13a"),
+        (["用 Python 的 print 函数输出文本。", "好的。"], "zh"),
+        (["東京は日本の首都です。", "東京都"], expected_tokenizer("ja")),
+    ],
+)
+def test_the_script_of_most_references_decides(references, tokenize):
+    assert tokenizer_for(references) == tokenize
+
+
+def test_one_tokenizer_for_all_of_a_data_set():
+    """Also where a part of it is in another script: draws of a part are scored as the whole."""
+    right = [TEXTS["zh"][0]] * 6 + [TEXTS["en"][0]] * 2
+    answers = [{"output": text, "reference": text} for text in right]
+    assert "BLEU is 100 whichever of these 8 answers" in interval_widths(answers, draws=4).alt
+    assert corpus_scores(right[-1:], right[-1:], 0, "zh")["bleu_tokenizer"] == "zh"
+
+
+def test_where_no_run_of_four_can_match_it_is_said():
+    found = corpus_scores(["yes it is", "no"], ["yes it is", "no"], 0)
+    assert found["bleu"] == 0
+    assert found["bleu_note"].startswith("BLEU says nothing here")
+    assert "longest reference has 3" in found["bleu_note"]
+    assert corpus_scores(["a b c d"], ["a b c d"], 0)["bleu_note"] == ""
