@@ -67,25 +67,17 @@ def files_of(path: Path, ledger: Ledger) -> list[DataFile]:
         raise UserError(f"data folder {path} cannot be read ({error.strerror}): check the path") from error
     if not chosen:
         raise UserError(f"folder {path} has no .json, .jsonl or .parquet file: give a file of conversations")
-    if left := [one_line(file.relative_to(path), 60) for file in found if file not in set(chosen)]:
-        names = ", ".join(left[:NAMED]) + (", …" if len(left) > NAMED else "")
-        ledger.note(f"{len(left):,} files of the folder were not read: {names}")
+    left = sorted(set(found) - set(chosen))
+    if left:
+        names = ", ".join(one_line(file.relative_to(path), 60) for file in left[:NAMED])
+        ledger.note(f"files of the folder that were not read: {len(left):,} ({names}{', …' * (len(left) > NAMED)})")
     return [DataFile(file, one_line(file.name)) for file in chosen]
 
 
 def _is_data(file: Path, folder: Path) -> bool:
     is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return (
-        file.name.lower().endswith(ENDINGS)
-        and not is_hidden
-        and not file.name.startswith(DESCRIPTIONS)
-        and file.is_file()
-    )
-
-
-def is_saved(path: Path) -> bool:
-    """Whether it is a folder that `save_to_disk` of `datasets` wrote."""
-    return any((path / name).is_file() for name in DESCRIPTIONS[1:])
+    is_named = file.name.lower().endswith(ENDINGS) and not file.name.startswith(DESCRIPTIONS)
+    return is_named and not is_hidden and file.is_file()
 
 
 def _saved(folder: Path) -> list[DataFile]:

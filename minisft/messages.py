@@ -1,7 +1,8 @@
-"""Messages, and how a row of any of the shapes that people write becomes a list of them.
+"""Messages, and the keys of rows and turns that they are made of.
 
-This module alone knows which keys of a row, of a turn and of a part of a turn are read. A key that changes what the row
-means is honoured, or its row is dropped for a counted reason; every other key that has a value is counted by name.
+This module alone knows which keys of a row, of a turn and of a part of a turn are read; `shapes` makes messages of
+whole rows. A key that changes what a row means is honoured, or the row is dropped for a counted reason; every other key
+that has a value is counted by its name.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ QUESTION = ("instruction", "question", "prompt", "query")
 GIVEN = ("input", "context")  # what an instruction is about
 ANSWER = ("output", "response", "completion", "answer")
 CHOSEN = ("chosen",)  # the preferred answer, beside `rejected`
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 HISTORY = ("history",)  # earlier turns, as pairs of question and answer
 ROLE, TEXT = ("from", "role"), ("value", "content")
 WEIGHT = ("weight", "train")
@@ -40,12 +41,13 @@ TRAINED = ("loss", "training")  # the same as a weight, where the value is true 
 DESIRABLE = ("label", "kto_tag", "desirable")  # true, or false for an answer that nobody should learn
 
 IS_JSON = "JSON inside a string: parsed"  # a repair
-NO_TOOL_CALLS = "tool calls that the template cannot show"
 DROPPED = {  # a row that has one of these keys, in itself, in a turn or in a part of one -> why it is dropped
     **dict.fromkeys(("image", "images", "image_url", "image_urls", "image_path", "input_image"), "needs images"),
     **dict.fromkeys(("video", "videos", "video_url"), "needs videos"),
     **dict.fromkeys(("audio", "audios", "audio_url", "input_audio"), "needs audio"),
-    **dict.fromkeys(("tool_calls", "function_call", "tool_use", "tool_result"), NO_TOOL_CALLS),
+    **dict.fromkeys(
+        ("tool_calls", "function_call", "tool_use", "tool_result"), "tool calls that the template cannot show"
+    ),
     **dict.fromkeys(("tools", "functions"), "tools that the template cannot show"),
     "documents": "documents that the template cannot show",
     **dict.fromkeys(("train_detail", "training_detail"), "weights for parts of an answer"),
@@ -136,7 +138,7 @@ def heed(keys: Keys, found: ReadRow) -> None:
         if key in DROPPED:
             if not _says_none(keys.take((key,))):
                 raise Unusable(DROPPED[key])
-        elif key in LEFT_OUT and not is_empty(value):
+        elif key in LEFT_OUT and isinstance(value, str | list | dict) and not is_empty(value):
             found.repairs[LEFT_OUT[key]] = None
 
 

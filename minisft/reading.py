@@ -26,6 +26,7 @@ from minisft.text import one_line
 
 BAD_ROW = "row is not valid JSON"
 TOO_DEEP = "row is nested too deeply"
+COMMA = "comma after a row: removed"
 BOM = b"\xef\xbb\xbf"
 CHUNK = 1 << 22  # bytes read at a time
 LONGEST_ROW = 1 << 28  # characters; only damage makes a row longer
@@ -267,9 +268,6 @@ def _rows_of_list(file: DataFile, stream: io.BufferedReader, ledger: Ledger) -> 
     ledger.lose(f"{file.name} is cut off or damaged after {number:,} whole rows; what follows could not be read")
 
 
-COMMA = "comma after a row: removed"
-
-
 def _rows_of_lines(file: DataFile, stream: io.BufferedReader, ledger: Ledger) -> Iterator[tuple[str, Any]]:
     first = True
     for number, line in enumerate(iter(lambda: stream.readline(LONGEST_ROW), b""), 1):
@@ -331,7 +329,7 @@ def _rows_of_objects(file: DataFile, ledger: Ledger) -> Iterator[tuple[str, Any]
                 return
             if text.skip_commas():
                 ledger.repair(COMMA, where)
-            rows = _wrapped(value, file) if number == 0 and not text.next else None
+            rows = _wrapped(value, file) if number == 0 else None
             for row in [value] if rows is None else rows:
                 yield f"{file.name} row {number}", row
                 number += 1

@@ -38,6 +38,9 @@ from minisft.messages import (
 SHAPES = (
     "conversations (from/value), messages (role/content), instruction/output, prompt/completion or question/response"
 )
+FLAGS = dict.fromkeys(("true", "1", "desirable"), True) | dict.fromkeys(
+    ("false", "0", "undesirable", "rejected"), False
+)
 
 
 def read_row(row: dict[str, Any]) -> ReadRow:
@@ -110,7 +113,7 @@ def texts_of(row: Any) -> Iterator[str]:
             yield text
 
 
-# --- whether a row is wanted ---------------------------------------------------------------------------------
+# --- whether a row is wanted -------------------------------------------------------------------------------
 
 
 def _require_wanted(keys: Keys) -> None:
@@ -128,9 +131,9 @@ def _require_wanted(keys: Keys) -> None:
 
 
 def _flag(value: Any) -> bool | None:
-    """True, false, 1, 0, or one of these as a text; None for anything else."""
+    """Whether a mark says yes or no; None for what is no mark."""
     if isinstance(value, str):
-        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+        return FLAGS.get(value.strip().lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 

@@ -284,7 +284,7 @@ def talk_with(row=None, ask=None, tell=None):
     [
         *((talk_with({key: value}), "marked as undesirable") for key, value in (
             ("label", False), ("label", 0), ("label", "false"), ("label", "0"), ("kto_tag", False), ("chosen", False),
-            ("desirable", 0.0),
+            ("desirable", 0.0), ("label", "undesirable"),
         )),
         ({"prompt": "2+2?", "completion": "5", "label": False}, "marked as undesirable"),
         ({"image": "x.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A"}]},
@@ -344,6 +344,7 @@ PAIR = [("user", "2+2?"), ("assistant", "4")]
         ({"prompt": [ASK], "chosen": [{"role": "system", "content": "s"}, ASK, TELL]}, [("system", "s"), *PAIR], []),
         ({"chosen": [ASK, TELL], "rejected": [ASK, TELL], "score_chosen": 0.0}, PAIR, ["rejected", "score_chosen"]),
         (talk_with({"system": "s"}), [("system", "s"), *PAIR], []),
+        (talk_with({"thinking": True}), PAIR, ["thinking"]),
         (talk_with({"system_prompt": "s", "system": ""}), [("system", "s"), *PAIR], []),
         (talk_with({"system": [{"type": "text", "text": "s"}]}), [("system", "s"), *PAIR], []),
         ({"messages": [{"role": "system", "content": "own"}, ASK, TELL], "system": "s"},

@@ -687,7 +687,7 @@ def test_what_is_no_regular_file_is_refused_and_waits_for_nobody(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([GOOD]))
     ids, ledger = ids_in(tmp_path)
     assert ids == ["a"]
-    assert ledger.notes == ["2 files of the folder were not read: loop.json, pipe.json"]
+    assert ledger.notes == ["files of the folder that were not read: 2 (loop.json, pipe.json)"]
 
 
 @pytest.mark.attack("15")
@@ -728,7 +728,7 @@ def test_names_that_are_not_utf8_or_move_the_cursor(tmp_path):
     (tmp_path / "p.parquet").rename(Path(os.fsdecode(os.fsencode(folder) + b"/p\xff.parquet")))
     ids, ledger = ids_in(folder)
     assert ids == [r"l\xfe.json line 1", r"l\xff.jsonl line 1", r"p\xff.parquet row 0"]
-    assert ledger.notes == [r"1 files of the folder were not read: o\x1b[31m.txt"]
+    assert ledger.notes == [r"files of the folder that were not read: 1 (o\x1b[31m.txt)"]
 
 
 @pytest.mark.attack("16")
