@@ -739,9 +739,8 @@ def test_hidden_files_are_left_out_and_other_endings_read(tmp_path):
     (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(json.dumps(good("e")).encode()))
     ids, ledger = ids_in(tmp_path)
     assert ids == ["a", "b", "e", "c"]
-    assert ledger.notes == [
-        "3 files of the folder were not read: ._a.jsonl, .ipynb_checkpoints/a-checkpoint.jsonl, d.csv"
-    ]
+    names = "._a.jsonl, .ipynb_checkpoints/a-checkpoint.jsonl, d.csv"
+    assert ledger.notes == [f"files of the folder that were not read: 3 ({names})"]
 
 
 @pytest.fixture
