@@ -21,7 +21,7 @@ PARQUET = b"PAR1"
 ARROW_STREAM, ARROW_FILE = b"\xff\xff\xff\xff", b"ARROW1"
 TOKENISED = ("input_ids", "labels", "attention_mask")
 AT_ONCE = 256  # rows
-MOST_PER_BYTE = 1000  # rows; a column of nothing claims any number of them
+MOST_PER_BYTE = 1000  # rows, values or unpacked bytes for each byte of a file; more is a bomb
 FILLED = object()  # stands for a value that nothing reads
 _READ = KEYS | set(TOKENISED)
 
@@ -36,18 +36,17 @@ def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes) -> Ite
 
     A row with a value that cannot be read (a text that is not UTF-8, a date before the year 1) is an `Unusable`.
     """
-    kind = "Parquet" if head.startswith(PARQUET) else "Arrow"
     import pyarrow
 
+    kind = "Parquet" if head.startswith(PARQUET) else "Arrow"
     if not stream.seekable():
         raise UserError(f"data file {file.path} is compressed {kind}: unpack it")
     number = 0
     try:
         size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
-        for batch in _parquet(stream) if kind == "Parquet" else _arrow(stream, head):
-            if number + batch.num_rows > size * MOST_PER_BYTE:
-                raise ValueError(f"{size:,} bytes cannot hold {batch.num_rows:,} rows")
+        for batch in _parquet(stream, size) if kind == "Parquet" else _arrow(stream, head):
+            _require_room(size * MOST_PER_BYTE, number + batch.num_rows, "rows")
             batch.validate(full=kind == "Arrow")
             for start in range(0, batch.num_rows, AT_ONCE):
                 for row in _rows(batch.slice(start, AT_ONCE), kind):
@@ -58,10 +57,19 @@ def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes) -> Ite
         raise UserError(f"data file {file.path} is damaged {kind} ({reason}): fetch or write it again") from error
 
 
-def _parquet(stream: io.BufferedReader) -> Iterable[pyarrow.RecordBatch]:
+def _require_room(most: int, claimed: int, what: str) -> None:
+    if claimed > most:
+        raise ValueError(f"it cannot hold {claimed:,} {what}")
+
+
+def _parquet(stream: io.BufferedReader, size: int) -> Iterable[pyarrow.RecordBatch]:
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20).iter_batches(batch_size=AT_ONCE)
+    opened = pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20)
+    groups = [opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups)]
+    for column in (group.column(j) for group in groups for j in range(group.num_columns)):
+        _require_room(size * MOST_PER_BYTE, max(column.num_values, column.total_uncompressed_size), "bytes or values")
+    return opened.iter_batches(batch_size=AT_ONCE)
 
 
 def _arrow(stream: io.BufferedReader, head: bytes) -> Iterable[pyarrow.RecordBatch]:
@@ -83,8 +91,7 @@ def _require_backed(column: pyarrow.Array) -> None:
             _require_backed(child)
     elif types.is_nested(column.type) and not types.is_map(column.type) and not types.is_union(column.type):
         claimed = compute.sum(compute.list_value_length(column)).as_py() or 0
-        if claimed > 8 * column.nbytes + AT_ONCE * AT_ONCE:  # true or false takes a bit
-            raise ValueError(f"{column.nbytes:,} bytes cannot hold {claimed:,} values")
+        _require_room(8 * column.nbytes + AT_ONCE * AT_ONCE, claimed, "values")  # true or false takes a bit
         _require_backed(column.flatten())
 
 

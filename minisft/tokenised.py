@@ -14,6 +14,7 @@ from typing import Any
 from minisft.conversations import Unusable
 from minisft.errors import UserError
 from minisft.ledger import Ledger
+from minisft.messages import as_text
 from minisft.reading import rows_of
 
 
@@ -68,7 +69,8 @@ def _raw(where: str, row: Any) -> RawRow:
 
 
 def _id(row: dict[str, Any]) -> str | None:
-    return None if row.get("id") is None else str(row["id"])
+    own = row.get("id")
+    return own if isinstance(own, str) else as_text(own)
 
 
 def _without_padding(row: dict[str, Any]) -> tuple[Any, Any]:

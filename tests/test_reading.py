@@ -503,6 +503,19 @@ def test_a_decompression_bomb_is_stopped(tmp_path, monkeypatch):
     assert "unpacks to more than" in ledger.lost[0]
 
 
+@pytest.mark.attack("12")
+@pytest.mark.parametrize("what", ["values", "bytes"])
+def test_a_parquet_file_cannot_claim_more_than_it_holds(tmp_path, what):
+    """Five million nulls are a run of a few bytes, and so is a text of one letter."""
+    count = 5_000_000
+    nulls = pyarrow.ListArray.from_arrays(pyarrow.array([0, count], pyarrow.int32()), pyarrow.nulls(count))
+    columns = (
+        {"input_ids": nulls, "labels": nulls} if what == "values" else {"prompt": ["a" * 4 * count], "answer": [""]}
+    )
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet", compression="zstd")
+    refused(tmp_path / "x.parquet", "damaged Parquet .* cannot hold")
+
+
 def test_a_compressed_table_is_refused(tmp_path):
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), sink)
