@@ -61,12 +61,14 @@ def one_per_answer(conversation: Conversation) -> Iterator[Conversation]:
     This is what inference sees at each turn, even where the template moves the system prompt (v2, v3).
     """
     number = 0
-    for i, message in enumerate(conversation.messages):
+    before: list[Message] = []
+    for message in conversation.messages:
         if message.role == "assistant":
             number += 1
             if message.trained:
-                part = Conversation(f"{conversation.id}@{number}", conversation.messages[: i + 1])
-                yield only_last_answer(part)
+                yield Conversation(f"{conversation.id}@{number}", (*before, message))
+            message = replace(message, trained=False)
+        before.append(message)
 
 
 # --- from raw rows -----------------------------------------------------------------------------------------
@@ -102,8 +104,7 @@ def clean(row: Any, where: str, ledger: Ledger, escaped: bool | None = None) -> 
 
 
 def _mended_text(messages: list[Message], row_id: str, ledger: Ledger, escaped: bool | None) -> list[Message]:
-    if any(len(m.content) > LONGEST_MESSAGE for m in messages):
-        raise Unusable(f"a message of more than {LONGEST_MESSAGE:,} characters")
+    _require_length(messages)
     texts = before = [m.content for m in messages]
     for reason, mend in _TEXT_REPAIRS:
         if mend is unescaped and not (is_escaped(texts, turns=1) if escaped is None else escaped):
@@ -149,6 +150,7 @@ def _in_turn(messages: list[Message], row_id: str, ledger: Ledger) -> list[Messa
     """
     kept: list[Message] = []
     last = None  # where the last spoken turn is in `kept`
+    joined: dict[int, list[str]] = {}  # the texts of a turn that was several; put together at the end, in linear time
     repairs: dict[str, None] = {}  # an ordered set: one line per row and reason
     for message in messages:
         if message.role == "system":
@@ -161,10 +163,12 @@ def _in_turn(messages: list[Message], row_id: str, ledger: Ledger) -> list[Messa
             break
         elif last is not None and _is_continued(kept[last], message):
             repairs["neighbours of one role: joined"] = None
-            kept[last] = replace(kept[last], content=kept[last].content + "\n\n" + message.content)
+            joined.setdefault(last, [kept[last].content]).append(message.content)
         else:
             last = len(kept)
             kept.append(message)
+    for i, texts in joined.items():
+        kept[i] = replace(kept[i], content="\n\n".join(texts))
     answers = sum(m.role == "assistant" for m in kept)
     while kept and kept[-1].role != "assistant":
         if kept.pop().role == "user" and answers:
@@ -175,7 +179,13 @@ def _in_turn(messages: list[Message], row_id: str, ledger: Ledger) -> list[Messa
         raise Unusable("no question with an answer")
     if not any(m.trained for m in kept if m.role == "assistant"):
         raise Unusable("every answer has weight 0")
+    _require_length(kept)
     return kept
+
+
+def _require_length(messages: list[Message]) -> None:
+    if any(len(m.content) > LONGEST_MESSAGE for m in messages):
+        raise Unusable(f"a message of more than {LONGEST_MESSAGE:,} characters")
 
 
 def _is_continued(before: Message, message: Message) -> bool:

@@ -119,7 +119,7 @@ class Keys:
         """The names of all other keys that have a value, fit to be shown."""
         for key, value in self.row.items():
             if key not in self._read and not is_empty(value):
-                yield one_line(key, LONGEST_KEY) or "''"
+                yield one_line(str(key)[: 2 * LONGEST_KEY], LONGEST_KEY) or "''"
 
 
 def is_empty(value: Any, depth: int = 4) -> bool:

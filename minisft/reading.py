@@ -341,7 +341,7 @@ def _wrapped(value: Any, file: DataFile) -> list[Any] | None:
         return None
     lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
     if len(lists) > 1:
-        keys = ", ".join(one_line(key, 40) for key in list(lists)[:8])
+        keys = ", ".join(one_line(key[:80], 40) for key in list(lists)[:8])
         what = f"several lists of rows, under the keys {keys}"
         raise UserError(f"data file {file.path} has {what}: write the one to be read into a file of its own")
     return next(iter(lists.values()), None)

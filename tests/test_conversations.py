@@ -1,6 +1,7 @@
 """Every kind of dirt in a row, and the line in the ledger that it must produce."""
 
 import json
+import time
 from itertools import pairwise
 
 import pytest
@@ -521,6 +522,24 @@ def test_keys_are_counted_by_name_however_many_there_are():
     assert ledger.unread["other keys"].rows == 1000 - (MOST - 1)
     assert "      1,000                  not read: source" in str(ledger).splitlines()
     assert ledger.to_dict()["unread"]["source"] == {"rows": 1000, "first": [f"r{i}" for i in range(FIRST)]}
+
+
+@pytest.mark.attack("12")
+def test_a_row_of_very_many_turns_or_keys_takes_seconds():
+    many = 300_000
+    began = time.process_time()
+    parts = talk(*[("human", "a")] * many, *[("gpt", "b")] * many)[0]
+    assert [len(content) for _, content in parts] == [3 * many - 2] * 2
+    assert cleaned({f"k{i}": 1 for i in range(many)} | sharegpt_row("x", *GOOD))[0]
+    assert cleaned({"x\x1b" * 5_000_000: 1} | sharegpt_row("x", *GOOD))[0]
+    assert cleaned(sharegpt_row("x", *[("human", "a"), ("gpt", "b" * 700_000)], *[("gpt", "b" * 700_000)] * 2))[2] == [
+        "a message of more than 2,000,000 characters"
+    ]
+    assert time.process_time() - began < 15
+    turns = Conversation("x", (Message("user", "q"), Message("assistant", "a")) * 2000)
+    began = time.process_time()
+    assert sum(len(part.messages) for part in one_per_answer(turns)) == 2000 * 2001
+    assert time.process_time() - began < 2
 
 
 def test_the_ledger_can_be_read():
