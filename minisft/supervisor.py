@@ -49,11 +49,11 @@ GONE = "the process that started it is gone"
 # How the death of one rank shows in the others: not the reason for anything.
 LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|closed by peer|recvvalue failed|sendbytes failed|"
-    r"remote process exited|nccl.*(abort|remote error)|socket.*(timeout|closed)|DistNetworkError",
+    r"remote process exited|nccl.{0,300}(abort|remote error)|socket.{0,300}(timeout|closed)|DistNetworkError",
     re.IGNORECASE,
 )
 TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
-ERROR = re.compile(r"\b[\w.]*(?:Error|Exception|Interrupt): .+")
+ERROR = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Interrupt): .+")
 LONGEST_REASON = 2000  # characters
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
