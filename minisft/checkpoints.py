@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import digest, is_inside, read_text, write_json, written_whole
+from minisft.files import digest, is_inside, read_json, read_text, write_json, written_whole
 from minisft.runs import MANIFEST, Run, checkpoint_step, manifest_of
+from minisft.zero_config import zero_stage
 
 SCRATCH = ".saving"
-WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"})
+MADE_AGAIN = (  # of a run folder: what preparing and starting write, and halves of what was being saved or removed
+    *("run.json", "deepspeed.json", "command.txt", "hosts.json", "hostfile", "environment", "job.sbatch"),
+    *("slurm-hostfile", "ledger.json", "metrics.jsonl", "memory.json", "DONE", "FAILED", ".minisft-*"),
+    *("data/made_of.json", "data/*.arrow", "data/test.jsonl", "logs/*.log", "ranks/*.json", "ranks/.minisft-*"),
+    *("tensorboard/events.*", f"{SCRATCH}/checkpoint-*", ".removed-checkpoint-*"),
+)
 UNSAFE = ("training_args.bin",)  # a pickle that nobody needs: run.json says the same
 
 
@@ -45,7 +54,8 @@ def seal(run: Run, folder: Path, about: dict[str, Any]) -> Path:
     _sync(folder / MANIFEST)
     _sync(folder)
     place = run.folder / folder.name
-    remove(place)  # an earlier one of this step, from before a resume
+    if place.exists():
+        raise UserError(f"{place} exists already: move it away and start the run again")
     folder.rename(place)
     folder.parent.rmdir()
     _sync(run.folder)
@@ -53,14 +63,14 @@ def seal(run: Run, folder: Path, about: dict[str, Any]) -> Path:
 
 
 def rotate(run: Run, keep: int | None) -> None:
-    """Remove all checkpoints but the last `keep`, the best (lowest test loss), and those with a damaged manifest."""
+    """Remove all checkpoints but the last `keep`, the best (lowest test loss), and those without a sound manifest."""
     if keep is None:
         return
     kept = {*run.checkpoints[-keep:], run.best_checkpoint}
     for folder in set(run.checkpoints) - kept:
         with suppress(UserError):  # a damaged one may be the best
-            manifest_of(folder)
-            remove(folder)
+            if manifest_of(folder) is not None:
+                remove(folder)
 
 
 def remove(folder: Path) -> None:
@@ -75,51 +85,87 @@ def remove(folder: Path) -> None:
 def latest_resumable(run: Run) -> Path | None:
     """The last checkpoint that has optimizer states, or None. Raises `UserError` if any checkpoint is damaged."""
     found = None
+    advice = "rerun the same command to resume from what is left, or replace the run with --overwrite"
     for checkpoint in run.checkpoints:
         try:
-            if (manifest_of(checkpoint) or {}).get("resumable"):
-                found = checkpoint
+            is_resumable = (manifest_of(checkpoint) or {}).get("resumable")
         except UserError as error:
-            raise UserError(
-                f"{error}; move {checkpoint} away and rerun the same command to resume from what is left, or replace "
-                "the run with --overwrite"
-            ) from error
+            raise UserError(f"{error}; move {checkpoint} away and {advice}") from error
+        if is_resumable:
+            found = checkpoint
+        elif found is not None and any(checkpoint.iterdir()):  # training would write another one in its place
+            raise UserError(f"{checkpoint} is later than {found.name} and cannot be resumed: move it away and {advice}")
     return found
 
 
 def resume_point(run: Run) -> Path | None:
-    """The checkpoint to resume from; None if the folder holds no weights, so that the run can start from the beginning.
+    """The checkpoint to resume from; None if the folder holds nothing to lose, so that the run can start anywhere.
 
-    Raises `UserError` where there are weights and no checkpoint to resume from: only `--overwrite` removes weights.
+    Raises `UserError` where it holds something and no checkpoint to resume from: only `--overwrite` removes that.
     """
     if (checkpoint := latest_resumable(run)) is not None:
         return checkpoint
-    if (weights := holds_weights(run.folder)) is not None:
+    if (kept := something_to_lose(run.folder)) is not None:
         raise UserError(
-            f"{run.folder} holds weights of an unfinished run ({weights.relative_to(run.folder)}) and no checkpoint to "
+            f"{run.folder} holds {kept.relative_to(run.folder)}, which may be weights, and no checkpoint to "
             "resume from: start it from the beginning with --restart (or --overwrite), give this run another --name, "
             "or start from its weights with --model"
         )
     return None
 
 
-def holds_weights(folder: Path) -> Path | None:
-    """The first file in `folder` that may hold weights, by its ending or because it lies in a checkpoint."""
+def something_to_lose(folder: Path) -> Path | None:
+    """The first file in a run folder that preparing would not make again: of a checkpoint, or somebody's own."""
     for file in sorted(folder.rglob("*")):
-        top = file.relative_to(folder).parts[0]
-        if top == SCRATCH or top.startswith(".removed-") or file.is_dir():
-            continue
-        if file.suffix in WEIGHTS or top.startswith(("checkpoint-", "global_step")):
+        name = str(file.relative_to(folder))
+        if not file.is_dir() and not any(fnmatchcase(name, pattern) for pattern in MADE_AGAIN):
             return file
     return None
 
 
 def verify(run: Run, folder: Path) -> None:
-    """Raise `UserError` unless every file of the checkpoint is as it was written."""
-    if wrong := damage(folder):
+    """Raise `UserError` unless the checkpoint is as it was written, with all that a resume needs."""
+    if wrong := damage(folder) or _lacks(run, folder):
         earlier = [c for c in run.checkpoints if checkpoint_step(c) < checkpoint_step(folder)]
         then = f"it then goes on from {earlier[-1].name}" if earlier else "it then starts from the beginning"
         raise UserError(f"{folder.name} is damaged: {wrong}; remove {folder} and start the run again, {then}")
+
+
+def _lacks(run: Run, folder: Path) -> str:
+    """What a resumable checkpoint lacks, or has too much; transformers passes over states that are not there."""
+    named = set((manifest_of(folder) or {}).get("files", ()))
+    here = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    if unnamed := sorted(here - named):
+        return f"{MANIFEST} does not name {unnamed[0]}"
+    ranks = run.config.ranks
+    wanted = [r"trainer_state\.json", r"scheduler\.pt"]
+    if run.deepspeed is None:
+        wanted += [r"optimizer\.pt"]
+    elif zero_stage(run.config.strategy):
+        wanted += [rf"global_step\d+/.*_rank_{rank}_.*optim_states\.pt" for rank in range(ranks)]
+    else:
+        wanted += [r"global_step\d+/.*model_states\.pt"]
+    wanted += [r"rng_state\.pth"] if ranks == 1 else [rf"rng_state_{rank}\.pth" for rank in range(ranks)]
+    for pattern in wanted:
+        if not any(re.fullmatch(pattern, name) for name in here):
+            return f"a file of its optimizer's, scheduler's or random states is missing ({pattern})"
+    if (state := read_json(folder / "trainer_state.json", TrainerState)).global_step != checkpoint_step(folder):
+        return f"its trainer_state.json is of step {state.global_step}"
+    return ""
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Of transformers' `trainer_state.json`: the step, and how many there are to be."""
+
+    global_step: int
+    max_steps: int
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether the checkpoint is that of the last step, so that only the end of the run is to be written."""
+    state = read_json(folder / "trainer_state.json", TrainerState)
+    return state is not None and state.global_step >= state.max_steps
 
 
 def damage(folder: Path, only: Collection[str] | None = None) -> str:

@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,7 @@ TrainOn = Annotated[str, typer.Option(help="all answers, the last one, or each i
 def main() -> None:
     """Run the command line; every mistake that a user can correct ends in one sentence and exit code 2."""
     open_standard_streams()
+    warnings.showwarning = lambda message, category, *_: note(f"{category.__name__}: {one_line(message)}")
     for stream in (sys.stdout, sys.stderr):  # what the option parser prints may have characters that a locale lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -394,7 +396,7 @@ def command(
     slurm_nodes: Annotated[int | None, typer.Option(help="write a SLURM batch script for so many nodes")] = None,
 ) -> None:
     """Write a run folder, print the command that trains it, and say (on stderr) what each part of it is for."""
-    from minisft.commands import explain, first_words, require_nodes, shown, slurm_script
+    from minisft.commands import commands, explain, first_words, require_nodes, shown, slurm_script
     from minisft.preflight import warn_of_cores
     from minisft.prepare import prepare
     from minisft.runs import project_root
@@ -415,9 +417,12 @@ def command(
         return
     if place is None and not run.on_gpu:
         warn_of_cores(config, note)
-    for part in explain(first_words(run.command)):
+    # A finished run is returned as it is: its command.txt may be somebody else's.
+    lines = commands(run.config, run.folder, place, prepared=run.prepared) if run.status == "done" else None
+    text = run.command if lines is None else "\n".join(map(str, lines))
+    for part in explain(first_words(text)):
         note(str(part))
-    say(run.command)
+    say(text)
 
 
 @app.command()

@@ -89,10 +89,11 @@ def commands(
     if config.strategy == "vanilla":
         return [Command(["python", "-P", "-m", *worker])]
     if config.strategy == "ddp":
-        return [Command(["torchrun", "--nproc_per_node", ranks, "--master_port", port, "--module", *worker])]
+        words = ["torchrun", "--nproc_per_node", ranks, "--master_port", port, "--module", *worker]
+        return [Command(words, SAFE_PATH)]
     # An explicit empty hostfile keeps DeepSpeed on this machine, whatever /job/hostfile may hold.
     local = ["deepspeed", "--hostfile", "", "--num_accelerators", ranks]
-    return [Command([*local, "--master_port", port, "--module", *worker])]
+    return [Command([*local, "--master_port", port, "--module", *worker], SAFE_PATH)]
 
 
 def _on_hosts(folder: Path, place: Place, rest: list[str], there: dict[str, str]) -> list[Command]:

@@ -140,7 +140,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None else format(value, form if abs(value) < 1e12 else ".3g")
 
 
 def _size(value: int | None) -> str:

@@ -138,7 +138,7 @@ def _remove_others(folder: Path, steps: set[int]) -> None:
     """Take away earlier results of checkpoints that are gone or can no longer be used."""
     for file in folder.glob("checkpoint-*.*"):
         step = file.stem.partition("-")[2]
-        if step.isdigit() and int(step) not in steps:
+        if file.suffix in (".json", ".txt") and step.isdecimal() and int(step) not in steps:
             file.unlink(missing_ok=True)
 
 
@@ -150,7 +150,9 @@ def evaluate_model(run: Run, folder: Path, exam: Exam, settings: Settings, kept:
     """
     tokenizer, template = tools_of(run.model_folder, run.config.template)
     model = load_to_answer(folder, tokenizer, run.precision, run.trust_remote_code)
-    answers = _answers(model, exam.questions, template, tokenizer, settings, kept, f"{run.name} {folder.name}")
+    answers = _answers(
+        model, exam.questions, template, tokenizer, settings, kept, one_line(f"{run.name} {folder.name}")
+    )
     loss, trained_tokens = answer_loss(model, exam.questions, template, tokenizer)
     references = [q.messages[-1].content.strip() for q in exam.questions]
     rows = [
@@ -259,7 +261,8 @@ def settled(runs: Sequence[Run], wait: bool, ask: Callable[[str], bool] | None, 
             while run.live:
                 time.sleep(1)
         if run.live:
-            question = f"{run.name} is being trained: evaluate its {len(run.checkpoints)} checkpoints so far?"
+            name = one_line(run.name)
+            question = f"{name} is being trained: evaluate its {len(run.checkpoints)} checkpoints so far?"
             if ask is None or not ask(question):
                 say(f"{run.name} is being trained, and left out: --wait waits for it")
                 continue

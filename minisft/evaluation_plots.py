@@ -22,6 +22,9 @@ def draw(runs: Sequence[Run]) -> Path | None:
     found = [summary for run in runs if (summary := read_json(folder / run.name / "summary.json", Summary))]
     if not found:
         return None
+    import matplotlib
+
+    matplotlib.rcdefaults()  # the current folder's matplotlibrc is no part of this
     scores_over_steps(found).save(folder / "scores.png")
     return folder / "scores.png"
 

@@ -20,9 +20,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, BinaryIO, Literal, TextIO, TypeVar
 
 from minisft.errors import UserError
+from minisft.text import one_line
 
 T = TypeVar("T")
 PRIVATE = 0o600
@@ -153,7 +154,8 @@ def as_json(value: Any) -> str:
 def open_own(file: Path, flags: int, private: bool = False) -> int:
     """A descriptor of a file in a folder of ours, made if missing. Raises `UserError` for links and devices."""
     try:
-        handle = os.open(file, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE if private else 0o666)
+        flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not keep us waiting
+        handle = os.open(file, flags, PRIVATE if private else 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
@@ -169,8 +171,25 @@ def open_own(file: Path, flags: int, private: bool = False) -> int:
 
 def open_lock(file: Path) -> TextIO:
     """The lock file `file`, opened and not yet locked; nothing is written into it. Raises `UserError` for a link."""
-    handle = open_own(file, os.O_RDWR | os.O_NONBLOCK, private=True)
+    handle = open_own(file, os.O_RDWR, private=True)
     return os.fdopen(handle, "r+", encoding="utf-8")
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[int | Literal[False] | None]:
+    """A descriptor that holds `folder` itself, under any path; False if somebody else does, None where nobody can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield None
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield handle
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(handle)
 
 
 def try_lock(lock: TextIO, how: int = fcntl.LOCK_EX) -> bool:
@@ -194,15 +213,10 @@ def read_text(file: Path, errors: str = "strict", most: int | None = None) -> st
     `errors` says what becomes of bytes that are not UTF-8, as in `bytes.decode`; `most`, how many bytes are too many.
     """
     try:
-        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not keep us waiting
+        stream = open_regular(file)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): repair or remove it") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise UserError(f"{file} is not a regular file: remove it")
-    with open(handle, "rb") as stream:  # noqa: PTH123
+    with stream:
         try:
             content = stream.read() if most is None else stream.read(most + 1)
             if most is not None and len(content) > most:
@@ -214,9 +228,24 @@ def read_text(file: Path, errors: str = "strict", most: int | None = None) -> st
             raise UserError(f"{file} cannot be read ({error.strerror}): repair or remove it") from error
 
 
+def open_regular(file: Path) -> BinaryIO:
+    """A regular file, opened to be read. Raises `FileNotFoundError`, or `UserError` for what else cannot be read."""
+    try:
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not keep us waiting
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # the latter for a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{one_line(file)} cannot be read ({reason}): repair or remove it") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{file} is not a regular file: remove it")
+    return os.fdopen(handle, "rb")
+
+
 def last_lines(file: Path, most_bytes: int = 1 << 16) -> list[str]:
     """The lines at the end of a log, at most so many bytes of it; nothing where it cannot be read."""
-    with suppress(OSError), file.open("rb") as stream:
+    with suppress(OSError, UserError), open_regular(file) as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - most_bytes))
         return stream.read(most_bytes).decode(errors="replace").splitlines()
     return []
@@ -273,7 +302,7 @@ def _adapter(shape: Any) -> Any:
 
 def digest(file: Path, sync: bool = False) -> str:
     """SHA-256 of a file, in hexadecimal; `sync` first waits until it is on the disk."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         if sync:
             os.fsync(stream.fileno())
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -298,7 +327,8 @@ class Digests:
 
     def of(self, file: Path) -> str:
         """SHA-256 of the content of `file`, in hexadecimal."""
-        before = file.stat()
+        with open_regular(file) as stream:
+            before = os.fstat(stream.fileno())
         about = [before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns]
         known = self._known()
         key = os.path.realpath(file)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,7 +42,12 @@ class Guardian:
         with suppress(OSError):
             os.write(self._writing, b".")
         os.close(self._writing)
-        with suppress(ChildProcessError):
+        with suppress(ChildProcessError, ProcessLookupError):
+            for _ in range(20):
+                if os.waitpid(self.pid, os.WNOHANG)[0]:
+                    return
+                time.sleep(0.05)
+            os.kill(self.pid, signal.SIGKILL)  # it is stopped
             os.waitpid(self.pid, 0)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import secrets
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from minisft.checkpoints import resume_point
 from minisft.commands import Command, shown
 from minisft.errors import UserError
 from minisft.files import read_json, write_json
+from minisft.guardian import end_marked
 from minisft.hosts import Place, is_here
 from minisft.lint import lint
 from minisft.live import LiveView, in_notebook
@@ -58,7 +60,7 @@ def launch(
     `stall` seconds. Success is exit code 0, the `DONE` marker, and every rank's word. Raises `RunFailed` or
     `KeyboardInterrupt`, once all processes are gone, or `UserError` if the run is live.
     """
-    with only_one(run.folder) as lock:
+    with only_one(run.folder) as locks:
         if run.prepared and run.prepared != run.identity:
             raise UserError(f"{run.name} was prepared again since, with other settings or rows: prepare it once more")
         is_done = run.status == "done"
@@ -82,8 +84,10 @@ def launch(
             ranks=run.config.ranks,
             silence=silence,
             stall=stall,
+            mark=f"{os.getpid()}-{secrets.token_hex(8)}",
         )
-        interrupted = _follow(task, say, lock)
+        interrupted = _follow(task, say, locks)
+        end_marked(task.mark)
         if run.status != "done" and run.failure is None:  # the supervisor itself was killed
             _wait_for_ranks(run)
             write_json(run.folder / "FAILED", {"rank": None, "step": None, "reason": "the supervisor was killed"})
@@ -173,10 +177,10 @@ def _clear_earlier_try(run: Run) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _follow(task: Task, say: Say, lock: int) -> bool:
+def _follow(task: Task, say: Say, locks: list[int]) -> bool:
     """Let a supervisor run `task`, and pass on what it says, until it is gone; returns whether SIGINT stopped it.
 
-    It holds `lock` (a file descriptor) as well, so that nothing can replace the folder under a live run.
+    It holds `locks` (file descriptors) as well, so that nothing can replace the folder under a live run.
     """
     operators.remove_stale_locks(operators.extensions_folder())
     stop: list[int] = []
@@ -189,7 +193,7 @@ def _follow(task: Task, say: Say, lock: int) -> bool:
         processes.python("-m", "minisft.supervisor", task.to_json()),
         # The environment of this interpreter, even if nobody activated it.
         env=processes.environment() | operators.build_environment(),
-        pass_fds=[lock],
+        pass_fds=locks,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",

@@ -77,7 +77,7 @@ class TerminalProgress:
             say(line, to=self.stream)
             return
         done, steps = map(int, step.groups())
-        filled = BAR * done // steps
+        filled = BAR * min(done, steps) // max(steps, 1)
         text = f"[{'#' * filled}{'.' * (BAR - filled)}] {harmless(line)}"
         columns = shutil.get_terminal_size().columns
         self.stream.write("\r\033[K")  # ours, and so not cleaned: back to the start of the line, which is cleared
@@ -99,7 +99,7 @@ def speed(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """
     counted = [m for m in metrics if not m["warm_up"]]
     seconds = sum(m["seconds"] for m in counted)
-    rates = {f"{key}_per_second": sum(m[key] for m in counted) / seconds if counted else None for key in COUNTS}
+    rates = {f"{key}_per_second": sum(m[key] for m in counted) / seconds if seconds > 0 else None for key in COUNTS}
     return rates | {"warm_up_steps_left_out": len(metrics) - len(counted)}
 
 

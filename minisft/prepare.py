@@ -18,10 +18,10 @@ from pathlib import Path
 
 from minisft import assets, preflight
 from minisft.checkpoint_doctor import require_sound
-from minisft.checkpoints import holds_weights, latest_resumable, resume_point
+from minisft.checkpoints import latest_resumable, resume_point, something_to_lose
 from minisft.commands import Command, commands, require_deepspeed, shown, write_place
 from minisft.errors import UserError
-from minisft.files import Digests, is_inside, open_lock, try_lock, write_json, written_whole
+from minisft.files import Digests, is_inside, locked_folder, open_lock, try_lock, write_json, written_whole
 from minisft.hosts import Place
 from minisft.ledger import Ledger
 from minisft.runs import Run, RunConfig, all_runs, lock_of, outputs_root, require_no_links
@@ -80,7 +80,7 @@ def _existing(config: RunConfig, folder: Path, place: Place | None, restart: boo
     run = Run(folder, config.trust_remote_code, place=place).as_it_is()
     before = _settled(run.config)
     if before != config:
-        if run.status == "done" or holds_weights(folder):
+        if run.status == "done" or something_to_lose(folder):
             raise UserError(
                 f"{shown(folder)} holds a run with other settings ({_difference(before, config)}): "
                 f"{_why_not_resumed(before, config)}give this run another --name, or replace the old one with "
@@ -114,6 +114,8 @@ def _is_empty(folder: Path) -> bool:
 def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path, say: Say) -> Run:
     model = assets.find_model(config.model, say)
     source = assets.find_data(config.data, say).path
+    if source.is_dir() and is_inside(folder, source):
+        raise UserError(f"{folder} would lie in the data folder {source}, and be read as data: set MINISFT_OUTPUTS")
     for what, path in (("model", model.path), ("data", source)):
         if folder.exists() and is_inside(path, folder):
             raise UserError(
@@ -243,10 +245,10 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[int]:
+def only_one(folder: Path) -> Iterator[list[int]]:
     """Hold a run for this process; the kernel lets go of the lock however the process ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open_lock(lock_of(folder)) as lock:
-        if not try_lock(lock):
+    with open_lock(lock_of(folder)) as lock, locked_folder(folder) as itself:
+        if itself is False or not try_lock(lock):
             raise UserError(f"{folder.name} is being trained right now: wait for it, or give another --name")
-        yield lock.fileno()
+        yield [lock.fileno(), *([] if itself is None else [itself])]

@@ -21,12 +21,13 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import as_json, read_json, write_json
-from minisft.processes import lives, start_of
+from minisft.processes import end_with_parent, lives, start_of
 from minisft.run_files import Failure, RankSign
 
 SAY = "[minisft] "  # begins a line that a rank wants the person to see; its other output goes to the log alone
 FOLDER = "ranks"  # of a run folder
 SUPERVISOR = "MINISFT_SUPERVISOR"  # host:process, in a rank's environment; not there if it was started by hand
+GUARDIAN = "MINISFT_GUARDIAN"  # the process that ends what a dead supervisor leaves
 # Of one elsewhere: known by the sign that it leaves in the run folder alone, as machines may share a name.
 SUPERVISOR_ELSEWHERE = ":0"
 HOST = "MINISFT_HOST"  # a rank's host, as the hostfile calls it
@@ -173,10 +174,16 @@ def end_with_supervisor(run_folder: Path, pulse: Pulse) -> None:
     file = run_folder / FOLDER / "supervisor.json"
     is_local = host == socket.gethostname()
     began = start_of(int(pid)) if is_local else None
+    guardian = int(os.environ.get(GUARDIAN) or 0)
     watch = Watch()
+    if is_local:
+        end_with_parent()
 
     def lost() -> bool:
-        return not lives(int(pid), began) if is_local else watch.late(file, FORGIVEN)
+        if not is_local:
+            return watch.late(file, FORGIVEN)
+        # A supervisor that is stopped is its guardian's to end; without one, its silence says that it is.
+        return not lives(int(pid), began) or (not lives(guardian) and watch.late(file, FORGIVEN))
 
     def wait() -> None:
         while not lost():

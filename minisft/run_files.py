@@ -11,13 +11,15 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
+Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+
 
 @dataclass(frozen=True)
 class About:
     """`run.json`: the settings, the model that training starts from, and what was decided for this machine."""
 
     config: dict[str, Any]
-    model_folder: str
+    model_folder: Annotated[str, Field(pattern=r"^[^\x00]*$")]
     model_source: str = ""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     on_gpu: bool = False
@@ -45,11 +47,11 @@ RankMemory = with_config(ConfigDict(extra="allow"))(
         "RankMemory",
         {
             "rank": int,
-            "at rest": NotRequired[dict[str, int]],
-            "after backward": NotRequired[dict[str, int]],
-            "peak": NotRequired[int | None],
-            "communication": NotRequired[dict[str, int]],
-            "in main memory": NotRequired[dict[str, dict[str, int]]],
+            "at rest": NotRequired[dict[str, Bytes]],
+            "after backward": NotRequired[dict[str, Bytes]],
+            "peak": NotRequired[Bytes | None],
+            "communication": NotRequired[dict[str, Bytes]],
+            "in main memory": NotRequired[dict[str, dict[str, Bytes]]],
             "step": NotRequired[dict[str, Any]],
         },
     )

@@ -114,6 +114,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.name:
             object.__setattr__(self, "name", self.strategy)
+        for what in ("model", "data"):
+            _require_utf8(f"the {what}", getattr(self, what))
         if self.strategy not in STRATEGIES:
             raise UserError(f"unknown strategy {self.strategy!r}: use one of {', '.join(STRATEGIES)}")
         for name, known in CHOICES.items():
@@ -161,7 +163,7 @@ class RunConfig:
         `MINISFT_COURSE_STEPS` shortens it further, for trying whether everything runs.
         """
         wish = os.environ.get("MINISFT_COURSE_STEPS") or "6"
-        if not wish.isdecimal() or int(wish) < 1:
+        if not re.fullmatch(r"[0-9]{1,9}", wish) or int(wish) < 1:
             raise UserError(f"MINISFT_COURSE_STEPS is {wish!r}: give a number of steps, at least 1")
         steps = int(wish)
         ranks = changes.pop("ranks", None)
@@ -207,7 +209,17 @@ def project_root() -> Path:
 def outputs_root() -> Path:
     """Where runs and evaluations go: `MINISFT_OUTPUTS`, else `outputs` in the project."""
     own = os.environ.get("MINISFT_OUTPUTS")
-    return user_path(own).absolute() if own else project_root() / "outputs"
+    folder = user_path(own).absolute() if own else project_root() / "outputs"
+    _require_utf8("the outputs folder", str(folder))
+    return folder
+
+
+def _require_utf8(what: str, path: str) -> None:
+    """The libraries that read and write data take no other names. Raises `UserError`."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} {one_line(path)} has bytes that are not UTF-8 in its name: rename it") from None
 
 
 @dataclass(frozen=True)
@@ -305,7 +317,7 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """The checkpoint folders, in step order."""
-        found = [p for p in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,12}", p.name)]
+        found = [p for p in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[1-9][0-9]{0,11}", p.name)]
         return sorted(found, key=checkpoint_step)
 
     @property

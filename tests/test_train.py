@@ -66,7 +66,8 @@ def test_the_run_folder_is_complete(runs, strategy):
     assert len(run.memory) == len(run.metrics[0]["bytes"]) == run.config.ranks
     assert (run.deepspeed is not None) == strategy.startswith("zero")
     assert all((run.folder / "logs" / f"rank{r}.log").exists() for r in range(run.config.ranks))
-    assert run.command.split()[0] == {"vanilla": "python", "ddp": "torchrun"}.get(strategy, "deepspeed")
+    words = run.command.removeprefix("env PYTHONSAFEPATH=1 ").split()
+    assert words[0] == {"vanilla": "python", "ddp": "torchrun"}.get(strategy, "deepspeed")
 
 
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s.startswith("zero")])
