@@ -107,7 +107,7 @@ def _mended_text(messages: list[Message], row_id: str, ledger: Ledger, escaped: 
     _require_length(messages)
     texts = before = [m.content for m in messages]
     for reason, mend in _TEXT_REPAIRS:
-        if mend is unescaped and not (is_escaped(texts, turns=1) if escaped is None else escaped):
+        if mend is unescaped and not (is_escaped(texts, turns=1, kinds=1) if escaped is None else escaped):
             continue
         mended = mend(texts)
         if mended != texts:

@@ -540,6 +540,8 @@ ESCAPED = [
         (SPEAKING * 50, 0),
         (ESCAPED, 3),
         (ESCAPED[:1], 0),  # too little to tell
+        ([("How do I write bold?", "Write &lt;b&gt; in the source.")] * 9, 0),  # so is one kind of it
+        (ESCAPED + SPEAKING * 9, 0),  # most entities are spoken of
         ([*ESCAPED, ("What is <b>?", "&lt;b&gt; in source")], 0),  # so escaping is not what happened here
         (ESCAPED * 50 + [("What is <b>?", "&lt;b&gt; in source")], 150),  # a file put together from others
         ([("x", "y")] * 2000 + ESCAPED * 9, 0),  # its first rows decide
