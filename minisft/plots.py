@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ class Picture:
     alt: str
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {"image/png": self.png, "text/plain": self.alt}, {"image/png": {"alt": escape(self.alt)}}
+        return {"image/png": self.png, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
 
     def save(self, path: Path | str) -> None:
         with written_whole(Path(path)) as stream:

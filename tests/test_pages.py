@@ -17,6 +17,7 @@ from test_lens_page import HOSTILE, listener  # noqa: F401 (a fixture)
 from minisft.book import _in_order, _neutral, _overwritten
 from minisft.live import curve
 from minisft.pages import DEEPEST, ELEMENTS, STYLES, TEXTS, VALUES, index_of, page_of, safe_html
+from minisft.plots import Picture
 
 ADDRESS = "http://192.0.2.1"  # reserved for documentation: nobody is there
 FRAGMENTS = [text.format(url=ADDRESS) for text in HOSTILE] + [
@@ -130,6 +131,14 @@ ACTIVE = {
     "text/latex": "$</div><script>alert('active')</script>$",
     "text/plain": "<script>alert('active')</script>",
 }
+
+
+def test_the_text_of_a_picture_is_the_same_on_its_page(tmp_path):
+    picture = Picture(b"png", 'BLEU\'s interval: <b> & "quotes"')
+    data, metadata = picture._repr_mimebundle_()
+    data["image/png"] = "AAAA"
+    page = page_of(notebook(new_code_cell("1", outputs=outputs(data, **metadata))), tmp_path, "Alt")
+    assert [a["alt"] for tag, a in Seen(page).elements if tag == "img"] == [picture.alt]
 
 
 def hostile_notebook():
