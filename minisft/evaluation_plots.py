@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minisft.figures import PALETTE, Picture, figure_of, in_figure, legend_below, picture_of
 from minisft.files import read_json
-from minisft.plots import PALETTE, Picture, figure_of, in_figure, legend_below, picture_of
 from minisft.run_files import Summary
 from minisft.runs import Run, outputs_root
 from minisft.scores import corpus_scores, tokenizer_for

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from minisft.figures import PALETTE, Picture, drawable, figure_of, picture_of
 from minisft.labels import IGNORE_INDEX, Row
-from minisft.plots import PALETTE, Picture, drawable, figure_of, picture_of
 from minisft.tokens import Tokenizer
 
 BLUE, ORANGE = PALETTE[0], PALETTE[1]

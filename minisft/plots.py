@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from minisft.compare import leanest, listed, model_states, summary_rows
 from minisft.conversations import Conversation
-from minisft.files import written_whole
+from minisft.figures import PALETTE, Picture, drawable, figure_of, in_figure, legend_below, picture_of
 from minisft.labels import Row, encode_segments
 from minisft.ledger import Ledger
 from minisft.mistral import Segment
 from minisft.runs import Run
-from minisft.text import harmless, one_line, spelt
 from minisft.tokens import Tokenizer
 from minisft.zero_measure import OTHER
 
-# Okabe and Ito (2008): distinguishable with every common kind of colour vision.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-LONGEST_NAME = 24  # characters that a figure shows of a name
 OWNER_COLOURS = {
     "parameters": "#0072B2",
     "gradients": "#009E73",
@@ -32,21 +25,6 @@ OWNER_COLOURS = {
     "offload buffers": "#F0E442",
     OTHER: "#BBBBBB",
 }
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn figure: PNG bytes and their alternative text."""
-
-    png: bytes
-    alt: str
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {"image/png": self.png, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
-
-    def save(self, path: Path | str) -> None:
-        with written_whole(Path(path)) as stream:
-            stream.buffer.write(self.png)
 
 
 def loss_curves(runs: Sequence[Run]) -> Picture:
@@ -227,34 +205,6 @@ def draw_tokens(
     return picture_of(figure, alt)
 
 
-def legend_below(figure: Any, axes: Any) -> None:
-    """A legend of what is drawn in `axes` below the whole of a figure, in as many columns as have room."""
-    handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, min(len(labels), 100 // (6 + max(map(len, labels), default=0))))
-    figure.legend(handles, labels, frameon=False, ncols=columns, loc="outside lower center")
-
-
-def in_figure(name: object) -> str:
-    """A name as matplotlib draws it in a title, a legend or beside an axis: on one line and literally.
-
-    It is no formula, and has no leading underscore, which would hide it in a legend.
-    """
-    line = drawable(one_line(name, LONGEST_NAME) or "∅", "DejaVu Sans:bold")
-    line = (line if len(line) <= LONGEST_NAME else line[: LONGEST_NAME - 1] + "…").replace("$", r"\$")
-    return f"\N{ZERO WIDTH SPACE}{line}" if line.startswith("_") else line
-
-
-def drawable(text: str, face: str = "DejaVu Sans Mono:bold") -> str:
-    """`text` with what the font cannot draw, or would draw onto its neighbour, spelt out."""
-    from unicodedata import bidirectional, combining
-
-    from matplotlib.font_manager import findfont, get_font
-
-    font = get_font(findfont(face))
-    plain = (font.get_char_index(ord(c)) and not combining(c) and bidirectional(c) not in ("R", "AL") for c in text)
-    return "".join(c if drawn else spelt(c) for c, drawn in zip(text, plain, strict=True)).replace("◌\\", "\\")
-
-
 LANE_COLOURS = {
     "system prompt": "#56B4E9",
     "question": "#dde3ea",
@@ -382,32 +332,3 @@ def token_flow(ledger: Ledger) -> Picture:
 def conversation_turns(conversation: Conversation) -> str:
     questions = sum(m.role == "user" for m in conversation.messages)
     return f"{questions} question{'s' if questions > 1 else ''} and answer{'s' if questions > 1 else ''}"
-
-
-def figure_of(width: float, height: float, **layout: Any) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # No pyplot: its global state would leak figures and follow whatever backend is set.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(**layout)
-    for one in axes.flat if hasattr(axes, "flat") else [axes]:
-        one.spines[["top", "right"]].set_visible(False)
-        one.set_title("", loc="left")
-    return figure, axes
-
-
-def picture_of(figure: Any, alt: str) -> Picture:
-    from PIL import Image
-
-    for axes in figure.axes:
-        title = axes.get_title() or axes.get_title(loc="left")
-        axes.set_title("")
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    drawn, out = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
-    # A palette looks the same and is a third of the size, in notebooks that are kept under version control.
-    few_colours = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    few_colours.save(out, "PNG", optimize=True, dpi=(110, 110))
-    return Picture(out.getvalue(), harmless(alt))

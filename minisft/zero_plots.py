@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisft.dry_run import ACTIVATIONS, BACKWARD, LOGITS
+from minisft.figures import PALETTE, Picture, figure_of, in_figure, picture_of
 from minisft.planner import RESERVED, Plan
-from minisft.plots import OWNER_COLOURS, PALETTE, Picture, figure_of, in_figure, picture_of
+from minisft.plots import OWNER_COLOURS
 from minisft.runs import Run
 from minisft.traffic import OPERATIONS, predict_traffic, sent
 from minisft.zero_memory import MOMENTS, OWNERS, Shapes, paper, partition_size, predict, total

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_plots import texts_of
 
-from minisft import chat, plots, xray
+from minisft import chat, figures, plots, xray
 from minisft.answering import Answer
 from minisft.evaluation_plots import scores_over_steps
 from minisft.evaluation_report import side_by_side, through_training, write_summary
@@ -150,7 +150,7 @@ def test_figures_draw_any_name_literally(name, monkeypatch):
         warnings.simplefilter("error")
         scores_over_steps([summary(name), summary("other")])
         plots.before_and_after([summary(name)])
-    expected = plots.drawable(one_line(name), "DejaVu Sans:bold") or "∅"
+    expected = figures.drawable(one_line(name), "DejaVu Sans:bold") or "∅"
     assert any(expected[:20] in text for text in drawn), (expected, drawn)
 
 
@@ -159,12 +159,12 @@ def test_a_name_in_a_figure_is_no_formula_and_never_hidden(name):
     from matplotlib.cbook import is_math_text
     from matplotlib.text import Text
 
-    drawn = plots.in_figure(name)
+    drawn = figures.in_figure(name)
     shown, is_formula = Text(0, 0, "")._preprocess_math(drawn)
     assert not is_formula
     assert not is_math_text(drawn)
     assert not drawn.startswith("_")
     assert "\n" not in shown
-    assert len(shown) <= plots.LONGEST_NAME + 1
-    line = plots.drawable(one_line(name), "DejaVu Sans:bold") or "∅"
-    assert len(line) > plots.LONGEST_NAME or shown.removeprefix("\u200b") == line
+    assert len(shown) <= figures.LONGEST_NAME + 1
+    line = figures.drawable(one_line(name), "DejaVu Sans:bold") or "∅"
+    assert len(line) > figures.LONGEST_NAME or shown.removeprefix("\u200b") == line

@@ -15,9 +15,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from test_lens_page import HOSTILE, listener  # noqa: F401 (a fixture)
 
 from minisft.book import _in_order, _neutral, _overwritten
+from minisft.figures import Picture
 from minisft.live import curve
 from minisft.pages import DEEPEST, ELEMENTS, STYLES, TEXTS, VALUES, index_of, page_of, safe_html
-from minisft.plots import Picture
 
 ADDRESS = "http://192.0.2.1"  # reserved for documentation: nobody is there
 FRAGMENTS = [text.format(url=ADDRESS) for text in HOSTILE] + [

@@ -6,6 +6,7 @@ from conftest import sharegpt_row
 from PIL import Image
 
 from minisft.conversations import clean
+from minisft.figures import Picture, drawable
 from minisft.files import write_json
 from minisft.labels import encode
 from minisft.launch import prepare
@@ -14,7 +15,6 @@ from minisft.mistral import MistralTemplate
 from minisft.plots import (
     before_and_after,
     comparison,
-    drawable,
     loss_curves,
     memory_bars,
     token_flow,
@@ -170,8 +170,6 @@ def test_figures_of_runs_draw_any_name_literally(make_run, name, monkeypatch):
 
 @pytest.mark.attack("7")
 def test_a_picture_is_saved_whole_and_not_through_a_link(tmp_path):
-    from minisft.plots import Picture
-
     target = tmp_path / "precious.txt"
     target.write_text("keep me")
     link = tmp_path / "scores.png"
