@@ -36,12 +36,11 @@ class Allocations(TorchDispatchMode):
 
     `held` is what is alive now; `peak` the moment of the most; `timeline` the total after each change, with its
     phase. Views count nothing: storages do, each once. An owner that is found out later (`name`) shows in `summary`
-    from the tensor's birth on. More than `most` operations raise `RuntimeError`.
+    from the tensor's birth on.
     """
 
-    def __init__(self, owner: str = "activations", phase: str = "forward", most: int | None = None):
+    def __init__(self, owner: str = "activations", phase: str = "forward"):
         super().__init__()
-        self.most, self.operations = most, 0
         self.owner, self.phase = owner, phase
         self.held: dict[str, int] = {}
         self.peak = Moment(phase, {})
@@ -50,9 +49,6 @@ class Allocations(TorchDispatchMode):
         self._total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        if self.most and self.operations > self.most:
-            raise RuntimeError(f"it takes more than {self.most:,} operations: ask about fewer or shorter rows")
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
             if isinstance(leaf, torch.Tensor):

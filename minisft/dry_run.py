@@ -20,7 +20,7 @@ COPIES = "copies of a bucket"
 ACTIVATIONS, LOGITS, GRADIENTS, BACKWARD = "activations", "logits and loss", "gradients", "temporaries of backward"
 
 DEEP = 8  # layers beyond which a model may be traced with fewer
-MOST_OPERATIONS = 300_000  # a minute of a slow machine
+MOST_CALLS = 25_000  # of PyTorch in forward, which are traced in half a minute on a slow machine
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,8 @@ def _all_layers(config: Any, kinds: Sequence[LayerKind] | None = None, **options
         if any(layer_kinds(meta_model(c, trust)) != kinds[: c.num_hidden_layers] for c in pair):
             return _trace(config, **options)
         a, b = (_trace(c, **options) for c in pair)
+    except TooManyCalls:
+        raise
     except Exception:  # some models cannot have so few
         return _trace(config, **options)
     found = _extended(a, b, (layers - few) // period, start + (few - start) // 2)
@@ -162,6 +164,29 @@ def _extended(a: DryRun, b: DryRun, times: int, middle: int) -> DryRun | None:
         for x, y in pairs
     )
     return DryRun(all_extended(a.retained, b.retained), stretches)
+
+
+class TooManyCalls(RuntimeError):
+    """A trace would take minutes."""
+
+
+def _bounded() -> Any:
+    """Raise `TooManyCalls` where a model calls PyTorch more than `MOST_CALLS` times: in a loop over tokens, say.
+
+    A mode of Python's calls: an exception inside of a dispatch mode may end the process, if C++ is in between.
+    """
+    from torch.overrides import TorchFunctionMode
+
+    class Bounded(TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += 1
+            if self.calls > MOST_CALLS:
+                raise TooManyCalls(f"more than {MOST_CALLS:,} calls of PyTorch: ask about fewer or shorter rows")
+            return func(*args, **(kwargs or {}))
+
+    return Bounded()
 
 
 def _trace(
@@ -228,7 +253,7 @@ def _trace(
             if device == "cuda" and fake:
                 inputs["cu_seq_lens_q"] = fake.from_tensor(inputs["cu_seq_lens_q"]).to(device)
 
-        count = Allocations(ACTIVATIONS, most=None if real else MOST_OPERATIONS)
+        count = Allocations(ACTIVATIONS)
         parameters = list(model.parameters())
         layer_of = {p: i for i, parts in enumerate(layers_of(model)) for part in parts for p in part.parameters()}
         for tensor in (*parameters, *model.buffers()):
@@ -255,7 +280,7 @@ def _trace(
             head.most_chunks = None if real else 2
         cast = torch.autocast(device, dtype=half) if half and not half_weights else nullcontext()
         with count:
-            with cast:
+            with cast, nullcontext() if real else _bounded():
                 loss = summed_loss(model, inputs, positions, targets, head, padding_free)
             retained = dict(count.held)
             count.phase, count.owner = "backward", BACKWARD

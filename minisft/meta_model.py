@@ -13,7 +13,7 @@ from typing import Any
 from minisft.errors import UserError
 from minisft.model_folder import quiet
 
-MOST_MODULES = 200_000  # DeepSeek-V3's 61 layers with a module for each of their 256 experts are 75,000
+MOST_MODULES = 100_000  # DeepSeek-V3's 61 layers with a module for each of their 256 experts are 75,000
 MOST_PARAMETERS = 10**15  # beyond, sums of bytes leave 64 bits
 PLAIN = (bool, int, float, str, type(None))
 

@@ -159,3 +159,84 @@ def test_an_owner_found_out_later_holds_from_the_beginning():
         "total": 6000,
         "held": {"gradients": 4000, "activations": 2000},
     }
+
+
+# --- models whose layers differ ------------------------------------------------------------------------------
+
+DEEPSEEK = {
+    **{"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 1},
+    **{"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 32},
+    **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16},
+}
+QWEN = {
+    **{"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "head_dim": 16},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
+}
+# Their experts' products are traced in half precision only.
+DIFFERENT = [
+    *[("deepseek_v3", DEEPSEEK | {"num_hidden_layers": 12, "first_k_dense_replace": n}) for n in (0, 1, 2, 3, 4, 6)],
+    ("deepseek_v3", DEEPSEEK | {"num_hidden_layers": 20, "first_k_dense_replace": 3}),
+    ("qwen3_moe", QWEN | {"num_hidden_layers": 12, "decoder_sparse_step": 2}),
+    ("qwen3_moe", QWEN | {"num_hidden_layers": 15, "decoder_sparse_step": 2}),
+    ("qwen3_moe", QWEN | {"num_hidden_layers": 12, "decoder_sparse_step": 3}),
+    ("qwen3_moe", QWEN | {"num_hidden_layers": 12, "mlp_only_layers": [2, 7]}),
+]
+
+
+def same_bytes(found, whole):
+    assert sum(found.retained.values()) == sum(whole.retained.values())
+    for which in ("peak", "peak_freeing", "reducing"):
+        assert sum(getattr(found, which).values()) == sum(getattr(whole, which).values()), which
+    parameters = whole.stretches[-1].arrived
+    for kept in (10**4, 10**7):
+        most = [max(sum(s.held.values()) + kept * s.arrived // parameters for s in d.stretches) for d in (found, whole)]
+        assert most[0] == most[1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "checkpointing"),
+    [([8, 4], True), ([150, 100], False)],
+    ids=["gradients weigh more", "activations weigh more"],
+)
+@pytest.mark.parametrize(("kind", "sizes"), DIFFERENT, ids=[f"{k} {i}" for i, (k, _) in enumerate(DIFFERENT)])
+def test_layers_that_differ_are_extended_in_their_order_or_traced_whole(kind, sizes, lengths, checkpointing):
+    config = AutoConfig.for_model(kind, **sizes)
+    settings = PLAIN | {"precision": "bf16", "half_weights": True, "activation_checkpointing": checkpointing}
+    settings |= {"lengths": lengths, "trained": None}
+    same_bytes(_all_layers(config, **settings), _trace(config, **settings))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AutoConfig.for_model("gemma2", **(QWEN | {"num_hidden_layers": 17})),
+        AutoConfig.for_model("qwen2", **(QWEN | {"num_hidden_layers": 14, "use_sliding_window": True})),
+        AutoConfig.for_model("smollm3", **(QWEN | {"num_hidden_layers": 21, "pad_token_id": 0})),
+        GPT2Config(vocab_size=301, n_embd=32, n_layer=13, n_head=4, scale_attn_by_inverse_layer_idx=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_layers_of_equal_shapes_that_compute_differently(config):
+    settings = PLAIN | {"trained": None}
+    same_bytes(_all_layers(config, **settings), _trace(config, **settings))
+
+
+def test_the_shape_of_deepseek_v3_is_traced_in_few_layers(monkeypatch):
+    """61 layers, the first three dense: six and seven of them stand for all."""
+    config = AutoConfig.for_model("deepseek_v3", **(DEEPSEEK | {"num_hidden_layers": 61, "first_k_dense_replace": 3}))
+    traced = []
+    monkeypatch.setattr(
+        "minisft.dry_run._trace", lambda c, **options: traced.append(c.num_hidden_layers) or _trace(c, **options)
+    )
+    dry_run(config, [8], precision="bf16", half_weights=True)
+    assert traced == [6, 7]
+
+
+@pytest.mark.attack("12")
+def test_a_loop_over_tokens_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr("minisft.dry_run.MOST_CALLS", 2000)
+    config = AutoConfig.for_model("mamba", vocab_size=300, hidden_size=32, num_hidden_layers=12)
+    assert dry_run(config, [4]).retained
+    with pytest.raises(UserError, match="more than 2,000 calls of PyTorch: ask about fewer or shorter rows"):
+        dry_run(config, [100_000_000])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 from conftest import minisft
@@ -83,8 +85,23 @@ def test_a_model_that_cannot_be_traced_has_states_and_a_note(tmp_path):
         (["--params", "7e9", "--precision", "int8"], "unknown precision 'int8'"),
         (["--params", "7e9", "--accumulation", "-4"], "accumulation is -4"),
         (["--model", "smollm2", "--batch-size", "100000"], "give at most 512"),
+        (["--params", "nan"], "give a number from 1"),
+        (["--params", "-1e308"], "give a number from 1"),
+        (["--params", "7e9", "--ranks", "1000000000"], "give at most 100,000"),
+        (["--params", "7e9", "--ranks", "-1"], "ranks is -1"),
+        (["--params", "7e9", "--ranks", "1" + "0" * 400], "give at most 100,000"),
+        (["--params", "7e9", "--ranks", "2.5"], "valid integer"),
+        (["--params", "7e9", "--accumulation", "1" + "0" * 400], "give at most 1,000,000"),
+        (["--params", "7e9", "--gpu-memory", "1e308"], "no GPU"),
+        (["--params", "7e9", "--gpu-memory", "-80"], "no GPU"),
+        (["--params", "7e9", "--gpu-memory", "nan"], "--gpu-memory is nan"),
+        (["--model", "smollm2", "--batch-size", "0"], "batch size is 0"),
+        (["--model", "smollm2", "--batch-size", "-8"], "batch size is -8"),
+        (["--model", "smollm2", "--max-length", "0"], "max length is 0"),
+        (["--model", "smollm2", "--max-length", "1" + "0" * 30], "give at most 268,435,455 for 8 rows"),
     ],
 )
+@pytest.mark.attack("12")
 def test_bad_input_is_one_sentence(arguments, said):
     done = minisft("memory", *arguments)
     assert done.returncode == 2
@@ -187,3 +204,152 @@ def test_lint_says_what_is_wrong_and_exits_1(tmp_path):
     assert done.returncode == 1
     assert "no multiple of 3 ranks" in done.stdout
     assert minisft("lint", str(tmp_path / "none.json")).returncode == 2
+
+
+# --- configs of anybody --------------------------------------------------------------------------------------
+
+SMALL = LLAMA_70B | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+EXTREMES = [-(10**9), -1, 0, 1.5, 1e9, 10**6, 10**9, 10**18, 10**30, float("nan"), "4096", None, True, [64], {"a": 1}]
+
+
+@pytest.mark.attack("12")
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "num_key_value_heads", "head_dim"])
+@pytest.mark.parametrize("value", EXTREMES, ids=repr)
+def test_a_size_of_any_kind_is_answered_in_seconds(tmp_path, key, value):
+    """With an answer or a sentence; and what is answered has states of more than nothing."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SMALL | {key: value}))
+    began = time.perf_counter()
+    done = minisft("memory", "--model", file, "--states-only", "--json")
+    assert time.perf_counter() - began < 30
+    assert done.returncode in (0, 2)
+    assert "Traceback" not in done.stderr
+    if done.returncode:
+        assert len(done.stderr.splitlines()) == 1
+        return
+    report = json.loads(done.stdout)
+    assert 0 < report["parameters"] <= 1e15
+    assert all(total(found["ranks"][0]["at rest"]) > 0 for found in report["strategies"].values())
+
+
+@pytest.mark.attack("12")
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(SMALL | {"layer_types": ["full_attention"] * 10**6, "num_hidden_layers": 10**6}),
+        json.dumps(SMALL | {"layer_types": ["full_attention"] * 10**5, "num_hidden_layers": 10**5}),
+        json.dumps({"model_type": "gpt_neo", "num_layers": 10**9, "attention_types": [[["global"], 10**9]]}),
+        json.dumps({"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]}),
+        json.dumps({"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}}),
+        json.dumps(SMALL | {"num_labels": 10**9}),
+        '{"model_type": "llama", "a": ' + "[" * 10**6,
+        '{"model_type": "llama", "a": ' + '{"a": ' * 10**5 + "1" + "}" * 10**5 + "}",
+        '{"model_type": "llama", "num_hidden_layers": ' + "9" * 4000 + "}",
+        '{"model_type": "llama", "num_hidden_layers": ' + "9" * 10**6 + "}",
+        '{"model_type": "llama", "a": "' + "x" * 10**7 + '"}',
+    ],
+    ids=["types", "fewer types", "neo", "neo types", "inside", "labels", "no end", "deep", "digits", "more", "text"],
+)
+def test_a_config_without_end_is_one_sentence_in_seconds(tmp_path, text):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    began = time.perf_counter()
+    for name in (file, tmp_path):
+        done = minisft("memory", "--model", name)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert len(done.stderr) < 600
+    assert time.perf_counter() - began < 30
+
+
+@pytest.mark.attack("15")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text_config": 3},
+        {"text_config": {"a": 1}},
+        {"get_text_config": 3},
+        {"to_dict": {}},
+        {"__class__": "x"},
+        {"attribute_map": {"hidden_size": "x"}},
+        {"sub_configs": {}},
+        {"architectures": 3},
+        {"auto_map": 3},
+        {"auto_map": {"AutoModelForCausalLM": 3}},
+        {"rope_parameters": [1]},
+        {"rope_theta": 0},
+        {"dtype": {"a": 1}},
+        {"quantization_config": 3},
+        {"layer_types": {"a": 1}},
+        {"pad_token_id": 10**30},
+        {"eos_token_id": "x"},
+        {"num_attention_heads": -1},
+        {"max_position_embeddings": 0},
+        {"\x1b[31m": 1, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "\x1b[31m": 1}},
+        {"model_type": "\x1b[31m"},
+        {"hidden_act": "\x1b[31m"},
+    ],
+    ids=repr,
+)
+def test_a_config_of_another_shape_is_no_traceback_and_gives_no_orders(tmp_path, change):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | change))
+    done = minisft("memory", "--model", tmp_path / "config.json", "--max-length", "8")
+    assert done.returncode in (0, 2)
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == (done.returncode == 2)
+
+
+@pytest.mark.attack("15")
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"null", b"NaN", b"{,}", b"\xff\xfe", b"\0", b"{}", b'"x"'])
+def test_a_file_that_is_no_config_is_one_sentence(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    for name in (tmp_path / "config.json", tmp_path):
+        done = minisft("memory", "--model", name)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.attack("15")
+def test_what_is_no_file_is_one_sentence(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder/config.json")
+    for name in ("/dev/zero", tmp_path, tmp_path / "pipe", tmp_path / "loop", tmp_path / "folder", "x" * 300):
+        done = minisft("memory", "--model", name)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+
+
+# --- layers that differ --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dense", [0, 3])
+def test_dense_first_layers_are_counted_as_such(tmp_path, monkeypatch, dense):
+    """The whole report against that of every layer traced."""
+    about = {
+        **{"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 1000},
+        **{"hidden_size": 128, "intermediate_size": 512, "moe_intermediate_size": 64, "num_hidden_layers": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 1},
+        **{"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 32},
+        **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": dense},
+    }
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(about))
+    found = of_model(str(file), 2, "bf16", Batch(1, 200), on_gpu=True).to_dict()
+    monkeypatch.setattr("minisft.dry_run.DEEP", 10**6)
+    assert found == of_model(str(file), 2, "bf16", Batch(1, 200), on_gpu=True).to_dict()
+    assert "peak" in found["strategies"]["zero3"]["ranks"][0]
+
+
+@pytest.mark.attack("12")
+def test_a_hundred_thousand_ranks_are_as_many_as_a_thousand(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA_70B))
+    reports = [of_model(str(file), ranks, "bf16", None) for ranks in (100_000, 99_991)]
+    for report in reports:
+        report.add_plan(80e9)
+        (rank,) = report.strategies["zero3"]["ranks"]
+        assert 16 * report.parameters / report.ranks < total(rank["at rest"])
