@@ -165,12 +165,14 @@ def encode(
         truncation=truncation,
         train_on=train_on,
     )
-    with user_output(out) as stream:
-        for row in rows:
-            stream.write(json.dumps({"id": row.id, "input_ids": row.input_ids, "labels": row.labels}) + "\n")
-    if ledger:
-        with user_output(ledger) as stream:
-            stream.write(json_text(book.to_dict()) + "\n")
+    try:
+        with user_output(out) as stream:
+            for row in rows:
+                stream.write(json.dumps({"id": row.id, "input_ids": row.input_ids, "labels": row.labels}) + "\n")
+    finally:
+        if ledger:  # it says why, also where no row was usable
+            with user_output(ledger) as stream:
+                stream.write(json_text(book.to_dict()) + "\n")
     note(book)
 
 

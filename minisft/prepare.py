@@ -130,7 +130,7 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
 
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(mode=0o700)  # conversations are personal
-    rows = _rows(config, source, model.path, tokenizer, scratch)
+    rows = _rows(config, source, model.path, tokenizer, scratch, say)
     parameters = sum(map(math.prod, shapes.values()))
     preflight.require_fit(config, architecture, rows)
     preflight.require_space(config, rows, parameters)
@@ -184,7 +184,9 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True) if is_folder else path.unlink(missing_ok=True)
 
 
-def _rows(config: RunConfig, source: Path, model: Path, tokenizer: HuggingFaceTokenizer, scratch: Path) -> int:
+def _rows(
+    config: RunConfig, source: Path, model: Path, tokenizer: HuggingFaceTokenizer, scratch: Path, say: Say
+) -> int:
     """Write the data and its ledger into `scratch`, or copy them from a run that has the same; returns how many rows.
 
     Reading ShareGPT takes seconds, and the strategies that are compared want the same of it.
@@ -194,6 +196,8 @@ def _rows(config: RunConfig, source: Path, model: Path, tokenizer: HuggingFaceTo
     if rows is None:
         ledger = Ledger()
         rows = write_data(config, source, tokenizer, scratch / "data", ledger)
+        for line in ledger.notes:
+            say(line)
         write_json(scratch / "ledger.json", ledger.to_dict())
         remember(wanted, rows, scratch / "data")
     return rows

@@ -244,6 +244,7 @@ class Run:
         if not (folder / "run.json").exists():
             known = ", ".join(run.name for run in all_runs()) or "none yet"
             raise UserError(f"no run {str(name)!r}: give a run's name or folder (runs in outputs/model: {known})")
+        _require_utf8("the run folder", str(folder))
         return cls(Path(os.path.normpath(folder.absolute())), trust_remote_code).as_it_is()
 
     def as_it_is(self) -> Run:

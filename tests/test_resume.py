@@ -228,7 +228,6 @@ def test_a_nan_loss_names_the_step_and_the_rows(small, tmp_path, own_outputs):
     tokenizer = HuggingFaceTokenizer(broken)
     poison = tokenizer.encode("Q")[0]  # a token that the rows do not have, but for one
     loaded = load_model(broken, tokenizer)
-    loaded.model.embed_tokens.weight.data[poison] = float("nan")
     loaded.lm_head.weight = torch.nn.Parameter(torch.randn_like(loaded.lm_head.weight))
     loaded.config.tie_word_embeddings = False
     loaded.save_pretrained(broken)
@@ -236,8 +235,11 @@ def test_a_nan_loss_names_the_step_and_the_rows(small, tmp_path, own_outputs):
     rows[20]["conversations"][0]["value"] += " Q"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     config = config_of("ddp", broken, tmp_path / "rows.json", max_steps=9, test_fraction=0.0, eval_rows=0)
+    run = prepare(config, say=quiet)
+    loaded.model.embed_tokens.weight.data[poison] = float("nan")  # after preparing, which would refuse it
+    loaded.save_pretrained(broken)
     with pytest.raises(RunFailed, match=r"the loss is nan at step \d, in a batch of the rows .*row0020") as error:
-        launch(prepare(config, say=quiet), say=quiet)
+        launch(run, say=quiet)
     named = str(error.value).partition("rows ")[2].partition(" (see")[0].split(", ")
     assert len(named) == config.batch_size, "the rows of the micro-batch whose loss it is, and no others"
 
