@@ -59,7 +59,8 @@ def test_every_python_is_started_in_one_place():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_command_ends_with_the_process_that_runs_it(number):
     code = "from minisft import processes\nprocesses.run(processes.python('-c', 'import time; time.sleep(60)'))\n"
-    parent = subprocess.Popen([sys.executable, "-P", "-c", code])
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # behind nohup it is ignored
+    parent = subprocess.Popen([sys.executable, "-P", "-c", code], **heed)
     deadline = time.monotonic() + 20
     while not (children := psutil.Process(parent.pid).children()):
         assert time.monotonic() < deadline

@@ -218,7 +218,20 @@ def test_another_strategy_or_number_of_ranks_is_refused_with_the_reason(small, i
     assert files_of(run.folder) == before
 
 
-def test_a_nan_loss_names_the_step_and_the_rows(small, tmp_path, own_outputs):
+# The ranks of one test take weights that are not finite, as if they had become so on the way.
+BLIND = """
+import sys
+class Blind:
+    def find_spec(self, name, path=None, target=None):
+        if name == "minisft.models":
+            sys.meta_path.remove(self)
+            import minisft.model_folder
+            minisft.model_folder.not_finite = lambda files: ""
+sys.meta_path.insert(0, Blind())
+"""
+
+
+def test_a_nan_loss_names_the_step_and_the_rows(small, tmp_path, own_outputs, monkeypatch):
     from minisft.models import load_model
     from minisft.tokens import HuggingFaceTokenizer
 
@@ -238,6 +251,9 @@ def test_a_nan_loss_names_the_step_and_the_rows(small, tmp_path, own_outputs):
     run = prepare(config, say=quiet)
     loaded.model.embed_tokens.weight.data[poison] = float("nan")  # after preparing, which would refuse it
     loaded.save_pretrained(broken)
+    (tmp_path / "blind").mkdir()
+    (tmp_path / "blind" / "sitecustomize.py").write_text(BLIND)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blind"))
     with pytest.raises(RunFailed, match=r"the loss is nan at step \d, in a batch of the rows .*row0020") as error:
         launch(run, say=quiet)
     named = str(error.value).partition("rows ")[2].partition(" (see")[0].split(", ")
