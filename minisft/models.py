@@ -58,7 +58,8 @@ def _loaded(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
 
 def positions_of(config: Any) -> int | None:
     """How many positions the model of a transformers config has; None where it sets no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions is None or positions > 0 else None  # some write -1
 
 
 def with_layers(config: Any, layers: int) -> Any:

@@ -18,7 +18,7 @@ from minisft.models import positions_of
 from minisft.runs import RunConfig, outputs_root
 
 GB = 1e9
-SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 def resolve_precision(asked: str) -> tuple[str, bool]:
