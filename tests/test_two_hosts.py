@@ -101,8 +101,8 @@ def test_a_hosts_command_reaches_it_through_ssh_in_one_piece(config, tmp_path):
     folder = tmp_path / "a b; $(touch harm) 'c'\n"
     local, there = commands(config("two"), folder, Place((Host("127.0.0.1", 1), Host("worker-1", 1))))
     assert local.words[0] == "deepspeed"
-    assert there.words[:4] == ["ssh", "-o", "BatchMode=yes", "worker-1"]
-    words = shlex.split(there.words[4])
+    assert there.words[:5] == ["ssh", "-o", "BatchMode=yes", "--", "worker-1"]
+    words = shlex.split(there.words[5])
     assert words[0] == "cd"
     assert words[2:5] == ["&&", "exec", "env"]
     assert words[-1] == str(folder)
