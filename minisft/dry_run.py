@@ -111,30 +111,32 @@ def dry_run(
 
 
 def _all_layers(config: Any, kinds: Sequence[LayerKind] | None = None, **options: Any) -> DryRun:
-    """The trace of a model with all its layers; of a deep one, from two shallow ones where its layers repeat.
-
-    Layers are alike if they are on the meta device, and the shallow models are the first layers of the deep one.
-    """
+    """The trace of a model with all its layers; of a deep one, from two shallow ones where its layers repeat."""
     layers = getattr(config, "num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers <= DEEP:
-        return _trace(config, **options)
-    trust = options["trust_remote_code"]
-    kinds = list(layer_kinds(meta_model(config, trust)) if kinds is None else kinds)
+    found = None
+    if isinstance(layers, int) and layers > DEEP:
+        kinds = layer_kinds(meta_model(config, options["trust_remote_code"])) if kinds is None else kinds
+        found = _from_shallow(config, list(kinds), **options) if len(kinds) == layers else None
+    return found or _trace(config, **options)
+
+
+def _from_shallow(config: Any, kinds: list[LayerKind], **options: Any) -> DryRun | None:
+    """The trace of a deep model, extended from those of its first layers; None where that gains nothing or fails."""
     start, period = repetition(kinds)
     few = shallow(len(kinds), start, period)
-    if len(kinds) != layers or 2 * few + period >= layers:
-        return _trace(config, **options)
+    if 2 * few + period >= len(kinds):
+        return None
     try:
         pair = [with_layers(config, n) for n in (few, few + period)]
-        if any(layer_kinds(meta_model(c, trust)) != kinds[: c.num_hidden_layers] for c in pair):
-            return _trace(config, **options)
+        for c in pair:  # what a config has per layer may be counted from the end
+            if layer_kinds(meta_model(c, options["trust_remote_code"])) != kinds[: c.num_hidden_layers]:
+                return None
         a, b = (_trace(c, **options) for c in pair)
     except TooManyCalls:
         raise
     except Exception:  # some models cannot have so few
-        return _trace(config, **options)
-    found = _extended(a, b, (layers - few) // period, start + (few - start) // 2)
-    return found or _trace(config, **options)
+        return None
+    return _extended(a, b, (len(kinds) - few) // period, start + (few - start) // 2)
 
 
 def _extended(a: DryRun, b: DryRun, times: int, middle: int) -> DryRun | None:

@@ -73,3 +73,11 @@ def test_of_a_group_outside_the_mounted_ones_the_outermost_counts(groups, monkey
     assert list(machine._control_groups()) == [machine.CONTROL_GROUPS]
     groups("cpu.max", "300000 100000")
     assert machine.cores() == 3
+
+
+@pytest.mark.attack("15")
+def test_what_a_control_group_says_may_be_any_bytes(groups, tmp_path):
+    for name in ("cpu.max", "memory.max", "memory.stat"):
+        (tmp_path / "job" / name).write_bytes(b"\xff\xfe\n")
+    assert machine.cores() == 8
+    assert machine.memory()[0] == psutil.virtual_memory().total
