@@ -46,6 +46,6 @@ def _control_groups() -> Iterator[Path]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8").strip()
+        return file.read_text(encoding="utf-8", errors="surrogateescape").strip()  # a group's name is any bytes
     except OSError:
         return ""
