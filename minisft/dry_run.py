@@ -100,7 +100,7 @@ def dry_run(
         found = _all_layers(config, layers, **options)
     except Exception as error:  # whatever a model's own code raises on tensors without values
         reason = " ".join(str(error).split())[:200]
-        name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+        name = type(config).__name__
         raise UserError(
             f"{name} cannot be traced without its weights ({type(error).__name__}: {reason}): only its states can be "
             "predicted, not its activations"

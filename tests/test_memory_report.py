@@ -276,7 +276,7 @@ def test_a_config_without_end_is_one_sentence_in_seconds(tmp_path, text):
         {"__class__": "x"},
         {"attribute_map": {"hidden_size": "x"}},
         {"sub_configs": {}},
-        {"architectures": 3},
+        {"architectures": 3, "model_type": "mixtral", "num_local_experts": 2},
         {"auto_map": 3},
         {"auto_map": {"AutoModelForCausalLM": 3}},
         {"rope_parameters": [1]},
