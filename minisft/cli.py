@@ -51,6 +51,7 @@ TrainOn = Annotated[str, typer.Option(help="all answers, the last one, or each i
 def main() -> None:
     """Run the command line; every mistake that a user can correct ends in one sentence and exit code 2."""
     open_standard_streams()
+    os.environ.pop("MPLBACKEND", None)  # figures are drawn to files; a wrong name would stop matplotlib
     warnings.showwarning = lambda message, category, *_: note(f"{category.__name__}: {one_line(message)}")
     for stream in (sys.stdout, sys.stderr):  # what the option parser prints may have characters that a locale lacks
         if isinstance(stream, io.TextIOWrapper):

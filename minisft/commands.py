@@ -17,7 +17,7 @@ from minisft.errors import UserError
 from minisft.files import written_whole
 from minisft.hosts import Place, hostfile_text, travelling
 from minisft.processes import SAFE_PATH
-from minisft.pulse import HOST, SUPERVISOR, SUPERVISOR_ELSEWHERE
+from minisft.pulse import HOST, SUPERVISOR, SUPERVISOR_ELSEWHERE, VOICE
 from minisft.runs import RunConfig, project_root
 from minisft.zero_config import zero_stage
 
@@ -73,11 +73,11 @@ class Command:
 
 
 def commands(
-    config: RunConfig, folder: Path, place: Place | None = None, supervised: bool = False, prepared: str = ""
+    config: RunConfig, folder: Path, place: Place | None = None, supervised: str = "", prepared: str = ""
 ) -> list[Command]:
     """What starts the run in `folder`: one command, or one for each host of `place`. Every start gets a free port.
 
-    Where it is `supervised`, ranks on other hosts end when the supervisor's sign goes; started by hand there is none.
+    `supervised` is the supervisor's mark: ranks on other hosts end when its sign goes. Started by hand there is none.
     With `prepared`, the `Run.identity` of the folder, the workers refuse a folder that was prepared again since.
     """
     worker = ["minisft.train", *(["--prepared", prepared] if prepared else [])]
@@ -164,17 +164,17 @@ exec minisft train {run} --hostfile {hostfile} --launcher srun
 """
 
 
-def environment_there(supervised: bool) -> dict[str, str]:
+def environment_there(supervised: str) -> dict[str, str]:
     """What makes a process on another host like one here: settings that travel, this environment's programs, and, if
     `supervised`, whom to end with: no process of that host, but the supervisor that leaves its sign in the run folder.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
     # Through pdsh DeepSpeed puts the current folder on PYTHONPATH; what is named here replaces that.
     own = {"PATH": path, "PYTHONPATH": processes.environment().get("PYTHONPATH", "")} | SAFE_PATH
-    return travelling(os.environ) | own | ({SUPERVISOR: SUPERVISOR_ELSEWHERE} if supervised else {})
+    return travelling(os.environ) | own | ({SUPERVISOR: SUPERVISOR_ELSEWHERE, VOICE: supervised} if supervised else {})
 
 
-def write_place(folder: Path, place: Place, supervised: bool) -> None:
+def write_place(folder: Path, place: Place, supervised: str) -> None:
     """The files beside a run's command that DeepSpeed reads: the hostfile, and what the variables are for pdsh."""
     plain = {name: value for name, value in environment_there(supervised).items() if PLAIN.fullmatch(value)}
     variables = "".join(f"{name}={value}\n" for name, value in plain.items())

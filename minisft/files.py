@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -152,7 +153,10 @@ def as_json(value: Any) -> str:
 
 
 def open_own(file: Path, flags: int, private: bool = False) -> int:
-    """A descriptor of a file in a folder of ours, made if missing. Raises `UserError` for links and devices."""
+    """A descriptor of a file in a folder of ours, made if missing. Raises `UserError` for links and devices.
+
+    To append to a file that has a second name, in a backup made of hard links say, a copy takes its place first.
+    """
     try:
         flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not keep us waiting
         handle = os.open(file, flags, PRIVATE if private else 0o666)
@@ -163,6 +167,11 @@ def open_own(file: Path, flags: int, private: bool = False) -> int:
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise UserError(f"{file} is not a regular file, and one of this package belongs there: remove it")
+    if flags & os.O_APPEND and os.fstat(handle).st_nlink > 1:
+        os.close(handle)
+        with file.open("rb") as before, written_whole(file, private) as copy:
+            shutil.copyfileobj(before, copy.buffer)
+        return open_own(file, flags, private)
     return handle
 
 

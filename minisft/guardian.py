@@ -17,9 +17,8 @@ from pathlib import Path
 import psutil
 
 from minisft.processes import marked
-from minisft.pulse import write_failure
+from minisft.pulse import MARK, write_failure
 
-MARK = "MINISFT_SUPERVISED"  # in the environment of every process that the supervisor starts: its value names the run
 HANDOVER = 10.0  # seconds that the supervisor has to end everything after its starter is gone
 
 

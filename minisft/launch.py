@@ -71,7 +71,8 @@ def launch(
         place = place or run.place
         _require_startable(run, place, say)
         run = run.as_it_is()
-        started = write_commands(run, run.folder, place, supervised=True)
+        mark = f"{os.getpid()}-{secrets.token_hex(8)}"
+        started = write_commands(run, run.folder, place, mark)
         _require_programs(started)
         _clear_earlier_try(run)
         (run.folder / "logs").mkdir(exist_ok=True)
@@ -84,7 +85,7 @@ def launch(
             ranks=run.config.ranks,
             silence=silence,
             stall=stall,
-            mark=f"{os.getpid()}-{secrets.token_hex(8)}",
+            mark=mark,
         )
         interrupted = _follow(task, say, locks)
         end_marked(task.mark)

@@ -28,7 +28,7 @@ LAYERS = re.compile(r"n_layers?|num_(hidden_)?layers")
 MOST_BYTES = 4_000_000  # of a config.json: transformers copies it several times
 # transformers makes lists of layers and tables of positions and frequencies before it reads a tensor.
 LIMITS = (
-    (LAYERS, 2_000),
+    (LAYERS, 1_000),
     (re.compile(r"num_labels"), 1 << 20),
     (re.compile(r".*\[\]"), 1 << 24),  # a number in a list
     (re.compile(r".*(dim|size|heads|experts|rank|positions|embeddings|embd|inner|ctx)"), 1 << 24),

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from minisft.checkpoints import cut_metrics
 from minisft.files import open_own
-from minisft.pulse import SAY
+from minisft.pulse import announce
 from minisft.text import harmless, say
 
 WARM_UP_STEPS = 2  # left out of every speed: the first steps fill caches and allocate optimizer states
@@ -47,15 +47,15 @@ class Observer:
         self.lines.append({key: line[key] for key in ("tokens", "trained_tokens", "seconds", "warm_up")})
         self.recent.append(line["seconds"])
         pace = median(self.recent)
-        say(
-            f"{SAY}step {line['step']:>3}/{self.steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  "
+        announce(
+            f"step {line['step']:>3}/{self.steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  "
             f"{line['tokens'] / max(line['seconds'], 1e-9):,.0f} tokens/s  "
             f"about {duration((self.steps - line['step']) * pace)} left"
         )
 
     def test_loss(self, step: int, loss: float) -> None:
         self.board.add_scalar("test/loss", loss, step)
-        say(f"{SAY}checkpoint-{step}: test loss {loss:.4f}")
+        announce(f"checkpoint-{step}: test loss {loss:.4f}")
 
     def finish(self) -> dict[str, Any]:
         """The speed over all steps of this process after the warm-up, for `DONE`."""

@@ -215,7 +215,7 @@ def require_place(config: RunConfig, place: Place | None) -> None:
         raise UserError(f"the hosts take {place.ranks} ranks, but {config.ranks} were asked for: make them equal")
 
 
-def write_commands(run: Run, folder: Path, place: Place | None, supervised: bool = False) -> list[Command]:
+def write_commands(run: Run, folder: Path, place: Place | None, supervised: str = "") -> list[Command]:
     """Write what starts `run`, which lies, or will lie, in `folder`: command.txt, and what several hosts need."""
     found = commands(run.config, folder, place, supervised, run.prepared)
     with written_whole(run.folder / "command.txt", private=True) as stream:

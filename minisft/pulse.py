@@ -23,13 +23,15 @@ from minisft.errors import UserError
 from minisft.files import as_json, read_json, write_json
 from minisft.processes import end_with_parent, lives, start_of
 from minisft.run_files import Failure, RankSign
+from minisft.text import say
 
-SAY = "[minisft] "  # begins a line that a rank wants the person to see; its other output goes to the log alone
+MARK = "MINISFT_SUPERVISED"  # in the environment of every process that the supervisor starts: its value names the run
 FOLDER = "ranks"  # of a run folder
 SUPERVISOR = "MINISFT_SUPERVISOR"  # host:process, in a rank's environment; not there if it was started by hand
 GUARDIAN = "MINISFT_GUARDIAN"  # the process that ends what a dead supervisor leaves
 # Of one elsewhere: known by the sign that it leaves in the run folder alone, as machines may share a name.
 SUPERVISOR_ELSEWHERE = ":0"
+VOICE = "MINISFT_VOICE"  # a word that only this run's processes know, in front of what they announce
 HOST = "MINISFT_HOST"  # a rank's host, as the hostfile calls it
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without a sign of life after which a rank counts as hanging: it gives one every second
@@ -114,6 +116,16 @@ class Pulse:
         while not self._stop.wait(BEAT):
             with suppress(OSError):
                 os.utime(self.file)
+
+
+def announcement(voice: str) -> str:
+    """What begins a rank's line that the person is to see, beside the log: no text of the data passes for one."""
+    return f"[minisft {voice}] " if voice else "[minisft] "
+
+
+def announce(text: str) -> None:
+    """Tell the person who has started the run."""
+    say(announcement(os.environ.get(VOICE, "")) + text)
 
 
 def read_signs(run_folder: Path) -> list[Sign]:

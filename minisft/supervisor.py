@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,10 +35,22 @@ from minisft import processes
 from minisft.commands import Command
 from minisft.errors import UserError
 from minisft.files import last_lines, open_own, read_json, write_json
-from minisft.guardian import MARK, Guardian
+from minisft.guardian import Guardian
 from minisft.hosts import is_here
 from minisft.processes import lives
-from minisft.pulse import BEAT, GUARDIAN, SAY, SUPERVISOR, Sign, SupervisorSign, Watch, read_signs, write_failure
+from minisft.pulse import (
+    BEAT,
+    GUARDIAN,
+    MARK,
+    SUPERVISOR,
+    VOICE,
+    Sign,
+    SupervisorSign,
+    Watch,
+    announcement,
+    read_signs,
+    write_failure,
+)
 from minisft.run_files import Failure
 from minisft.text import one_line, say
 
@@ -54,6 +67,7 @@ LOST = re.compile(
 )
 TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 ERROR = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Interrupt): .+")
+NO_SPACE = 1 << 16  # bytes that are free on a disk on which nothing can be written
 LONGEST_REASON = 2000  # characters
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -115,7 +129,7 @@ class Supervisor:
         parent = os.getppid()
         mark = self.task.mark or secrets.token_hex(8)
         guardian = Guardian(self.folder, mark)
-        own = processes.environment() | {MARK: mark, GUARDIAN: str(guardian.pid), "PYTHONUNBUFFERED": "1"}
+        own = processes.environment() | {MARK: mark, VOICE: mark, GUARDIAN: str(guardian.pid), "PYTHONUNBUFFERED": "1"}
         try:
             log = self._open_log()
             sign = SupervisorSign(self.folder)
@@ -137,7 +151,10 @@ class Supervisor:
             )
             for command in self.task.commands
         ]
-        readers = [threading.Thread(target=_copy_output, args=(one.stdout, log), daemon=True) for one in launchers]
+        to_show = announcement(mark)
+        readers = [
+            threading.Thread(target=_copy_output, args=(one.stdout, log, to_show), daemon=True) for one in launchers
+        ]
         for reader in readers:
             reader.start()
         looked = beaten = 0.0
@@ -195,6 +212,12 @@ class Supervisor:
                 return failure | {"reason": failure["reason"][:LONGEST_REASON]}
         return None
 
+    def _killed(self, sign: Sign, code: int = 0) -> str:
+        if shutil.disk_usage(self.folder).free < NO_SPACE:
+            return f"no space is left on the disk of {self.folder} ({sign}): free some"
+        how = {247: " by SIGKILL", -9: " by SIGKILL", 245: " by a segmentation fault", -11: " by a segmentation fault"}
+        return f"process {sign.pid} ended without a word ({sign}): killed{how.get(code, '')}, or short of memory"
+
     def _why(self, host: str, code: int) -> str:
         if code == SSH_FAILED:
             said = _last_line(self.folder / "logs" / "launcher.log")
@@ -245,7 +268,7 @@ class Supervisor:
             if self._said_why():  # its launcher ended it for a neighbour's sake
                 self.over = True
             else:
-                self.stop(_killed(self.gone[0]), self.gone[0])
+                self.stop(self._killed(self.gone[0]), self.gone[0])
         progress = tuple((sign.rank, *sign.progress) for sign in signs)
         if (stalled := self.watch.unchanged("progress", progress)) > self.task.stall:
             missing = sorted(set(range(self.task.ranks)) - {sign.rank for sign in signs})
@@ -269,7 +292,7 @@ class Supervisor:
         elif failure is None and said:
             failure = _failure(None, said)
         elif not self._said_why() and self.gone:
-            failure = _failure(self.gone[0], _killed(self.gone[0], code))
+            failure = _failure(self.gone[0], self._killed(self.gone[0], code))
         elif failure is None:
             done_of = f"{len(done)} of {self.task.ranks} ranks were done"
             failure = _failure(None, f"the launcher ended with exit code {code}, and {done_of}")
@@ -283,14 +306,14 @@ class Supervisor:
         return 1
 
 
-def _copy_output(stream: Any, log: Any) -> None:
+def _copy_output(stream: Any, log: Any, to_show: str) -> None:
     for line in stream:
         with suppress(OSError):  # a full disk or a gone reader must not stop it: the workers would wait
             log.write(line)
         text = line.decode(errors="replace").rstrip()
-        if text.startswith(SAY):
+        if text.startswith(to_show):
             with suppress(OSError):
-                say(text.removeprefix(SAY))
+                say(text.removeprefix(to_show))
 
 
 def end_all(launchers: Sequence[subprocess.Popen], spared: int = 0) -> None:
@@ -330,11 +353,6 @@ def _failure(sign: Sign | None, reason: str) -> Failure:
     if sign is None:
         return {"rank": None, "step": None, "reason": reason}
     return {"rank": sign.rank, "step": sign.step, "reason": reason}
-
-
-def _killed(sign: Sign, code: int = 0) -> str:
-    how = {247: " by SIGKILL", -9: " by SIGKILL", 245: " by a segmentation fault", -11: " by a segmentation fault"}
-    return f"process {sign.pid} ended without a word ({sign}): killed{how.get(code, '')}, or short of memory"
 
 
 def _last_line(log: Path) -> str:

@@ -26,9 +26,9 @@ from minisft.errors import UserError
 from minisft.files import open_lock, open_own, try_lock, write_json
 from minisft.heap import importing
 from minisft.hosts import is_here
-from minisft.pulse import SAY, SUPERVISOR, Pulse, Sign, end_with_supervisor, read_signs, write_failure
+from minisft.pulse import SUPERVISOR, Pulse, Sign, announce, end_with_supervisor, read_signs, write_failure
 from minisft.runs import Run, checkpoint_step, lock_of, require_contained, require_no_links
-from minisft.text import note, say
+from minisft.text import note
 
 if TYPE_CHECKING:
     from minisft.trainer import RunTrainer
@@ -173,7 +173,7 @@ def _start_from(run: Run, rank: int) -> Path | None:
         checkpoints.discard_unfinished(run)
         if checkpoint is not None:
             checkpoints.verify(run, checkpoint)
-            say(f"{SAY}going on from {checkpoint.name}")
+            announce(f"going on from {checkpoint.name}")
     return checkpoint
 
 

@@ -224,3 +224,16 @@ def test_a_checksum_is_not_remembered_for_a_file_that_was_changed_in_secret(tmp_
     checked = files.Digests(verify=True)
     checked.of(file)
     assert (checked.read, checked.remembered, checked.how) == (1, 0, "1 file read and hashed")
+
+
+@attack("7")
+def test_what_is_appended_does_not_reach_a_backup_made_of_hard_links(tmp_path):
+    log, backup = tmp_path / "rank0.log", tmp_path / "backup.log"
+    log.write_bytes(b"the first try \xff\n")
+    os.link(log, backup)
+    for line in (b"the second\n", b"the third\n"):
+        with os.fdopen(files.open_own(log, os.O_WRONLY | os.O_APPEND, private=True), "ab") as stream:
+            stream.write(line)
+    assert backup.read_bytes() == b"the first try \xff\n"
+    assert log.read_bytes() == b"the first try \xff\nthe second\nthe third\n"
+    assert sorted(tmp_path.iterdir()) == [backup, log]

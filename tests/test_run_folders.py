@@ -635,7 +635,7 @@ def test_no_secret_of_the_environment_is_in_a_file_or_a_command(config, monkeypa
     place = Place((Host("127.0.0.1", 1), Host("127.0.0.2", 1), Host("worker-1", 1)), launcher)
     run = prepare(config("zero2", ranks=3), place=place, say=quiet)
     texts = [p.read_text(errors="replace") for p in run.folder.rglob("*") if p.is_file()]
-    texts += [str(c) for c in commands(run.config, run.folder, place, supervised=True)]
+    texts += [str(c) for c in commands(run.config, run.folder, place, "mark")]
     assert not [text for text in texts if "sesame" in text]
 
 

@@ -1,6 +1,7 @@
 """The supervisor's verdict, on stand-ins for ranks: small real processes that leave the signs that ranks leave."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,13 +10,13 @@ import psutil
 import pytest
 
 from minisft.commands import Command
-from minisft.pulse import Pulse, Watch, read_signs
-from minisft.supervisor import LOST, Task
+from minisft.pulse import Pulse, Sign, Watch, read_signs
+from minisft.supervisor import LOST, Supervisor, Task
 
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from minisft.pulse import Pulse
+from minisft.pulse import Pulse, announce
 folder, rank, deeds = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 def fail(reason):
     try:
@@ -46,7 +47,7 @@ for deed in deeds:
     elif deed == "mute":
         raise ImportError("no module named nothing")
     elif deed == "say":
-        print("[minisft] hello", flush=True)
+        print("[minisft] a row of the data"); announce("hello")
 """
 # What a launcher does: starts the ranks, and ends them all when one fails.
 LAUNCHER = """
@@ -190,3 +191,12 @@ def test_a_watch_goes_by_its_own_clock(tmp_path, monkeypatch):
     assert not watch.late(file, 30)  # it may be replaced just now
     now[0] += 3
     assert watch.late(file, 30)
+
+
+@pytest.mark.attack("8")
+def test_a_full_disk_is_not_told_as_lack_of_memory(tmp_path, monkeypatch):
+    supervisor = Supervisor(Task(str(tmp_path), [], str(tmp_path), 1, 60, 60))
+    sign = Sign(0, "here", 1, "training", 3, 0, {}, 0.0)
+    assert "short of memory" in supervisor._killed(sign)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
+    assert supervisor._killed(sign) == f"no space is left on the disk of {tmp_path} (training, step 3): free some"
