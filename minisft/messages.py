@@ -22,13 +22,15 @@ ROLES = {
     "bing": "assistant",
     "bard": "assistant",
     "assistant": "assistant",
+    "model": "assistant",  # Gemma and Gemini
     "system": "system",
+    "developer": "system",  # OpenAI's later name
 }
 LONGEST_ID = 200  # characters
 LONGEST_KEY = 60  # characters of a key that is counted
 
 # Of several keys for one thing, the first that has a value is read.
-TURNS = ("conversations", "messages")
+TURNS = ("conversations", "messages", "conversation")
 QUESTION = ("instruction", "question", "prompt", "query")
 GIVEN = ("input", "context")  # what an instruction is about
 ANSWER = ("output", "response", "completion", "answer")
@@ -185,7 +187,9 @@ def message_of(turn: Any, found: ReadRow) -> Message:
     if not isinstance(role, str):
         raise Unusable("a turn without role and text")
     known = ROLES.get(role.strip().lower())
-    content = text_of(keys.take(TEXT), known, found)
+    content = keys.take(TEXT)
+    is_null = content is None and not turn.keys().isdisjoint(TEXT)
+    content = "" if is_null else text_of(content, known, found)
     if known is None:
         raise Unusable(f"unknown role {role[:20]!r}")
     trained = weight(keys, (*WEIGHT, *TRAINED), known == "assistant")

@@ -18,7 +18,9 @@ from minisft.messages import (
     IS_JSON,
     LONGEST_ID,
     QUESTION,
+    ROLE,
     SYSTEM,
+    TEXT,
     TURNS,
     WEIGHT,
     Keys,
@@ -70,6 +72,8 @@ def as_object(row: Any) -> tuple[dict[str, Any], bool]:
     if isinstance(row, Unusable):
         raise row
     value = _from_json(row) if isinstance(row, str) else row
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        value = {TURNS[0]: value}  # a conversation without a name
     if not isinstance(value, dict):
         raise Unusable("row is not an object")
     return value, isinstance(row, str)
@@ -101,6 +105,8 @@ def texts_of(row: Any) -> Iterator[str]:
     """The texts in a raw row, whatever its shape and whatever becomes of it."""
     if isinstance(row, str):
         yield row
+    if isinstance(row, list):
+        row = {TURNS[0]: row}
     if not isinstance(row, dict):
         return
     turns = next((row[key] for key in TURNS if isinstance(row.get(key), list | str) and row[key]), None)
@@ -157,6 +163,8 @@ def _spoken(keys: Keys, found: ReadRow) -> list[Message]:
         raise Unusable("empty conversation")
     if has_chosen:
         return said(keys.take(CHOSEN), "assistant", found)
+    if not keys.row.keys().isdisjoint(ROLE) and not keys.row.keys().isdisjoint(TEXT):
+        raise Unusable("a turn by itself: make a list of the turns of each conversation")
     raise Unusable("row of an unknown shape")
 
 

@@ -89,7 +89,10 @@ def turn(**changes):
         ({"messages": []}, "empty conversation"),
         ({"conversations": ["Hi", "Hello"]}, "a turn without role and text"),
         ({"conversations": [{}]}, "a turn without role and text"),
-        *((turn(value=value), "a turn without role and text") for value in (None, 3, 2.5, True, {"text": "Hi"})),
+        ({"conversations": [{"role": "user"}]}, "a turn without role and text"),
+        (turn(value=None), "no question with an answer"),
+        ({"from": "human", "value": "Hi"}, "a turn by itself: make a list of the turns of each conversation"),
+        *((turn(value=value), "a turn without role and text") for value in (3, 2.5, True, {"text": "Hi"})),
         *((turn(**{"from": role}), "a turn without role and text") for role in (None, 3, ["user"], {})),
         (turn(value=[{"type": "image_url", "image_url": "x"}]), "needs images"),
         (turn(value=[{"type": "json", "json": {}}]), "a turn with parts other than text"),
@@ -137,6 +140,17 @@ def test_messages_and_alpaca_rows_become_conversations():
                 {"role": "assistant", "content": [{"type": "text", "text": "ok"}]},
             ]
         },
+        "a list without a name": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "ok"}],
+        "WildChat's name for it": {
+            "conversation": [{"role": "user", "content": "Hi"}, {"role": "model", "content": "ok"}]
+        },
+        "a system prompt of null": {
+            "messages": [
+                {"role": "developer", "content": None},
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "ok"},
+            ]
+        },
         "a table's empty columns": {
             "messages": None,
             "conversations": [
@@ -145,9 +159,9 @@ def test_messages_and_alpaca_rows_become_conversations():
             ],
         },
     }
-    assert cleaned(rows["messages"]) == ([("user", "Hi"), ("assistant", "ok")], [], [])
-    assert cleaned(rows["parts"]) == ([("user", "H\n\ni"), ("assistant", "ok")], [], [])
-    assert cleaned(rows["a table's empty columns"]) == ([("user", "Hi"), ("assistant", "ok")], [], [])
+    assert cleaned(rows.pop("parts")) == ([("user", "H\n\ni"), ("assistant", "ok")], [], [])
+    for name, row in rows.items():
+        assert cleaned(row) == ([("user", "Hi"), ("assistant", "ok")], [], []), name
 
 
 @pytest.mark.parametrize(
