@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import digest, is_inside, read_json, read_text, write_json, written_whole
+from minisft.files import digest, is_inside, read_json, read_text, remove_all, write_json, written_whole
 from minisft.runs import MANIFEST, Run, checkpoint_step, manifest_of
 from minisft.zero_config import zero_stage
 
@@ -39,9 +39,9 @@ def scratch_folder(run: Run) -> Path:
 
 def discard_unfinished(run: Run) -> None:
     """Remove what an interrupted save or removal left; it also frees the space that a full disk lacks."""
-    shutil.rmtree(scratch_folder(run), ignore_errors=True)
+    remove_all(scratch_folder(run))
     for folder in run.folder.glob(".removed-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_all(folder)
 
 
 def seal(run: Run, folder: Path, about: dict[str, Any]) -> Path:
@@ -77,7 +77,7 @@ def remove(folder: Path) -> None:
     """Remove a checkpoint so that nobody sees half of it."""
     if folder.exists():
         doomed = folder.with_name(f".removed-{folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_all(doomed)
         folder.rename(doomed)
         shutil.rmtree(doomed)
 

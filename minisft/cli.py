@@ -209,7 +209,7 @@ def show(
     if max_length < 2:
         raise UserError(f"max length is {max_length}: give at least 2 tokens")
     using = load_tokenizer(tokenizer, template)
-    before = list(itertools.islice(read(find_data(data, note).path, Ledger()), max(0, row) + 1))
+    before = list(itertools.islice(read(find_data(data, note).path, Ledger()), min(max(0, row) + 1, sys.maxsize)))
     if not 0 <= row < len(before):
         raise UserError(f"--row {row} is outside {data}, which has {len(before)} usable conversations")
     say(Lens(encode(before[row], MistralTemplate.for_tokenizer(using), using, max_length, truncation), using))

@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,25 @@ from minisft.conversations import Conversation
 from minisft.errors import UserError
 from minisft.evaluation_report import interval_told, write_summary
 from minisft.exam import FORM, Exam, Settings, fingerprint, prompt_ids, read_cache, set_exam, tools_of
-from minisft.files import Digests, open_own, read_json, read_text, write_json, written_whole
-from minisft.run_files import Result, Summary
-from minisft.runs import Run, checkpoint_step, outputs_root
+from minisft.files import (
+    Digests,
+    is_same_file,
+    open_lock,
+    open_own,
+    read_json,
+    read_text,
+    try_lock,
+    write_json,
+    written_whole,
+)
+from minisft.run_files import Owner, Result, Summary
+from minisft.runs import Run, checkpoint_step, lock_of, outputs_root
 from minisft.scores import as_line, corpus_scores, tokenizer_for
 from minisft.text import one_line, say
 
 Say = Callable[[str], None]
 EXAMPLES = 3
+OWNER = "run.json"  # of a results folder: whose results they are
 BESIDE = (  # the weights, what a result or its soundness depends on
     "config.json",
     "tokenizer.json",
@@ -65,17 +76,8 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verif
         broken.append(one_line(what))
         say(broken[-1])
 
-    for run in runs:
-        folder = outputs_root() / "evaluation" / run.name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)  # conversations are personal
-        try:
-            exam = set_exam(run, settings, folder, digests)
-        except UserError as error:
-            if len(runs) == 1:
-                raise
-            is_broken(str(error))
-            continue
+    def evaluate_one(run: Run, folder: Path) -> None:
+        exam = set_exam(run, settings, folder, digests)
         results, unusable = [], {}
         for step, model in steps_of(run):
             try:
@@ -99,8 +101,38 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verif
         if results and results[0].get("bleu_note"):
             say(f"{run.name}: {results[0]['bleu_note']}")
         write_summary(folder, run, asdict(settings), results, unusable, exam.leakage(settings))
+
+    for run in runs:
+        try:
+            with results_folder(run) as folder:
+                evaluate_one(run, folder)
+        except UserError as error:
+            if len(runs) == 1:
+                raise
+            is_broken(str(error))
     say(f"results belong to the content of the files: {digests.how}")
     return broken
+
+
+@contextmanager
+def results_folder(run: Run) -> Iterator[Path]:
+    """The folder for a run's results, held by this process. Raises `UserError` if another evaluation holds it, or if
+    it has the results of another run folder with the same name.
+    """
+    folder = outputs_root() / "evaluation" / run.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)  # conversations are personal
+    with open_lock(lock_of(folder)) as lock:
+        if not try_lock(lock):
+            raise UserError(f"{run.name} is being evaluated right now: wait for it")
+        owner = Path((read_cache(folder / OWNER, Owner) or {"run_folder": run.folder})["run_folder"])
+        if owner.is_dir() and not is_same_file(owner, run.folder):
+            raise UserError(
+                f"{folder} has the results of another run folder, {owner}: give one of the two another name, or move "
+                "the results away"
+            )
+        write_json(folder / OWNER, {"run_folder": str(run.folder.absolute())}, private=True)
+        yield folder
 
 
 def steps_of(run: Run) -> Iterator[tuple[int, Path]]:
@@ -136,10 +168,11 @@ def _evaluated(run: Run, folder: Path, exam: Exam, settings: Settings, kept: Pat
 
 def _remove_others(folder: Path, steps: set[int]) -> None:
     """Take away earlier results of checkpoints that are gone or can no longer be used."""
-    for file in folder.glob("checkpoint-*.*"):
+    for file in folder.glob("checkpoint-*.json"):
         step = file.stem.partition("-")[2]
-        if file.suffix in (".json", ".txt") and step.isdecimal() and int(step) not in steps:
+        if step.isdecimal() and int(step) not in steps and read_cache(file, Result) is not None:
             file.unlink(missing_ok=True)
+            file.with_suffix(".txt").unlink(missing_ok=True)
 
 
 def evaluate_model(run: Run, folder: Path, exam: Exam, settings: Settings, kept: Path | None = None) -> dict[str, Any]:

@@ -116,7 +116,10 @@ def user_output(file: Path) -> Iterator[TextIO]:
         with file.open("w", encoding="utf-8") as stream:
             yield stream
     else:
-        with written_whole(Path(os.path.realpath(file))) as stream:
+        real = Path(os.path.realpath(file))
+        with written_whole(real) as stream:
+            with suppress(FileNotFoundError):  # who may read it is decided already
+                os.fchmod(stream.fileno(), stat.S_IMODE(real.stat().st_mode))
             yield stream
 
 
@@ -134,6 +137,18 @@ def _is_special(file: Path) -> bool:
     except OSError:
         return _stream_number(file) is not None
     return _stream_number(file) is not None or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def remove_all(path: Path) -> None:
+    """Remove what is at `path`: a folder with all that is in it, or a file, a link or a pipe itself.
+
+    What cannot be removed stays. (`shutil.rmtree` opens a pipe, and waits for ever.)
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def write_json(file: Path, value: Any, private: bool = False) -> None:

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
+from minisft.files import read_text, user_path
 
+MOST_BYTES = 10_000_000  # of a hostfile
 LAUNCHERS = ("ssh", "pdsh", "srun", "none")
-LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d{1,9})\s*(#.*)?")
+LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[0-9]{1,9})\s*(#.*)?")
 # No host may look like an option, or be more than a name to a shell.
 NAME = re.compile(r"[A-Za-z0-9:]([A-Za-z0-9.:_-]*[A-Za-z0-9])?")
 # Settings of the launching machine that the others need as well. Only these: a command line is public on its machine,
@@ -111,13 +113,13 @@ class Place:
 
 def read_hostfile(file: Path | str) -> list[Host]:
     """The hosts of a hostfile, in its order. Raises `UserError`, with the line, for what DeepSpeed could not use."""
-    file = Path(file)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"there is no hostfile {file}: give one with a line 'name slots=N' for each machine") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"hostfile {file} cannot be read ({error}): give a text file") from error
+    file = user_path(file)
+    if file.exists() and not file.is_file():
+        raise UserError(f"hostfile {file} is not a regular file: give a text file")
+    text = read_text(file, most=MOST_BYTES)
+    if text is None:
+        raise UserError(f"there is no hostfile {file}: give one with a line 'name slots=N' for each machine")
+    lines = text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}").splitlines()
     hosts: list[Host] = []
     at: dict[str, int] = {}
     for number, line in enumerate(lines, 1):

@@ -22,7 +22,7 @@ from minisft import operators, preflight, processes, text
 from minisft.checkpoints import resume_point
 from minisft.commands import Command, shown
 from minisft.errors import UserError
-from minisft.files import read_json, write_json
+from minisft.files import read_json, remove_all, write_json
 from minisft.guardian import end_marked
 from minisft.hosts import Place, is_here
 from minisft.lint import lint
@@ -30,7 +30,7 @@ from minisft.live import LiveView, in_notebook
 from minisft.prepare import HOSTS, Say, only_one, prepare, require_place, write_commands
 from minisft.pulse import SILENCE, STALL, clear, read_signs
 from minisft.run_files import Hosts
-from minisft.runs import Run, project_root, require_contained, require_no_links
+from minisft.runs import Run, project_root, require_contained, require_own_files
 from minisft.supervisor import Task
 from minisft.text import one_line
 from minisft.training_data import require_as_made
@@ -119,7 +119,7 @@ def _require_startable(run: Run, place: Place | None, say: Say) -> None:
             "them again with --hostfile"
         )
     require_place(run.config, place)
-    require_no_links(run)
+    require_own_files(run)
     require_as_made(run.folder)
     resume_point(run)
     _require_sound_deepspeed(run, say)
@@ -170,12 +170,14 @@ def _clear_earlier_try(run: Run) -> None:
     """What an unfinished run left must not be taken for the new one's; with a checkpoint to resume from, all stays."""
     (run.folder / "FAILED").unlink(missing_ok=True)
     clear(run.folder)
+    for scratch in run.folder.glob(".minisft-*"):  # what was being written when it was killed
+        remove_all(scratch)
     if resume_point(run):
         return
-    for name in ("metrics.jsonl", "memory.json"):
-        (run.folder / name).unlink(missing_ok=True)
-    for folder in (run.folder / "logs", run.folder / "tensorboard", *run.checkpoints):  # checkpoints without weights
-        shutil.rmtree(folder, ignore_errors=True)
+    for name in ("metrics.jsonl", "memory.json", "logs", "tensorboard"):
+        remove_all(run.folder / name)
+    for folder in run.checkpoints:  # without weights
+        remove_all(folder)
 
 
 def _follow(task: Task, say: Say, locks: list[int]) -> bool:
@@ -191,7 +193,7 @@ def _follow(task: Task, say: Say, locks: list[int]) -> bool:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
                 old[number] = signal.signal(number, lambda number, _: stop.append(number))
     supervisor = subprocess.Popen(
-        processes.python("-m", "minisft.supervisor", task.to_json()),
+        processes.python("-m", "minisft.supervisor", task.folder),
         # The environment of this interpreter, even if nobody activated it.
         env=processes.environment() | operators.build_environment(),
         pass_fds=locks,
@@ -201,6 +203,10 @@ def _follow(task: Task, say: Say, locks: list[int]) -> bool:
         errors="replace",
         start_new_session=True,
     )
+    with suppress(OSError):  # one that ended at once has said why
+        # Not as an argument: those are public, and of limited length.
+        supervisor.stdin.write(task.to_json() + "\n")
+        supervisor.stdin.flush()
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read_lines, args=(supervisor.stdout, lines), daemon=True).start()
     parent = os.getppid() if _ends_with_parent() else None

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from minisft import processes
 from minisft.errors import UserError
-from minisft.files import Digests, cache_dir, digest, open_lock, read_json, try_lock, write_json
+from minisft.files import Digests, cache_dir, digest, open_lock, read_json, remove_all, try_lock, write_json
 from minisft.text import one_line
 
 Say = Callable[[str], None]
@@ -280,5 +280,5 @@ def _cache_lock(name: str) -> Iterator[None]:
         while not try_lock(lock):
             time.sleep(0.1)
         for left in cache.glob(f".fetching-{name}-*"):  # ours alone while we hold the lock: an interrupted try
-            shutil.rmtree(left, ignore_errors=True)
+            remove_all(left)
         yield

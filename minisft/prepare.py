@@ -8,7 +8,7 @@ Everything that can be wrong with the input is found here, before any process st
 from __future__ import annotations
 
 import math
-import shutil
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +21,10 @@ from minisft.checkpoint_doctor import require_sound
 from minisft.checkpoints import latest_resumable, resume_point, something_to_lose
 from minisft.commands import Command, commands, require_deepspeed, shown, write_place
 from minisft.errors import UserError
-from minisft.files import Digests, is_inside, locked_folder, open_lock, try_lock, write_json, written_whole
+from minisft.files import Digests, is_inside, locked_folder, open_lock, remove_all, try_lock, write_json, written_whole
 from minisft.hosts import Place
 from minisft.ledger import Ledger
-from minisft.runs import Run, RunConfig, all_runs, lock_of, outputs_root, require_no_links
+from minisft.runs import Run, RunConfig, all_runs, lock_of, outputs_root, require_own_files
 from minisft.text import say
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import made_of, remember, take_over, write_data
@@ -57,6 +57,7 @@ def prepare(
     if folder.is_symlink() and not folder.exists():
         raise UserError(f"{shown(folder)} is a link to {folder.readlink()}, which is not there: correct or remove it")
     with only_one(folder):
+        _put_back(folder, say)
         if not overwrite and (run := _existing(config, folder, place, restart, say)) is not None:
             return run
         if overwrite:
@@ -65,7 +66,7 @@ def prepare(
         try:
             return _prepare(config, place, folder, scratch, say)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_all(scratch)
 
 
 def _existing(config: RunConfig, folder: Path, place: Place | None, restart: bool, say: Say) -> Run | None:
@@ -92,7 +93,7 @@ def _existing(config: RunConfig, folder: Path, place: Place | None, restart: boo
     checkpoint = latest_resumable(run) if restart else resume_point(run)
     if checkpoint is None:
         return None
-    require_no_links(run)
+    require_own_files(run)
     say(f"{config.name} was interrupted: it resumes from {checkpoint.name}")
     write_commands(run, folder, place)
     return run
@@ -128,7 +129,7 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
     precision, on_gpu = preflight.resolve_precision(config.precision)
     shapes = assets.parameter_shapes(model.path)
 
-    shutil.rmtree(scratch, ignore_errors=True)
+    remove_all(scratch)
     scratch.mkdir(mode=0o700)  # conversations are personal
     rows = _rows(config, source, model.path, tokenizer, scratch, say)
     parameters = sum(map(math.prod, shapes.values()))
@@ -169,19 +170,21 @@ def _beside(folder: Path, what: str) -> Path:
     return real.with_name(f".{real.name}.{what}")
 
 
+def _put_back(folder: Path, say: Say) -> None:
+    """Undo a replacement that was killed half-way: the run that it would have replaced gets its name again."""
+    if not os.path.lexists(folder) and (old := _beside(folder, "removed")).is_dir():
+        old.rename(folder)
+        say(f"replacing {folder.name} was interrupted: the earlier run is back")
+
+
 def _replace(folder: Path, new: Path) -> None:
     """Put `new` in the place of `folder`, by renaming alone: whatever ends this, there is never half of one."""
     real, old = folder.resolve(), _beside(folder, "removed")
-    _remove(old)
+    remove_all(old)
     if real.exists():
         real.rename(old)
     new.rename(real)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    is_folder = path.is_dir() and not path.is_symlink()
-    shutil.rmtree(path, ignore_errors=True) if is_folder else path.unlink(missing_ok=True)
+    remove_all(old)
 
 
 def _rows(

@@ -10,7 +10,6 @@ The run's supervisor leaves a sign, too (`ranks/supervisor.json`): a rank whose 
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import threading
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import as_json, read_json, write_json
+from minisft.files import as_json, read_json, remove_all, write_json
 from minisft.processes import end_with_parent, lives, start_of
 from minisft.run_files import Failure, RankSign
 from minisft.text import say
@@ -151,7 +150,7 @@ def write_failure(run_folder: Path, failure: Failure) -> None:
 
 def clear(run_folder: Path) -> None:
     """Forget what an earlier try said."""
-    shutil.rmtree(run_folder / FOLDER, ignore_errors=True)
+    remove_all(run_folder / FOLDER)
 
 
 class SupervisorSign:

@@ -77,6 +77,13 @@ class Manifest(TypedDict):
     files: NotRequired[dict[str, FileSum]]
 
 
+@with_config(ConfigDict(extra="allow"))
+class Done(TypedDict):
+    """`DONE`: written last, once every rank has finished."""
+
+    steps: NotRequired[int]
+
+
 class Failure(TypedDict):
     """`FAILED`: which rank failed, at which step (None where that is not known), for what reason."""
 
@@ -134,6 +141,12 @@ class Result(Scores):
 
 
 @with_config(ConfigDict(extra="allow"))
+class Owner(TypedDict):
+    """`run.json` of a folder of results: the run folder whose results they are."""
+
+    run_folder: str
+
+
 class Summary(TypedDict):
     """`evaluation/<run>/summary.json`."""
 

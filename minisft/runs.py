@@ -18,10 +18,15 @@ from minisft.errors import UserError
 from minisft.files import checked, open_own, parse_json, read_json, read_text, try_lock, user_path
 from minisft.labels import TRUNCATIONS
 from minisft.mistral import VERSIONS
-from minisft.run_files import About, Failure, Manifest, Metric, RankMemory
+from minisft.run_files import About, Done, Failure, Manifest, Metric, RankMemory
 from minisft.text import one_line
 from minisft.zero_config import STRATEGIES, reaching_out
 
+FOLDERS = ("data", "logs", "ranks", "tensorboard", ".saving")  # of a run folder; the others are checkpoints
+FILES = (
+    *("run.json", "deepspeed.json", "command.txt", "hosts.json", "ledger.json"),
+    *("metrics.jsonl", "memory.json", "DONE", "FAILED"),
+)
 MANIFEST = "manifest.json"  # of a checkpoint: its step, its test loss, its files and their checksums
 if TYPE_CHECKING:
     from minisft.hosts import Place
@@ -242,6 +247,8 @@ class Run:
         by_name = outputs_root() / "model" / str(name)
         folder = by_name if (by_name / "run.json").exists() else user_path(name)
         if not (folder / "run.json").exists():
+            if by_name.with_name(f".{by_name.name}.removed").is_dir():
+                raise UserError(f"replacing {name} was interrupted: prepare it once more, which puts it back")
             known = ", ".join(run.name for run in all_runs()) or "none yet"
             raise UserError(f"no run {str(name)!r}: give a run's name or folder (runs in outputs/model: {known})")
         _require_utf8("the run folder", str(folder))
@@ -357,9 +364,11 @@ class Run:
     @property
     def status(self) -> str:
         """`done`, `failed`, `unfinished` (started, no marker), or `prepared`."""
-        for marker in ("DONE", "FAILED"):
-            if (self.folder / marker).exists():
-                return marker.lower()
+        with suppress(UserError):  # one that is damaged is no word of success
+            if read_json(self.folder / "DONE", Done) is not None:
+                return "done"
+        if (self.folder / "FAILED").exists():
+            return "failed"
         return "unfinished" if (self.folder / "logs").exists() else "prepared"
 
     def _about(self) -> About:
@@ -388,12 +397,22 @@ def lock_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def require_no_links(run: Run) -> None:
-    """Refuse a run folder with links inside: training would write, and remove, where they lead. Raises `UserError`."""
-    for place, folders, files in os.walk(run.folder.resolve()):
+def require_own_files(run: Run) -> None:
+    """Refuse a run folder with anything but files and folders inside, each where it belongs. Raises `UserError`.
+
+    Training would write, and remove, where a link leads, and wait for ever at a pipe.
+    """
+    top = run.folder.resolve()
+    for place, folders, files in os.walk(top):
         for name in (*folders, *files):
-            if (path := Path(place) / name).is_symlink():
+            path = Path(place) / name
+            if path.is_symlink():
                 raise UserError(f"{path} is a link, and a run folder holds its own files: put the file itself there")
+            if name in files and not path.is_file() and path.exists():
+                raise UserError(f"{path} is neither a file nor a folder: remove it")
+            if path.parent == top and (name in FOLDERS or name in FILES) and (name in FOLDERS) != (name in folders):
+                wanted = "folder" if name in FOLDERS else "file"
+                raise UserError(f"{path} is not a {wanted}, and a {wanted} belongs there: move it away")
 
 
 def require_contained(run: Run) -> None:

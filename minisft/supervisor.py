@@ -1,9 +1,10 @@
 """The process between a notebook and a run's ranks: whatever happens to either, nothing is left behind.
 
-`minisft.launch` starts it, in a session of its own, with one argument: a `Task` as JSON. It starts the task's command,
-watches the ranks (`minisft.pulse`), and ends everything when the command ends, when a rank hangs or dies, when its
-standard input says so or closes, or when its parent is gone. On Linux, processes whose parents die become its own
-children, so that none escapes; should it be killed itself, the ranks notice and end.
+`minisft.launch` starts it, in a session of its own, and says as its first line a `Task` in JSON; the argument, the run
+folder, is for people who look at processes. It starts the task's command, watches the ranks (`minisft.pulse`), and ends
+everything when the command ends, when a rank hangs or dies, when its standard input says so or closes, or when its
+parent is gone. On Linux, processes whose parents die become its own children, so that none escapes; should it be killed
+itself, the ranks notice and end.
 
 What the ranks want a person to see goes to its standard output; all else goes to the log. `FAILED` is written last.
 """
@@ -66,7 +67,7 @@ LOST = re.compile(
     re.IGNORECASE,
 )
 TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
-ERROR = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Interrupt): .+")
+ERROR = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Interrupt): .+|^minisft: .+")
 NO_SPACE = 1 << 16  # bytes that are free on a disk on which nothing can be written
 LONGEST_REASON = 2000  # characters
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -98,10 +99,22 @@ class Task:
 
 
 def main() -> None:
-    supervisor = Supervisor(Task.from_json(sys.argv[1]))
+    task, said = _first_line(0)
+    supervisor = Supervisor(Task.from_json(task))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: supervisor.stop(f"stopped by {signal.Signals(number).name}"))
+    if said:
+        supervisor.stop(said.strip())
     sys.exit(supervisor.run())
+
+
+def _first_line(number: int) -> tuple[str, str]:
+    """The first line of an open file, and what came with it; read past Python's buffer, which `select` does not see."""
+    found = b""
+    while b"\n" not in found and (data := os.read(number, 1 << 16)):
+        found += data
+    line, _, more = found.partition(b"\n")
+    return line.decode(), more.decode(errors="replace")
 
 
 class Supervisor:

@@ -27,7 +27,7 @@ from minisft.files import open_lock, open_own, try_lock, write_json
 from minisft.heap import importing
 from minisft.hosts import is_here
 from minisft.pulse import SUPERVISOR, Pulse, Sign, announce, end_with_supervisor, read_signs, write_failure
-from minisft.runs import Run, checkpoint_step, lock_of, require_contained, require_no_links
+from minisft.runs import Run, checkpoint_step, lock_of, require_contained, require_own_files
 from minisft.text import note
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _asked_for(words: list[str]) -> Run:
         )
     if run.status == "done":
         raise UserError(f"{run.name} is trained already: minisft launch --overwrite trains it again")
-    require_no_links(run)
+    require_own_files(run)
     require_contained(run)
     return run
 

@@ -23,7 +23,7 @@ from minisft import files
 from minisft.conversations import Conversation
 from minisft.encoding import encode_stream
 from minisft.errors import UserError
-from minisft.files import Digests, digest, read_json, write_json
+from minisft.files import Digests, digest, read_json, remove_all, write_json
 from minisft.labels import Row
 from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate
@@ -110,7 +110,7 @@ def take_over(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) -> int
                 if _sums(folder.parent) == known.sha256:
                     _describe(folder, wanted, known)
                     return known.rows
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_all(folder)
     return None
 
 

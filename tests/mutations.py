@@ -112,6 +112,8 @@ def read_all(file):
 
 
 def main(kind, seed, count, folder):
+    from minisft.zero_measure import peak_bytes
+
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if resource.getrlimit(resource.RLIMIT_AS)[1] == resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_AS, (MOST, MOST))
@@ -123,7 +125,7 @@ def main(kind, seed, count, folder):
         began = time.process_time()
         refused += read_all(file)
         slowest = max(slowest, time.process_time() - began)
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        used = peak_bytes("cpu") // 1024
         assert slowest < SLOW and used < LARGE, f"{file} took {slowest:.0f} s, {used:,} KB"
     file.unlink()
     print(f"{kind}: {count} files, {refused} refusals, slowest {slowest:.2f} s, {used:,} KB")

@@ -154,6 +154,7 @@ def test_show_prints_the_lens_and_no_escape_codes(tmp_path, tiny_model):
     assert "trained" in done.stdout
     assert "\x1b" not in done.stdout
     refused(minisft("show", file, "--tokenizer", tiny_model, "--row", 7), "--row 7 is outside")
+    refused(minisft("show", file, "--tokenizer", tiny_model, "--row", 2**70), f"--row {2**70} is outside")
 
 
 def test_command_prints_only_the_command(tiny_model, small_data, own_outputs):

@@ -14,6 +14,7 @@ from minisft.attention import PER_DOCUMENT
 from minisft.dry_run import ACTIVATIONS, GRADIENTS, LOGITS, _all_layers, _trace, dry_run
 from minisft.errors import UserError
 from minisft.loss import LossHead, summed_loss
+from minisft.zero_measure import peak_bytes
 
 LLAMA = LlamaConfig(
     vocab_size=301,
@@ -103,8 +104,6 @@ def test_what_is_known_of_activations():
 
 def test_a_large_model_is_traced_without_allocating_it():
     """Seven billion parameters in fp32 are 27 GB; the trace itself needs next to nothing."""
-    import resource
-
     large = LlamaConfig(
         vocab_size=32000,
         hidden_size=4096,
@@ -113,10 +112,10 @@ def test_a_large_model_is_traced_without_allocating_it():
         num_attention_heads=32,
         max_position_embeddings=4096,
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes("cpu")
     found = dry_run(large, [2048], precision="bf16", half_weights=True, on_gpu=False)
     assert sum(found.retained.values()) > 5e9
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+    assert peak_bytes("cpu") - before < 500_000_000
 
 
 def test_a_model_that_cannot_be_traced_is_said_to_be():

@@ -14,7 +14,7 @@ from conftest import minisft, save_checkpoint, sharegpt_row
 from minisft import evaluate, files
 from minisft.answering import Answer, answer_loss, ask, generate
 from minisft.errors import UserError
-from minisft.evaluate import evaluate_runs, results_of, settled
+from minisft.evaluate import evaluate_runs, results_folder, results_of, settled
 from minisft.evaluation_report import side_by_side, through_training
 from minisft.exam import Settings, prompt_ids, set_exam, tools_of
 from minisft.files import read_json
@@ -206,6 +206,29 @@ def test_runs_of_one_name_are_refused_and_a_run_without_tests_stops_no_other(run
     (broken,) = evaluate_runs([run, other], QUICK, say=quiet)
     assert "vanilla has no test conversations" in broken
     assert [r["step"] for r in results_of(other)] == [0, 1]
+
+
+@pytest.mark.attack("5")
+def test_two_evaluations_of_one_run_do_not_mix(run, results):
+    with results_folder(run), pytest.raises(UserError, match="is being evaluated right now"):
+        evaluate_runs([run], QUICK, say=quiet)
+    assert not (results / "summary.json").exists()
+
+
+@pytest.mark.attack("4")
+def test_another_run_of_the_same_name_replaces_no_results(run, results, tmp_path):
+    evaluate_runs([run], QUICK, say=quiet)
+    (results / "checkpoint-99.txt").write_text("mine")
+    before = {file: file.read_bytes() for file in results.iterdir()}
+    friend = tmp_path / run.name
+    shutil.copytree(run.folder, friend)
+    with pytest.raises(UserError, match="has the results of another run folder"):
+        evaluate_runs([Run(friend)], QUICK, say=quiet)
+    assert {file: file.read_bytes() for file in results.iterdir()} == before
+    evaluate_runs([run], QUICK, say=quiet)
+    assert (results / "checkpoint-99.txt").read_text() == "mine"
+    shutil.rmtree(run.folder)
+    evaluate_runs([Run(friend)], QUICK, say=quiet)
 
 
 def test_an_answer_that_is_not_to_be_learned_is_not_asked_for():

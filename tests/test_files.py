@@ -237,3 +237,13 @@ def test_what_is_appended_does_not_reach_a_backup_made_of_hard_links(tmp_path):
     assert backup.read_bytes() == b"the first try \xff\n"
     assert log.read_bytes() == b"the first try \xff\nthe second\nthe third\n"
     assert sorted(tmp_path.iterdir()) == [backup, log]
+
+
+@attack("14")
+def test_a_replaced_output_can_be_read_by_those_who_could_before(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("old")
+    file.chmod(0o600)
+    with files.user_output(file) as stream:
+        stream.write("new")
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", 0o600)

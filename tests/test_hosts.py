@@ -1,6 +1,8 @@
 """Hostfiles: what DeepSpeed can use is read as DeepSpeed reads it; all else is refused, with its line."""
 
+import os
 import socket
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -64,8 +66,11 @@ def test_a_missing_hostfile_is_an_error_and_no_local_run(tmp_path):
 
 def test_a_folder_or_bytes_are_no_hostfile(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    for file in (tmp_path, tmp_path / "bytes"):
-        with pytest.raises(UserError, match="cannot be read"):
+    os.mkfifo(tmp_path / "pipe")
+    reasons = {tmp_path: "not a regular file", tmp_path / "pipe": "not a regular file", tmp_path / "bytes": "not UTF-8"}
+    reasons |= {Path("/dev/zero"): "not a regular file"}
+    for file, reason in reasons.items():
+        with pytest.raises(UserError, match=reason):
             read_hostfile(file)
 
 

@@ -278,11 +278,12 @@ def test_a_row_of_100_mb_is_dropped_and_the_others_are_kept(tmp_path, form):
             stream.write("All work and no pl\\ny" * 50_000)
         stream.write('"}]}' + between + json.dumps(good("r1")) + end)
     code = (
-        "import json, resource, sys; from pathlib import Path\n"
+        "import json, sys; from pathlib import Path\n"
         "from minisft.ledger import Ledger; from minisft.reading import read\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "from minisft.zero_measure import peak_bytes\n"
+        "before = peak_bytes('cpu')\n"
         "ledger = Ledger(); ids = [c.id for c in read(Path(sys.argv[1]), ledger)]\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
+        "used = (peak_bytes('cpu') - before) // 1024\n"
         "print(json.dumps([ids, ledger.to_dict(), used]))"
     )
     began = time.perf_counter()

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,7 +258,7 @@ def test_a_damaged_manifest_is_a_reason_to_stop(config, damage, keep):
     before = weights_of(run)
     assert before
     for attempt in (lambda: prepare(asked, say=quiet), lambda: launch(run, say=quiet)):
-        with pytest.raises(UserError, match=r"checkpoint-3.*--overwrite"):
+        with pytest.raises(UserError, match=r"checkpoint-3.*(--overwrite|remove it)"):
             attempt()
         assert weights_of(run) == before
     assert prepare(asked, overwrite=True, say=quiet).checkpoints == []
@@ -507,6 +508,75 @@ def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(run, name, tiny_model, smal
     code = "from minisft import cli; import sys; sys.argv[1:] = sys.argv[1:]; cli.main()"
     for words in (["compare"], ["command", "-s", "vanilla", "-m", tiny_model, "-d", small_data, "--name", "other"]):
         subprocess.run([sys.executable, "-P", "-c", code, *map(str, words)], capture_output=True, timeout=60)
+
+
+@attack("12")
+@pytest.mark.parametrize("name", ["ranks", ".saving", ".removed-checkpoint-2", "logs/rank0.log", "tensorboard/.x"])
+def test_a_pipe_is_refused_before_anything_starts(config, name):
+    run = prepare(config(), say=quiet)
+    (run.folder / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(run.folder / name)
+    with pytest.raises(UserError, match="neither a file nor a folder: remove it"):
+        launch(run, say=quiet)
+
+
+@attack("12")
+def test_a_pipe_in_the_way_of_a_new_run_is_removed(config, own_outputs):
+    (own_outputs / "model").mkdir(parents=True)
+    for name in (".vanilla.preparing", ".vanilla.removed"):
+        os.mkfifo(own_outputs / "model" / name)
+    assert prepare(config(), say=quiet).status == "prepared"
+    assert {path.name for path in (own_outputs / "model").iterdir()} == {"vanilla", ".vanilla.lock"}
+    assert prepare(config(seed=3), say=quiet, overwrite=True).config.seed == 3
+
+
+@attack("15")
+@pytest.mark.parametrize("name", ["data", "logs", "ranks", "tensorboard", ".saving", "metrics.jsonl", "FAILED", "DONE"])
+def test_a_file_for_a_folder_and_a_folder_for_a_file_are_refused_before_anything_starts(config, name):
+    run = prepare(config(), say=quiet)
+    place = run.folder / name
+    if name == "data":
+        place.rename(run.folder / "elsewhere")
+    place.write_text("mine") if name.islower() and "." not in name[1:] else place.mkdir()
+    with pytest.raises(UserError, match=r"belongs there: move it away|is not a regular file|Not a directory"):
+        launch(run, say=quiet)
+    assert place.exists()
+
+
+@attack("8")
+@pytest.mark.parametrize("content", ["", "{", "[]", "[1]", "null", "3"])
+def test_a_damaged_marker_is_no_word_of_success(run, content):
+    (run.folder / "DONE").write_text(content)
+    assert run.status != "done"
+    (run.folder / "DONE").unlink()
+    os.mkfifo(run.folder / "DONE")
+    assert run.status != "done"
+
+
+@attack("4")
+def test_a_replacement_that_was_killed_half_way_is_undone(config, monkeypatch):
+    before = prepare(config(), say=quiet)
+    add_checkpoint(before, test_loss=1.0, resumable=False, files={})
+    write_json(before.folder / "DONE", {"steps": 3})
+    weights = weights_of(before)
+
+    def killed(old, new):
+        real_rename(old, new)
+        raise KeyboardInterrupt
+
+    real_rename = Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(seed=3), say=quiet, overwrite=True)
+    assert not before.folder.exists()
+    with pytest.raises(UserError, match="replacing vanilla was interrupted"):
+        Run.load("vanilla")
+    said = []
+    again = prepare(config(), say=said.append)
+    assert again.status == "done"
+    assert "the earlier run is back" in said[0]
+    assert weights_of(again) == weights
 
 
 @attack("5")

@@ -71,11 +71,13 @@ def supervise(folder, commands, ranks, silence=30.0, stall=30.0, hosts=None):
     named = [Command(words, {}, host) for words, host in zip(commands, hosts or [""] * len(commands), strict=True)]
     task = Task(str(folder), named, str(folder), ranks, silence, stall)
     process = subprocess.Popen(
-        [sys.executable, "-m", "minisft.supervisor", task.to_json()],
+        [sys.executable, "-m", "minisft.supervisor", task.folder],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+    process.stdin.write(task.to_json() + "\n")
+    process.stdin.flush()
     deadline = time.monotonic() + 40
     family = set()
     while process.poll() is None:
@@ -200,3 +202,15 @@ def test_a_full_disk_is_not_told_as_lack_of_memory(tmp_path, monkeypatch):
     assert "short of memory" in supervisor._killed(sign)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
     assert supervisor._killed(sign) == f"no space is left on the disk of {tmp_path} (training, step 3): free some"
+
+
+def test_a_task_of_very_many_hosts_fits(tmp_path):
+    """Linux takes no argument of more than 128 KiB."""
+    idle = [[sys.executable, "-c", "pass", "x" * 100_000] for _ in range(3)]
+    code, failure, _ = supervise(tmp_path, [launcher(tmp_path, 0, "train done", "train done"), *idle], 2)
+    assert (code, failure) == (0, None)
+
+
+def test_what_a_rank_says_before_it_lives_is_the_reason(tmp_path):
+    code, failure, _ = supervise(tmp_path, [[sys.executable, "-c", "print('minisft: no such model'); exit(2)"]], 1)
+    assert (code, failure["reason"]) == (1, "minisft: no such model")
