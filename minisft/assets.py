@@ -119,12 +119,25 @@ def _local_model(folder: Path) -> Asset:
     except UnicodeEncodeError:
         raise UserError(f"the path of the model folder {folder} is not UTF-8: rename it") from None
     if not (folder / "config.json").is_file():
+        if holds_tokenizer(folder):
+            raise UserError(f"model folder {folder} holds a tokenizer and no model: give the folder of a model")
         raise UserError(f"model folder {folder} has no config.json: give the folder that save_pretrained wrote")
     if not any(folder.glob("*.safetensors")):
         other = next((p.name for p in folder.iterdir() if p.suffix in {".bin", ".gguf", ".pt"}), None)
         hint = f"found {other}, which is not read; save it as safetensors" if other else "give a folder with weights"
         raise UserError(f"model folder {folder} has no weights (*.safetensors): {hint}")
     return Asset(folder.name, folder, f"the local folder {folder}", _size(folder), _card_licence(folder))
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer, with or without a model."""
+    return (folder / "tokenizer.json").is_file()
+
+
+def find_tokenizer(source: str, say: Say = say) -> Path:
+    """The folder of a tokenizer: one that holds nothing else, or that of a model. Raises `UserError`."""
+    folder = user_path(source)
+    return folder if holds_tokenizer(folder) else find_model(source, say).path
 
 
 def hub_reachable(seconds: float = 3.0) -> bool:

@@ -14,6 +14,7 @@ from minisft.errors import UserError
 from minisft.labels import Draft, Row, require_truncation
 from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate
+from minisft.text import one_line
 from minisft.tokens import Tokenizer
 
 BATCH = 256  # conversations in flight
@@ -69,6 +70,9 @@ def _encode(
         _fill(drafts, tokenizer)
         for draft in drafts:
             row = draft.row(truncation)
+            for word in tokenizer.added_words.keys() & row.input_ids if tokenizer.added_words else ():
+                name = one_line(tokenizer.added_words[word], 40)
+                ledger.note(f"{name} in a text is one token, id {word}: an added word, and no control token")
             if _booked(draft, row, ledger, max_length, truncation):
                 yield row
 

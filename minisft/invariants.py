@@ -160,7 +160,11 @@ def _bos(row: Labelled) -> Found:
     if row.ids[0] != bos:
         yield "bos", 0, f"the row starts with {row.piece(0)}, not with BOS"
     elif bos != row.tokenizer.eos_id and row.ids.count(bos) > 1:
-        yield "bos", row.ids.index(bos, 1), f"BOS again; it is there {row.ids.count(bos)} times"
+        yield (
+            "bos",
+            row.ids.index(bos, 1),
+            f"BOS again; it is there {row.ids.count(bos)} times (packed rows need position_ids)",
+        )
     elif bos == row.tokenizer.eos_id and row.ids[1:2] == [bos]:
         yield "bos", 1, "BOS again"
 

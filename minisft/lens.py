@@ -126,6 +126,8 @@ class Lens:
         box, kinds, loss = self._box_of[i], self.kinds(i), self.loss(i)
         text, size = visible(self.tokenizer.token_bytes(self.row.input_ids[i])), box.stop - box.start
         predicts = i + 1 < len(self.row.labels) and self.is_trained(i + 1)
+        if self.row.input_ids[i] in self.tokenizer.added_words:
+            kinds = (*kinds, "added word")
         return {
             "position": f"{i}",
             "id": f"{self.row.input_ids[i]}",

@@ -12,6 +12,7 @@ from minisft.meta_model import MOST_PARAMETERS
 from minisft.model_folder import MOST_BYTES
 from minisft.models import positions_of
 from minisft.planner import RESERVED, Plan, plan
+from minisft.text import say
 from minisft.traffic import predict_traffic, sent
 from minisft.zero_config import STRATEGIES, offloads, zero_stage
 from minisft.zero_memory import (
@@ -182,7 +183,7 @@ def of_model(
     precision: str,
     batch: Batch | None,
     trust_remote_code: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
     accumulation: int = 1,
     on_gpu: bool = False,
 ) -> Report:

@@ -124,6 +124,11 @@ def tensors_of(file: Path) -> list[str]:
         return list(stream.keys())
 
 
+def is_quantized(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` says that its weights, or a part of them, are no plain numbers."""
+    return any(value for key, value in _entries(config) if key == "quantization_config")
+
+
 def unreadable(folder: Path, trust_remote_code: bool = False) -> str:
     """Why the model in `folder` cannot be loaded as it stands; empty if its config, files and headers are sound.
 
@@ -134,7 +139,7 @@ def unreadable(folder: Path, trust_remote_code: bool = False) -> str:
     config = model_json(folder / "config.json", trust_remote_code)
     if config.get("transformers_weights") is not None:
         return "config.json names weight files of its own (transformers_weights): remove that key"
-    if any(value for key, value in _entries(config) if key == "quantization_config"):
+    if is_quantized(config):
         return "its weights are quantized (quantization_config in config.json): save them as plain numbers first"
     if (folder / ADAPTER).exists():
         return f"it holds an adapter ({ADAPTER}), whose base model is elsewhere: merge the two and save the result"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 
 from minisft import machine
 from minisft.errors import UserError
-from minisft.model_folder import clean_logs, model_json, quiet
+from minisft.model_folder import clean_logs, is_quantized, model_json, quiet
 from minisft.models import positions_of
 from minisft.runs import RunConfig, outputs_root
+from minisft.text import one_line
 
 GB = 1e9
+SENSE = re.compile(r"\w*(vision|visual|image|audio|speech|video)\w*_config")  # a part beside the language model
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
@@ -143,7 +146,7 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
 
     file = folder if folder.is_file() else folder / "config.json"
-    model_json(file, trust_remote_code)
+    require_plain_text_model(model_json(file, trust_remote_code), file)
     clean_logs()
     try:
         with quiet():
@@ -162,6 +165,21 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
         raise UserError(f"{file} has a key text_config, which a {config.model_type} model has not: remove it")
     _require_sense(text, file)
     return config
+
+
+def require_plain_text_model(config: dict[str, Any], file: Path) -> None:
+    """Refuse a `config.json` of quantized weights, or of a model that also sees or hears. Raises `UserError`."""
+    if is_quantized(config):
+        raise UserError(
+            f"{file} is of quantized weights (quantization_config), which cannot be trained as they are: take the "
+            "model whose weights are plain numbers"
+        )
+    senses = [key for key, value in config.items() if value and SENSE.fullmatch(key)]
+    if senses:
+        raise UserError(
+            f"{file} is of a model that takes more than text ({one_line(senses[0], 60)}), and only language models of "
+            "text alone are trained here: take one"
+        )
 
 
 def _require_sense(config: Any, file: Path) -> None:

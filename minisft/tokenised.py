@@ -6,6 +6,7 @@ and what `save_to_disk` of `datasets` wrote. One batch of rows is in memory at a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from minisft.errors import UserError
 from minisft.ledger import Ledger
 from minisft.messages import as_text
 from minisft.reading import rows_of
+
+PER_TOKEN = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Tokenised:
         empty = True
         for where, row in rows_of(self.path, ledger):
             empty = False
-            yield _raw(where, row)
+            parts = _parts(row)
+            for number, part in enumerate(parts, 1):
+                yield _raw(where if len(parts) == 1 else f"{where}, part {number}", part)
         yield from (RawRow(self.path.name, None, None, None, what) for what in ledger.lost)
         if empty:
             raise UserError(f"{self.path} has no rows: tokenise the data again")
@@ -66,6 +71,33 @@ def _raw(where: str, row: Any) -> RawRow:
             return RawRow(where, _id(row), None, None, f"no column {column} (its columns: {columns[:200]})")
     ids, labels = _without_padding(row)
     return RawRow(where, _id(row), ids, labels)
+
+
+def _parts(row: Any) -> list[Any]:
+    """The rows that were packed into one; each begins where its positions, or its lengths, begin again."""
+    if not isinstance(row, dict):
+        return [row]
+    columns = {name: row[name] for name in PER_TOKEN if isinstance(row.get(name), list)}
+    size = len(columns.get("input_ids", ()))
+    if any(len(column) != size for column in columns.values()):
+        return [row]
+    starts = _starts(columns, row.get("seq_lengths"), size)[1:]
+    if not starts:
+        return [row]
+    bounds = zip([0, *starts], [*starts, size], strict=True)  # padding before the first part goes with it
+    return [{name: column[start:stop] for name, column in columns.items()} for start, stop in bounds]
+
+
+def _starts(columns: dict[str, list[Any]], lengths: Any, size: int) -> list[int]:
+    """Where the parts of a row begin, by whichever column tells."""
+    mask = columns.get("attention_mask", [1] * size)
+    if (positions := columns.get("position_ids")) is not None:
+        return [i for i in range(size) if positions[i] == 0 and mask[i] != 0]
+    if isinstance(lengths, list) and all(type(n) is int and n > 0 for n in lengths) and sum(lengths) == size:
+        return [0, *itertools.accumulate(lengths[:-1])]
+    if 2 in mask:  # axolotl numbers the parts
+        return [i for i in range(size) if mask[i] != 0 and (i == 0 or mask[i] != mask[i - 1])]
+    return []
 
 
 def _id(row: dict[str, Any]) -> str | None:

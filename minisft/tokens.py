@@ -29,6 +29,8 @@ class Tokenizer(Protocol):
     `version` is the template it is set up for. `continues_text`: a text may follow a text and is encoded as its
     continuation; Mistral's own tokenizers encode every text alone. `cuts_at_spaces`: no token reaches across a
     space between two words, so the ids of a text cut before such a space are the first ids of the whole text.
+    `added_words` are words that were added to the vocabulary and are no control tokens (`<think>` of many models): a
+    text may hold them, and each is one id.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Tokenizer(Protocol):
     control_ids: frozenset[int]
     continues_text: bool
     cuts_at_spaces: bool
+    added_words: dict[int, str]
 
     def encode(self, text: str, after: str = "control") -> list[int]:
         """The ids of `text` alone: no BOS, no EOS, and no control token whatever it contains.
@@ -86,16 +89,21 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self.hf.get_vocab().values()) + 1
 
         whole = json.loads(self.hf.backend_tokenizer.to_str())
-        control = [token for token in whole["added_tokens"] if not _only_spaces(token["content"])]
+        marks = {*self.hf.all_special_tokens, *CONTROL_TOKENS[version]}
+        added = [token for token in whole["added_tokens"] if not _only_spaces(token["content"])]
+        control = {token["id"] for token in added if token["special"] or token["content"] in marks}
         # The unknown token is no forgery: it is what some tokenizers make of text that they lack.
-        self.control_ids = frozenset(
-            {token["id"] for token in control} - {self.hf.unk_token_id} | {self.eos_id, self.bos_id} - {None}
-        )
-        self._forgeable = _hide_control_tokens(whole, self.control_ids)
+        self.control_ids = frozenset(control - {self.hf.unk_token_id} | {self.eos_id, self.bos_id} - {None})
+        words = [token for token in added if token["id"] not in control | self.control_ids]
+        self.added_words = {token["id"]: token["content"] for token in words}
+        self._forgeable = _hide_control_tokens(whole, self.control_ids, self.added_words)
         self._byte_level = any(part.get("type") == "ByteLevel" for part in _parts(whole["decoder"]))
         self._at = _tokenizers_by_place(whole)
         by_words = bool(whole["pre_tokenizer"]) or whole["model"]["type"] in ("BPE", "Unigram")
-        self.cuts_at_spaces = by_words and _no_piece_crosses_a_space(self.hf.get_vocab(), self._byte_level)
+        cuts = by_words and _no_piece_crosses_a_space(self.hf.get_vocab(), self._byte_level)
+        self.cuts_at_spaces = cuts and not any(
+            token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"]) for token in words
+        )
 
     def _add_control_tokens(self) -> None:
         from tokenizers import AddedToken
@@ -139,6 +147,8 @@ class HuggingFaceTokenizer:
             return b""
         if token_id in self.control_ids:
             return piece.encode()
+        if token_id in self.added_words:  # transformers may spell it as its normalizer would
+            return self.added_words[token_id].encode()
         if self._byte_level:
             try:
                 return bytes(_BYTE_OF[c] for c in piece)
@@ -171,25 +181,32 @@ def _only_spaces(text: str) -> bool:
     return text.replace(SPACE_MARK, " ").isspace()
 
 
-def _hide_control_tokens(whole: dict[str, Any], control_ids: frozenset[int]) -> bool:
+def _hide_control_tokens(whole: dict[str, Any], control_ids: frozenset[int], words: dict[int, str]) -> bool:
     """Take from a serialised tokenizer what would recognise control tokens in a text; True if some remain possible.
 
-    It cannot recognise what it does not know: added tokens go, and control tokens in the model's own vocabulary
-    get names that no text has.
+    It cannot recognise what it does not know: added tokens go, but for `words` and runs of spaces, and control tokens
+    in the model's own vocabulary get names that no text has.
     """
-    whole["added_tokens"] = [token for token in whole["added_tokens"] if _only_spaces(token["content"])]
+    kept = [token for token in whole["added_tokens"] if token["id"] in words or _only_spaces(token["content"])]
+    whole["added_tokens"] = kept
     whole |= {"post_processor": None, "truncation": None, "padding": None}
     model = whole["model"]
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):  # Unigram: [piece, score], the index is the id
         for token_id in control_ids & set(range(len(vocabulary))):
             vocabulary[token_id][0] = _unwritable(token_id)
+        # Added tokens that a vocabulary lacks get the next free ids, unless it knows them.
+        lowest = min(score for _, score in vocabulary)
+        for token_id in range(len(vocabulary), max(words, default=-1) + 1):
+            vocabulary.append([words.get(token_id, _unwritable(token_id)), lowest])
         return True
     names = {name for name, token_id in vocabulary.items() if token_id in control_ids}
     merged = {"".join(pair if isinstance(pair, list) else pair.split(" ", 1)) for pair in model.get("merges", ())}
     for name in names - merged:
         token_id = vocabulary.pop(name)
         vocabulary[_unwritable(token_id)] = token_id
+    for token in kept:
+        vocabulary.setdefault(token["content"], token["id"])  # else they would get the next free ids
     return model["type"] != "BPE" or bool(names & merged)
 
 
@@ -284,6 +301,7 @@ class MistralCommonTokenizer:
         self.pad_id = self._inner.pad_id if self._tekken else self.eos_id
         self.vocab_size = self._inner.n_words
         self.control_ids = frozenset(self._inner.special_ids)
+        self.added_words: dict[int, str] = {}
         if self._tekken:
             count = range(self._inner.num_special_tokens, self._inner.n_words)
             pieces = (self.token_bytes(i).decode("latin-1") for i in count)
@@ -341,6 +359,6 @@ def load_tokenizer(source: str = "smollm2", version: str | None = None) -> Token
         if version not in (None, own):
             raise UserError(f"tokenizer {source} goes with template {own}, not {version}: leave --template out")
         return MistralCommonTokenizer(own)
-    from minisft.assets import find_model
+    from minisft.assets import find_tokenizer
 
-    return HuggingFaceTokenizer(find_model(source).path, version or "v1")
+    return HuggingFaceTokenizer(find_tokenizer(source), version or "v1")

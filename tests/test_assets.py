@@ -12,7 +12,9 @@ from minisft import assets
 from minisft.errors import UserError
 
 
-@pytest.mark.parametrize(("missing", "says"), [("config.json", "no config.json"), ("model.safetensors", "no weights")])
+@pytest.mark.parametrize(
+    ("missing", "says"), [("config.json", "a tokenizer and no model"), ("model.safetensors", "no weights")]
+)
 def test_a_model_folder_that_lacks_something_is_refused(tiny_model, tmp_path, missing, says):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
@@ -20,6 +22,20 @@ def test_a_model_folder_that_lacks_something_is_refused(tiny_model, tmp_path, mi
     (folder / missing).unlink()
     with pytest.raises(UserError, match=says):
         assets.find_model(str(folder))
+
+
+def test_a_folder_with_a_tokenizer_alone_is_enough_for_encoding(tiny_model, small_data, tmp_path):
+    """What a tokenizer's save_pretrained wrote (transformers 6368)."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "tokenizer")
+    out = tmp_path / "rows.jsonl"
+    assert minisft("encode", small_data, "--tokenizer", tmp_path / "tokenizer", "--out", out).returncode == 0
+    assert minisft("check", out, "--tokenizer", tmp_path / "tokenizer").returncode == 0
+    assert minisft("show", small_data, "--tokenizer", tmp_path / "tokenizer").returncode == 0
+    for words in (["memory", "--model"], ["command", "-s", "vanilla", "-d", small_data, "-m"]):
+        done = minisft(*words, tmp_path / "tokenizer")
+        assert (done.returncode, "holds a tokenizer and no model" in done.stderr) == (2, True), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,43 @@ def test_padding_that_the_mask_marks_is_left_out(run, written, rows):
     assert "control" in out
 
 
+def packed(rows, how, left=0):
+    """The rows as one, as other tools pack them, with padding before and after."""
+    ids, labels = ([token for row in rows for token in row[name]] for name in ("input_ids", "labels"))
+    lengths = [len(row["input_ids"]) for row in rows]
+    pad = {"input_ids": 0, "labels": -100, "attention_mask": 0, "position_ids": 0}
+    made = {"input_ids": ids, "labels": labels}
+    if how == "position_ids":
+        made |= {"position_ids": [i for n in lengths for i in range(n)], "attention_mask": [1] * len(ids)}
+    elif how == "attention_mask":
+        made["attention_mask"] = [k for k, n in enumerate(lengths, 1) for _ in range(n)]
+    elif how == "seq_lengths":
+        return made | {"seq_lengths": lengths}
+    else:
+        return made
+    return {name: [pad[name]] * left + column + [pad[name]] * 3 for name, column in made.items()}
+
+
+@pytest.mark.parametrize("how", ["position_ids", "attention_mask", "seq_lengths"])
+def test_rows_that_another_tool_packed_are_checked_one_by_one(run, written, rows, how):
+    """TRL, axolotl: the model sees each part alone (trl 805)."""
+    path = written("parquet", [packed(rows[k : k + 3], how, left=k % 2) for k in range(0, 30, 3)])
+    code, out, _ = run("check", path, *V3)
+    assert (code, "30 rows: every invariant holds" in out) == (0, True), out
+    broken = json.loads(json.dumps(rows))
+    broken[7]["labels"][broken[7]["input_ids"].index(2)] = -100
+    code, out, _ = run("check", written("json", [packed(broken[k : k + 3], how) for k in range(0, 30, 3)]), *V3)
+    assert code == 1
+    assert "row 2, part 2" in out
+
+
+def test_rows_that_are_packed_without_a_mark_are_wrong(run, written, rows):
+    """Nothing tells the model either: one row attends to the other."""
+    code, out, _ = run("check", written("json", [packed(rows[:2], "")]), *V3)
+    assert code == 1
+    assert "BOS again" in out
+
+
 BAD_ROWS = [
     ({"id": "a", "input_ids": [1, "x"], "labels": [-100, 3]}, "input_ids has a str at position 1"),
     ({"id": "a", "input_ids": [1, 2.5], "labels": [-100, 3]}, "input_ids has a float at position 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -11,6 +12,8 @@ from conftest import minisft
 
 from minisft.errors import UserError
 from minisft.memory_report import Batch, of_model, of_parameters
+from minisft.prepare import prepare
+from minisft.runs import RunConfig
 from minisft.zero_config import STRATEGIES
 from minisft.zero_memory import OWNERS, total
 
@@ -263,6 +266,36 @@ def test_a_config_without_end_is_one_sentence_in_seconds(tmp_path, text):
         assert len(done.stderr.splitlines()) == 1
         assert len(done.stderr) < 600
     assert time.perf_counter() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        *(
+            ({"quantization_config": {"quant_method": method, "bits": 4}}, "is of quantized weights")
+            for method in ("gptq", "awq", "fp8", "bitsandbytes")
+        ),
+        *(
+            ({"model_type": kind, f"{sense}_config": {"hidden_size": 8}}, f"takes more than text \\({sense}_config\\)")
+            for kind, sense in [
+                *((kind, "vision") for kind in ("qwen2_vl", "gemma3", "mistral3", "llama4", "idefics3", "qwen3_5")),
+                ("qwen2_audio", "audio"),
+                ("gemma3n", "audio"),
+            ]
+        ),
+    ],
+)
+def test_quantized_and_multimodal_models_are_refused_for_what_they_are(tmp_path, tiny_model, small_data, change, says):
+    """At both entrances, of memory and of training, in one sentence."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | change))
+    with pytest.raises(UserError, match=says):
+        of_model(str(folder), 2, "bf16", None, say=lambda line: None)
+    config = RunConfig.course("vanilla", model=str(folder), data=str(small_data), max_characters=None)
+    with pytest.raises(UserError, match="quantiz" if "quant" in says else says):
+        prepare(config, say=lambda line: None)
 
 
 @pytest.mark.attack("15")

@@ -116,11 +116,37 @@ def added_to(kind, folder, names, **flags):
     return HuggingFaceTokenizer(folder)
 
 
-def test_added_words_count_as_control_tokens(tmp_path):
-    """Added tokens are added to mean something (`<think>`); nothing tells those that only abbreviate."""
-    tokenizer = added_to("byte level", tmp_path, ["<think>", "the cat sat"])
-    assert tokenizer.decode(tokenizer.encode("<think>the cat sat")) == "<think>the cat sat"
-    assert not set(tokenizer.encode("<think>the cat sat")) & set(tokenizer.hf.get_added_vocab().values())
+@pytest.mark.parametrize("kind", KINDS)
+def test_added_words_that_are_not_special_are_words(kind, tmp_path):
+    """`<think>` with `special: false`: a word of the vocabulary, one id as every other tool has it (llama.cpp 3538)."""
+    words = ["<think>", "</think>", "thé"]
+    tokenizer = added_to(kind, tmp_path, words)
+    ids = tokenizer.hf.convert_tokens_to_ids(words)
+    assert tokenizer.added_words == dict(zip(ids, words, strict=True))
+    assert not tokenizer.control_ids.intersection(ids)
+    text = "<think>a cat</think> thé the <think> end"
+    found = tokenizer.encode(text, "nothing")
+    assert found == tokenizer.hf.encode(text, add_special_tokens=False)
+    if kind != "legacy llama":  # whose normalizer hides some words from transformers, too
+        assert [token for token in found if token in ids[:2]] == [ids[0], ids[1], ids[0]]
+    assert [tokenizer.token_bytes(token).decode() for token in ids] == words
+
+
+def test_words_that_are_special_or_that_the_template_has_for_marks_are_control_tokens(tmp_path):
+    tokenizer = added_to("byte level", tmp_path / "a", ["<think>"], special=True)
+    assert not tokenizer.added_words
+    assert not set(tokenizer.encode("<think>")) & set(tokenizer.hf.get_added_vocab().values())
+    added_to("byte level", tmp_path / "b", ["[INST]"])
+    assert HuggingFaceTokenizer(tmp_path / "b", "v1").added_words  # where it is plain text
+    marked = HuggingFaceTokenizer(tmp_path / "b", "v3")
+    assert not marked.added_words
+    assert marked.control_id("[INST]") not in marked.encode("[INST] [INST]")
+
+
+def test_a_text_is_not_cut_inside_an_added_word(tmp_path):
+    tokenizer = added_to("byte level", tmp_path, ["the cat sat"])
+    assert not tokenizer.cuts_at_spaces
+    assert tokenizer.encode("the cat sat") == list(tokenizer.added_words)
 
 
 def test_a_control_token_that_is_an_ordinary_word_is_refused_not_forged(tmp_path):
