@@ -1,4 +1,4 @@
-"""The resume matrix, by real processes: the table that the README and the notebook show says what happens."""
+"""The resume matrix, by real processes: the table that notebook 06 shows says what happens."""
 
 import re
 
