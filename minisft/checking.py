@@ -1,4 +1,4 @@
-"""The invariants on whole data sets: conversations, encoded here and checked, or rows that any tool tokenised.
+"""The invariants on whole data sets: conversations, encoded here and checked, or rows that any tool tokenized.
 
 Both entry points stream, and give a `Report`: per invariant how many rows were checked and how many failed.
 """
@@ -19,7 +19,7 @@ from minisft.labels import IGNORE_INDEX, Row, encode, require_truncation
 from minisft.ledger import FIRST, Ledger
 from minisft.mistral import MistralTemplate
 from minisft.reference import reference
-from minisft.tokenised import RawRow
+from minisft.tokenized import RawRow
 from minisft.tokens import Tokenizer
 
 STEP = 2000  # rows between two lines of progress
@@ -164,10 +164,10 @@ def _differences(
                 return
 
 
-# --- rows that are tokenised already -----------------------------------------------------------------------
+# --- rows that are tokenized already -----------------------------------------------------------------------
 
 
-def check_tokenised(
+def check_tokenized(
     rows: Iterable[RawRow],
     template: MistralTemplate,
     tokenizer: Tokenizer,

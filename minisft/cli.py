@@ -221,38 +221,38 @@ def check(
     tokenizer: TokenizerName = "smollm2",
     template: Template = None,
     max_length: Annotated[
-        int | None, typer.Option(help="longest row, in tokens; 2048, or of tokenised data the longest, if not given")
+        int | None, typer.Option(help="longest row, in tokens; 2048, or of tokenized data the longest, if not given")
     ] = None,
     truncation: Truncation = "token",
     train_on: TrainOn = "all",
     against: Annotated[
         str | None,
-        typer.Option(help="the conversations that tokenised data was made of: its ids and labels must equal"),
+        typer.Option(help="the conversations that tokenized data was made of: its ids and labels must equal"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check what must hold for every labelled row, on conversations or on data that is tokenised already.
+    """Check what must hold for every labelled row, on conversations or on data that is tokenized already.
 
     Exit code 1 and the offending rows where an invariant fails.
     """
     from minisft.assets import find_data
-    from minisft.checking import check_conversations, check_tokenised
+    from minisft.checking import check_conversations, check_tokenized
     from minisft.ledger import Ledger
     from minisft.mistral import MistralTemplate
     from minisft.reading import read
-    from minisft.tokenised import Tokenised, is_tokenised
+    from minisft.tokenized import Tokenized, is_tokenized
     from minisft.tokens import load_tokenizer
 
     path = find_data(data, note).path
-    tokenised = is_tokenised(path)
-    if against and not tokenised:
-        raise UserError(f"--against goes with tokenised data, and {data} has conversations: leave it out")
+    tokenized = is_tokenized(path)
+    if against and not tokenized:
+        raise UserError(f"--against goes with tokenized data, and {data} has conversations: leave it out")
     using = load_tokenizer(tokenizer, template)
     form = MistralTemplate.for_tokenizer(using)
     settings = {"truncation": truncation, "train_on": train_on, "say": note}
-    if tokenised:
+    if tokenized:
         source = read(find_data(against, note).path, Ledger()) if against else None
-        report = check_tokenised(Tokenised(path), form, using, max_length=max_length, against=source, **settings)
+        report = check_tokenized(Tokenized(path), form, using, max_length=max_length, against=source, **settings)
     else:
         length = 2048 if max_length is None else max_length
         report = check_conversations(read(path, Ledger()), form, using, max_length=length, **settings)

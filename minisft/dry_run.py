@@ -229,7 +229,7 @@ def _trace(
     with fake or nullcontext():
         with torch.device(device), no_init_weights():  # whatever the values: their bytes are the same
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        model.tie_weights()  # which comes with initialising them
+        model.tie_weights()  # which comes with initializing them
         model.train()
         padding_free = supports_padding_free(model)
         if padding_free:

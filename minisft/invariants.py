@@ -218,7 +218,7 @@ def _mask(row: Labelled, mask: list[bool]) -> Found:
 
 
 def _answers(row: Labelled, template: MistralTemplate, conversation: Conversation, whole: bool) -> Found:
-    answers = [m.content for m in template.normalised(conversation.messages) if _is_trained(m)]
+    answers = [m.content for m in template.normalized(conversation.messages) if _is_trained(m)]
     if template.version != "v1":
         answers = [answer.rstrip(" ") for answer in answers]
     spans = _trained_spans(row)

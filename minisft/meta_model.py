@@ -30,7 +30,7 @@ def meta_model(config: Any, trust_remote_code: bool = False) -> Any:
         with quiet(), warnings.catch_warnings(), _bounded(), torch.device("meta"), no_init_weights():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            model.tie_weights()  # which comes with initialising them
+            model.tie_weights()  # which comes with initializing them
     except UserError:
         raise
     except Exception as error:  # each model's code raises its own

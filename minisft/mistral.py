@@ -81,9 +81,9 @@ class MistralTemplate:
     def segments(self, conversation: Conversation) -> Iterator[Segment]:
         """The segments of a whole conversation, lazily, so that a full row can stop asking.
 
-        Any order of roles is normalised as Mistral's reference does it; see `normalised`.
+        Any order of roles is normalized as Mistral's reference does it; see `normalized`.
         """
-        messages = self.normalised(conversation.messages)
+        messages = self.normalized(conversation.messages)
         system = "\n\n".join(m.content for m in conversation.messages if m.role == "system" and m.content)
         users = [i for i, m in enumerate(messages) if m.role == "user"]
         holder = {"v1": users[:1], "v7": []}.get(self.version, users[-1:])
@@ -112,8 +112,8 @@ class MistralTemplate:
             yield Segment("assistant", turn, message.trained, text=message.content.rstrip(" "))
         yield Segment("assistant", turn, message.trained, control="eos")
 
-    def normalised(self, messages: tuple[Message, ...]) -> list[Message]:
-        """Mistral's own normalisation (`InstructRequestNormalizer` in mistral-common).
+    def normalized(self, messages: tuple[Message, ...]) -> list[Message]:
+        """Mistral's own normalization (`InstructRequestNormalizer` in mistral-common).
 
         Neighbours of one role and weight join with a blank line; v1 to v3 take the system prompts out, but a
         system prompt between two questions keeps them apart, and a conversation that begins with an answer gets an

@@ -1,7 +1,7 @@
 """Mistral's own encoder as the oracle: ids and masks that owe nothing to this package's templates.
 
-Messages go through mistral-common's normaliser and its instruct tokenizer, by its public classes. The mask comes from
-encoding each normalised message on its own with the same tokenizer: an answer is trained whole, its EOS included, as
+Messages go through mistral-common's normalizer and its instruct tokenizer, by its public classes. The mask comes from
+encoding each normalized message on its own with the same tokenizer: an answer is trained whole, its EOS included, as
 mistral-finetune does it.
 """
 
@@ -40,7 +40,7 @@ def reference(conversation: Conversation, version: str) -> tuple[list[int], list
 
 @functools.cache
 def _tokenizer(version: str) -> tuple[Any, Any]:
-    """The instruct tokenizer of a version, and its normaliser, made to keep the weights of answers."""
+    """The instruct tokenizer of a version, and its normalizer, made to keep the weights of answers."""
     from mistral_common.protocol.instruct.messages import (
         FinetuningAssistantMessage,
         SystemMessage,

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 PARQUET = b"PAR1"
 ARROW_STREAM, ARROW_FILE = b"\xff\xff\xff\xff", b"ARROW1"
-TOKENISED = ("input_ids", "labels", "attention_mask", "position_ids", "seq_lengths")
+TOKENIZED = ("input_ids", "labels", "attention_mask", "position_ids", "seq_lengths")
 AT_ONCE = 256  # rows
 MOST_PER_BYTE = 1000  # rows, values or unpacked bytes for each byte of a file; more is a bomb
 FILLED = object()  # stands for a value that nothing reads
-_READ = KEYS | set(TOKENISED)
+_READ = KEYS | set(TOKENIZED)
 
 
 def is_table(head: bytes) -> bool:

@@ -182,9 +182,9 @@ def _only_spaces(text: str) -> bool:
 
 
 def _hide_control_tokens(whole: dict[str, Any], control_ids: frozenset[int], words: dict[int, str]) -> bool:
-    """Take from a serialised tokenizer what would recognise control tokens in a text; True if some remain possible.
+    """Take from a serialized tokenizer what would recognize control tokens in a text; True if some remain possible.
 
-    It cannot recognise what it does not know: added tokens go, but for `words` and runs of spaces, and control tokens
+    It cannot recognize what it does not know: added tokens go, but for `words` and runs of spaces, and control tokens
     in the model's own vocabulary get names that no text has.
     """
     kept = [token for token in whole["added_tokens"] if token["id"] in words or _only_spaces(token["content"])]

@@ -99,10 +99,10 @@ def read_all(file):
     from minisft.errors import UserError
     from minisft.ledger import Ledger
     from minisft.reading import read
-    from minisft.tokenised import Tokenised, is_tokenised
+    from minisft.tokenized import Tokenized, is_tokenized
 
     refused = 0
-    for way in (lambda: list(read(file, Ledger())), lambda: is_tokenised(file), lambda: list(Tokenised(file))):
+    for way in (lambda: list(read(file, Ledger())), lambda: is_tokenized(file), lambda: list(Tokenized(file))):
         try:
             way()
         except UserError as error:

@@ -1,4 +1,4 @@
-"""`minisft check`: conversations and tokenised data of every kind of file, exit codes, and bad input."""
+"""`minisft check`: conversations and tokenized data of every kind of file, exit codes, and bad input."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from conftest import minisft, sharegpt_row, write_sharegpt
 
 from minisft.errors import UserError
-from minisft.tokenised import Tokenised, is_tokenised
+from minisft.tokenized import Tokenized, is_tokenized
 
 
 @pytest.fixture
@@ -81,10 +81,10 @@ V3 = ("--tokenizer", "mistral:v3")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_good_tokenised_data_passes_whatever_its_file(run, written, rows, data, kind):
+def test_good_tokenized_data_passes_whatever_its_file(run, written, rows, data, kind):
     path = written(kind)
-    assert is_tokenised(path)
-    assert sorted(row.id for row in Tokenised(path)) == sorted(row["id"] for row in rows)
+    assert is_tokenized(path)
+    assert sorted(row.id for row in Tokenized(path)) == sorted(row["id"] for row in rows)
     code, out, _ = run("check", path, *V3, "--max-length", 40, "--against", data)
     assert code == 0, out
     assert "30 rows: every invariant holds" in out
@@ -232,7 +232,7 @@ def test_no_traceback_for_bad_input(run, tmp_path, written, data):
         return err
 
     assert "does not exist" in refused(tmp_path / "none.jsonl", *V3)
-    assert "--against goes with tokenised data" in refused(data, *V3, "--against", data)
+    assert "--against goes with tokenized data" in refused(data, *V3, "--against", data)
     assert "not known" in refused(data, *V3, "--truncation", "word")
     assert "not known" in refused(written("jsonl"), *V3, "--train-on", "most")
     assert "goes with template v3" in refused(data, *V3, "--template", "v1")
@@ -254,7 +254,7 @@ def test_no_traceback_for_bad_input(run, tmp_path, written, data):
     (saved / "state.json").write_text("{}")
     assert "not whole" in refused(saved, *V3)
     with pytest.raises(UserError, match="does not exist"):
-        list(Tokenised(tmp_path / "none"))
+        list(Tokenized(tmp_path / "none"))
 
 
 ASK, TELL = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}

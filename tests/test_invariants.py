@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from minisft.checking import Report, check_conversations, check_tokenised
+from minisft.checking import Report, check_conversations, check_tokenized
 from minisft.conversations import Conversation, Message, only_last_answer
 from minisft.errors import UserError
 from minisft.invariants import ALWAYS, INVARIANTS, KNOWN, Violation, check_row
 from minisft.labels import IGNORE_INDEX, encode
 from minisft.mistral import VERSIONS, MistralTemplate
-from minisft.tokenised import RawRow
+from minisft.tokenized import RawRow
 from minisft.tokens import HuggingFaceTokenizer, MistralCommonTokenizer
 
 SOURCES = [*(f"mistral:{v}" for v in VERSIONS), *(f"tiny:{v}" for v in VERSIONS)]
@@ -249,37 +249,37 @@ def test_rows_unlike_the_reference(tokenizers, version, monkeypatch):
     """A template that goes astray is found, even where package and template agree with each other."""
     tokenizer = tokenizers[f"mistral:{version}"]
     template = MistralTemplate.for_tokenizer(tokenizer)
-    honest = MistralTemplate.normalised
+    honest = MistralTemplate.normalized
 
     def astray(self, messages):
         return [Message(m.role, m.content + " indeed", m.trained) for m in honest(self, messages)]
 
-    monkeypatch.setattr(MistralTemplate, "normalised", astray)
+    monkeypatch.setattr(MistralTemplate, "normalized", astray)
     report = check_conversations([PLAIN], template, tokenizer)
     assert [name for name, tally in report.invariants.items() if tally.failed] == ["reference"]
     assert report.invariants["reference"].first[0].row == "c"
 
 
-# --- tokenised data ----------------------------------------------------------------------------------------
+# --- tokenized data ----------------------------------------------------------------------------------------
 
 
 def raw(row, **changes):
     return RawRow("row 0", **({"id": row.id, "input_ids": row.input_ids, "labels": row.labels} | changes))
 
 
-def test_tokenised_rows_against_their_conversations(tokenizer):
+def test_tokenized_rows_against_their_conversations(tokenizer):
     template = MistralTemplate.for_tokenizer(tokenizer)
     given = [replace(c, id=f"row{i}") for i, c in enumerate(CONVERSATIONS)]
     rows = [encode(c, template, tokenizer, 999) for c in given]
-    assert check_tokenised(map(raw, rows), template, tokenizer, against=given).ok
-    assert check_tokenised(map(raw, reversed(rows)), template, tokenizer, against=given).ok
+    assert check_tokenized(map(raw, rows), template, tokenizer, against=given).ok
+    assert check_tokenized(map(raw, reversed(rows)), template, tokenizer, against=given).ok
 
     exchanged = [raw(rows[0], id="row1"), raw(rows[1], id="row0"), raw(rows[2], id="nobody")]
-    report = check_tokenised(exchanged, template, tokenizer, against=given)
+    report = check_tokenized(exchanged, template, tokenizer, against=given)
     assert report.invariants["against"].failed == 3
     assert "no conversation" in report.invariants["against"].first[2].message
     with pytest.raises(UserError, match="no id"):
-        check_tokenised([raw(rows[0], id=None)], template, tokenizer, against=given)
+        check_tokenized([raw(rows[0], id=None)], template, tokenizer, against=given)
 
 
 def test_without_a_length_only_the_longest_row_may_be_cut(tokenizer):
@@ -287,11 +287,11 @@ def test_without_a_length_only_the_longest_row_may_be_cut(tokenizer):
     whole = encode(PLAIN, template, tokenizer, 999)
     size = len(whole.input_ids)
     full, short = encode(PLAIN, template, tokenizer, size - 1), encode(PLAIN, template, tokenizer, size - 2)
-    assert check_tokenised([raw(full)], template, tokenizer).ok
-    report = check_tokenised([raw(full), raw(short)], template, tokenizer)
+    assert check_tokenized([raw(full)], template, tokenizer).ok
+    report = check_tokenized([raw(full), raw(short)], template, tokenizer)
     assert [(name, t.failed) for name, t in report.invariants.items() if t.failed] == [("eos", 1)]
-    assert check_tokenised([raw(short)], template, tokenizer, max_length=size - 2).ok
-    assert not check_tokenised([raw(short)], template, tokenizer, max_length=size).ok
+    assert check_tokenized([raw(short)], template, tokenizer, max_length=size - 2).ok
+    assert not check_tokenized([raw(short)], template, tokenizer, max_length=size).ok
 
 
 def test_a_report_counts_rows_and_names_the_first_few():

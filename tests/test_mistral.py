@@ -247,7 +247,7 @@ def test_parity_ends_where_a_text_holds_a_control_token():
 
 
 def test_parity_ends_where_a_control_token_eats_the_space_beside_it(tmp_path):
-    """Such a token (`lstrip`) is recognised together with the space; training keeps the answer's last space."""
+    """Such a token (`lstrip`) is recognized together with the space; training keeps the answer's last space."""
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 

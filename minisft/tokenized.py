@@ -1,4 +1,4 @@
-"""Reading data that is tokenised already: rows of `input_ids` and `labels`, whichever tool wrote them.
+"""Reading data that is tokenized already: rows of `input_ids` and `labels`, whichever tool wrote them.
 
 JSON lines (as `minisft encode` writes them) or a JSON list, Parquet, an Arrow stream or file, a folder of such files,
 and what `save_to_disk` of `datasets` wrote. One batch of rows is in memory at a time.
@@ -36,7 +36,7 @@ class RawRow:
 
 
 @dataclass(frozen=True)
-class Tokenised:
+class Tokenized:
     """The rows of a file or folder, as often as they are asked for. Iterating raises `UserError` for a bad file."""
 
     path: Path
@@ -51,10 +51,10 @@ class Tokenised:
                 yield _raw(where if len(parts) == 1 else f"{where}, part {number}", part)
         yield from (RawRow(self.path.name, None, None, None, what) for what in ledger.lost)
         if empty:
-            raise UserError(f"{self.path} has no rows: tokenise the data again")
+            raise UserError(f"{self.path} has no rows: tokenize the data again")
 
 
-def is_tokenised(path: Path) -> bool:
+def is_tokenized(path: Path) -> bool:
     """Whether the data has the columns `input_ids` or `labels`, by its first row. Raises `UserError` if unreadable."""
     _, row = next(rows_of(path, Ledger()), (None, None))
     return isinstance(row, dict) and bool({"input_ids", "labels"} & set(row))
