@@ -179,12 +179,17 @@ def _put_back(folder: Path, say: Say) -> None:
 
 def _replace(folder: Path, new: Path) -> None:
     """Put `new` in the place of `folder`, by renaming alone: whatever ends this, there is never half of one."""
-    real, old = folder.resolve(), _beside(folder, "removed")
-    remove_all(old)
+    real, old, discarded = folder.resolve(), _beside(folder, "removed"), _beside(folder, "discarded")
+    remove_all(discarded)
+    if os.path.lexists(old):
+        old.rename(discarded)
     if real.exists():
         real.rename(old)
     new.rename(real)
-    remove_all(old)
+    if os.path.lexists(old):
+        remove_all(discarded)
+        old.rename(discarded)  # so that what is put back after a kill is never half removed
+    remove_all(discarded)
 
 
 def _rows(
