@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,7 +27,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from minisft.errors import UserError
-from minisft.files import parse_json, read_text, user_path, written_whole
+from minisft.files import is_same_file, parse_json, read_text, user_path, written_whole
 from minisft.pages import NO_ALT, index_of, page_of, quiet
 from minisft.processes import environment
 from minisft.text import one_line, say
@@ -86,6 +87,7 @@ def run_notebooks(
         raise UserError(f"--timeout is {timeout:g}: give a positive number of seconds")
     if wrong := [path for path in notebooks if path.suffix != ".ipynb" or not path.is_file()]:
         raise UserError(f"{wrong[0]} is no notebook: give the path of a file that ends in .ipynb")
+    _require_places(notebooks, out, in_place)
     results: list[Result] = []
     for number, path in enumerate(notebooks, 1):
         say(f"[{number}/{len(notebooks)}] {path.name}")
@@ -98,6 +100,15 @@ def run_notebooks(
         results.append(result)
         _write(out / "index.html", index_of([_row(result) for result in results]))
     return results
+
+
+def _require_places(notebooks: list[Path], out: Path, in_place: bool) -> None:
+    """Refuse notebooks whose copies or pages would replace a source, the index or one another. Raises `UserError`."""
+    twice = [stem for stem, count in Counter(path.stem for path in notebooks).items() if count > 1]
+    if twice or any(path.stem == "index" for path in notebooks):
+        raise UserError(f"the pages would have one name, {twice[0] if twice else 'index'}.html: rename a notebook")
+    if not in_place and (own := [path for path in notebooks if is_same_file(out / path.name, path)]):
+        raise UserError(f"{own[0]} would be replaced by its executed copy: move it elsewhere, or say --in-place")
 
 
 def _row(result: Result) -> tuple[str, str, str, float]:

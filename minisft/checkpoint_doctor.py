@@ -13,9 +13,12 @@ from minisft.checkpoints import damage
 from minisft.errors import UserError
 from minisft.model_folder import misfit, not_finite, quiet, unreadable, weight_files
 from minisft.preflight import model_config
-from minisft.runs import Run
+from minisft.runs import Run, checkpoint_step, manifest_of
 from minisft.text import one_line
 from minisft.tokens import HuggingFaceTokenizer
+from minisft.training_data import changed_model
+
+READ = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what loading a model and its tokenizer reads
 
 
 def flaw(folder: Path, *, trust_remote_code: bool = False, values: bool = True) -> str:
@@ -68,9 +71,21 @@ def _ailment(run: Run, folder: Path) -> str:
         return f"it is of another architecture: a {config.model_type} model, and the run's is {own.model_type}"
     return (
         _flaw(folder, trust, values=True)
-        or damage(folder, {file.name for file in weight_files(folder)})
+        or _not_as_written(run, folder)
         or _no_words(run, folder, config.get_text_config().vocab_size)
     )
+
+
+def _not_as_written(run: Run, folder: Path) -> str:
+    """How a checkpoint differs from what its run wrote, its optimizer states aside; the start model, from then."""
+    if folder == run.model_folder:
+        return changed_model(run)
+    manifest = manifest_of(folder) or {}
+    if (step := manifest.get("step")) not in (None, checkpoint_step(folder)):
+        return f"its manifest is that of step {step}"
+    if manifest.get("run") not in (None, run.identity):
+        return "its manifest is that of another run"
+    return damage(folder, {name for name in manifest.get("files", ()) if name.endswith(READ)})
 
 
 def _without_values(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:

@@ -27,7 +27,7 @@ MADE_AGAIN = (  # of a run folder: what preparing and starting write, and halves
     *("run.json", "deepspeed.json", "command.txt", "hosts.json", "hostfile", "environment", "job.sbatch"),
     *("slurm-hostfile", "ledger.json", "metrics.jsonl", "memory.json", "DONE", "FAILED", ".minisft-*"),
     *("data/made_of.json", "data/*.arrow", "data/test.jsonl", "logs/*.log", "ranks/*.json", "ranks/.minisft-*"),
-    *("tensorboard/events.*", f"{SCRATCH}/checkpoint-*", ".removed-checkpoint-*"),
+    "tensorboard/events.*",
 )
 UNSAFE = ("training_args.bin",)  # a pickle that nobody needs: run.json says the same
 
@@ -116,11 +116,26 @@ def resume_point(run: Run) -> Path | None:
 
 def something_to_lose(folder: Path) -> Path | None:
     """The first file in a run folder that preparing would not make again: of a checkpoint, or somebody's own."""
-    for file in sorted(folder.rglob("*")):
-        name = str(file.relative_to(folder))
-        if not file.is_dir() and not any(fnmatchcase(name, pattern) for pattern in MADE_AGAIN):
-            return file
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}), and may hold weights: make it readable")
+
+    for place, folders, names in os.walk(folder, onerror=unreadable):
+        folders.sort()
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        for name in sorted([*names, *links]):
+            file = Path(place) / name
+            if not is_made_again(file.relative_to(folder)):
+                return file
     return None
+
+
+def is_made_again(file: Path) -> bool:
+    """Whether a file of a run folder, by its path in there, is one that preparing or starting makes again."""
+    if any(fnmatchcase(str(file), half) for half in (f"{SCRATCH}/checkpoint-*", ".removed-checkpoint-*/*")):
+        return True
+    patterns = (pattern.split("/") for pattern in MADE_AGAIN)
+    return any(len(one) == len(file.parts) and all(map(fnmatchcase, file.parts, one)) for one in patterns)
 
 
 def verify(run: Run, folder: Path) -> None:
@@ -137,6 +152,8 @@ def _lacks(run: Run, folder: Path) -> str:
     here = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
     if unnamed := sorted(here - named):
         return f"{MANIFEST} does not name {unnamed[0]}"
+    if (manifest_of(folder) or {}).get("run") not in (None, run.identity):
+        return "it was written by another run"
     ranks = run.config.ranks
     wanted = [r"trainer_state\.json", r"scheduler\.pt"]
     if run.deepspeed is None:

@@ -168,8 +168,13 @@ def encode(
     )
     try:
         with user_output(out) as stream:
+            is_empty = True
             for row in rows:
+                is_empty = False
                 stream.write(json.dumps({"id": row.id, "input_ids": row.input_ids, "labels": row.labels}) + "\n")
+            if is_empty:
+                why = ", ".join(f"{reason} ({entry.rows})" for reason, entry in list(book.dropped.items())[:5])
+                raise UserError(f"no row of {data} is left ({why}): give a larger --max-length or other data")
     finally:
         if ledger:  # it says why, also where no row was usable
             with user_output(ledger) as stream:
@@ -233,7 +238,7 @@ def check(
 ) -> None:
     """Check what must hold for every labelled row, on conversations or on data that is tokenized already.
 
-    Exit code 1 and the offending rows where an invariant fails.
+    Exit code 1 and the offending rows where an invariant fails, or where a damaged file was not read to its end.
     """
     from minisft.assets import find_data
     from minisft.checking import check_conversations, check_tokenized
@@ -250,14 +255,17 @@ def check(
     using = load_tokenizer(tokenizer, template)
     form = MistralTemplate.for_tokenizer(using)
     settings = {"truncation": truncation, "train_on": train_on, "say": note}
+    book = Ledger()
     if tokenized:
         source = read(find_data(against, note).path, Ledger()) if against else None
         report = check_tokenized(Tokenized(path), form, using, max_length=max_length, against=source, **settings)
     else:
         length = 2048 if max_length is None else max_length
-        report = check_conversations(read(path, Ledger()), form, using, max_length=length, **settings)
-    _print_json(report.to_dict()) if as_json else say(report)
-    sys.exit(0 if report.ok else 1)
+        report = check_conversations(read(path, book), form, using, max_length=length, **settings)
+    _print_json(report.to_dict() | {"lost": book.lost}) if as_json else say(report)
+    for what in book.lost:
+        note(f"lost: {what}")
+    sys.exit(0 if report.ok and not book.lost else 1)
 
 
 def _config(

@@ -42,6 +42,7 @@ from minisft.run_files import Owner, Result, Summary
 from minisft.runs import Run, checkpoint_step, lock_of, outputs_root
 from minisft.scores import as_line, corpus_scores, tokenizer_for
 from minisft.text import one_line, say
+from minisft.training_data import MADE_OF, require_as_made
 
 Say = Callable[[str], None]
 EXAMPLES = 3
@@ -77,6 +78,9 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verif
         say(broken[-1])
 
     def evaluate_one(run: Run, folder: Path) -> None:
+        before = run.identity
+        if (run.folder / "data" / MADE_OF).exists():  # runs of earlier versions have no checksums
+            require_as_made(run.folder)
         exam = set_exam(run, settings, folder, digests)
         results, unusable = [], {}
         for step, model in steps_of(run):
@@ -85,8 +89,12 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verif
                 found = known.get(key) or _looked_up(folder, step, key)
                 if found is None:
                     found = _evaluated(run, model, exam, settings, folder / f".checkpoint-{step}-{key}.jsonl")
-            except (UserError, FileNotFoundError) as error:
-                unusable[step] = str(error) if isinstance(error, UserError) else f"{Path(error.filename).name} is gone"
+                if run.identity != before or _key(run, model, exam, settings, digests) != key:
+                    raise _ReplacedError(f"{run.name} was changed while it was evaluated: evaluate it again")
+            except (UserError, FileNotFoundError, PermissionError) as error:
+                if isinstance(error, _ReplacedError):
+                    raise
+                unusable[step] = str(error) if isinstance(error, UserError) else _lost(error)
                 is_broken(f"{run.name} {model.name} cannot be used: {unusable[step]}")
                 continue
             known[key] = found
@@ -112,6 +120,15 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verif
             is_broken(str(error))
     say(f"results belong to the content of the files: {digests.how}")
     return broken
+
+
+class _ReplacedError(UserError):
+    """A run that is another one now: what was found so far belongs to none of the two."""
+
+
+def _lost(error: OSError) -> str:
+    how = "is gone" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    return f"{Path(error.filename).name} {how}"
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from minisft.run_files import Hosts
 from minisft.runs import Run, project_root, require_contained, require_own_files
 from minisft.supervisor import Task
 from minisft.text import one_line
-from minisft.training_data import require_as_made
+from minisft.training_data import require_as_made, require_same_model
 
 __all__ = ["RunFailed", "launch", "prepare"]
 TICK = 0.25  # seconds between two looks for an interrupt
@@ -121,6 +121,7 @@ def _require_startable(run: Run, place: Place | None, say: Say) -> None:
     require_place(run.config, place)
     require_own_files(run)
     require_as_made(run.folder)
+    require_same_model(run)
     resume_point(run)
     _require_sound_deepspeed(run, say)
     if place is None and not run.on_gpu:

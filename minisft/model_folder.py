@@ -153,8 +153,9 @@ def unreadable(folder: Path, trust_remote_code: bool = False) -> str:
 def _no_weights(folder: Path) -> str:
     if any(folder.glob("global_step*")) or any(folder.rglob("*zero_pp_rank*")):
         return (
-            f"its weights are still split over the ranks (ZeRO shards and no {WEIGHTS}): gather them with its "
-            "zero_to_fp32.py, or train with stage3_gather_16bit_weights_on_model_save"
+            f"its weights are still split over the ranks (ZeRO shards and no {WEIGHTS}): gather them with "
+            "DeepSpeed's own zero_to_fp32 (not with a script in the folder), or train with "
+            "stage3_gather_16bit_weights_on_model_save"
         )
     return f"it has no {WEIGHTS}"
 

@@ -27,7 +27,7 @@ from minisft.ledger import Ledger
 from minisft.runs import Run, RunConfig, all_runs, lock_of, outputs_root, require_own_files
 from minisft.text import say
 from minisft.tokens import HuggingFaceTokenizer
-from minisft.training_data import made_of, remember, take_over, write_data
+from minisft.training_data import made_of, model_files, remember, take_over, write_data
 from minisft.zero_config import deepspeed_config, offloads
 
 Say = Callable[[str], None]
@@ -144,6 +144,7 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
         "model_source": model.source,
         "precision": precision,
         "on_gpu": on_gpu,
+        "model_files": model_files(model.path, Digests()),
         "versions": _versions(),
     }
     write_json(scratch / "run.json", about)
@@ -204,7 +205,7 @@ def _rows(
     if rows is None:
         ledger = Ledger()
         rows = write_data(config, source, tokenizer, scratch / "data", ledger)
-        for line in ledger.notes:
+        for line in (*(f"lost: {what}" for what in ledger.lost), *ledger.notes):
             say(line)
         write_json(scratch / "ledger.json", ledger.to_dict())
         remember(wanted, rows, scratch / "data")

@@ -16,13 +16,14 @@ Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass(frozen=True)
 class About:
-    """`run.json`: the settings, the model that training starts from, and what was decided for this machine."""
+    """`run.json`: the settings, the model that training starts from with its checksums, and what fits this machine."""
 
     config: dict[str, Any]
     model_folder: Annotated[str, Field(pattern=r"^[^\x00]*$")]
     model_source: str = ""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     on_gpu: bool = False
+    model_files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -70,6 +71,7 @@ class Manifest(TypedDict):
     """`manifest.json` of a checkpoint."""
 
     step: NotRequired[int]
+    run: NotRequired[str]
     strategy: NotRequired[str]
     ranks: NotRequired[int]
     test_loss: NotRequired[float | None]
@@ -81,7 +83,8 @@ class Manifest(TypedDict):
 class Done(TypedDict):
     """`DONE`: written last, once every rank has finished."""
 
-    steps: NotRequired[int]
+    steps: int
+    run: NotRequired[str]
 
 
 class Failure(TypedDict):

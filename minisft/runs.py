@@ -279,6 +279,11 @@ class Run:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
     @property
+    def model_files(self) -> dict[str, str]:
+        """The checksums of the model that training starts from, by file name, as it was when the run was prepared."""
+        return self._about().model_files
+
+    @property
     def versions(self) -> dict[str, str]:
         return self._about().versions
 
@@ -365,7 +370,8 @@ class Run:
     def status(self) -> str:
         """`done`, `failed`, `unfinished` (started, no marker), or `prepared`."""
         with suppress(UserError):  # one that is damaged is no word of success
-            if read_json(self.folder / "DONE", Done) is not None:
+            done = read_json(self.folder / "DONE", Done)
+            if done is not None and done.get("run") in (None, self.identity):
                 return "done"
         if (self.folder / "FAILED").exists():
             return "failed"

@@ -69,8 +69,32 @@ def _raw(where: str, row: Any) -> RawRow:
         if column not in row:
             columns = ", ".join(sorted(map(str, row))[:8]) or "none"
             return RawRow(where, _id(row), None, None, f"no column {column} (its columns: {columns[:200]})")
+    if problem := _contradiction(row):
+        return RawRow(where, _id(row), None, None, problem)
     ids, labels = _without_padding(row)
     return RawRow(where, _id(row), ids, labels)
+
+
+def _contradiction(row: dict[str, Any]) -> str:
+    """What an attention mask or positions say that no model should be given; empty if nothing."""
+    ids, labels, mask, positions = (row.get(name) for name in PER_TOKEN)
+    if not (isinstance(ids, list) and isinstance(labels, list) and len(ids) == len(labels)):
+        return ""  # said of the row itself
+    for name, column in (("attention_mask", mask), ("position_ids", positions)):
+        if column is None:
+            continue
+        if not isinstance(column, list) or len(column) != len(ids) or not all(type(one) is int for one in column):
+            return f"{name} is not {len(ids)} whole numbers, one for each token"
+    seen = [i for i in range(len(ids)) if mask is None or mask[i] != 0]
+    if mask is not None:
+        hidden = set(range(len(ids))).difference(seen)
+        if trained := [i for i in sorted(hidden) if labels[i] != -100]:
+            return f"token {trained[0]} is trained, and attention_mask hides it"
+        if seen and seen[-1] - seen[0] + 1 != len(seen):
+            return "attention_mask hides tokens inside the row"
+    if positions is not None and [positions[i] for i in seen] != list(range(len(seen))):
+        return "position_ids do not count 0, 1, 2, … from the first token"
+    return ""
 
 
 def _parts(row: Any) -> list[Any]:

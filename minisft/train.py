@@ -154,7 +154,7 @@ def _train(run: Run, rank: int, pulse: Pulse) -> None:
         torch.distributed.barrier()
     if rank == 0:
         speeds = trainer.observer.finish() if trainer.observer else speed([])
-        done = {"steps": trainer.state.global_step, **speeds}
+        done = {"steps": trainer.state.global_step, "run": run.identity, **speeds}
         done |= {"observing_seconds": round(trainer.observed, 3)}
         write_json(run.folder / "DONE", done)
         (run.folder / "FAILED").unlink(missing_ok=True)  # an earlier try's
@@ -165,11 +165,12 @@ def _train(run: Run, rank: int, pulse: Pulse) -> None:
 
 def _start_from(run: Run, rank: int) -> Path | None:
     """The checkpoint to go on from, found whole; None starts at the beginning."""
-    from minisft.training_data import require_as_made
+    from minisft.training_data import require_as_made, require_same_model
 
     checkpoint = checkpoints.resume_point(run)
     if rank == 0:
         require_as_made(run.folder)
+        require_same_model(run)
         checkpoints.discard_unfinished(run)
         if checkpoint is not None:
             checkpoints.verify(run, checkpoint)

@@ -156,6 +156,7 @@ class RunTrainer(Trainer):
                 config = self.run.config
                 finite = loss if loss is not None and math.isfinite(loss) else None  # NaN is never the best
                 about = {"step": step, "strategy": config.strategy, "ranks": config.ranks, "test_loss": finite}
+                about |= {"run": self.run.identity}
                 folder = checkpoints.scratch_folder(self.run) / f"checkpoint-{step}"
                 checkpoints.seal(self.run, folder, about | {"resumable": not self.args.save_only_model})
                 checkpoints.rotate(self.run, self.run.config.keep_checkpoints)

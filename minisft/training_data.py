@@ -34,7 +34,7 @@ from minisft.tokens import Tokenizer
 if TYPE_CHECKING:
     import pyarrow
 
-    from minisft.runs import RunConfig
+    from minisft.runs import Run, RunConfig
 
 LEDGER = "ledger.json"  # beside the folder
 TRAIN, TEST, TEST_ROWS = FILES = "train.arrow", "test.jsonl", "test.arrow"
@@ -50,6 +50,7 @@ MATTERS = (  # of a `RunConfig`, to its rows
     "seed",
     "eval_rows",
 )
+OF_A_MODEL = (".safetensors", ".json", ".jinja", ".model")  # endings of what a model and its tokenizer are read from
 ROWS_AT_ONCE = 256
 MOST_REMEMBERED = 200  # sets of rows that are recognized when another run wants them
 
@@ -125,12 +126,39 @@ def remember(wanted: dict[str, Any], rows: int, folder: Path) -> None:
 
 
 def require_as_made(run_folder: Path) -> None:
-    """Refuse rows that are not those that were prepared; a folder without checksums passes. Raises `UserError`."""
+    """Refuse rows that are not those that were prepared. Raises `UserError`."""
     made = read_json(run_folder / "data" / MADE_OF, MadeRows)
-    for name, expected in made.sha256.items() if made is not None else ():
+    if made is None or not {*FILES} <= made.sha256.keys():
+        file = run_folder / "data" / MADE_OF
+        raise UserError(f"{file}, which has the checksums of the rows, lacks some: prepare the run again (--overwrite)")
+    for name, expected in made.sha256.items():
         file = run_folder / name if name == LEDGER else run_folder / "data" / name
         if not file.is_file() or Digests().of(file) != expected:
             raise UserError(f"{file} is not as it was prepared: prepare the run again with --overwrite")
+
+
+def model_files(folder: Path, digests: Digests) -> dict[str, str]:
+    """The checksums of what a model folder holds of weights, settings and tokenizer, by name."""
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(OF_A_MODEL) and file.is_file())
+    return {file.name: digests.of(file) for file in files}
+
+
+def changed_model(run: Run) -> str:
+    """What of the model that training starts from has changed since the run was prepared; empty if nothing has."""
+    digests = Digests()
+    for name, expected in run.model_files.items():
+        file = run.model_folder / name
+        if not file.is_file():
+            return f"{file} is gone since the run was prepared"
+        if digests.of(file) != expected:
+            return f"{file} has changed since the run was prepared"
+    return ""
+
+
+def require_same_model(run: Run) -> None:
+    """Refuse a start model that is not what it was when the run was prepared. Raises `UserError`."""
+    if changed := changed_model(run):
+        raise UserError(f"{changed}: prepare it again, under another --name or with --overwrite")
 
 
 @dataclass(frozen=True)

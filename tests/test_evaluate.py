@@ -203,6 +203,7 @@ def test_runs_of_one_name_are_refused_and_a_run_without_tests_stops_no_other(run
     other = prepare(other, say=quiet)
     shutil.copytree(run.checkpoints[0], other.folder / "checkpoint-1")
     (run.folder / "data" / "test.jsonl").write_text("")
+    (run.folder / "data" / "made_of.json").unlink()
     (broken,) = evaluate_runs([run, other], QUICK, say=quiet)
     assert "vanilla has no test conversations" in broken
     assert [r["step"] for r in results_of(other)] == [0, 1]
@@ -361,6 +362,7 @@ def test_nothing_to_evaluate_is_one_sentence(run, tiny_model, small_data):
     with pytest.raises(UserError, match="ddp has no checkpoint"):
         evaluate_runs([bare], QUICK)
     (run.folder / "data" / "test.jsonl").write_text("")
+    (run.folder / "data" / "made_of.json").unlink()
     with pytest.raises(UserError, match="no test conversations"):
         evaluate_runs([run], QUICK)
     for wrong, said in (

@@ -110,7 +110,7 @@ def test_two_commands_have_two_ports(config):
 
 def test_bad_data_leaves_an_existing_run_alone(config, tmp_path):
     run = prepare(config())
-    (run.folder / "DONE").write_text("{}")
+    (run.folder / "DONE").write_text('{"steps": 1}')
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([{"text": "Add", "label": "3"}]))
     with pytest.raises(UserError, match="row of an unknown shape"):
@@ -189,7 +189,7 @@ def test_a_run_on_another_disk_behind_a_link_is_replaced_there(config, own_outpu
     link.parent.mkdir(parents=True)
     link.symlink_to(there)
     run = prepare(config())
-    (there / "DONE").write_text("{}")
+    (there / "DONE").write_text('{"steps": 1}')
     again = prepare(config(), overwrite=True)
     assert link.is_symlink()
     assert run.folder == again.folder == link
@@ -213,7 +213,7 @@ def test_a_relative_path_means_the_file_that_was_there(config, small_data, tmp_p
         shutil.copy(small_data, tmp_path / name / "rows.json")
     monkeypatch.chdir(tmp_path / "a")
     run = prepare(config(data="rows.json"))
-    (run.folder / "DONE").write_text("{}")
+    (run.folder / "DONE").write_text('{"steps": 1}')
     assert run.config.data == str(tmp_path / "a" / "rows.json")
     monkeypatch.chdir(tmp_path / "b")
     with pytest.raises(UserError, match=r"other settings \(data .*a/rows.json -> .*b/rows.json"):
@@ -226,7 +226,7 @@ def test_a_run_from_before_paths_became_absolute_goes_on(config, small_data, tmp
     about = json.loads((run.folder / "run.json").read_text())
     about["config"]["data"] = small_data.name
     (run.folder / "run.json").write_text(json.dumps(about))
-    (run.folder / "DONE").write_text("{}")
+    (run.folder / "DONE").write_text('{"steps": 1}')
     assert prepare(config(data=small_data.name)).status == "done"
 
 

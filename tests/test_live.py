@@ -47,7 +47,7 @@ def test_it_follows_a_run_from_its_start_to_its_end(view):
         "going on from checkpoint-4",
     ]
     assert "Loss from 2.900 at step 1 to 2.700 at step 3." in view.html()
-    write_json(view.run.folder / "DONE", {})
+    write_json(view.run.folder / "DONE", {"steps": 1})
     pulse.stop("done")
     assert "is done" in view.html()
 
