@@ -414,3 +414,16 @@ def test_the_launcher_takes_paths_from_where_it_is_called(tmp_path):
     ]
     usage = subprocess.run([LAUNCHER, "--help"], capture_output=True, text=True, check=True).stdout
     assert usage.startswith("Usage: launchers/run_notebooks.sh")
+
+
+@pytest.mark.attack("6")
+def test_no_copy_replaces_its_source_and_no_page_another(tmp_path):
+    out = tmp_path / "out"
+    for folder, stem in [(tmp_path / "a", "x"), (tmp_path / "b", "x"), (tmp_path / "a", "index"), (out, "mine")]:
+        folder.mkdir(exist_ok=True)
+        (folder / f"{stem}.ipynb").write_bytes(write(tmp_path, stem, "# Mine", "1 + 1").read_bytes())
+    source = (out / "mine.ipynb").read_text()
+    for paths in (["out/mine"], ["a/x", "b/x"], ["a/index"]):
+        with pytest.raises(UserError, match=r"replaced by its executed copy|would have one name"):
+            book.run_notebooks([tmp_path / f"{path}.ipynb" for path in paths], root=tmp_path, out=out)
+    assert (out / "mine.ipynb").read_text() == source

@@ -184,6 +184,48 @@ def test_rows_that_are_packed_without_a_mark_are_wrong(run, written, rows):
     assert "BOS again" in out
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"position_ids": [0, 7, 7, 7]}, "do not count"),
+        ({"position_ids": [0, 5, 5, 5]}, "do not count"),
+        ({"position_ids": [17, 18, 19, 20]}, "do not count"),
+        ({"position_ids": [3, 2, 1, 0]}, "do not count"),
+        ({"position_ids": [0, "x", "x", "x"]}, "not 4 whole numbers"),
+        ({"position_ids": [0, 1]}, "not 4 whole numbers"),
+        ({"attention_mask": [1, 0, 1, 1]}, "hides tokens inside the row"),
+        ({"attention_mask": [1, 1, 0, 0]}, "token 2 is trained, and attention_mask hides it"),
+        ({"attention_mask": [0.5, 0.5, 0.5, 0.5]}, "not 4 whole numbers"),
+    ],
+)
+def test_columns_that_contradict_the_row_are_violations(run, written, change, says):
+    row = {"id": "a", "input_ids": [1, 3, 4, 2], "labels": [-100, -100, 4, 2]}
+    code, out, _ = run("check", written("json", [row | change]), *V3)
+    assert code == 1
+    assert says in out
+
+
+@pytest.mark.attack("9")
+@pytest.mark.parametrize("how", ["json", "gzip"])
+def test_conversations_that_are_cut_off_are_no_success(run, data, tmp_path, how):
+    import gzip
+
+    content = data.read_bytes() if how == "json" else gzip.compress(data.read_bytes())
+    (tmp_path / "cut.json").write_bytes(content[: len(content) * 2 // 3])
+    code, _, err = run("check", tmp_path / "cut.json", *V3)
+    assert code == 1 or (how == "gzip" and code == 2)
+    assert "lost: " in err or code == 2
+
+
+@pytest.mark.attack("4")
+def test_a_file_is_not_replaced_by_nothing(run, data, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    out.write_text("precious")
+    code, _, err = run("encode", data, *V3, "--out", out, "--max-length", 3, "--truncation", "drop")
+    assert (code, out.read_text()) == (2, "precious")
+    assert "no row of" in err
+
+
 BAD_ROWS = [
     ({"id": "a", "input_ids": [1, "x"], "labels": [-100, 3]}, "input_ids has a str at position 1"),
     ({"id": "a", "input_ids": [1, 2.5], "labels": [-100, 3]}, "input_ids has a float at position 1"),

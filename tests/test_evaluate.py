@@ -17,9 +17,9 @@ from minisft.errors import UserError
 from minisft.evaluate import evaluate_runs, results_folder, results_of, settled
 from minisft.evaluation_report import side_by_side, through_training
 from minisft.exam import Settings, prompt_ids, set_exam, tools_of
-from minisft.files import read_json
+from minisft.files import digest, read_json, write_json
 from minisft.labels import IGNORE_INDEX, encode
-from minisft.launch import prepare
+from minisft.launch import launch, prepare
 from minisft.runs import Run, RunConfig, lock_of
 from minisft.tokens import HuggingFaceTokenizer
 
@@ -230,6 +230,62 @@ def test_another_run_of_the_same_name_replaces_no_results(run, results, tmp_path
     assert (results / "checkpoint-99.txt").read_text() == "mine"
     shutil.rmtree(run.folder)
     evaluate_runs([Run(friend)], QUICK, say=quiet)
+
+
+@pytest.mark.attack("9")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_checkpoint_whose_settings_differ_from_its_manifest_is_not_scored(run, results, name):
+    checkpoint = run.folder / "checkpoint-9"
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": digest(f)} for f in checkpoint.iterdir()}
+    write_json(checkpoint / "manifest.json", {"step": 9, "run": run.identity, "files": files})
+    assert evaluate_runs([run], QUICK, say=quiet) == []
+    file = checkpoint / name
+    file.write_text(file.read_text().replace("0", "1", 1))
+    (broken,) = evaluate_runs([run], QUICK, say=quiet)
+    assert "checkpoint-9 cannot be used" in broken
+
+
+@pytest.mark.attack("9")
+@pytest.mark.parametrize(("about", "says"), [({"step": 8}, "of step 8"), ({"run": "0123456789ab"}, "of another run")])
+def test_a_checkpoint_of_another_step_or_run_is_not_scored(run, results, about, says):
+    write_json(run.folder / "checkpoint-9" / "manifest.json", {"step": 9} | about)
+    (broken,) = evaluate_runs([run], QUICK, say=quiet)
+    assert says in broken
+
+
+@pytest.mark.attack("9")
+def test_a_start_model_or_a_test_set_that_changed_is_not_scored(tiny_model, small_data, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = RunConfig.course("vanilla", model=str(model), data=str(small_data), max_characters=None)
+    run = prepare(config, say=quiet)
+    shutil.copytree(tiny_model, run.folder / "checkpoint-9")
+    evaluate_runs([run], QUICK, say=quiet)
+    about = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(about | {"rms_norm_eps": 10.0}))
+    assert "has changed since the run was prepared" in evaluate_runs([run], QUICK, say=quiet)[0]
+    with pytest.raises(UserError, match=r"config\.json has changed since the run was prepared"):
+        launch(run, say=quiet)
+    (run.folder / "data" / "test.jsonl").write_text((run.folder / "data" / "test.jsonl").read_text() + "\n")
+    with pytest.raises(UserError, match=r"test\.jsonl is not as it was prepared"):
+        evaluate_runs([run], QUICK, say=quiet)
+
+
+@pytest.mark.attack("5")
+def test_a_run_that_is_replaced_during_its_evaluation_is_not_scored(run, results, monkeypatch):
+    real = evaluate.evaluate_model
+
+    def replaced_meanwhile(*arguments):
+        found = real(*arguments)
+        about = json.loads((run.folder / "run.json").read_text())
+        write_json(run.folder / "run.json", about | {"versions": {"python": "4"}})
+        return found
+
+    monkeypatch.setattr(evaluate, "evaluate_model", replaced_meanwhile)
+    with pytest.raises(UserError, match="was changed while it was evaluated"):
+        evaluate_runs([run], QUICK, say=quiet)
+    assert not list(results.glob("checkpoint-*.json"))
+    assert not (results / "summary.json").exists()
 
 
 def test_an_answer_that_is_not_to_be_learned_is_not_asked_for():

@@ -553,6 +553,57 @@ def test_a_damaged_marker_is_no_word_of_success(run, content):
     assert run.status != "done"
 
 
+@attack("8")
+def test_a_marker_of_another_run_is_no_word_of_success(run):
+    write_json(run.folder / "DONE", {"steps": 1, "run": "0123456789ab"})
+    assert run.status != "done"
+    write_json(run.folder / "DONE", {"steps": 1, "run": run.identity})
+    assert run.status == "done"
+
+
+@attack("4")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".minisft-backup/model.safetensors", "tensorboard/events.keep/model.safetensors", "data/mine/rows.arrow"),
+        *("ranks/mine/rank0.json", "logs/mine/x.log", "mine/DONE", ".saving/mine.bin"),
+    ],
+)
+def test_files_of_a_person_are_lost_by_no_likeness_of_their_names(config, name):
+    run = prepare(config(), say=quiet)
+    mine = run.folder / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match="--overwrite"):
+        prepare(config(seed=4), say=quiet)
+    assert mine.read_text() == "mine"
+
+
+@attack("4")
+def test_a_folder_that_cannot_be_read_may_hold_weights(config, monkeypatch):
+    run = prepare(config(), say=quiet)
+    (run.folder / "checkpoint-2").mkdir()
+    real = os.scandir
+
+    def denied(path):
+        if str(path).endswith("checkpoint-2"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match="Permission denied"):
+        prepare(config(seed=4), say=quiet)
+    assert (run.folder / "checkpoint-2").is_dir()
+
+
+@attack("9")
+def test_rows_without_their_checksums_are_not_trained(config):
+    run = prepare(config(), say=quiet)
+    (run.folder / "data" / "made_of.json").unlink()
+    with pytest.raises(UserError, match="which has the checksums of the rows"):
+        launch(Run.load(run.folder), say=quiet)
+
+
 @attack("4")
 def test_a_replacement_that_was_killed_half_way_is_undone(config, monkeypatch):
     before = prepare(config(), say=quiet)
