@@ -302,9 +302,9 @@ def test_a_stopped_supervisor_ends_with_its_starter(light_victim):
 
 
 def can_write(process):
-    """Whether a process may still write into a file; one that has been killed closes them all, and then its memory."""
+    """Whether a process may still write into a file; one without memory, on its way to its end, runs no more."""
     with suppress(psutil.Error, OSError):
-        return process.status() != psutil.STATUS_ZOMBIE and process.num_fds() > 0
+        return process.status() != psutil.STATUS_ZOMBIE and bool(process.cmdline())
     return False
 
 
