@@ -20,7 +20,7 @@ from minisft.runs import RunConfig, outputs_root
 from minisft.text import one_line
 
 GB = 1e9
-SENSE = re.compile(r"\w*(vision|visual|image|audio|speech|video)\w*_config")  # a part beside the language model
+SENSE = re.compile("vision|visual|image|audio|speech|video")  # a part beside the language model
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
@@ -174,7 +174,7 @@ def require_plain_text_model(config: dict[str, Any], file: Path) -> None:
             f"{file} is of quantized weights (quantization_config), which cannot be trained as they are: take the "
             "model whose weights are plain numbers"
         )
-    senses = [key for key, value in config.items() if value and SENSE.fullmatch(key)]
+    senses = [key for key, value in config.items() if value and key.endswith("_config") and SENSE.search(key)]
     if senses:
         raise UserError(
             f"{file} is of a model that takes more than text ({one_line(senses[0], 60)}), and only language models of "
