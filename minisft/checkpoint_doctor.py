@@ -81,7 +81,8 @@ def _not_as_written(run: Run, folder: Path) -> str:
     if folder == run.model_folder:
         return changed_model(run)
     manifest = manifest_of(folder) or {}
-    if (step := manifest.get("step")) not in (None, checkpoint_step(folder)):
+    step = manifest.get("step")
+    if step is not None and folder in run.checkpoints and step != checkpoint_step(folder):
         return f"its manifest is that of step {step}"
     if manifest.get("run") not in (None, run.identity):
         return "its manifest is that of another run"
