@@ -143,13 +143,13 @@ class Result(Scores):
     answers: list[Example]
 
 
-@with_config(ConfigDict(extra="allow"))
 class Owner(TypedDict):
     """`run.json` of a folder of results: the run folder whose results they are."""
 
     run_folder: str
 
 
+@with_config(ConfigDict(extra="allow"))
 class Summary(TypedDict):
     """`evaluation/<run>/summary.json`."""
 
