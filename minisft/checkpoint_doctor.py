@@ -11,14 +11,12 @@ from typing import Any
 
 from minisft.checkpoints import damage
 from minisft.errors import UserError
-from minisft.model_folder import misfit, not_finite, quiet, unreadable, weight_files
+from minisft.model_folder import OF_A_MODEL, misfit, not_finite, quiet, unreadable, weight_files
 from minisft.preflight import model_config
 from minisft.runs import Run, checkpoint_step, manifest_of
 from minisft.text import one_line
 from minisft.tokens import HuggingFaceTokenizer
 from minisft.training_data import changed_model
-
-READ = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what loading a model and its tokenizer reads
 
 
 def flaw(folder: Path, *, trust_remote_code: bool = False, values: bool = True) -> str:
@@ -84,9 +82,9 @@ def _not_as_written(run: Run, folder: Path) -> str:
     step = manifest.get("step")
     if step is not None and folder in run.checkpoints and step != checkpoint_step(folder):
         return f"its manifest is that of step {step}"
-    if manifest.get("run") not in (None, run.identity):
+    if not run.wrote(manifest):
         return "its manifest is that of another run"
-    return damage(folder, {name for name in manifest.get("files", ()) if name.endswith(READ)})
+    return damage(folder, {name for name in manifest.get("files", ()) if name.endswith(OF_A_MODEL)})
 
 
 def _without_values(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:

@@ -23,7 +23,8 @@ from minisft.runs import MANIFEST, Run, checkpoint_step, manifest_of
 from minisft.zero_config import zero_stage
 
 SCRATCH = ".saving"
-MADE_AGAIN = (  # of a run folder: what preparing and starting write, and halves of what was being saved or removed
+HALVES = (f"{SCRATCH}/checkpoint-*", ".removed-checkpoint-*/*")  # of checkpoints that were being saved or removed
+MADE_AGAIN = (  # of a run folder: what preparing and starting write
     *("run.json", "deepspeed.json", "command.txt", "hosts.json", "hostfile", "environment", "job.sbatch"),
     *("slurm-hostfile", "ledger.json", "metrics.jsonl", "memory.json", "DONE", "FAILED", ".minisft-*"),
     *("data/made_of.json", "data/*.arrow", "data/test.jsonl", "logs/*.log", "ranks/*.json", "ranks/.minisft-*"),
@@ -132,7 +133,7 @@ def something_to_lose(folder: Path) -> Path | None:
 
 def is_made_again(file: Path) -> bool:
     """Whether a file of a run folder, by its path in there, is one that preparing or starting makes again."""
-    if any(fnmatchcase(str(file), half) for half in (f"{SCRATCH}/checkpoint-*", ".removed-checkpoint-*/*")):
+    if any(fnmatchcase(str(file), half) for half in HALVES):
         return True
     patterns = (pattern.split("/") for pattern in MADE_AGAIN)
     return any(len(one) == len(file.parts) and all(map(fnmatchcase, file.parts, one)) for one in patterns)
@@ -152,7 +153,7 @@ def _lacks(run: Run, folder: Path) -> str:
     here = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
     if unnamed := sorted(here - named):
         return f"{MANIFEST} does not name {unnamed[0]}"
-    if (manifest_of(folder) or {}).get("run") not in (None, run.identity):
+    if not run.wrote(manifest_of(folder) or {}):
         return "it was written by another run"
     ranks = run.config.ranks
     wanted = [r"trainer_state\.json", r"scheduler\.pt"]

@@ -89,14 +89,14 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verif
                 found = known.get(key) or _looked_up(folder, step, key)
                 if found is None:
                     found = _evaluated(run, model, exam, settings, folder / f".checkpoint-{step}-{key}.jsonl")
-                if run.identity != before or _key(run, model, exam, settings, digests) != key:
-                    raise _ReplacedError(f"{run.name} was changed while it was evaluated: evaluate it again")
+                # With digests of its own: those of the report count each file once, and `verify` reads each once.
+                is_same = run.identity == before and _key(run, model, exam, settings, Digests()) == key
             except (UserError, FileNotFoundError, PermissionError) as error:
-                if isinstance(error, _ReplacedError):
-                    raise
                 unusable[step] = str(error) if isinstance(error, UserError) else _lost(error)
                 is_broken(f"{run.name} {model.name} cannot be used: {unusable[step]}")
                 continue
+            if not is_same:
+                raise UserError(f"{run.name} was changed while it was evaluated: evaluate it again")
             known[key] = found
             results.append(found | {"run": one_line(run.name), "step": step, "model": one_line(model.name), "key": key})
             write_json(folder / f"checkpoint-{step}.json", results[-1])
@@ -120,10 +120,6 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verif
             is_broken(str(error))
     say(f"results belong to the content of the files: {digests.how}")
     return broken
-
-
-class _ReplacedError(UserError):
-    """A run that is another one now: what was found so far belongs to none of the two."""
 
 
 def _lost(error: OSError) -> str:

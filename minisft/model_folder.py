@@ -25,6 +25,13 @@ from minisft.text import harmless, one_line
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 LAYERS = re.compile(r"n_layers?|num_(hidden_)?layers")
+OF_A_MODEL = (
+    ".safetensors",
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+)  # endings of what a model and its tokenizer are read from
 MOST_BYTES = 4_000_000  # of a config.json: transformers copies it several times
 # transformers makes lists of layers and tables of positions and frequencies before it reads a tensor.
 LIMITS = (

@@ -181,16 +181,18 @@ def _put_back(folder: Path, say: Say) -> None:
 def _replace(folder: Path, new: Path) -> None:
     """Put `new` in the place of `folder`, by renaming alone: whatever ends this, there is never half of one."""
     real, old, discarded = folder.resolve(), _beside(folder, "removed"), _beside(folder, "discarded")
-    remove_all(discarded)
-    if os.path.lexists(old):
-        old.rename(discarded)
+
+    def discard_old() -> None:
+        remove_all(discarded)
+        if os.path.lexists(old):
+            old.rename(discarded)  # what `_put_back` finds after a kill is never half removed
+            remove_all(discarded)
+
+    discard_old()
     if real.exists():
         real.rename(old)
     new.rename(real)
-    if os.path.lexists(old):
-        remove_all(discarded)
-        old.rename(discarded)  # so that what is put back after a kill is never half removed
-    remove_all(discarded)
+    discard_old()
 
 
 def _rows(

@@ -278,6 +278,10 @@ class Run:
         parts = [read_text(self.folder / name) or "" for name in ("run.json", "data/made_of.json")]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
+    def wrote(self, record: Manifest | Done) -> bool:
+        """Whether a manifest or `DONE` is this run's; one of an earlier version, which names no run, passes."""
+        return record.get("run") in (None, self.identity)
+
     @property
     def model_files(self) -> dict[str, str]:
         """The checksums of the model that training starts from, by file name, as it was when the run was prepared."""
@@ -371,7 +375,7 @@ class Run:
         """`done`, `failed`, `unfinished` (started, no marker), or `prepared`."""
         with suppress(UserError):  # one that is damaged is no word of success
             done = read_json(self.folder / "DONE", Done)
-            if done is not None and done.get("run") in (None, self.identity):
+            if done is not None and self.wrote(done):
                 return "done"
         if (self.folder / "FAILED").exists():
             return "failed"

@@ -27,6 +27,7 @@ from minisft.files import Digests, digest, read_json, remove_all, write_json
 from minisft.labels import Row
 from minisft.ledger import Ledger
 from minisft.mistral import MistralTemplate
+from minisft.model_folder import OF_A_MODEL
 from minisft.reading import read
 from minisft.splits import assign, count_side, select
 from minisft.tokens import Tokenizer
@@ -50,7 +51,6 @@ MATTERS = (  # of a `RunConfig`, to its rows
     "seed",
     "eval_rows",
 )
-OF_A_MODEL = (".safetensors", ".json", ".jinja", ".model")  # endings of what a model and its tokenizer are read from
 ROWS_AT_ONCE = 256
 MOST_REMEMBERED = 200  # sets of rows that are recognized when another run wants them
 
