@@ -41,7 +41,7 @@ def scratch_folder(run: Run) -> Path:
 def discard_unfinished(run: Run) -> None:
     """Remove what an interrupted save or removal left; it also frees the space that a full disk lacks."""
     remove_all(scratch_folder(run))
-    for folder in run.folder.glob(".removed-*"):
+    for folder in run.folder.glob(".removed-checkpoint-*"):
         remove_all(folder)
 
 

@@ -171,8 +171,9 @@ def _clear_earlier_try(run: Run) -> None:
     """What an unfinished run left must not be taken for the new one's; with a checkpoint to resume from, all stays."""
     (run.folder / "FAILED").unlink(missing_ok=True)
     clear(run.folder)
-    for scratch in run.folder.glob(".minisft-*"):  # what was being written when it was killed
-        remove_all(scratch)
+    for scratch in run.folder.glob(".minisft-*"):
+        if scratch.is_file():  # what was being written when it was killed; a folder is somebody's own
+            scratch.unlink()
     if resume_point(run):
         return
     for name in ("metrics.jsonl", "memory.json", "logs", "tensorboard"):
