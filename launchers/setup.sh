@@ -153,7 +153,7 @@ else
     install
     # The first ZeRO run on a CPU would wait half a minute for it; without a compiler, runs do without.
     if ! command -v nvidia-smi >/dev/null; then
-        "$FOLDER/bin/python" -I -m minisft.operators >"$FOLDER/minisft-operator.log" 2>&1 &
+        "$FOLDER/bin/python" -I -m minisft.launch.cpu_comm_op >"$FOLDER/minisft-operator.log" 2>&1 &
         builder=$!
     fi
 fi

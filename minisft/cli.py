@@ -19,8 +19,8 @@ from minisft.errors import UserError
 from minisft.files import as_json as json_text
 from minisft.files import written_whole
 from minisft.processes import open_standard_streams
-from minisft.pulse import SILENCE, STALL
 from minisft.text import note, one_line, say
+from minisft.training.heartbeat import SILENCE, STALL
 
 app = typer.Typer(
     help="Supervised fine-tuning and ZeRO, small enough to read. Start with: minisft doctor",
@@ -120,10 +120,10 @@ def fetch(
 
     What is in the cache and differs from its checksum is fetched again.
     """
-    from minisft import assets
+    from minisft.data import download
 
     options = {"verify": verify, "refetch": True}
-    found = [assets.find_model(model, note, **options), assets.find_data(data, note, **options)]
+    found = [download.find_model(model, note, **options), download.find_data(data, note, **options)]
     if as_json:
         _print_json([{**vars(asset), "path": str(asset.path)} for asset in found])
     else:
@@ -143,13 +143,13 @@ def encode(
     ledger: Annotated[Path | None, typer.Option(help="write what was dropped, where and why, as JSON")] = None,
 ) -> None:
     """Turn conversations into token ids and labels, one JSON line each."""
-    from minisft.assets import find_data
-    from minisft.encoding import encode_stream
+    from minisft.chat.mistral import MistralTemplate
+    from minisft.chat.tokenizers import load_tokenizer
+    from minisft.data.download import find_data
+    from minisft.data.ledger import Ledger
+    from minisft.data.read_files import read
     from minisft.files import require_apart, user_output, user_path
-    from minisft.ledger import Ledger
-    from minisft.mistral import MistralTemplate
-    from minisft.reading import read
-    from minisft.tokens import load_tokenizer
+    from minisft.labels.encode_dataset import encode_stream
 
     book = Ledger()
     source = find_data(data, note).path
@@ -202,13 +202,13 @@ def show(
     """The token lens: every token of one conversation with its label."""
     import itertools
 
-    from minisft.assets import find_data
-    from minisft.labels import encode, require_truncation
-    from minisft.ledger import Ledger
-    from minisft.lens import Lens
-    from minisft.mistral import MistralTemplate
-    from minisft.reading import read
-    from minisft.tokens import load_tokenizer
+    from minisft.chat.mistral import MistralTemplate
+    from minisft.chat.tokenizers import load_tokenizer
+    from minisft.data.download import find_data
+    from minisft.data.ledger import Ledger
+    from minisft.data.read_files import read
+    from minisft.labels.encode_row import encode, require_truncation
+    from minisft.labels.token_lens import Lens
 
     require_truncation(truncation)
     if max_length < 2:
@@ -240,13 +240,13 @@ def check(
 
     Exit code 1 and the offending rows where an invariant fails, or where a damaged file was not read to its end.
     """
-    from minisft.assets import find_data
-    from minisft.checking import check_conversations, check_tokenized
-    from minisft.ledger import Ledger
-    from minisft.mistral import MistralTemplate
-    from minisft.reading import read
-    from minisft.tokenized import Tokenized, is_tokenized
-    from minisft.tokens import load_tokenizer
+    from minisft.chat.mistral import MistralTemplate
+    from minisft.chat.tokenizers import load_tokenizer
+    from minisft.data.download import find_data
+    from minisft.data.ledger import Ledger
+    from minisft.data.read_files import read
+    from minisft.labels.check_dataset import check_conversations, check_tokenized
+    from minisft.labels.pretokenized import Tokenized, is_tokenized
 
     path = find_data(data, note).path
     tokenized = is_tokenized(path)
@@ -325,7 +325,7 @@ def _config(
 
 
 def _run_config(options: dict[str, Any]) -> Any:
-    from minisft.runs import RunConfig
+    from minisft.run.folder import RunConfig
 
     preset = options.pop("preset")
     if preset == "course":
@@ -339,7 +339,7 @@ def _run_config(options: dict[str, Any]) -> Any:
 
 def _with_place(options: dict[str, Any], hostfile: Path | None, launcher: str | None) -> tuple[Any, Any]:
     """The run's settings, and its hosts if a hostfile names them: as many ranks as they have slots, if not given."""
-    from minisft.hosts import read_hostfile
+    from minisft.launch.hosts import read_hostfile
 
     if hostfile is not None:
         options.setdefault("ranks", sum(host.slots for host in read_hostfile(hostfile)))
@@ -348,7 +348,7 @@ def _with_place(options: dict[str, Any], hostfile: Path | None, launcher: str | 
 
 
 def _place(hostfile: Path | None, ranks: int, launcher: str | None) -> Any:
-    from minisft.hosts import Place
+    from minisft.launch.hosts import Place
 
     if hostfile is not None:
         return Place.of_hostfile(hostfile, ranks, launcher or "ssh")
@@ -407,10 +407,10 @@ def command(
     slurm_nodes: Annotated[int | None, typer.Option(help="write a SLURM batch script for so many nodes")] = None,
 ) -> None:
     """Write a run folder, print the command that trains it, and say (on stderr) what each part of it is for."""
-    from minisft.commands import commands, explain, first_words, require_nodes, shown, slurm_script
-    from minisft.preflight import warn_of_cores
-    from minisft.prepare import prepare
-    from minisft.runs import project_root
+    from minisft.launch.commands import commands, explain, first_words, require_nodes, shown, slurm_script
+    from minisft.launch.prepare_run import prepare
+    from minisft.run.folder import project_root
+    from minisft.training.preflight import warn_of_cores
 
     config, place = _with_place(options, hostfile, launcher)
     if slurm_nodes is not None:
@@ -448,7 +448,7 @@ def launch(
     stall: Stall = STALL,
 ) -> None:
     """Write a run folder, train it, and follow it to its end."""
-    from minisft.prepare import prepare
+    from minisft.launch.prepare_run import prepare
 
     _require_patience(silence, stall)
     config, place = _with_place(options, hostfile, launcher)
@@ -467,7 +467,7 @@ def train(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a prepared run."""
-    from minisft.runs import Run
+    from minisft.run.folder import Run
 
     _require_patience(silence, stall)
     prepared = Run.load(run, trust_remote_code)
@@ -481,8 +481,8 @@ def _require_patience(silence: float, stall: float) -> None:
 
 
 def _launch(run: Any, place: Any, silence: float, stall: float) -> None:
-    from minisft.launch import RunFailed, launch
-    from minisft.observe import TerminalProgress
+    from minisft.launch.launch_run import RunFailed, launch
+    from minisft.training.metrics_log import TerminalProgress
 
     progress = TerminalProgress(sys.stdout)
     try:
@@ -515,10 +515,10 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """BLEU, loss and three example answers for every checkpoint, and for the model before training."""
-    from minisft.evaluate import evaluate_runs, settled
-    from minisft.evaluation_plots import draw
-    from minisft.exam import Settings
-    from minisft.runs import Run, all_runs
+    from minisft.course.figures.evaluation import draw
+    from minisft.evaluation.eval_set import Settings
+    from minisft.evaluation.evaluate_checkpoints import evaluate_runs, settled
+    from minisft.run.folder import Run, all_runs
 
     settings = Settings(rows, max_new_tokens, batch_size, answers, resamples, exclude_leaked)
     wanted = [Run.load(name, trust_remote_code) for name in runs] if runs else all_runs(trust_remote_code)
@@ -552,8 +552,8 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a trained model: each line is a question, and Ctrl-D ends the conversation."""
-    from minisft.chat import in_terminal, talks
-    from minisft.runs import Run
+    from minisft.evaluation.chat_session import in_terminal, talks
+    from minisft.run.folder import Run
 
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {max_new_tokens}: give at least 1")
@@ -578,8 +578,8 @@ def memory(
     as_json: AsJson = False,
 ) -> None:
     """Bytes per rank and owner under every strategy, predicted without allocating any of them."""
-    from minisft import memory_report
     from minisft.heap import importing
+    from minisft.zero import memory_report
 
     if (model is None) == (params is None):
         raise UserError("give either --model or --params, e.g. minisft memory --model smollm2")
@@ -605,7 +605,7 @@ def lint(
     as_json: AsJson = False,
 ) -> None:
     """What is wrong with a DeepSpeed configuration; exit code 1 if DeepSpeed refuses it or does not do what it says."""
-    from minisft.lint import lint_file
+    from minisft.zero.lint_config import lint_file
 
     if ranks is not None and ranks < 1:
         raise UserError(f"--ranks is {ranks}: give at least 1")
@@ -625,8 +625,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Losses, speed, memory and communication of several runs, side by side, and which was best here."""
-    from minisft.compare import summary_rows, table, verdict
-    from minisft.runs import Run, all_runs
+    from minisft.launch.compare_runs import summary_rows, table, verdict
+    from minisft.run.folder import Run, all_runs
 
     chosen = [Run.load(name) for name in runs] if runs else all_runs()
     rows = summary_rows(chosen)
@@ -645,8 +645,8 @@ def notebooks(
     timeout: Annotated[float | None, typer.Option(help="seconds for each notebook")] = None,
 ) -> None:
     """Execute notebooks; writes executed copies and an HTML book under outputs/notebooks."""
-    from minisft.book import execute
-    from minisft.runs import project_root
+    from minisft.course.notebooks import execute
+    from minisft.run.folder import project_root
 
     sys.exit(execute(project_root(), paths, in_place=in_place, timeout=timeout))
 

@@ -20,11 +20,12 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from minisft import machine, packaged, processes
+from minisft import processes, system
+from minisft.data import pinned_wheels
+from minisft.data.pinned_wheels import SHAREGPT, SMOLLM2
 from minisft.errors import UserError
 from minisft.files import cache_dir
-from minisft.packaged import SHAREGPT, SMOLLM2
-from minisft.runs import outputs_root
+from minisft.run.folder import outputs_root
 from minisft.text import one_line
 
 MODEL_PARAMETERS = 134_515_008  # SmolLM2-135M, whose embedding is also its output layer
@@ -155,12 +156,12 @@ def _deepspeed() -> Found:
 
 
 def _cores() -> Found:
-    usable = machine.cores()
+    usable = system.cores()
     return usable >= 2, f"{usable} usable of {os.cpu_count()}"
 
 
 def _memory() -> Found:
-    total, free = machine.memory()
+    total, free = system.memory()
     return total >= 7 << 30, f"{_gib(total)}, {_gib(free)} of it available"
 
 
@@ -169,7 +170,7 @@ def _outputs_disk() -> Found:
 
 
 def _cache_disk() -> Found:
-    missing = [wheel for wheel in (SMOLLM2, SHAREGPT) if packaged.damage(wheel)]
+    missing = [wheel for wheel in (SMOLLM2, SHAREGPT) if pinned_wheels.damage(wheel)]
     ok, detail = _disk(cache_dir(), sum(wheel.space for wheel in missing))
     names = " and ".join(wheel.name for wheel in missing)
     return ok, f"{detail}; {f'{names} not fetched yet' if missing else 'model and data are here'}"

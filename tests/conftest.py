@@ -61,8 +61,8 @@ def minisft(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
 
 def save_checkpoint(model: object, tokenizer_folder: Path, folder: Path) -> None:
     """A checkpoint as a run leaves it: weights, config, and the tokenizer with its chat template."""
-    from minisft.mistral import MistralTemplate
-    from minisft.tokens import HuggingFaceTokenizer
+    from minisft.chat.mistral import MistralTemplate
+    from minisft.chat.tokenizers import HuggingFaceTokenizer
 
     tokenizer = HuggingFaceTokenizer(tokenizer_folder)
     tokenizer.hf.chat_template = MistralTemplate.for_tokenizer(tokenizer).jinja()

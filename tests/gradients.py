@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from minisft.pulse import Pulse
-from minisft.runs import Run
-from minisft.train import make_trainer
+from minisft.run.folder import Run
+from minisft.training.heartbeat import Pulse
+from minisft.training.worker import make_trainer
 
 
 class _Stop(Exception):

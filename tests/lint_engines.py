@@ -2,7 +2,7 @@
 
     python tests/lint_engines.py OUT.json '[{"zero_optimization": {"stage": 2}, …}, …]'
 
-The worker of `test_lint`. Writes a JSON list: for each configuration `{"refused": why}`, or what the engine made of it.
+The worker of `test_lint_config`. Writes a JSON list: for each configuration `{"refused": why}`, or what the engine made of it.
 The kernels, which would have to be compiled, are left out.
 """
 
@@ -21,7 +21,7 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_S
 import torch
 from torch.distributed import HashStore
 
-from minisft.lint_deepspeed import without_kernels
+from minisft.zero.lint_deepspeed import without_kernels
 
 GIVEN = ("_param_dict", "optimizer_params")  # what was written, whether or not it is read
 

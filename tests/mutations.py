@@ -96,10 +96,10 @@ def damaged(data, chance):
 
 def read_all(file):
     """Read it in each way that the package has; only one sentence may come of it."""
+    from minisft.data.ledger import Ledger
+    from minisft.data.read_files import read
     from minisft.errors import UserError
-    from minisft.ledger import Ledger
-    from minisft.reading import read
-    from minisft.tokenized import Tokenized, is_tokenized
+    from minisft.labels.pretokenized import Tokenized, is_tokenized
 
     refused = 0
     for way in (lambda: list(read(file, Ledger())), lambda: is_tokenized(file), lambda: list(Tokenized(file))):
@@ -112,7 +112,7 @@ def read_all(file):
 
 
 def main(kind, seed, count, folder):
-    from minisft.zero_measure import peak_bytes
+    from minisft.zero.measured_memory import peak_bytes
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if resource.getrlimit(resource.RLIMIT_AS)[1] == resource.RLIM_INFINITY:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import minisft, sharegpt_row
 
-from minisft.machine import cores
+from minisft.system import cores
 
 
 def in_a_process_of_its_own(*arguments):

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from minisft import doctor
+from minisft.data.pinned_wheels import SHAREGPT, SMOLLM2
 from minisft.doctor import ABOUT, LOOK, REQUIRED, Check, Report, examine
-from minisft.packaged import SHAREGPT, SMOLLM2
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Every regular expression of the package takes time linear in a hostile text, the way it is used."""
 
-import importlib
+import importlib.util
 import pkgutil
 import re
 import signal
@@ -21,14 +21,14 @@ ATOMS = [
 def patterns():
     """The patterns of all modules with the methods that are called on them."""
     found = {}
-    for module in pkgutil.iter_modules(minisft.__path__):
-        if module.name == "__main__":
+    for module in pkgutil.walk_packages(minisft.__path__, "minisft."):
+        if module.ispkg:
             continue
-        source = Path(minisft.__path__[0], f"{module.name}.py").read_text(encoding="utf-8")
+        source = Path(importlib.util.find_spec(module.name).origin).read_text(encoding="utf-8")
         for name in re.findall(r"(?m)^(\w+) = re\.compile\(", source):
-            pattern = getattr(importlib.import_module(f"minisft.{module.name}"), name)
+            pattern = getattr(importlib.import_module(module.name), name)
             used = set(re.findall(rf"\b{name}\.(search|match|fullmatch|sub|findall|finditer|split)\b", source))
-            found[f"{module.name}.{name}"] = (pattern, sorted(used or {"search"}))
+            found[f"{module.name.removeprefix('minisft.')}.{name}"] = (pattern, sorted(used or {"search"}))
     return found
 
 

@@ -26,7 +26,7 @@ case "$*" in
     "-I -c "*find_spec*) exit "${TORCH_MISSING:-0}" ;;
     "-I -c import venv"*) exit "${NO_VENV:-0}" ;;
     "-I -m pip --version") ;;
-    "-I -m minisft.operators") touch "$here/built" ;;
+    "-I -m minisft.launch.cpu_comm_op") touch "$here/built" ;;
     "-I -m pip index versions torch") echo "$TORCH_VERSIONS" ;;
     *)
         echo "$*" >>"$here/calls.txt"

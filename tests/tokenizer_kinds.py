@@ -9,7 +9,7 @@ from conftest import WORDS
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minisft.tokens import HuggingFaceTokenizer
+from minisft.chat.tokenizers import HuggingFaceTokenizer
 
 CORPUS = [" ".join(WORDS) + " Hi there! [INST] [/INST] é ü 12 a  b   c\n\nnew line\n", " ".join(reversed(WORDS))] * 4
 LETTERS = sorted(

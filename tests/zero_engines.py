@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node W tests/zero_engines.py OUT.json '[{"stage": 0, "precision": "fp32", …}, …]'
 
-The worker of `test_zero_memory`. Every engine trains a tiny Llama two steps with AdamW and is measured in the second,
+The worker of `test_state_memory`. Every engine trains a tiny Llama two steps with AdamW and is measured in the second,
 after backward and after the step; what its ranks tell each other in that step is counted.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
-from minisft.traffic import Counter
-from minisft.zero_measure import measure
+from minisft.zero.communication import Counter
+from minisft.zero.measured_memory import measure
 
 TOKENS = 7
 

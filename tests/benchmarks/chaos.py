@@ -2,7 +2,7 @@
 
     python tests/benchmarks/chaos.py [--times 20] [-k EXPRESSION]
 
-Runs `tests/test_chaos.py` with every test repeated, and counts. Afterwards no process of any run may be alive. With
+Runs `tests/launch/test_chaos.py` with every test repeated, and counts. Afterwards no process of any run may be alive. With
 real DeepSpeed processes, 20 times take an hour or two. Exit code 1 where anything failed.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-TESTS = Path(__file__).resolve().parents[1] / "test_chaos.py"
+TESTS = Path(__file__).resolve().parents[1] / "launch" / "test_chaos.py"
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-vv", "-k", options.k, f"--basetemp={folder}", str(TESTS)],
-            cwd=TESTS.parents[1],
+            cwd=TESTS.parents[2],
             env=os.environ | {"MINISFT_CHAOS": str(options.times)},
             stdout=subprocess.PIPE,
             text=True,

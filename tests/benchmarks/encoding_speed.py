@@ -37,13 +37,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from minisft.assets import find_data, find_model
+from minisft.chat.tokenizers import HuggingFaceTokenizer
+from minisft.data.download import find_data, find_model
+from minisft.data.ledger import Ledger
+from minisft.data.read_files import read
 from minisft.errors import UserError
 from minisft.files import cache_dir
-from minisft.ledger import Ledger
-from minisft.machine import cores
-from minisft.reading import read
-from minisft.tokens import HuggingFaceTokenizer
+from minisft.system import cores
 
 HERE = Path(__file__).resolve().parent
 LOCK = HERE.parents[1] / "launchers" / "requirements.lock"

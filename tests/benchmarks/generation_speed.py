@@ -6,7 +6,7 @@ SmolLM2-135M in fp32 answers the last questions of ShareGPT conversations, in th
 
 one by one   `model.generate` for each prompt alone, as the work that this course follows does
 generate     `model.generate` for batches of like length, padded on the left
-minisft      `minisft.generation.replies`
+minisft      `minisft.evaluation.generate.replies`
 
 All give every prompt exactly so many new tokens, which is the same work; with `--stop` answers end where the model ends
 them. Each runs in a process of its own, in every round once, in changing order; loading the model is not timed. The
@@ -67,13 +67,13 @@ def main() -> None:
 def answer(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from minisft.answering import load_to_answer
-    from minisft.assets import find_data, find_model
-    from minisft.batches import pad_left
-    from minisft.exam import prompt_ids, tools_of
-    from minisft.generation import replies
-    from minisft.ledger import Ledger
-    from minisft.reading import read
+    from minisft.data.download import find_data, find_model
+    from minisft.data.ledger import Ledger
+    from minisft.data.read_files import read
+    from minisft.evaluation.answers import load_to_answer
+    from minisft.evaluation.eval_set import prompt_ids, tools_of
+    from minisft.evaluation.generate import replies
+    from minisft.training.collators import pad_left
 
     folder = find_model("smollm2", lambda _: None).path
     tokenizer, template = tools_of(folder, "v1")

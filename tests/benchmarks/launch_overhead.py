@@ -22,11 +22,11 @@ from collections import defaultdict
 from statistics import median
 
 from minisft.errors import UserError
-from minisft.launch import RunFailed, launch, prepare
-from minisft.operators import build_environment
-from minisft.pulse import read_signs
-from minisft.runs import RunConfig
-from minisft.zero_config import STRATEGIES
+from minisft.launch.cpu_comm_op import build_environment
+from minisft.launch.launch_run import RunFailed, launch, prepare
+from minisft.run.folder import RunConfig
+from minisft.training.heartbeat import read_signs
+from minisft.zero.strategies import STRATEGIES
 
 AIMED_AT = 3.0  # seconds
 RANK = "import torch, torch.utils.tensorboard, accelerate; from transformers import Trainer, LlamaForCausalLM"

@@ -9,10 +9,10 @@ masters, optimizer states, buckets) of its fullest rank after backward. The meth
 paper        16 P, (4 + 12/N) P, (2 + 14/N) P, 16 P / N bytes (Rajbhandari et al. 2020)
 deepspeed    its estimators for stages 2 and 3, without offload, as its documentation calls them
 accelerate   `accelerate estimate-memory`'s sum for training with Adam, which knows no data parallelism
-minisft      `minisft.zero_memory`
+minisft      `minisft.zero.state_memory`
 
 Errors are relative to what was measured; a dash is a method that has no answer for that strategy. Then the peak of a
-step: `minisft.zero_peak` against every tensor of a real step, followed one by one.
+step: `minisft.zero.peak_memory` against every tensor of a real step, followed one by one.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import tempfile
 from collections import defaultdict
 from typing import Any
 
-from minisft.assets import find_model
-from minisft.dry_run import dry_run
+from minisft.data.download import find_model
 from minisft.errors import UserError
-from minisft.launch import RunFailed, launch, prepare
-from minisft.preflight import model_config
-from minisft.runs import Run, RunConfig
-from minisft.zero_config import STRATEGIES, zero_stage
-from minisft.zero_memory import OWNERS, Shapes, most, paper, predict, total
-from minisft.zero_peak import at_peak
+from minisft.launch.launch_run import RunFailed, launch, prepare
+from minisft.run.folder import Run, RunConfig
+from minisft.training.preflight import model_config
+from minisft.zero.activation_trace import dry_run
+from minisft.zero.peak_memory import at_peak
+from minisft.zero.state_memory import OWNERS, Shapes, most, paper, predict, total
+from minisft.zero.strategies import STRATEGIES, zero_stage
 
 RANKS = 2
 METHODS = ("paper", "deepspeed", "accelerate", "minisft")

@@ -13,13 +13,13 @@ from typing import Any
 
 from worker import Prepare, messages_in, serve
 
-from minisft.conversations import Conversation, Message
-from minisft.encoding import encode_stream
-from minisft.labels import Row
-from minisft.ledger import Ledger
-from minisft.mistral import MistralTemplate
-from minisft.tokens import HuggingFaceTokenizer
-from minisft.training_data import write_rows
+from minisft.chat.mistral import MistralTemplate
+from minisft.chat.tokenizers import HuggingFaceTokenizer
+from minisft.data.conversations import Conversation, Message
+from minisft.data.ledger import Ledger
+from minisft.labels.encode_dataset import encode_stream
+from minisft.labels.encode_row import Row
+from minisft.training.dataset import write_rows
 
 TEXTS_AT_ONCE = 4096  # enough to keep all cores busy; encodings are large objects
 

@@ -17,16 +17,16 @@ from peer_train import Clock, sizes
 from transformers import TrainerCallback
 from worker import memory
 
-from minisft import wide_products
 from minisft.files import write_json
-from minisft.labels import Row
-from minisft.machine import cores
-from minisft.preflight import resolve_precision
-from minisft.pulse import Pulse
-from minisft.runs import Run, RunConfig
-from minisft.sampling import RankBatches
-from minisft.train import make_trainer
-from minisft.training_data import TEST_ROWS, TRAIN, write_rows
+from minisft.labels.encode_row import Row
+from minisft.model import wide_products
+from minisft.run.folder import Run, RunConfig
+from minisft.system import cores
+from minisft.training.batch_sampler import RankBatches
+from minisft.training.dataset import TEST_ROWS, TRAIN, write_rows
+from minisft.training.heartbeat import Pulse
+from minisft.training.preflight import resolve_precision
+from minisft.training.worker import make_trainer
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 

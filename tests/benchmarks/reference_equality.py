@@ -11,14 +11,14 @@ import random
 import sys
 import time
 
-from minisft.assets import find_data
-from minisft.conversations import Conversation
-from minisft.labels import IGNORE_INDEX, encode
-from minisft.ledger import Ledger
-from minisft.mistral import MistralTemplate
-from minisft.reading import read
-from minisft.reference import VERSIONS, reference
-from minisft.tokens import MistralCommonTokenizer
+from minisft.chat.mistral import MistralTemplate
+from minisft.chat.mistral_reference import VERSIONS, reference
+from minisft.chat.tokenizers import MistralCommonTokenizer
+from minisft.data.conversations import Conversation
+from minisft.data.download import find_data
+from minisft.data.ledger import Ledger
+from minisft.data.read_files import read
+from minisft.labels.encode_row import IGNORE_INDEX, encode
 
 WHOLE = 10**9
 

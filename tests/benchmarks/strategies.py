@@ -20,9 +20,9 @@ from statistics import median
 
 from minisft.errors import UserError
 from minisft.files import read_json
-from minisft.launch import RunFailed, launch, prepare
-from minisft.runs import RunConfig
-from minisft.zero_config import STRATEGIES
+from minisft.launch.launch_run import RunFailed, launch, prepare
+from minisft.run.folder import RunConfig
+from minisft.zero.strategies import STRATEGIES
 
 SHARE_AIMED_AT = 0.02  # of step time, for observing
 SECONDS_AIMED_AT = 120  # from the command to DONE

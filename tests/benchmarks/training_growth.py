@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from minisft.assets import find_model
+from minisft.data.download import find_model
 from minisft.errors import UserError
 
 HERE = Path(__file__).resolve().parent

@@ -22,7 +22,7 @@ printed, a ratio above, and its peak memory at least what it had held by then (m
 not known from outside, and a dash). One timed step only.
 
 TRL's environment is made as `encoding_speed` makes it. `--no-wide` lets minisft multiply bf16 as PyTorch does, to see
-what `minisft.wide_products` brings on a CPU without bf16. Needs Linux; runs on CUDA unchanged.
+what `minisft.model.wide_products` brings on a CPU without bf16. Needs Linux; runs on CUDA unchanged.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ import psutil
 import torch
 from encoding_speed import trl_environment
 
-from minisft.assets import find_data, find_model
+from minisft.chat.mistral import MistralTemplate
+from minisft.chat.tokenizers import load_tokenizer
+from minisft.data.download import find_data, find_model
+from minisft.data.ledger import Ledger
+from minisft.data.read_files import read
 from minisft.errors import UserError
-from minisft.labels import IGNORE_INDEX, encode
-from minisft.ledger import Ledger
-from minisft.mistral import MistralTemplate
-from minisft.reading import read
-from minisft.tokens import load_tokenizer
+from minisft.labels.encode_row import IGNORE_INDEX, encode
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("minisft", "minisft-lean", "trl", "trl-plain", "hf", "original")

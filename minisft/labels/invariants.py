@@ -1,0 +1,272 @@
+"""What must hold for every labelled row, whoever made it.
+
+`check_row` finds the first token that breaks each invariant. If the conversation behind the row is known, its segments
+are encoded once more, one by one, and the row must equal them; if not, the template's own marks tell prompts from
+answers. `INVARIANTS` says what each means and how to mend it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from minisft.chat.mistral import MistralTemplate
+from minisft.chat.tokenizers import Tokenizer
+from minisft.data.conversations import Conversation, Message
+from minisft.labels.encode_row import IGNORE_INDEX, encode_segments
+from minisft.labels.parse_rows import Found, Labelled, by_control_tokens, by_text, describe
+from minisft.text import one_line
+
+INVARIANTS = {
+    "row": (
+        "a row is two lists of token ids that the tokenizer has",
+        "mend or drop these rows, and check that --tokenizer is the one that made them",
+    ),
+    "length": ("ids and labels have one length", "build both in one pass, token by token"),
+    "labels": (
+        "each label is -100 or the id at its own position",
+        "do not shift labels (the model does), and let no collator rebuild them",
+    ),
+    "max length": ("no row is longer than the maximum", "truncate ids and labels together"),
+    "bos": ("one BOS, as the first token", "let either the template or the tokenizer add it, not both"),
+    "control": (
+        "control tokens are exactly those of the template",
+        "encode text with the parsing of special tokens off, so that no text forges a turn, and remove padding",
+    ),
+    "text": ("text tokens are what template and tokenizer make of the conversation", "encode the row again"),
+    "trained control": ("EOS is the only control token that is trained", "mask BOS and the marks of the template"),
+    "eos": (
+        "every answer ends in a trained EOS, unless the row was cut there",
+        "append the real EOS id after each answer and train it; if rows were cut, give --max-length",
+    ),
+    "prompt": ("no token of a prompt is trained", "mask by segment, not by searching for text or markers"),
+    "whole": ("an answer is trained from its first token, or not at all", "mask by segment, not by prefix lengths"),
+    "answers": ("the trained spans, decoded, are the answers", "mask by segment, not by searching for text"),
+    "cut": ("a row is cut only where it is full", "do not cut characters or turns before encoding"),
+    "targets": ("a row has a token to learn from", "drop rows without one: their loss is NaN or a false 0"),
+    "reference": ("ids and mask equal those of mistral-common", "encode each message alone, as mistral-common does"),
+    "against": ("ids and labels equal those of minisft encode", "encode the row again"),
+}
+ALWAYS = ("row", "length", "labels", "bos", "control", "trained control", "eos", "prompt", "whole", "targets")
+KNOWN = ("text", "answers", "cut")
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One broken invariant: in which row (its id), which answer (from 0) and at which token (its position)."""
+
+    row: str
+    turn: int | None
+    token: int | None
+    invariant: str
+    message: str
+
+    def __str__(self) -> str:
+        places = [f"row {one_line(self.row)}"]
+        places += [] if self.turn is None else [f"turn {self.turn}"]
+        places += [] if self.token is None else [f"token {self.token}"]
+        return f"{', '.join(places)}: {self.message}"
+
+
+def check_row(
+    row: str,
+    input_ids: Any,
+    labels: Any,
+    template: MistralTemplate,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = None,
+    conversation: Conversation | None = None,
+    truncation: str = "token",
+) -> list[Violation]:
+    """The violated invariants of one row, each at its first token; empty if all hold.
+
+    `input_ids` and `labels` should be lists of ints of one length; whatever else they are is reported. A row of
+    `max_length` tokens may have been cut; without `max_length`, none was. `conversation` is the row's own, with
+    those answers marked that it trains, and makes the check exact; `truncation` is how it was cut, as in
+    `labels.encode`.
+    """
+    found: dict[str, Violation] = {}
+
+    def note(violations: Iterator[tuple[str, int | None, str]]) -> None:
+        for invariant, token, message in violations:
+            if invariant in found:  # a row may break it at every token, and finding the turn takes a while
+                continue
+            turn = None if token is None else _turn(input_ids, token, tokenizer)
+            found[invariant] = Violation(row, turn, token, invariant, message)
+
+    note(_malformed(input_ids, labels, tokenizer))
+    if found:
+        return list(found.values())
+    labelled = Labelled(input_ids, labels, tokenizer, full=max_length is not None and len(input_ids) >= max_length)
+    controls = [i for i, token in enumerate(input_ids) if token in tokenizer.control_ids]
+    note(_labels(labelled, controls))
+    note(_bos(labelled))
+    if max_length is not None and len(input_ids) > max_length:
+        note(iter([("max length", max_length, f"{len(input_ids)} tokens, and {max_length} are allowed")]))
+    if conversation:
+        note(_as_encoded(labelled, conversation, template, max_length, truncation))
+    elif template.version == "v1":
+        note(by_text(labelled, controls))
+    else:
+        note(by_control_tokens(labelled, template.version, controls))
+    return list(found.values())
+
+
+def _turn(ids: list[int], position: int, tokenizer: Tokenizer) -> int:
+    """The number of answers that ended before this token."""
+    start = 1 if ids[:1] == [tokenizer.bos_id] else 0
+    return ids[start:position].count(tokenizer.eos_id)
+
+
+# --- whatever the template ---------------------------------------------------------------------------------
+
+
+def _malformed(ids: Any, labels: Any, tokenizer: Tokenizer) -> Found:
+    for name, values in (("input_ids", ids), ("labels", labels)):
+        if not isinstance(values, list):
+            yield "row", None, f"{name} is {_kind(values)}, not a list of ids"
+            return
+        wrong = next((i for i, value in enumerate(values) if type(value) is not int), None)
+        if wrong is not None:
+            yield "row", None, f"{name} has {_kind(values[wrong])} at position {wrong}, not an id"
+            return
+    if not ids:
+        yield "row", None, "no tokens at all"
+    elif min(ids) < 0 or max(ids) >= tokenizer.vocab_size:
+        wrong = next(i for i, token in enumerate(ids) if not 0 <= token < tokenizer.vocab_size)
+        yield "row", wrong, f"id {ids[wrong]} is not one of the tokenizer's {tokenizer.vocab_size}"
+    elif len(ids) != len(labels):
+        yield "length", None, f"{len(ids)} ids and {len(labels)} labels"
+
+
+def _labels(row: Labelled, controls: list[int]) -> Found:
+    for i, (token, label) in enumerate(zip(row.ids, row.labels, strict=True)):
+        if label not in (IGNORE_INDEX, token):
+            yield "labels", i, f"{row.piece(i)} has label {label}"
+            break
+    for i in controls:
+        if row.trained(i) and (row.ids[i] != row.tokenizer.eos_id or i < row.start):
+            yield "trained control", i, f"{row.piece(i)} is trained"
+    if row.first_trained(1, len(row.ids)) is None:  # the first token is never predicted
+        yield "targets", None, f"none of its {len(row.ids)} tokens is trained"
+
+
+def _bos(row: Labelled) -> Found:
+    bos = row.tokenizer.bos_id
+    if bos is None:
+        return
+    if row.ids[0] != bos:
+        yield "bos", 0, f"the row starts with {row.piece(0)}, not with BOS"
+    elif bos != row.tokenizer.eos_id and row.ids.count(bos) > 1:
+        yield (
+            "bos",
+            row.ids.index(bos, 1),
+            f"BOS again; it is there {row.ids.count(bos)} times (packed rows need position_ids)",
+        )
+    elif bos == row.tokenizer.eos_id and row.ids[1:2] == [bos]:
+        yield "bos", 1, "BOS again"
+
+
+# --- the conversation is known -----------------------------------------------------------------------------
+
+
+def _as_encoded(
+    row: Labelled, conversation: Conversation, template: MistralTemplate, max_length: int | None, truncation: str
+) -> Found:
+    """Against the conversation's segments, each encoded alone and whole."""
+    tokenizer = row.tokenizer
+    expected: list[int] = []
+    mask: list[bool] = []
+    ends = []  # after each answer
+    for segment in template.segments(conversation):
+        ids = encode_segments([segment], tokenizer)
+        expected += ids
+        mask += [segment.trained] * len(ids)
+        if segment.control == "eos":
+            ends.append(len(expected))
+    same = _same(row.ids, expected)
+    if same < len(row.ids):
+        wanted = expected[same] if same < len(expected) else None
+        control = {row.ids[same], wanted} & tokenizer.control_ids
+        belongs = "nothing" if wanted is None else describe(wanted, tokenizer)
+        yield "control" if control else "text", same, f"{row.piece(same)} stands where {belongs} belongs"
+    yield from _mask(row, mask[:same])
+    length = len(row.ids)
+    if same == length < len(expected):
+        next_end = next((end for end in ends if end > length), len(expected))
+        at_turn = truncation == "turn" and length in ends and max_length is not None and next_end > max_length
+        if not at_turn and (truncation == "drop" or max_length is None or length < max_length):
+            yield "cut", length - 1, f"the row ends here, at {length} of the conversation's {len(expected)} tokens"
+    yield from _answers(row, template, conversation, whole=length >= len(expected))
+
+
+def _same(ids: list[int], expected: list[int]) -> int:
+    """How many first ids are equal."""
+    pairs = enumerate(zip(ids, expected, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(expected)))
+
+
+def _mask(row: Labelled, mask: list[bool]) -> Found:
+    for i, wanted in enumerate(mask):
+        if row.trained(i) and not wanted:
+            yield "prompt", i, f"{row.piece(i)} is trained, and is not part of a trained answer"
+        elif wanted and not row.trained(i):
+            goes_on = row.ids[i] == row.tokenizer.eos_id or (row.trained(i - 1) and mask[i - 1])
+            yield "eos" if goes_on else "whole", i, f"{row.piece(i)} of an answer is not trained"
+
+
+def _answers(row: Labelled, template: MistralTemplate, conversation: Conversation, whole: bool) -> Found:
+    answers = [m.content for m in template.normalized(conversation.messages) if _is_trained(m)]
+    if template.version != "v1":
+        answers = [answer.rstrip(" ") for answer in answers]
+    spans = _trained_spans(row)
+    for (start, end), answer in zip(spans, answers, strict=False):
+        complete = row.ids[end - 1] == row.tokenizer.eos_id
+        spelt = row.spelt(start, end - complete)
+        if not _spells(spelt, answer, row.tokenizer, complete or end < len(row.ids)):
+            shown = spelt[:40].decode(errors="replace")
+            yield "answers", start, f"trained is {shown!r}, the answer is {answer[:40]!r}"
+    if len(spans) > len(answers) or (whole and len(spans) < len(answers)):
+        yield "answers", None, f"{len(spans)} trained spans, and {len(answers)} answers to train"
+
+
+def _is_trained(message: Message) -> bool:
+    return message.role == "assistant" and message.trained
+
+
+def _trained_spans(row: Labelled) -> list[tuple[int, int]]:
+    """Where each run of trained tokens starts and ends; an EOS ends a run, too."""
+    spans = []
+    start: int | None = None
+    for i, (token, label) in enumerate(zip(row.ids, row.labels, strict=True)):
+        if label == IGNORE_INDEX:
+            if start is not None:
+                spans.append((start, i))
+            start = None
+            continue
+        start = i if start is None else start
+        if token == row.tokenizer.eos_id:
+            spans.append((start, i + 1))
+            start = None
+    return spans if start is None else [*spans, (start, len(row.ids))]
+
+
+def _spells(spelt: bytes, answer: str, tokenizer: Tokenizer, complete: bool) -> bool:
+    """Whether `spelt` is the answer, or its beginning; one space before it is the template's or the tokenizer's."""
+
+    def fits(text: bytes) -> bool:
+        wholes = (text, b" " + text)
+        return spelt in wholes if complete else any(whole.startswith(spelt) for whole in wholes)
+
+    if fits(answer.encode()) or fits(answer.replace("▁", " ").encode()):  # SentencePiece writes `▁` for a space
+        return True
+    # Some tokenizers cannot spell every text (lower case, NFC, an unknown token): then it is what they make of it.
+    return tokenizer.continues_text and fits(
+        b"".join(map(tokenizer.token_bytes, tokenizer.encode(answer, after="text")))
+    )
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,154 @@
+"""Where prompts and answers are in a row of unknown origin, by the marks of its template alone.
+
+v2 and later have ids for `[INST]` and `[/INST]`. v1 writes them as text, and only EOS is sure; what it asks here is
+that every trained run comes right after the text `[/INST]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minisft.chat.mistral import CONTROL_TOKENS
+from minisft.chat.tokenizers import Tokenizer
+from minisft.labels.encode_row import IGNORE_INDEX
+
+Found = Iterator[tuple[str, int | None, str]]  # the violated invariant, the position, a message
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A well-formed row: `ids` and `labels` of one length; `full` if it may have been cut."""
+
+    ids: list[int]
+    labels: list[int]
+    tokenizer: Tokenizer
+    full: bool = False
+
+    @property
+    def start(self) -> int:
+        """Where the text begins: after BOS, if that is where it should be."""
+        return 1 if self.ids[:1] == [self.tokenizer.bos_id] else 0
+
+    def trained(self, position: int) -> bool:
+        return self.labels[position] != IGNORE_INDEX
+
+    def first_trained(self, begin: int, end: int) -> int | None:
+        return next((i for i in range(begin, end) if self.labels[i] != IGNORE_INDEX), None)
+
+    def piece(self, position: int) -> str:
+        return describe(self.ids[position], self.tokenizer)
+
+    def spelt(self, begin: int, end: int) -> bytes:
+        return b"".join(map(self.tokenizer.token_bytes, self.ids[begin:end]))
+
+
+def describe(token_id: int, tokenizer: Tokenizer) -> str:
+    return f"id {token_id} ({tokenizer.piece(token_id)})"
+
+
+def by_control_tokens(row: Labelled, version: str, controls: list[int]) -> Found:
+    """`[INST] … [/INST]` and `[SYSTEM_PROMPT] … [/SYSTEM_PROMPT]` are prompts; what follows, up to EOS, is an answer.
+
+    `controls` are the positions of all control tokens.
+    """
+    names = [row.tokenizer.control_id(name) for name in CONTROL_TOKENS[version]]
+    closing_of = dict(zip(names[::2], names[1::2], strict=True))
+    eos, bos = row.tokenizer.eos_id, row.tokenizer.bos_id
+    begin, closing, asked = row.start, None, False  # the current stretch, and what ends it if it is a prompt
+    before: bool | None = None  # whether the answer that ends where the stretch begins is trained
+    for i in (i for i in controls if i >= row.start):
+        token = row.ids[i]
+        if closing is not None and token == closing:
+            yield from _prompt(row, begin, i + 1)
+            begin, closing, asked, before = i + 1, None, True, None
+        elif closing is None and token in closing_of:
+            if begin < i:
+                yield "eos", i, f"{row.piece(i)} follows an answer without EOS"
+            begin, closing = i, closing_of[token]
+        elif closing is None and token == eos and (asked or _is_second(row, before, begin, i + 1)):
+            yield from _answer(row, begin, i + 1)
+            before = row.first_trained(begin, i + 1) is not None
+            begin, asked = i + 1, False
+        elif token != bos or bos == eos:
+            yield "control", i, f"{row.piece(i)} has no place here"
+    last = len(row.ids) - 1
+    is_second = closing is None and _is_second(row, before, begin, len(row.ids))
+    if closing is not None:
+        yield from _prompt(row, begin, len(row.ids))
+    elif begin <= last:
+        if not asked and not is_second:
+            yield "control", begin, f"{row.piece(begin)} stands where a question or a system prompt should begin"
+        yield from _answer(row, begin, len(row.ids))
+    if (closing is not None or asked or is_second) and not row.full:
+        yield "eos", last, f"the row ends in {row.piece(last)}, not in EOS"
+
+
+def by_text(row: Labelled, controls: list[int]) -> Found:
+    """v1: every stretch up to an EOS is `[INST] question [/INST] answer`, in text."""
+    eos, bos = row.tokenizer.eos_id, row.tokenizer.bos_id
+    begin = row.start
+    before: bool | None = None  # whether the answer that ends where the stretch begins is trained
+    for i in (i for i in controls if i >= row.start):
+        if row.ids[i] == eos and i > begin:
+            yield from _exchange(row, begin, i + 1, before)
+            before = row.first_trained(begin, i + 1) is not None
+            begin = i + 1
+        elif row.ids[i] != bos or bos == eos:
+            yield "control", i, f"{row.piece(i)} has no place here"
+    last = len(row.ids) - 1
+    if begin <= last:
+        yield from _exchange(row, begin, len(row.ids), before)
+        if not row.full:
+            yield "eos", last, f"the row ends in {row.piece(last)}, not in EOS"
+
+
+def _exchange(row: Labelled, begin: int, end: int, before: bool | None) -> Found:
+    trained = row.first_trained(begin, end)
+    if trained in (begin, None) and _is_second(row, before, begin, end) and b"[INST]" not in row.spelt(begin, end):
+        yield from _answer(row, begin, end)
+        return
+    question = row.spelt(begin, end if trained is None else trained).strip(b" ")
+    if not question.startswith(b"[INST]") and not (row.full and end == len(row.ids) and b"[INST]".startswith(question)):
+        yield "control", begin, f"{row.piece(begin)} stands where a question's [INST] should begin"
+    if trained is None:
+        return
+    if not question.endswith(b"[/INST]"):
+        yield "prompt", trained, f"{row.piece(trained)} is trained, and does not come right after [/INST]"
+    _, _, after = row.spelt(trained, end).partition(b"[INST]")
+    if b"[/INST]" in after:
+        yield "prompt", trained, "[INST] … [/INST] is trained (if the answer quotes it, give --against)"
+    yield from _run(row, trained, end)
+
+
+def _is_second(row: Labelled, before: bool | None, begin: int, end: int) -> bool:
+    """Whether a stretch can be an answer that follows an answer: one of them is trained, and the other is not.
+
+    Answers of one weight are joined; answers of different weight stay apart. `before` is None where no answer precedes.
+    """
+    if before is None or begin == end or row.ids[begin] == row.tokenizer.eos_id:
+        return False
+    return (row.first_trained(begin, end) is not None) != before
+
+
+def _prompt(row: Labelled, begin: int, end: int) -> Found:
+    trained = row.first_trained(begin, end)
+    if trained is not None:
+        yield "prompt", trained, f"{row.piece(trained)} of a prompt is trained"
+
+
+def _answer(row: Labelled, begin: int, end: int) -> Found:
+    trained = row.first_trained(begin, end)
+    if trained is None:
+        return
+    if trained > begin:
+        yield "whole", trained, f"training starts at {row.piece(trained)}, {trained - begin} tokens into the answer"
+    yield from _run(row, trained, end)
+
+
+def _run(row: Labelled, trained: int, end: int) -> Found:
+    stop = next((i for i in range(trained, end) if not row.trained(i)), None)
+    if stop is not None:
+        is_eos = row.ids[stop] == row.tokenizer.eos_id
+        what = "its EOS is not trained" if is_eos else f"training stops at {row.piece(stop)}"
+        yield "eos", stop, f"{what}, and began at token {trained}"

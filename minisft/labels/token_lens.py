@@ -1,0 +1,380 @@
+"""The token lens: every token of a row with its label, in a notebook, in a terminal or as a figure.
+
+A row holds untrusted text. Whatever is shown goes through `visible` first, so that it can only be read: no
+character of it moves the cursor, turns the line around or hides. On a page it is escaped as well.
+"""
+
+from __future__ import annotations
+
+import math
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from typing import Any
+
+from minisft.chat.tokenizers import Tokenizer
+from minisft.labels.encode_row import IGNORE_INDEX, Row
+from minisft.text import visible
+
+FOLD, KEPT = 400, 200  # of more boxes or lines than FOLD, only KEPT at either end stay open
+LONGEST = 2000  # of more rows in the table or boxes within the fold, only KEPT at either end are there at all
+MOST_LOSS = 8.0  # nats: a bar grows no higher
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of token looks: each has a mark and a shape besides its colour, and suits a light and a dark page."""
+
+    mark: str
+    meaning: str
+    style: str
+
+
+KINDS = {
+    "prompt": Kind("", "only read", "border-bottom:2px dotted #888;background:rgba(128,128,128,.15)"),
+    "target": Kind("●", "trained", "border-bottom:3px solid #8a5a00;background:#f5b22e;color:#000;font-weight:bold"),
+    "control": Kind("◆", "structure, not text", "border:3px double #2b87c8;border-radius:9px"),
+    "padding": Kind("×", "not attended to", "border:1px dashed #888;font-style:italic"),
+    "cut off": Kind("✂", "the row did not fit", "border:2px dashed #fff;background:#a3171f;color:#fff"),
+    "folded": Kind("…", "", ""),
+}
+_WIDTHS = {"position": 8, "id": 7, "label": 7, "predicts": 8, "loss": 6}  # in a terminal
+
+
+@dataclass(frozen=True)
+class Box:
+    """Tokens `start` up to `stop`, shown as one: a single token, or several that only together make characters."""
+
+    start: int
+    stop: int
+    text: str
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Lens:
+    """Shows `row`. `losses` has one loss for each token (None: no loss), `attention_mask` a 0 for padding."""
+
+    row: Row
+    tokenizer: Tokenizer
+    losses: Sequence[float | None] | None = None
+    attention_mask: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, values in (("losses", self.losses), ("attention_mask", self.attention_mask)):
+            if values is not None and len(values) != len(self.row.input_ids):
+                raise ValueError(f"{name} has {len(values)} values for the row's {len(self.row.input_ids)} tokens")
+
+    def __repr__(self) -> str:
+        return self.verdict
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    # --- what each token is --------------------------------------------------------------------------------
+
+    def is_trained(self, i: int) -> bool:
+        """Whether the loss sees token `i`; before token 0 there is nothing to predict it from."""
+        return i > 0 and self.row.labels[i] != IGNORE_INDEX
+
+    def is_padding(self, i: int) -> bool:
+        return self.attention_mask is not None and not self.attention_mask[i]
+
+    def kinds(self, i: int) -> tuple[str, ...]:
+        """What token `i` is: at most one of padding and control, and whether it is a target."""
+        control = self.row.input_ids[i] in self.tokenizer.control_ids
+        sort = "padding" if self.is_padding(i) else "control" if control else ""
+        training = "target" if self.is_trained(i) else "" if sort else "prompt"
+        return tuple(filter(None, (sort, training)))
+
+    def loss(self, i: int) -> float | None:
+        known = i > 0 and self.losses is not None and self.losses[i] is not None
+        return float(self.losses[i]) if known else None
+
+    @cached_property
+    def boxes(self) -> list[Box]:
+        found, start = [], 0
+        while start < len(self.row.input_ids):
+            stop = self._box_stop(start)
+            text = visible(b"".join(map(self.tokenizer.token_bytes, self.row.input_ids[start:stop])))
+            found.append(Box(start, stop, text, self.kinds(start)))
+            start = stop
+        return found
+
+    def _box_stop(self, start: int) -> int:
+        """After as many tokens of one kind as make whole characters, or after one if no number of them does."""
+        kinds, decoder = self.kinds(start), getincrementaldecoder("utf-8")()
+        for i in range(start, len(self.row.input_ids)):
+            if "control" in kinds or self.kinds(i) != kinds:
+                break
+            try:
+                decoder.decode(self.tokenizer.token_bytes(self.row.input_ids[i]))
+            except UnicodeDecodeError:
+                break
+            if not decoder.getstate()[0]:  # no byte is left waiting for others
+                return i + 1
+        return start + 1
+
+    @cached_property
+    def _box_of(self) -> list[Box]:
+        return [box for box in self.boxes for _ in range(box.start, box.stop)]
+
+    def facts(self, i: int) -> dict[str, str]:
+        """All that is known about token `i`, in words; position `i` predicts the label of the next one."""
+        box, kinds, loss = self._box_of[i], self.kinds(i), self.loss(i)
+        text, size = visible(self.tokenizer.token_bytes(self.row.input_ids[i])), box.stop - box.start
+        predicts = i + 1 < len(self.row.labels) and self.is_trained(i + 1)
+        if self.row.input_ids[i] in self.tokenizer.added_words:
+            kinds = (*kinds, "added word")
+        return {
+            "position": f"{i}",
+            "id": f"{self.row.input_ids[i]}",
+            "label": f"{self.row.labels[i]}",
+            "predicts": f"{self.row.labels[i + 1]}" if predicts else "-",
+            **({} if self.losses is None else {"loss": "-" if loss is None else f"{loss:.2f}"}),
+            "kind": f"{_marks(kinds)} {', '.join(kinds)}".strip(),
+            "token": text if size == 1 else f"{text} ({i - box.start + 1} of {size} tokens of {box.text})",
+        }
+
+    # --- what the row is -----------------------------------------------------------------------------------
+
+    @cached_property
+    def verdict(self) -> str:
+        """The row in one line: how much of it is trained, and whether its answers end as they should."""
+        ids, labels = self.row.input_ids, self.row.labels
+        trained = [i for i in range(len(ids)) if self.is_trained(i)]
+        padding = [i for i in range(len(ids)) if self.is_padding(i)]
+        said = [f"{len(trained)} of {_count(len(ids), 'token')} trained" if trained else "no token is trained"]
+        if trained:
+            said.append(self._how_answers_end())
+        if self.row.truncated and "cut off" not in said[-1]:
+            said.append("the row was cut off")
+        if padding:
+            said.append(f"{_count(len(padding), 'token')} of padding")
+        if wrong := sum(map(self.is_trained, padding)):
+            said.append(f"padding trained by mistake: {_count(wrong, 'token')}")
+        if wrong := sum(labels[i] != ids[i] for i in trained):
+            said.append(f"labels that are not their token's id: {wrong}")
+        return "; ".join(said)
+
+    def _how_answers_end(self) -> str:
+        """An answer is a stretch of trained tokens, which a trained EOS ends too."""
+        labels, eos_id = self.row.labels, self.tokenizer.eos_id
+        trained = [*map(self.is_trained, range(len(labels))), False]
+        ends = [i for i, label in enumerate(labels) if trained[i] and (label == eos_id or not trained[i + 1])]
+        wrong = {n: "does not end in EOS" for n, end in enumerate(ends, 1) if labels[end] != eos_id}
+        count, right = len(ends), len(ends) - len(wrong)
+        if count in wrong and ends[-1] + 1 == self.cut_at:
+            wrong[count] = "was cut off"
+        if count == 1:
+            return f"the answer {wrong.get(1, 'ends in EOS')}"
+        if not wrong:
+            return f"{'both' if count == 2 else f'all {count}'} answers end in EOS"
+        which = [f"answer {n} {what}" for n, what in wrong.items()]
+        if len(which) > 4:
+            which[2:-1] = [f"nor do {len(which) - 3} more"]
+        return f"{right or 'none'} of {count} answers end{'s' * (right < 2)} in EOS: {', '.join(which)}"
+
+    @cached_property
+    def cut_at(self) -> int | None:
+        """Where the row was cut off, if it was: after its last token that is no padding."""
+        if not self.row.truncated:
+            return None
+        return max((i + 1 for i in range(len(self.row.input_ids)) if not self.is_padding(i)), default=0)
+
+    @cached_property
+    def loss_line(self) -> str:
+        """The mean loss over the trained tokens, in words; empty if no loss is known."""
+        known = [loss for i in range(len(self.row.labels)) if self.is_trained(i) and (loss := self.loss(i)) is not None]
+        if not known:
+            return ""
+        return f"mean loss over the {_count(len(known), 'trained token')}: {math.fsum(known) / len(known):.3f} nats"
+
+    # --- how it is shown -----------------------------------------------------------------------------------
+
+    def _walk(
+        self, items: Sequence[Any], show: Callable[[Any], Any], note: Callable[[str, str], Any], fold: int
+    ) -> list:
+        """Each of `items` shown, boxes or tokens, with notes where the row was cut off or a long middle is left out."""
+        head, middle, tail = _folded(items, fold)
+        shown = []
+        for n, item in enumerate([*head, *tail], 1):
+            shown.append(show(item))
+            if item.stop == self.cut_at:
+                shown.append(note("cut off", f"cut off: {KINDS['cut off'].meaning}"))
+            if middle and n == len(head):
+                shown.append(note("folded", self._more(middle)))
+        return shown
+
+    def _more(self, items: Sequence[Any]) -> str:
+        """What a fold holds: `1,204 more tokens (812 prompt, 392 trained)`."""
+        tokens = range(items[0].start, items[-1].stop)
+        trained = sum(map(self.is_trained, tokens))
+        padding = sum(self.is_padding(i) and not self.is_trained(i) for i in tokens)
+        counts = {"prompt": len(tokens) - trained - padding, "trained": trained, "padding": padding}
+        kinds = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+        return f"{_count(len(tokens), 'more token')} ({kinds})"
+
+    @property
+    def _tokens(self) -> list[range]:
+        return [range(i, i + 1) for i in range(len(self.row.input_ids))]
+
+    @property
+    def _columns(self) -> list[str]:
+        names = ["position", "id", "token", "kind", "label", "predicts", "loss"]
+        return names if self.losses is not None else names[:-1]
+
+    def to_text(self, full: bool = False) -> str:
+        """One line for each token; without the middle of a long row, unless `full`."""
+
+        def line(facts: dict[str, str]) -> str:
+            numbers = " ".join(f"{facts[name]:>{width}}" for name, width in _WIDTHS.items() if name in facts)
+            return f"{numbers}  {facts['kind']:<18} {facts['token']}"
+
+        def note(kind: str, text: str) -> str:
+            return f"{'':8} {KINDS[kind].mark} {text}{'; to_text(full=True) shows them' * (kind == 'folded')}"
+
+        fold = len(self._tokens) if full else FOLD
+        lines = self._walk(self._tokens, lambda token: line(self.facts(token.start)), note, fold)
+        return "\n".join(filter(None, (self.verdict, self.loss_line, line({n: n for n in self._columns}), *lines)))
+
+    def figure(self, title: str = "", width: float = 660) -> Any:
+        """The row as a `Picture`, `width` points wide; the verdict is its title unless you give one."""
+        from minisft.course.figures.runs import draw_tokens
+
+        def tile(box: Box) -> tuple[str, tuple[str, ...], list[float]]:
+            losses = [loss for i in range(box.start, box.stop) if (loss := self.loss(i)) is not None]
+            return f"{_marks(box.kinds)} {box.text}".strip(), box.kinds, list(map(_height, losses))
+
+        tiles = self._walk(self.boxes, tile, lambda kind, text: (f"{KINDS[kind].mark} {text}", (kind,), []), FOLD)
+        legend = [f"{KINDS[kind].mark} {kind}: {KINDS[kind].meaning}".strip() for kind in self._present]
+        legend = "     ".join([*legend, *filter(None, [self.loss_line])])
+        alt = f"A row as {_count(len(self.row.input_ids), 'token')}; {self.row.trained} of them are trained, marked ●"
+        alt = ". ".join(filter(None, (alt, self.verdict, self.loss_line)))
+        return draw_tokens(tiles, title or self.verdict, legend, alt, width)
+
+    @property
+    def _present(self) -> list[str]:
+        """The kinds that this row has."""
+        found = {kind for box in self.boxes for kind in box.kinds}
+        return [kind for kind in KINDS if kind in found]
+
+    def _repr_html_(self) -> str:
+        folded = _folded(self.boxes, FOLD)
+        head, middle, tail = map(self._strip, folded)
+        if middle:
+            middle = f'<details><summary style="cursor:pointer">{self._more(folded[1])}</summary>{middle}</details>'
+        loss = f"<div>{self.loss_line}</div>" if self.loss_line else ""
+        return (
+            f'<div dir="ltr" class="mathjax_ignore" style="text-align:left"><div><strong>{self.verdict}</strong></div>'
+            f"{loss}{head}{middle}{tail}{self._legend()}{self._table()}</div>"
+        )
+
+    def _strip(self, boxes: Sequence[Box]) -> str:
+        """Boxes for the eye; for the ear there is the table."""
+        shown = self._walk(boxes, self._box_html, lambda kind, text: _html((kind,), text), LONGEST)
+        style = "font-family:monospace;line-height:1.6;margin:6px 0;word-break:break-all"
+        return f'<div aria-hidden="true" style="{style}">{"".join(shown)}</div>' if shown else ""
+
+    def _box_html(self, box: Box) -> str:
+        tokens, titles = range(box.start, box.stop), [", ".join(box.kinds)]
+        for i in tokens:
+            titles.append(", ".join(f"{name} {fact}" for name, fact in self.facts(i).items() if name in _WIDTHS))
+        below = f'<sup dir="ltr">{len(tokens)}</sup>' if len(tokens) > 1 else ""
+        if self.losses is not None:
+            bars = "".join(_bar(loss, self.is_trained(i)) for i in tokens if (loss := self.loss(i)) is not None)
+            below += f'<span style="display:block;line-height:1">{bars}</span>'
+        return _html(box.kinds, box.text, "\n".join(titles), below, "top" if self.losses is not None else "baseline")
+
+    def _legend(self) -> str:
+        entries = [f"{_html((kind,), kind)} {KINDS[kind].meaning}" for kind in self._present]
+        if len(self.boxes) < len(self.row.input_ids):
+            entries.append("<sup>2</sup> two tokens that only together make characters")
+        if self.losses is not None:
+            entries.append(f"{_bar(2, True)} loss of 2 nats, {_bar(MOST_LOSS, True)} of {MOST_LOSS:.0f} or more")
+            entries.append(f"{_bar(4, False)} not counted")
+        spans = (f'<span style="display:inline-block;margin-right:18px">{entry}</span>' for entry in entries)
+        return f'<div style="font-size:85%;line-height:2">{"".join(spans)}</div>'
+
+    def _table(self) -> str:
+        def cells(tag: str, facts: dict[str, str]) -> str:
+            left = {"token": ' style="text-align:left"', "kind": ' style="text-align:left"'}
+            return "".join(f"<{tag}{left.get(n, '')}>{escape(facts[n])}</{tag[:2]}>" for n in self._columns)
+
+        def note(kind: str, text: str) -> str:
+            text += " left out" * (kind == "folded")
+            return f'<td colspan="{len(self._columns)}" style="text-align:left">{KINDS[kind].mark} {text}</td>'
+
+        rows = self._walk(self._tokens, lambda token: cells("td", self.facts(token.start)), note, LONGEST)
+        return (
+            '<details><summary style="cursor:pointer">as a table</summary>'
+            '<table cellpadding="3" style="font-family:monospace;text-align:right">'
+            f'<caption style="text-align:left">{self.verdict}</caption>'
+            f"<thead><tr>{cells('th scope=col', {n: n for n in self._columns})}</tr></thead>"
+            f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></details>"
+        )
+
+
+def lens(row: Row, tokenizer: Tokenizer, model: Any = None) -> Lens:
+    """The lens on `row`; with a causal language model of transformers, also its loss on each token."""
+    return Lens(row, tokenizer, None if model is None else token_losses(model, row.input_ids))
+
+
+def token_losses(model: Any, input_ids: list[int]) -> list[float | None]:
+    """The cross-entropy of each token given those before it, in nats; the first has none before it and no loss."""
+    import torch
+
+    if len(input_ids) < 2:
+        return [None] * len(input_ids)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.tensor([input_ids], device=model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return [None, *losses.tolist()]
+
+
+# --- parts of what is shown --------------------------------------------------------------------------------
+
+
+def _folded(items: Sequence[Any], limit: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    if len(items) <= limit:
+        return items, items[:0], items[:0]
+    return items[:KEPT], items[KEPT:-KEPT], items[-KEPT:]
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def _marks(kinds: Iterable[str]) -> str:
+    return "".join(KINDS[kind].mark for kind in kinds)
+
+
+def _html(kinds: tuple[str, ...], text: str, title: str = "", below: str = "", align: str = "baseline") -> str:
+    """One box. A `bdi` keeps its text's direction to itself even where a page drops all styles."""
+    style = ";".join(KINDS[kind].style for kind in reversed(kinds))
+    mark = f"<small>{_marks(kinds)}</small>&nbsp;" if _marks(kinds) else ""
+    title = f' title="{escape(title)}"' if title else ""
+    return (
+        f'<bdi dir="ltr"{title} style="display:inline-block;vertical-align:{align};padding:0 4px;'
+        f'margin:2px 1px;border-radius:3px;{style}">{mark}{escape(text)}{below}</bdi>'
+    )
+
+
+def _height(loss: float) -> float:
+    """How high a bar stands, in nats: never quite gone, never above MOST_LOSS; there stands what is no number, too."""
+    return MOST_LOSS if math.isnan(loss) else max(0.5, min(loss, MOST_LOSS))
+
+
+def _bar(loss: float, trained: bool) -> str:
+    height = round(2 * _height(loss))
+    style = f"display:inline-block;width:7px;margin:0 1px;padding-top:{round(2 * MOST_LOSS) - height}px"
+    return f'<i style="{style};border-bottom:{height}px solid{"" if trained else ";opacity:.4"}"></i>'

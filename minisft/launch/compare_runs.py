@@ -1,0 +1,147 @@
+"""Several runs side by side: losses, speed, memory, communication; as rows, as tables, and in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from minisft.run.folder import Run, checkpoint_step
+from minisft.text import one_line
+from minisft.training.metrics_log import speed
+from minisft.zero.communication import sent
+from minisft.zero.measured_memory import OTHER
+from minisft.zero.state_memory import MOMENTS
+
+if TYPE_CHECKING:
+    import pandas
+
+NEAR = 0.05  # runs whose speed differs by less are said to be equally fast: repeating one moves it by as much
+
+
+def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row per run: first and last loss, median tokens per second after warm-up, bytes per rank."""
+    rows = []
+    for run in runs:
+        metrics, memory = run.metrics, run.memory
+        rows.append(
+            {
+                "run": run.name,
+                "status": run.status,
+                "ranks": run.config.ranks,
+                "precision": run.precision,
+                "steps": len(metrics),
+                "first_loss": metrics[0]["loss"] if metrics else None,
+                "last_loss": metrics[-1]["loss"] if metrics else None,
+                **speed(metrics),
+                "model_state_bytes": max((model_states(rank) for rank in memory), default=None),
+                "peak_bytes": max((rank.get("peak") or 0 for rank in memory), default=None),
+                "sent_bytes": sent(memory[0].get("communication", {}), run.config.ranks) if memory else None,
+            }
+        )
+    return rows
+
+
+def tables(runs: Sequence[Run]) -> dict[str, pandas.DataFrame]:
+    """All that the runs have written down, tidy: one observation per line, the run's name in the first column.
+
+    metrics        a line per step: step, epoch, loss, lr, grad_norm, tokens, trained_tokens, seconds, warm_up, and
+                   `bytes`, the most that a rank held in memory
+    memory         a line per rank, moment (`at rest`, `after backward`) and owner: bytes
+    communication  a line per rank and operation: the bytes of one step
+    checkpoints    a line per checkpoint: step, test_loss, bytes, best, folder
+    logs           a line per log file: name, lines, and the last line
+    """
+    import pandas
+
+    found: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("metrics", "memory", "communication", "checkpoints", "logs")
+    }
+    for run in runs:
+        name = {"run": run.name}
+        found["metrics"] += [name | line | {"bytes": max(line.get("bytes", [0]))} for line in run.metrics]
+        for rank in run.memory:
+            about = name | {"rank": rank["rank"]}
+            for moment in MOMENTS:
+                for owner, size in rank.get(moment, {}).items():
+                    found["memory"].append(about | {"moment": moment, "owner": owner, "bytes": size})
+            for operation, size in rank.get("communication", {}).items():
+                found["communication"].append(about | {"operation": operation, "bytes": size})
+        losses, best = run.test_losses, run.best_checkpoint
+        for folder in run.checkpoints:
+            step = checkpoint_step(folder)
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            about = {"step": step, "test_loss": losses.get(step), "bytes": size, "best": folder == best}
+            found["checkpoints"].append(name | about | {"folder": str(folder)})
+        for file in sorted((run.folder / "logs").glob("*.log")):
+            lines = file.read_text(errors="replace").splitlines()
+            found["logs"].append(name | {"log": file.name, "lines": len(lines), "last": lines[-1] if lines else ""})
+    return {name: pandas.DataFrame(lines) for name, lines in found.items()}
+
+
+def verdict(runs: Sequence[Run]) -> str:
+    """Which of the runs was fastest and which leanest here, and how far that carries. Empty without two to compare."""
+    rows = [row | {"run": one_line(row["run"])} for row in summary_rows(runs)]
+    rows = [row for row in rows if row["tokens_per_second"] and row["model_state_bytes"]]
+    if len(rows) < 2:
+        return ""
+    most = max(row["tokens_per_second"] for row in rows)
+    least = min(row["tokens_per_second"] for row in rows)
+    fastest = [row["run"] for row in rows if row["tokens_per_second"] > (1 - NEAR) * most]
+    states = {row["run"]: row["model_state_bytes"] for row in rows}
+    heaviest = max(states, key=states.__getitem__)
+    share = min(states.values()) / states[heaviest]
+    said = [
+        f"Fastest here: {listed(fastest)}, with {most:,.0f} tokens/s; the slowest made {least / most:.0%} of that.",
+        f"Leanest: {listed(leanest(rows))}, with {share:.0%} of {heaviest}'s states per rank.",
+    ]
+    if any(run.on_gpu for run in runs):
+        said.append("Between other GPUs, or over a network, communication takes another share of each step.")
+    else:
+        ranks = max(row["ranks"] for row in rows)
+        said.append(
+            f"That is about this machine: up to {ranks} ranks share its cores, so more ranks compute no faster, and "
+            "they talk through its main memory. On GPUs each rank brings its own compute and memory, and the links "
+            "between them decide."
+        )
+    return " ".join(said)
+
+
+def leanest(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The runs of these rows that hold the fewest states per rank, those within a hundredth of it included."""
+    states = {row["run"]: row["model_state_bytes"] for row in rows if row["model_state_bytes"]}
+    return [name for name, size in states.items() if size < 1.01 * min(states.values())]
+
+
+def listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def model_states(rank: dict[str, Any]) -> int:
+    """Bytes that one rank, an entry of `memory.json`, holds between two steps, but for batches and the like."""
+    return sum(held for owner, held in rank.get("at rest", {}).items() if owner != OTHER)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as plain text."""
+    if not rows:
+        return "no runs yet: train one with ./launchers/run_zero.sh vanilla"
+    lines = [
+        f"{'run':<14} {'status':<10} {'ranks':>5} {'steps':>5} {'first loss':>10} {'last loss':>10} {'tokens/s':>9} "
+        f"{'states/rank':>12} {'peak/rank':>10} {'sent/step':>10}"
+    ]
+    for row in rows:
+        lines.append(
+            f"{one_line(row['run']):<14} {row['status']:<10} {row['ranks']:>5} {row['steps']:>5} "
+            f"{_number(row['first_loss'], '.4f'):>10} {_number(row['last_loss'], '.4f'):>10} "
+            f"{_number(row['tokens_per_second'], ',.0f'):>9} {_size(row['model_state_bytes']):>12} "
+            f"{_size(row['peak_bytes']):>10} {_size(row['sent_bytes']):>10}"
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form if abs(value) < 1e12 else ".3g")
+
+
+def _size(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e9:.2f} GB"

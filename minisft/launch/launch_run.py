@@ -1,0 +1,276 @@
+"""From a prepared run folder to a finished run.
+
+    run = launch(prepare(RunConfig.course("zero2")))
+
+A supervisor runs the command of the folder (`minisft.launch.supervisor`); this side follows it, and stops it when asked.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from minisft import processes, text
+from minisft.errors import UserError
+from minisft.files import read_json, remove_all, write_json
+from minisft.launch import cpu_comm_op
+from minisft.launch.commands import Command, shown
+from minisft.launch.guardian import end_marked
+from minisft.launch.hosts import Place, is_here
+from minisft.launch.notebook_view import LiveView, in_notebook
+from minisft.launch.prepare_run import HOSTS, Say, only_one, prepare, require_place, write_commands
+from minisft.launch.supervisor import Task
+from minisft.run.folder import Run, project_root, require_contained, require_own_files
+from minisft.run.records import Hosts
+from minisft.text import one_line
+from minisft.training import preflight
+from minisft.training.checkpoints import resume_point
+from minisft.training.dataset import require_as_made, require_same_model
+from minisft.training.heartbeat import SILENCE, STALL, clear, read_signs
+from minisft.zero.lint_config import lint
+
+__all__ = ["RunFailed", "launch", "prepare"]
+TICK = 0.25  # seconds between two looks for an interrupt
+
+
+class RunFailed(RuntimeError):
+    """A run that started and did not finish. The message names the rank, the reason and the log."""
+
+
+def launch(
+    run: Run,
+    say: Say | None = None,
+    *,
+    place: Place | None = None,
+    silence: float = SILENCE,
+    stall: float = STALL,
+) -> Run:
+    """Run the prepared command to its end, on other hosts if `place` names some; returns when it is done.
+
+    What the run says goes to `say`; without one, a live view in a notebook, printed lines elsewhere.
+
+    The processes live in a session of their own, under a supervisor (`minisft.launch.supervisor`) that ends them all if this
+    process is interrupted or gone, if a rank dies, gives no sign of life for `silence` seconds, or if none moves for
+    `stall` seconds. Success is exit code 0, the `DONE` marker, and every rank's word. Raises `RunFailed` or
+    `KeyboardInterrupt`, once all processes are gone, or `UserError` if the run is live.
+    """
+    with only_one(run.folder) as locks:
+        if run.prepared and run.prepared != run.identity:
+            raise UserError(f"{run.name} was prepared again since, with other settings or rows: prepare it once more")
+        is_done = run.status == "done"
+        say = say or (LiveView(run) if in_notebook() and not is_done else text.say)
+        if is_done:
+            say(f"{run.name} is trained already, with exactly these settings (--overwrite trains it again)")
+            return run
+        place = place or run.place
+        _require_startable(run, place, say)
+        run = run.as_it_is()
+        mark = f"{os.getpid()}-{secrets.token_hex(8)}"
+        started = write_commands(run, run.folder, place, mark)
+        _require_programs(started)
+        _clear_earlier_try(run)
+        (run.folder / "logs").mkdir(exist_ok=True)
+        for line in run.command.splitlines():
+            say(line)
+        task = Task(
+            folder=str(run.folder),
+            commands=started,
+            working_directory=str(project_root()),
+            ranks=run.config.ranks,
+            silence=silence,
+            stall=stall,
+            mark=mark,
+        )
+        interrupted = _follow(task, say, locks)
+        end_marked(task.mark)
+        if run.status != "done" and run.failure is None:  # the supervisor itself was killed
+            _wait_for_ranks(run)
+            write_json(run.folder / "FAILED", {"rank": None, "step": None, "reason": "the supervisor was killed"})
+        if isinstance(say, LiveView):
+            say.close()
+    if run.status == "done":
+        return run
+    if interrupted:
+        raise KeyboardInterrupt(f"{run.name} was stopped: {_goes_on(run)}")
+    raise RunFailed(_why(run))
+
+
+def _require_startable(run: Run, place: Place | None, say: Say) -> None:
+    """Refuse what the run folder cannot decide by itself, or what could only fail later. Raises `UserError`."""
+    if run.written_config.trust_remote_code and not run.trust_remote_code:
+        raise UserError(
+            f"{shown(run.folder)} asks to run code that comes with its model: read that code, and give "
+            "--trust-remote-code if you trust it"
+        )
+    asked = read_json(run.folder / HOSTS, Hosts)
+    if "none" in (place and place.launcher, asked and asked["launcher"]):
+        lines = shown(run.folder / "command.txt")
+        raise UserError(f"{run.name} waits to be started on its hosts: give each its line of {lines}")
+    if place is None and asked is not None:
+        hosts = one_line(", ".join(asked["hosts"]), 100)
+        raise UserError(
+            f"{run.name} was prepared for the hosts {hosts}, and a run folder does not decide where commands run: name "
+            "them again with --hostfile"
+        )
+    require_place(run.config, place)
+    require_own_files(run)
+    require_as_made(run.folder)
+    require_same_model(run)
+    resume_point(run)
+    _require_sound_deepspeed(run, say)
+    if place is None and not run.on_gpu:
+        preflight.warn_of_cores(run.config, say)
+
+
+def _goes_on(run: Run) -> str:
+    """What the same command will do with an interrupted run."""
+    try:
+        checkpoint = resume_point(run)
+    except UserError as error:
+        return str(error)
+    if checkpoint is None:
+        return "the same command starts it from the beginning (--resumable lets a run resume)"
+    return f"the same command resumes from {checkpoint.name}"
+
+
+def _why(run: Run) -> str:
+    failure = run.failure
+    rank = failure["rank"]
+    where = "" if rank is None else f" on rank {rank}, step {failure['step']}"
+    log = run.folder / "logs" / ("launcher.log" if rank is None else f"rank{rank}.log")
+    return f"{run.name} failed{where}: {failure['reason']} (see {shown(log)})"
+
+
+def _require_sound_deepspeed(run: Run, say: Say) -> None:
+    """Refuse a `deepspeed.json`, which may have been edited, that would fail or not do what it says."""
+    if (config := run.deepspeed) is None:
+        return
+    findings = lint(config, ranks=run.config.ranks)
+    if errors := [finding for finding in findings if finding.severity == "error"]:
+        said = "; ".join(f"{finding.key} {finding.message}" for finding in errors)
+        raise UserError(f"{shown(run.folder / 'deepspeed.json')} cannot be trained with: {said}")
+    require_contained(run)
+    for finding in findings:
+        say(f"deepspeed.json: {finding}")
+
+
+def _require_programs(started: Sequence[Command]) -> None:
+    """Refuse to start a program that is not there. Raises `UserError`."""
+    for program in {command.words[0] for command in started}:
+        if shutil.which(program, path=cpu_comm_op.build_environment()["PATH"]) is None:
+            raise UserError(f"there is no {program} in this environment: launchers/setup.sh installs what is missing")
+
+
+def _clear_earlier_try(run: Run) -> None:
+    """What an unfinished run left must not be taken for the new one's; with a checkpoint to resume from, all stays."""
+    (run.folder / "FAILED").unlink(missing_ok=True)
+    clear(run.folder)
+    for scratch in run.folder.glob(".minisft-*"):
+        if scratch.is_file():  # what was being written when it was killed; a folder is somebody's own
+            scratch.unlink()
+    if resume_point(run):
+        return
+    for name in ("metrics.jsonl", "memory.json", "logs", "tensorboard"):
+        remove_all(run.folder / name)
+    for folder in run.checkpoints:  # without weights
+        remove_all(folder)
+
+
+def _follow(task: Task, say: Say, locks: list[int]) -> bool:
+    """Let a supervisor run `task`, and pass on what it says, until it is gone; returns whether SIGINT stopped it.
+
+    It holds `locks` (file descriptors) as well, so that nothing can replace the folder under a live run.
+    """
+    cpu_comm_op.remove_stale_locks(cpu_comm_op.extensions_folder())
+    stop: list[int] = []
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                old[number] = signal.signal(number, lambda number, _: stop.append(number))
+    supervisor = subprocess.Popen(
+        processes.python("-m", "minisft.launch.supervisor", task.folder),
+        # The environment of this interpreter, even if nobody activated it.
+        env=processes.environment() | cpu_comm_op.build_environment(),
+        pass_fds=locks,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    with suppress(OSError):  # one that ended at once has said why
+        # Not as an argument: those are public, and of limited length.
+        supervisor.stdin.write(task.to_json() + "\n")
+        supervisor.stdin.flush()
+    lines: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read_lines, args=(supervisor.stdout, lines), daemon=True).start()
+    parent = os.getppid() if _ends_with_parent() else None
+    asked = False
+    try:
+        while True:
+            with suppress(queue.Empty):
+                if (line := lines.get(timeout=TICK)) is None:
+                    break
+                say(line)
+            if isinstance(say, LiveView):
+                say.tick()
+            if not asked and (stop or parent not in (None, os.getppid())):
+                why = f"stopped by {signal.Signals(stop[0]).name}" if stop else "stopped because its parent is gone"
+                with suppress(OSError):
+                    supervisor.stdin.write(f"{why}\n")
+                    supervisor.stdin.flush()
+                asked = True
+        supervisor.wait()
+    finally:
+        with suppress(OSError):
+            supervisor.stdin.close()  # whatever happened here: it ends everything now
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    return stop[:1] == [signal.SIGINT]
+
+
+def _ends_with_parent() -> bool:
+    """Whether nobody else would stop this process when the one that started it is gone, such as a notebook's kernel.
+
+    A terminal says SIGHUP, unless told otherwise (`disown`); `nohup` ignores it, and who leads a session (`setsid`)
+    means to stay.
+    """
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or os.getsid(0) == os.getpid():
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return True
+    return False
+
+
+def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
+    for line in stream:
+        lines.put(line.rstrip("\n"))
+    lines.put(None)
+
+
+def _wait_for_ranks(run: Run) -> None:
+    """The ranks notice by themselves that their supervisor is gone; see to it that they do."""
+    import psutil
+
+    here = [sign.pid for sign in read_signs(run.folder) if is_here(sign.host)]
+    ranks = []
+    for pid in here:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if str(run.folder) in process.cmdline() or shown(run.folder) in process.cmdline():
+                ranks.append(process)
+    for process in psutil.wait_procs(ranks, timeout=3)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(ranks, timeout=3)

@@ -1,0 +1,270 @@
+"""From a `RunConfig` to a prepared run folder and one exact command.
+
+    run = prepare(RunConfig.course("zero2"))
+
+Everything that can be wrong with the input is found here, before any process starts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from minisft.chat.tokenizers import HuggingFaceTokenizer
+from minisft.data import download
+from minisft.data.ledger import Ledger
+from minisft.errors import UserError
+from minisft.files import Digests, is_inside, locked_folder, open_lock, remove_all, try_lock, write_json, written_whole
+from minisft.launch.commands import Command, commands, require_deepspeed, shown, write_place
+from minisft.launch.hosts import Place
+from minisft.run.folder import Run, RunConfig, all_runs, lock_of, outputs_root, require_own_files
+from minisft.text import say
+from minisft.training import preflight
+from minisft.training.checkpoint_health import require_sound
+from minisft.training.checkpoints import latest_resumable, resume_point, something_to_lose
+from minisft.training.dataset import made_of, model_files, remember, take_over, write_data
+from minisft.zero.strategies import deepspeed_config, offloads
+
+Say = Callable[[str], None]
+HOSTS = "hosts.json"  # of a run folder: where it takes place
+
+
+def prepare(
+    config: RunConfig,
+    *,
+    place: Place | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    say: Say = say,
+) -> Run:
+    """Make the run folder: data split and encoded, the DeepSpeed configuration, and the command.
+
+    A finished run with the same settings is returned as it is, and so is an unfinished one that can be resumed from a
+    checkpoint; one that holds no weights is prepared from the beginning. Any other run of this name is only replaced
+    with `overwrite`, or with `restart` if it is unfinished, has the same settings and cannot be resumed: nothing that
+    may hold weights is removed without either. The folder appears whole, by one rename; all of this is decided while
+    its lock is held. `place` are the hosts to run on, if not this machine alone; they may differ when a run is resumed.
+    Paths among the settings become absolute: `rows.json` elsewhere is another file. Raises `UserError`.
+    """
+    require_place(config, place)
+    config = _settled(config)
+    folder = outputs_root() / "model" / config.name
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{shown(folder)} is a link to {folder.readlink()}, which is not there: correct or remove it")
+    with only_one(folder):
+        _put_back(folder, say)
+        if not overwrite and (run := _existing(config, folder, place, restart, say)) is not None:
+            return run
+        if overwrite:
+            _require_replaceable(folder)
+        scratch = _beside(folder, "preparing")
+        try:
+            return _prepare(config, place, folder, scratch, say)
+        finally:
+            remove_all(scratch)
+
+
+def _existing(config: RunConfig, folder: Path, place: Place | None, restart: bool, say: Say) -> Run | None:
+    """The run in `folder` if it is done or can be resumed; None if a new one may take its place."""
+    if not (folder / "run.json").exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"{shown(folder)} exists but is not a run folder: move it away, give this run another --name, or "
+                "replace it with --overwrite"
+            )
+        return None
+    run = Run(folder, config.trust_remote_code, place=place).as_it_is()
+    before = _settled(run.config)
+    if before != config:
+        if run.status == "done" or something_to_lose(folder):
+            raise UserError(
+                f"{shown(folder)} holds a run with other settings ({_difference(before, config)}): "
+                f"{_why_not_resumed(before, config)}give this run another --name, or replace the old one with "
+                "--overwrite"
+            )
+        return None
+    if run.status == "done":
+        return run
+    checkpoint = latest_resumable(run) if restart else resume_point(run)
+    if checkpoint is None:
+        return None
+    require_own_files(run)
+    say(f"{config.name} was interrupted: it resumes from {checkpoint.name}")
+    write_commands(run, folder, place)
+    return run
+
+
+def _require_replaceable(folder: Path) -> None:
+    """Refuse to replace, through a link, what is not a run. Raises `UserError`."""
+    if folder.is_symlink() and not (folder / "run.json").is_file() and not _is_empty(folder):
+        raise UserError(
+            f"{shown(folder)} is a link to {folder.readlink()}, which is not a run folder: remove the link, or give "
+            "this run another --name"
+        )
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path, say: Say) -> Run:
+    model = download.find_model(config.model, say)
+    source = download.find_data(config.data, say).path
+    if source.is_dir() and is_inside(folder, source):
+        raise UserError(f"{folder} would lie in the data folder {source}, and be read as data: set MINISFT_OUTPUTS")
+    for what, path in (("model", model.path), ("data", source)):
+        if folder.exists() and is_inside(path, folder):
+            raise UserError(
+                f"the {what} {path} lies in the run folder that would be replaced, {shown(folder)}: give this run "
+                "another --name"
+            )
+    require_sound(model.path, trust_remote_code=config.trust_remote_code)
+    tokenizer = HuggingFaceTokenizer(model.path, config.template)
+    architecture = preflight.model_config(model.path, config.trust_remote_code)
+    precision, on_gpu = preflight.resolve_precision(config.precision)
+    shapes = download.parameter_shapes(model.path)
+
+    remove_all(scratch)
+    scratch.mkdir(mode=0o700)  # conversations are personal
+    rows = _rows(config, source, model.path, tokenizer, scratch, say)
+    parameters = sum(map(math.prod, shapes.values()))
+    preflight.require_fit(config, architecture, rows)
+    preflight.require_space(config, rows, parameters)
+    preflight.warn_of_memory(config, architecture, precision, on_gpu, say)
+    if offloads(config.strategy) and not on_gpu:
+        say("Without a GPU everything is in main memory already: offloading works here, and saves nothing")
+    about = {
+        "config": config.to_dict(),
+        "model_folder": str(model.path.absolute()),
+        "model_source": model.source,
+        "precision": precision,
+        "on_gpu": on_gpu,
+        "model_files": model_files(model.path, Digests()),
+        "versions": _versions(),
+    }
+    write_json(scratch / "run.json", about)
+    deepspeed = deepspeed_config(
+        config.strategy,
+        micro_batch=config.batch_size,
+        accumulation=config.accumulation,
+        ranks=config.ranks,
+        max_grad_norm=config.max_grad_norm,
+        precision=precision,
+        largest_tensor=max(map(math.prod, shapes.values())),
+        on_gpu=on_gpu,
+    )
+    if deepspeed:
+        write_json(scratch / "deepspeed.json", deepspeed)
+    write_commands(Run(scratch, config.trust_remote_code).as_it_is(), folder, place)
+    _replace(folder, scratch)
+    return Run(folder, config.trust_remote_code, place=place).as_it_is()
+
+
+def _beside(folder: Path, what: str) -> Path:
+    """A hidden folder on the same disk as a run's, which may be a link to another."""
+    real = folder.resolve()
+    return real.with_name(f".{real.name}.{what}")
+
+
+def _put_back(folder: Path, say: Say) -> None:
+    """Undo a replacement that was killed half-way: the run that it would have replaced gets its name again."""
+    if not os.path.lexists(folder) and (old := _beside(folder, "removed")).is_dir():
+        old.rename(folder)
+        say(f"replacing {folder.name} was interrupted: the earlier run is back")
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put `new` in the place of `folder`, by renaming alone: whatever ends this, there is never half of one."""
+    real, old, discarded = folder.resolve(), _beside(folder, "removed"), _beside(folder, "discarded")
+
+    def discard_old() -> None:
+        remove_all(discarded)
+        if os.path.lexists(old):
+            old.rename(discarded)  # what `_put_back` finds after a kill is never half removed
+            remove_all(discarded)
+
+    discard_old()
+    if real.exists():
+        real.rename(old)
+    new.rename(real)
+    discard_old()
+
+
+def _rows(
+    config: RunConfig, source: Path, model: Path, tokenizer: HuggingFaceTokenizer, scratch: Path, say: Say
+) -> int:
+    """Write the data and its ledger into `scratch`, or copy them from a run that has the same; returns how many rows.
+
+    Reading ShareGPT takes seconds, and the strategies that are compared want the same of it.
+    """
+    wanted = made_of(config, source, model, Digests())
+    rows = take_over(wanted, [run.folder for run in all_runs()], scratch / "data")
+    if rows is None:
+        ledger = Ledger()
+        rows = write_data(config, source, tokenizer, scratch / "data", ledger)
+        for line in (*(f"lost: {what}" for what in ledger.lost), *ledger.notes):
+            say(line)
+        write_json(scratch / "ledger.json", ledger.to_dict())
+        remember(wanted, rows, scratch / "data")
+    return rows
+
+
+def _settled(config: RunConfig) -> RunConfig:
+    return replace(config, model=download.settled(config.model), data=download.settled(config.data))
+
+
+def require_place(config: RunConfig, place: Place | None) -> None:
+    if place is None:
+        return
+    require_deepspeed(config)
+    if place.ranks != config.ranks:
+        raise UserError(f"the hosts take {place.ranks} ranks, but {config.ranks} were asked for: make them equal")
+
+
+def write_commands(run: Run, folder: Path, place: Place | None, supervised: str = "") -> list[Command]:
+    """Write what starts `run`, which lies, or will lie, in `folder`: command.txt, and what several hosts need."""
+    found = commands(run.config, folder, place, supervised, run.prepared)
+    with written_whole(run.folder / "command.txt", private=True) as stream:
+        stream.writelines(f"{command}\n" for command in found)
+    if place is None:
+        (run.folder / HOSTS).unlink(missing_ok=True)
+    else:
+        write_json(run.folder / HOSTS, place.to_dict())
+        write_place(run.folder, place, supervised)
+    return found
+
+
+def _why_not_resumed(old: RunConfig, new: RunConfig) -> str:
+    if (old.strategy, old.ranks) == (new.strategy, new.ranks):
+        return ""
+    return (
+        f"its checkpoints hold the optimizer states as {old.strategy} lays them out over {old.ranks} rank(s), which no "
+        "other strategy or number of ranks reads; go on with the old ones, start from its weights (--model "
+        "outputs/model/<run>/checkpoint-N), "
+    )
+
+
+def _difference(old: RunConfig, new: RunConfig) -> str:
+    a, b = old.to_dict(), new.to_dict()
+    return ", ".join(f"{key.replace('_', ' ')} {a[key]} -> {b[key]}" for key in a if a[key] != b[key])
+
+
+def _versions() -> dict[str, str]:
+    packages = ("minisft", "torch", "transformers", "accelerate", "deepspeed", "datasets")
+    return {"python": ".".join(map(str, sys.version_info[:3]))} | {name: version(name) for name in packages}
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[list[int]]:
+    """Hold a run for this process; the kernel lets go of the lock however the process ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open_lock(lock_of(folder)) as lock, locked_folder(folder) as itself:
+        if itself is False or not try_lock(lock):
+            raise UserError(f"{folder.name} is being trained right now: wait for it, or give another --name")
+        yield [lock.fileno(), *([] if itself is None else [itself])]

@@ -1,0 +1,286 @@
+"""What a run trains and is tested on: read, split, chosen, encoded and written, one conversation at a time.
+
+data/train.arrow   id, input_ids, labels; `datasets.Dataset.from_file` maps it into memory
+data/test.jsonl    the test conversations, cleaned, in ShareGPT's shape
+data/test.arrow    the first `eval_rows` of them that fit, as rows: the test loss of each checkpoint is theirs
+data/made_of.json  from what they were made, with the checksums of the three files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from minisft import files
+from minisft.chat.mistral import MistralTemplate
+from minisft.chat.tokenizers import Tokenizer
+from minisft.data.conversations import Conversation
+from minisft.data.ledger import Ledger
+from minisft.data.model_folder import OF_A_MODEL
+from minisft.data.read_files import read
+from minisft.data.splits import assign, count_side, select
+from minisft.errors import UserError
+from minisft.files import Digests, digest, read_json, remove_all, write_json
+from minisft.labels.encode_dataset import encode_stream
+from minisft.labels.encode_row import Row
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from minisft.run.folder import Run, RunConfig
+
+LEDGER = "ledger.json"  # beside the folder
+TRAIN, TEST, TEST_ROWS = FILES = "train.arrow", "test.jsonl", "test.arrow"
+MADE_OF = "made_of.json"
+MATTERS = (  # of a `RunConfig`, to its rows
+    "template",
+    "max_length",
+    "truncation",
+    "train_on",
+    "max_characters",
+    "max_rows",
+    "test_fraction",
+    "seed",
+    "eval_rows",
+)
+ROWS_AT_ONCE = 256
+MOST_REMEMBERED = 200  # sets of rows that are recognized when another run wants them
+
+
+def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Path, ledger: Ledger) -> int:
+    """Write the three files into `folder`; returns how many rows there are to train.
+
+    The file is read twice: once to decide the split, which needs every id, and once to encode. So its size does
+    not matter for the memory. Raises `UserError`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    split = assign(read(source, ledger), config.test_fraction, config.seed, ledger)
+    for stage in ("train side of the split", "test side of the split", "test", "train"):
+        ledger.count(stage, rows=0)  # in the order in which they are read best
+    with (folder / TEST).open("w", encoding="utf-8") as test:
+
+        def train_side() -> Iterator[Conversation]:
+            for conversation in read(source, Ledger()):  # cleaning is booked already
+                side = split.side(conversation)
+                count_side(side, conversation, ledger)
+                if side == "train":
+                    yield conversation
+                elif side == "test":
+                    _write_test(test, conversation, config, ledger)
+
+        chosen = select(train_side(), "train", ledger, config.max_characters, config.max_rows)
+        rows = _encoded(chosen, config, tokenizer, ledger)
+        written = write_rows(rows, folder / TRAIN)
+    write_rows(_test_rows(config, tokenizer, folder / TEST), folder / TEST_ROWS)
+    return written
+
+
+def made_of(config: RunConfig, source: Path, model: Path, digests: Digests) -> dict[str, Any]:
+    """What the rows depend on: settings, the content of the data, and the tokenizer in the folder `model`."""
+    sources = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
+    tokenizer = [file for file in (*sorted(model.glob("*token*")), model / "config.json") if file.is_file()]
+    # Rows name the file that they came from, so its name matters as well; where it lies does not.
+    about = [[file.name, digests.of(file)] for file in (*sources, *tokenizer)]
+    return {"package": version("minisft"), "files": about, **{name: getattr(config, name) for name in MATTERS}}
+
+
+def take_over(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) -> int | None:
+    """Copy into `folder` the rows, and the ledger beside it, of the first run folder of `runs` that has the same.
+
+    Returns how many rows there are to train, or None if none has. What belongs to `wanted` is known from this machine's
+    own cache, not from a run folder, which may come from somebody else: only files of the same content are taken.
+    """
+    known = _known_rows().get(_key(wanted))
+    if known is None:
+        return None
+    for run in runs:
+        with suppress(OSError):  # a run that somebody removes
+            if _sums(run) == known.sha256:
+                folder.mkdir(parents=True)
+                for name in FILES:
+                    shutil.copyfile(run / "data" / name, folder / name)
+                shutil.copyfile(run / LEDGER, folder.parent / LEDGER)
+                if _sums(folder.parent) == known.sha256:
+                    _describe(folder, wanted, known)
+                    return known.rows
+        remove_all(folder)
+    return None
+
+
+def remember(wanted: dict[str, Any], rows: int, folder: Path) -> None:
+    """Write down, in the folder and in this machine's cache, of what the rows in `folder` were made."""
+    made = MadeRows(rows, _sums(folder.parent))
+    _describe(folder, wanted, made)
+    recent = dict(list(_known_rows().items())[-MOST_REMEMBERED:])
+    with suppress(OSError, UserError):  # a cache that cannot be written costs time alone
+        _memory().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_memory(), {key: vars(value) for key, value in recent.items()} | {_key(wanted): vars(made)})
+
+
+def require_as_made(run_folder: Path) -> None:
+    """Refuse rows that are not those that were prepared. Raises `UserError`."""
+    made = read_json(run_folder / "data" / MADE_OF, MadeRows)
+    if made is None or not {*FILES} <= made.sha256.keys():
+        file = run_folder / "data" / MADE_OF
+        raise UserError(f"{file}, which has the checksums of the rows, lacks some: prepare the run again (--overwrite)")
+    for name, expected in made.sha256.items():
+        file = run_folder / name if name == LEDGER else run_folder / "data" / name
+        if not file.is_file() or Digests().of(file) != expected:
+            raise UserError(f"{file} is not as it was prepared: prepare the run again with --overwrite")
+
+
+def model_files(folder: Path, digests: Digests) -> dict[str, str]:
+    """The checksums of what a model folder holds of weights, settings and tokenizer, by name."""
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(OF_A_MODEL) and file.is_file())
+    return {file.name: digests.of(file) for file in files}
+
+
+def changed_model(run: Run) -> str:
+    """What of the model that training starts from has changed since the run was prepared; empty if nothing has."""
+    digests = Digests()
+    for name, expected in run.model_files.items():
+        file = run.model_folder / name
+        if not file.is_file():
+            return f"{file} is gone since the run was prepared"
+        if digests.of(file) != expected:
+            return f"{file} has changed since the run was prepared"
+    return ""
+
+
+def require_same_model(run: Run) -> None:
+    """Refuse a start model that is not what it was when the run was prepared. Raises `UserError`."""
+    if changed := changed_model(run):
+        raise UserError(f"{changed}: prepare it again, under another --name or with --overwrite")
+
+
+@dataclass(frozen=True)
+class MadeRows:
+    """Rows that were made before: how many to train, and the checksum of each file by name."""
+
+    rows: int
+    sha256: dict[str, str]
+
+
+def _memory() -> Path:
+    return files.digest_memory().with_name("rows.json")
+
+
+def _known_rows() -> dict[str, MadeRows]:
+    with suppress(UserError):
+        return read_json(_memory(), dict[str, MadeRows]) or {}
+    return {}
+
+
+def _key(wanted: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
+
+
+def _describe(folder: Path, wanted: dict[str, Any], made: MadeRows) -> None:
+    write_json(folder / MADE_OF, {"made_of": wanted, **vars(made)})
+
+
+def _sums(run: Path) -> dict[str, str]:
+    return {name: digest(run / "data" / name) for name in FILES} | {LEDGER: digest(run / LEDGER)}
+
+
+def _encoded(
+    conversations: Iterable[Conversation], config: RunConfig, tokenizer: Tokenizer, ledger: Ledger
+) -> Iterator[Row]:
+    return encode_stream(
+        conversations,
+        MistralTemplate.for_tokenizer(tokenizer, config.template),
+        tokenizer,
+        max_length=config.max_length,
+        ledger=ledger,
+        truncation=config.truncation,
+        train_on=config.train_on,
+    )
+
+
+def _test_rows(config: RunConfig, tokenizer: Tokenizer, file: Path) -> Iterator[Row]:
+    if not config.eval_rows or not file.stat().st_size:
+        return iter(())
+    rows = _encoded(read(file, Ledger()), config, tokenizer, Ledger())
+    return itertools.islice(rows, config.eval_rows)
+
+
+def _write_test(stream: TextIO, conversation: Conversation, config: RunConfig, ledger: Ledger) -> None:
+    for chosen in select([conversation], "test", ledger, config.max_characters, None):
+        stream.write(json.dumps(chosen.to_sharegpt(), ensure_ascii=False) + "\n")
+
+
+def write_rows(rows: Iterable[Row], file: Path) -> int:
+    """Write rows as an Arrow stream; returns how many there were."""
+    import pyarrow
+
+    schema = _schema()
+    written = 0
+    held: list[Row] = []
+
+    def flush(writer: Any) -> None:
+        columns = [[getattr(row, name) for row in held] for name in schema.names]
+        arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+        writer.write_batch(pyarrow.record_batch(arrays, schema))
+        held.clear()
+
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+        for row in rows:
+            held.append(row)
+            written += 1
+            if len(held) == ROWS_AT_ONCE:
+                flush(writer)
+        if held:
+            flush(writer)
+    return written
+
+
+def load_rows(folder: Path, name: str = TRAIN) -> Any:
+    """Rows of a run as a `datasets.Dataset`, mapped and not loaded. Raises `UserError` if the file is damaged."""
+    from datasets import Dataset
+
+    _require_rows(folder / name)
+    return Dataset.from_file(str(folder / name))
+
+
+def _schema() -> pyarrow.Schema:
+    import pyarrow
+
+    ids = pyarrow.list_(pyarrow.int32())
+    return pyarrow.schema([("id", pyarrow.string()), ("input_ids", ids), ("labels", ids)])
+
+
+def _require_rows(file: Path) -> None:
+    """Refuse an Arrow stream that is not rows, before any of its offsets is used. Raises `UserError`."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    try:
+        with pyarrow.memory_map(str(file)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
+            if not stream.schema.equals(_schema()):
+                raise ValueError("its columns are not id, input_ids and labels")
+            for batch in stream:
+                batch.validate(full=True)
+                lengths = [compute.list_value_length(batch.column(name)) for name in ("input_ids", "labels")]
+                if not lengths[0].equals(lengths[1]) or any(column.null_count for column in batch.columns):
+                    raise ValueError("a row has not as many labels as ids")
+                least = compute.min(batch.column("input_ids").flatten()).as_py()
+                if least is not None and least < 0:
+                    raise ValueError(f"an id is {least}")
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{file} is damaged ({reason}): prepare the run again with --overwrite") from error
+
+
+def row_lengths(rows: Any) -> list[int]:
+    """The number of tokens of every row of `load_rows`, without reading the tokens."""
+    import pyarrow.compute
+
+    return pyarrow.compute.list_value_length(rows.data.column("input_ids")).to_pylist()

@@ -1,0 +1,356 @@
+"""The worker: what every process of a run executes. Started by the command in the run folder, never by hand.
+
+    deepspeed --num_accelerators 2 --module minisft.training.worker outputs/model/zero2
+
+It reads the run folder, trains with transformers' Trainer, and writes metrics, memory, checkpoints and, last of
+all, `DONE` or `FAILED`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import select
+import sys
+import textwrap
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from minisft import processes, system
+from minisft.errors import UserError
+from minisft.files import open_lock, open_own, try_lock, write_json
+from minisft.heap import importing
+from minisft.launch.hosts import is_here
+from minisft.run.folder import Run, checkpoint_step, lock_of, require_contained, require_own_files
+from minisft.text import note
+from minisft.training import checkpoints
+from minisft.training.heartbeat import SUPERVISOR, Pulse, Sign, announce, end_with_supervisor, read_signs, write_failure
+
+if TYPE_CHECKING:
+    from minisft.training.trainer import RunTrainer
+
+
+def main() -> None:
+    """Train the run whose folder is the last argument (launchers put their own options before it)."""
+    processes.open_standard_streams()
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        run = _asked_for(sys.argv[1:])
+        lock = _only_one(run, rank)  # noqa: F841 (held to the end of the process)
+        finish_log = _log_to(run.folder / "logs" / f"rank{rank}.log", and_terminal=rank == 0)
+    except UserError as error:
+        note(error)
+        sys.exit(2)
+    pulse = Pulse(run.folder, rank)
+    end_with_supervisor(run.folder, pulse)
+    try:
+        _train(run, rank, pulse)
+    except BaseException as error:
+        # Indented, so that no text within it begins a line as what a rank says does.
+        note(textwrap.indent(traceback.format_exc(), "  "))
+        with suppress(OSError):
+            checkpoints.discard_unfinished(run)
+        reason = " ".join(str(error).split())[:500]
+        failure = {"rank": rank, "step": pulse.step, "reason": f"{type(error).__name__}: {reason}"}
+        write_failure(run.folder, failure)
+        pulse.stop("failed")
+        finish_log()
+        # Not sys.exit: other ranks may be waiting inside a collective, and teardown would wait for them.
+        os._exit(1)
+    pulse.stop("done")
+    finish_log()
+    # Nor here: all is written, and tearing down the threads of a process group now and then aborts the process.
+    os._exit(0)
+
+
+def _asked_for(words: list[str]) -> Run:
+    """The run that the command line names, if its folder holds what the command was written for. Raises `UserError`."""
+    parser = argparse.ArgumentParser(prog="minisft.training.worker", allow_abbrev=False)
+    parser.add_argument("--prepared", default="")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    options, _ = parser.parse_known_args(words[:-1])
+    run = Run(Path(words[-1] if words else "").absolute(), options.trust_remote_code)
+    if not (run.folder / "run.json").exists():
+        raise UserError(f"there is no run in {run.folder}: start the command in the project's folder")
+    if options.prepared not in ("", run.identity):
+        raise UserError(
+            f"{run.name} was prepared again since this command was written, with other settings or rows: take the "
+            "command in its command.txt, or prepare it once more"
+        )
+    if run.status == "done":
+        raise UserError(f"{run.name} is trained already: minisft launch --overwrite trains it again")
+    require_own_files(run)
+    require_contained(run)
+    return run
+
+
+def _only_one(run: Run, rank: int) -> TextIO | None:
+    """Nobody else trains or replaces this run: a supervisor holds its lock, and where there is none, rank 0 does."""
+    if SUPERVISOR in os.environ:
+        return None
+    before = next((sign for sign in read_signs(run.folder) if sign.rank == rank), None)
+    lock = open_lock(lock_of(run.folder)) if rank == 0 else None
+    if (lock is not None and not try_lock(lock)) or (before is not None and _trains(before, run)):
+        raise UserError(f"{run.name} is being trained right now: wait for it, or stop it")
+    return lock
+
+
+def _trains(sign: Sign, run: Run) -> bool:
+    """Whether the process of a sign is still there, on this machine, and about this run.
+
+    A process that is younger than the sign only has its number: in a container that starts again all of them come back.
+    """
+    import psutil
+
+    if sign.ended or not is_here(sign.host):
+        return False
+    with suppress(psutil.Error):
+        process = psutil.Process(sign.pid)
+        words, first_said = process.cmdline(), min(sign.began.values(), default=math.inf)
+        return bool(words) and Path(words[-1]).name == run.name and process.create_time() < first_said + 2
+    return False
+
+
+def _train(run: Run, rank: int, pulse: Pulse) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local folder by now
+    # DeepSpeed loads its checkpoints as pickles; so they are restricted to tensors and plain values.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    config = run.config
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != config.ranks:
+        raise UserError(f"{run.name} was prepared for {config.ranks} ranks, but {world} started: prepare it again")
+    with importing():
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips DeepSpeed's probing for accelerators
+        if run.deepspeed:
+            import deepspeed
+        import minisft.training.trainer  # noqa: F401
+        from minisft.training.metrics_log import speed
+    if not on_gpu:
+        # torchrun's name for it, and DeepSpeed's: threads that outnumber the cores only wait for each other.
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, system.cores() // local_ranks))
+    if run.deepspeed:
+        _allow_deepspeed_states()
+        # Before the model is built: stage 3 partitions it while loading and must know the ranks by then.
+        deepspeed.init_distributed()
+        _unlink_shared_memory(rank)
+
+    pulse.says("loading")
+    checkpoint = _start_from(run, rank)
+    trainer = make_trainer(run, rank, world, on_gpu, checkpoint, pulse)
+    if checkpoint is not None and checkpoints.is_trained(checkpoint):
+        trainer.state.global_step = checkpoint_step(checkpoint)  # it was killed when only its end was missing
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if world > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        speeds = trainer.observer.finish() if trainer.observer else speed([])
+        done = {"steps": trainer.state.global_step, "run": run.identity, **speeds}
+        done |= {"observing_seconds": round(trainer.observed, 3)}
+        write_json(run.folder / "DONE", done)
+        (run.folder / "FAILED").unlink(missing_ok=True)  # an earlier try's
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _start_from(run: Run, rank: int) -> Path | None:
+    """The checkpoint to go on from, found whole; None starts at the beginning."""
+    from minisft.training.dataset import require_as_made, require_same_model
+
+    checkpoint = checkpoints.resume_point(run)
+    if rank == 0:
+        require_as_made(run.folder)
+        require_same_model(run)
+        checkpoints.discard_unfinished(run)
+        if checkpoint is not None:
+            checkpoints.verify(run, checkpoint)
+            announce(f"going on from {checkpoint.name}")
+    return checkpoint
+
+
+def make_trainer(run: Run, rank: int, world: int, on_gpu: bool, checkpoint: Path | None, pulse: Pulse) -> RunTrainer:
+    from minisft.chat.mistral import MistralTemplate
+    from minisft.chat.tokenizers import HuggingFaceTokenizer
+    from minisft.model.load_model import load_model
+    from minisft.model.loss import LossHead, supports_loss_head
+    from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
+    from minisft.model.wide_products import needs_wide_products, widen_linear_layers
+    from minisft.training.batch_sampler import Packs, RankBatches
+    from minisft.training.collators import PaddingFree, PadRight, WithRows
+    from minisft.training.dataset import TEST_ROWS, load_rows, row_lengths
+    from minisft.training.preflight import model_config
+    from minisft.training.trainer import RunTrainer
+
+    config = run.config
+    trust = config.trust_remote_code
+    tokenizer = HuggingFaceTokenizer(run.model_folder, config.template)
+    tokenizer.hf.chat_template = MistralTemplate.for_tokenizer(tokenizer, config.template).jinja()
+    # Before TrainingArguments exist: from then on every model that is made at stage 3 is split over the ranks.
+    with_head = supports_loss_head(model_config(run.model_folder, trust), trust)
+    arguments = _arguments(run, on_gpu)
+    model = load_model(run.model_folder, tokenizer, trust)
+    model.config.use_cache = False
+    model.generation_config.eos_token_id = tokenizer.eos_id
+    model.generation_config.pad_token_id = tokenizer.pad_id
+    padding_free = config.batching != "padded" and supports_padding_free(model)
+    if padding_free:
+        model.set_attn_implementation(PER_DOCUMENT)
+    elif config.batching in ("padding-free", "packed"):
+        raise UserError(f"this model's attention cannot keep the rows of a {config.batching} batch apart: use padded")
+    if run.precision == "bf16" and needs_wide_products("cuda" if on_gpu else "cpu"):
+        widen_linear_layers(model)
+
+    rows = load_rows(run.folder / "data")
+    lengths = row_lengths(rows)
+    if config.batching == "packed":
+        rows = Packs(rows, lengths, config.max_length)
+        lengths = rows.lengths
+    batches = RankBatches(
+        lengths, config.batch_size, config.accumulation, world, rank, config.seed, by_length=not padding_free
+    )
+    if not len(batches):
+        raise UserError(
+            f"{len(lengths)} rows do not fill one global batch of {config.global_batch}: "
+            "lower the batch size, the accumulation or the ranks, or give more data"
+        )
+    tests = load_rows(run.folder / "data", TEST_ROWS).to_list() if config.eval_rows else []
+    return RunTrainer(
+        run=run,
+        batches=batches,
+        head=LossHead(model.get_output_embeddings()) if with_head else None,
+        padding_free=padding_free,
+        start=checkpoint_step(checkpoint) if checkpoint else 0,
+        pulse=pulse,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=tests,
+        data_collator=WithRows(PaddingFree() if padding_free else PadRight(tokenizer.pad_id)),
+        processing_class=tokenizer.hf,
+    )
+
+
+def _allow_deepspeed_states() -> None:
+    """The few plain classes in DeepSpeed's own checkpoints; anything else in such a file is refused."""
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    # Python 3.11.0 to 3.11.3 pickle it as a call of getattr, which no restricted reader may allow; others as this.
+    ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+
+
+def _unlink_shared_memory(rank: int) -> None:
+    """Take away the name of the buffer through which DeepSpeed's CPU ranks talk; its memory goes with its users.
+
+    DeepSpeed 0.19 never removes it: every run would leave 69 MB of main memory per rank taken until the next boot.
+    """
+    import torch
+
+    torch.distributed.barrier()  # every rank has opened the buffers of all others by now
+    place = "_".join((str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(rank)))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}").unlink(missing_ok=True)  # noqa: S108
+
+
+def _arguments(run: Run, on_gpu: bool) -> Any:
+    from transformers import TrainingArguments
+
+    config = run.config
+    return TrainingArguments(
+        output_dir=str(run.folder),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=run.precision == "bf16",
+        fp16=run.precision == "fp16",
+        use_cpu=not on_gpu,
+        deepspeed=run.deepspeed,
+        save_strategy="steps" if config.save_steps else "epoch",
+        save_steps=config.save_steps or 500,
+        save_only_model=not config.resumable,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        remove_unused_columns=False,
+        activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_pin_memory=on_gpu,
+        report_to="none",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _log_to(file: Path, and_terminal: bool) -> Callable[[], None]:
+    """Send this process's output, C++ included, to `file`; rank 0 keeps the terminal as well.
+
+    Returns what must be called before the process ends, so that no line is lost.
+    """
+
+    def flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    log = open_own(file, os.O_WRONLY | os.O_APPEND, private=True)  # a resumed run continues the same log
+    if not and_terminal:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        return flush
+    terminal = os.dup(1)
+    reading, writing = os.pipe()
+    over, end = os.pipe()
+    os.set_blocking(reading, False)
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+    os.close(writing)
+
+    def copy() -> None:
+        while True:
+            last = over in select.select([reading, over], [], [])[0]  # all has been written by then
+            with suppress(BlockingIOError):
+                while data := os.read(reading, 1 << 16):
+                    for place in (log, terminal):
+                        with suppress(OSError):  # a full disk or a closed terminal must not block the training
+                            os.write(place, data)
+            if last:
+                return
+
+    copier = threading.Thread(target=copy, daemon=True)
+    copier.start()
+
+    def finish() -> None:
+        flush()
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        # The pipe itself need not come to its end: a child, or a library, may hold another end of it open.
+        os.write(end, b".")
+        copier.join(timeout=2)
+
+    return finish
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What the ranks tell each other in one optimizer step, in bytes: predicted from shapes, and counted as it happens.
+
+A collective operation is counted by the tensor that it completes or reduces, whole: an all-gather of W slices of n
+bytes counts W n. How much of that each rank sends depends on the algorithm; `sent` is that of a ring, as in
+Rajbhandari et al. 2020, section 7, where an all-reduce is a reduce-scatter followed by an all-gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from minisft.zero.state_memory import ELEMENT, Shapes, generated, partition_size, split_size
+from minisft.zero.strategies import DEFAULT_PERSISTENCE, zero_stage
+
+OPERATIONS = ("all-reduce", "reduce", "reduce-scatter", "all-gather")
+# DeepSpeed's names for them, and what its logger's size has to be multiplied with: it counts a gather's slice.
+LOGGED = {
+    "all_reduce": "all-reduce",
+    "inference_all_reduce": "all-reduce",
+    "reduce": "reduce",
+    "reduce_scatter": "reduce-scatter",
+    "reduce_scatter_tensor": "reduce-scatter",
+    "all_gather": "all-gather",
+    "all_gather_into_tensor": "all-gather",
+}
+
+
+def predict_traffic(
+    shapes: Shapes,
+    strategy: str,
+    ranks: int,
+    precision: str,
+    accumulation: int = 1,
+    deepspeed: Mapping[str, Any] | None = None,
+) -> dict[str, int]:
+    """Bytes by operation in one optimizer step of `accumulation` micro-batches; norms and flags, some bytes, left out.
+
+    Exact for all but stage 3, where it is the most: a tensor that is still there from its last use need not be
+    gathered again (`stage3_max_reuse_distance`), and one that is used twice (tied embeddings) may be gathered twice.
+    """
+    stage, e, p = zero_stage(strategy), ELEMENT[precision], shapes.parameters
+    moved = dict.fromkeys(OPERATIONS, 0)
+    if ranks == 1:
+        return moved
+    if stage is None:  # ddp: autocast leaves gradients in fp32
+        moved["all-reduce"] = 4 * p
+        return moved
+    if stage == 0:
+        moved["all-reduce"] = e * p
+        return moved
+    zero = (deepspeed or generated(shapes, strategy, ranks, precision))["zero_optimization"]
+    if stage < 3:
+        to_owner = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
+        # Stage 1 keeps whole gradients and reduces them once; stage 2 keeps its slice and so reduces each time.
+        moved["reduce" if to_owner else "all-reduce"] = e * p * (accumulation if stage == 2 else 1)
+        moved["all-gather"] = e * ranks * sum(partition_size(sum(n for _, n in g), ranks) for g in shapes.groups)
+        return moved
+    threshold = int(zero.get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE))
+    whole = [x for group in shapes.groups for x in group]
+    small = [x for x in whole if x[1] <= threshold]
+    padded, kept = (e * ranks * split_size(some, ranks) for some in (whole, small))
+    moved["reduce-scatter"] = accumulation * padded
+    # Forward and backward each gather what is split; the small ones, kept whole, once after the step.
+    moved["all-gather"] = 2 * accumulation * (padded - kept) + kept
+    return moved
+
+
+def sent(moved: Mapping[str, float], ranks: int) -> float:
+    """Bytes that each rank sends for these operations on a ring of `ranks`."""
+    return sum(size * (2 if name == "all-reduce" else 1) for name, size in moved.items()) * (ranks - 1) / ranks
+
+
+class Counter:
+    """Counts by operation what DeepSpeed moves between `start` and `stop`, through its own communications logger."""
+
+    def start(self) -> None:
+        from deepspeed.comm import comm
+
+        self.logger = comm.comms_logger
+        self.before = self.logger.enabled, self.logger.prof_all, self.logger.comms_dict
+        self.logger.enabled, self.logger.prof_all, self.logger.comms_dict = True, True, {}
+
+    def stop(self) -> dict[str, int]:
+        import torch
+
+        found = self.logger.comms_dict
+        self.logger.enabled, self.logger.prof_all, self.logger.comms_dict = self.before
+        moved = dict.fromkeys(OPERATIONS, 0)
+        for name, sizes in found.items():
+            if name not in LOGGED:
+                continue
+            slices = torch.distributed.get_world_size() if name.startswith("all_gather") else 1
+            moved[LOGGED[name]] += slices * sum(size * times[0] for size, times in sizes.items())
+        return moved
+
+
+def ddp_traffic(model: Any) -> dict[str, int]:
+    """The same of a step of torch's DistributedDataParallel, which reduces each of its buckets once per step."""
+    about = model._get_ddp_logging_data()
+    sizes = about.get("rebuilt_bucket_sizes") or about["bucket_sizes"]
+    return dict.fromkeys(OPERATIONS, 0) | {"all-reduce": sum(int(size) for size in str(sizes).split(","))}

@@ -1,0 +1,277 @@
+"""`minisft memory`: the states, the activations and the peak of every strategy, as JSON or as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from minisft.data.model_folder import MOST_BYTES
+from minisft.errors import UserError
+from minisft.files import read_json, user_path
+from minisft.model.load_model import positions_of
+from minisft.model.meta_model import MOST_PARAMETERS
+from minisft.text import say
+from minisft.zero.communication import predict_traffic, sent
+from minisft.zero.peak_memory import at_peak
+from minisft.zero.planner import RESERVED, Plan, plan
+from minisft.zero.state_memory import (
+    DEEPSPEED,
+    FORMULAS,
+    MOMENTS,
+    PAPER,
+    Shapes,
+    generated,
+    in_main_memory,
+    paper,
+    predict,
+    require,
+    total,
+)
+from minisft.zero.strategies import STRATEGIES, offloads, zero_stage
+
+LENGTH = 2048  # tokens
+MOST_RANKS, MOST_ACCUMULATION = 100_000, 1_000_000
+MOST_ROWS = 512  # of one rank's micro-batch: beyond any, and each is traced
+MOST_TOKENS = 2**31 - 1  # PyTorch counts where rows begin in 32 bits
+SHOWN = 8  # ranks whose numbers are all written out; beyond, the fullest stands for all
+KINDS = {None: "plain", 0: "stage 0", 1: "stage 1, 2", 2: "stage 1, 2", 3: "stage 3"}
+
+
+def _kind(strategy: str) -> str:
+    """The name of a strategy's formulas."""
+    return KINDS[zero_stage(strategy)] + (", offloaded" if offloads(strategy) else "")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch whose every token is trained: rows, their length, and whether activations are computed twice.
+
+    Without a length it is `LENGTH`, or all the positions that the model has.
+    """
+
+    rows: int
+    length: int | None
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for what, value in (("batch size", self.rows), ("max length", self.length)):
+            if value is not None and value < 1:
+                raise UserError(f"{what} is {value}: give at least 1")
+        if self.rows > MOST_ROWS:
+            raise UserError(f"batch size is {self.rows}: give at most {MOST_ROWS}, and --accumulation for the rest")
+        if self.rows * (self.length or 1) > MOST_TOKENS:
+            raise UserError(
+                f"max length is {self.length}: give at most {MOST_TOKENS // self.rows:,} for {self.rows} rows"
+            )
+
+
+@dataclass
+class Report:
+    """`strategies` maps each to its ranks' moments, or to the bytes of the paper's formula."""
+
+    model: str
+    parameters: float
+    precision: str
+    ranks: int
+    basis: str
+    strategies: dict[str, Any]
+    shapes: Shapes | None = None
+    activations: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    plan: Plan | None = None
+    accumulation: int = 1
+
+    def add_plan(self, gpu_bytes: float) -> None:
+        activation_bytes = self.activations.get("bytes", 0)
+        model = self.shapes or self.parameters
+        self.plan = plan(
+            model,
+            self.ranks,
+            gpu_bytes,
+            precision=self.precision,
+            activation_bytes=activation_bytes,
+            accumulation=self.accumulation,
+            peaks=self._peaks(),
+        )
+
+    def _peaks(self) -> dict[str, float]:
+        """Bytes on the GPU at the worst moment, of each strategy whose peak is known."""
+        if self.shapes is None or not self.activations:
+            return {}
+        known = {name: about for name, about in self.strategies.items() if "peak" in about["ranks"][0]}
+        return {name: _most(about, "peak") for name, about in known.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {
+            **{"model": self.model, "parameters": int(self.parameters), "precision": self.precision},
+            **{"ranks": self.ranks, "basis": self.basis, "strategies": self.strategies, "note": self.note},
+        }
+        if self.activations:
+            found["activations"] = self.activations
+        if self.shapes is not None:
+            found["communication"] = {
+                name: predict_traffic(self.shapes, name, self.ranks, self.precision, self.accumulation)
+                for name in self.strategies
+            }
+            found["formulas"] = {name: FORMULAS[_kind(name)] for name in self.strategies}
+        if self.plan is not None:
+            best = self.plan.best and self.plan.best.strategy
+            options = [vars(option) | {"fits": option.fits} for option in self.plan.options]
+            found["plan"] = {"best": best, "reason": self.plan.reason, "options": options}
+        return found
+
+    def text(self) -> str:
+        lines = [f"{self.model}: {self.parameters:,.0f} parameters, {self.precision}, {self.ranks} rank(s)", self.basis]
+        lines.append("")
+        if self.shapes is None:
+            lines.append(f"{'':<10} {'states':>12}")
+            lines += [f"{name:<10} {_size(held['states']):>12}" for name, held in self.strategies.items()]
+        else:
+            lines.append(
+                f"{'fullest rank':<14} {'at rest':>12} {'after backward':>15} {'at the peak':>13} {'sent a step':>13}"
+            )
+            for name, found in self.strategies.items():
+                fullest = [_most(found, moment) for moment in (*MOMENTS, "peak") if moment in found["ranks"][0]]
+                cells = [_size(held) for held in fullest] + ["-"] * (3 - len(fullest))
+                moved = predict_traffic(self.shapes, name, self.ranks, self.precision, self.accumulation)
+                cells.append(_size(sent(moved, self.ranks)))
+                lines.append(f"{name:<14} {cells[0]:>12} {cells[1]:>15} {cells[2]:>13} {cells[3]:>13}")
+            if any("in main memory" in found for found in self.strategies.values()):
+                lines += ["", "of what is offloaded, the part on the GPU; --json has all owners"]
+        if self.note:
+            lines += ["", self.note]
+        if self.plan is not None:
+            aside = f"{RESERVED / 1e9:g} GB of each GPU are set aside for CUDA"
+            if not self.activations:
+                aside += ", and activations are not counted"
+            lines += ["", f"{self.plan.reason} ({aside})"]
+        return "\n".join(lines)
+
+
+def _most(about: dict[str, Any], moment: str) -> int:
+    """Bytes on the GPU of the rank that holds the most."""
+    away = about.get("in main memory", ())
+    return max(sum(size for owner, size in rank[moment].items() if owner not in away) for rank in about["ranks"])
+
+
+def of_parameters(parameters: float, ranks: int, precision: str = "bf16", accumulation: int = 1) -> Report:
+    """By the paper's formula, for half precision: all that can be said of a bare number. Raises `UserError`."""
+    if not 1 <= parameters <= MOST_PARAMETERS:
+        raise UserError(f"{parameters:g} parameters: give a number from 1 to {MOST_PARAMETERS:g}, e.g. 7e9")
+    _require(ranks, precision, accumulation)
+    if precision == "fp32":
+        raise UserError("a bare number goes by the paper's formula, which is for half precision: give --model for fp32")
+    names = [name for name in STRATEGIES if (name != "vanilla" or ranks == 1) and not offloads(name)]
+    states = {name: {"states": int(paper(parameters, ranks, zero_stage(name)))} for name in names}
+    basis = f"by the paper's formula alone ({PAPER}): no buckets, padding or activations; --model is exact"
+    return Report(f"{parameters:g} parameters", parameters, precision, ranks, basis, states, accumulation=accumulation)
+
+
+def _require(ranks: int, precision: str, accumulation: int) -> None:
+    require(ranks, precision)
+    if ranks > MOST_RANKS:
+        raise UserError(f"ranks is {ranks}: give at most {MOST_RANKS:,}")
+    if not 1 <= accumulation <= MOST_ACCUMULATION:
+        what = "least 1" if accumulation < 1 else f"most {MOST_ACCUMULATION:,}"
+        raise UserError(f"accumulation is {accumulation}: give at {what}")
+
+
+def of_model(
+    name: str,
+    ranks: int,
+    precision: str,
+    batch: Batch | None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = say,
+    accumulation: int = 1,
+    on_gpu: bool = False,
+) -> Report:
+    """Exact states of every rank, and the peak of a step with `batch`, of a model by its config alone.
+
+    A step has `accumulation` such micro-batches. `on_gpu` asks about GPUs, whatever machine this is.
+    """
+    from minisft.training import preflight
+
+    _require(ranks, precision, accumulation)
+    config = _config(name, trust_remote_code, say)
+    if batch is not None and batch.length is None:
+        batch = replace(batch, length=min(LENGTH, positions_of(config) or LENGTH))
+    if batch is not None:
+        preflight.require_positions(config, batch.length)
+    shapes = Shapes.of_config(config, trust_remote_code)
+    names = [strategy for strategy in STRATEGIES if strategy != "vanilla" or ranks == 1]
+    settings = {s: generated(shapes, s, ranks, precision, accumulation, on_gpu) for s in names}
+    found = {strategy: predict(shapes, strategy, ranks, precision, settings[strategy]) for strategy in names}
+    activations, dry, note = {}, {}, ""
+    if batch is not None:
+        activations, dry, note = _dry_runs(config, precision, batch, trust_remote_code, on_gpu, shapes)
+    strategies = {}
+    for strategy, predicted in found.items():
+        chosen = list(range(ranks))
+        if ranks > SHOWN:
+            chosen = [max(chosen, key=lambda rank: total(predicted[rank]["after backward"]))]
+        shown = [{"rank": rank, **predicted[rank]} for rank in chosen]
+        if run := dry.get(precision != "fp32" and zero_stage(strategy) is not None):
+            about = (shapes, strategy, ranks, precision, shown, run, settings[strategy], accumulation)
+            for moments, peak in zip(shown, at_peak(*about), strict=True):
+                moments["peak"] = peak
+        strategies[strategy] = {"ranks": shown}
+        if away := in_main_memory(settings[strategy]):
+            strategies[strategy]["in main memory"] = sorted(away)
+    basis = f"states exact ({DEEPSPEED})"
+    about = (strategies, shapes, activations, note)
+    return Report(name, shapes.parameters, precision, ranks, basis, *about, accumulation=accumulation)
+
+
+def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> Any:
+    """The transformers config of a model: weights are not needed where its folder or file is at hand."""
+    from minisft.data import download
+    from minisft.training import preflight
+
+    path = user_path(name)
+    if path.is_file():
+        values = read_json(path, most=MOST_BYTES)
+        if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+            raise UserError(f"{name!r} is no transformers config: give a config.json, a model folder or a hub id")
+        return preflight.model_config(path, trust_remote_code)
+    folder = path if (path / "config.json").is_file() else download.find_model(name, say).path
+    return preflight.model_config(folder, trust_remote_code)
+
+
+def _dry_runs(
+    config: Any, precision: str, batch: Batch, trust_remote_code: bool, on_gpu: bool, shapes: Shapes
+) -> tuple[dict[str, Any], dict[bool, Any], str]:
+    """What a micro-batch needs beside the states: for the report, and by whether the weights are in half precision.
+
+    The last tells what could not be traced.
+    """
+    from minisft.zero.activation_trace import dry_run
+
+    options = {
+        **{"lengths": [batch.length] * batch.rows, "precision": precision, "on_gpu": on_gpu},
+        **{"activation_checkpointing": batch.activation_checkpointing, "trust_remote_code": trust_remote_code},
+        "layers": shapes.layers,
+    }
+    dry, note = {}, ""
+    for half in sorted({False, precision != "fp32"}):
+        try:
+            dry[half] = dry_run(config, half_weights=half, **options)
+        except UserError as error:
+            note = str(error)
+    if not dry:
+        return {}, {}, note
+    if note:
+        failed = "ddp, which keeps fp32 weights" if True in dry else "ZeRO, which keeps weights in half precision"
+        note = f"of {failed}: {note}"
+    run = dry[max(dry)]
+    about = {"rows": batch.rows, "length": batch.length, "bytes": sum(run.peak_freeing.values())}
+    about |= {"retained": run.retained, "peak": run.peak, "peak_freeing": run.peak_freeing}
+    return about, dry, note
+
+
+def _size(held: float) -> str:
+    for size, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if held >= size:
+            return f"{held / size:,.2f} {name}"
+    return f"{held:,.0f} B"

@@ -1,0 +1,150 @@
+"""Which strategy for this model on those GPUs: what fits, what is left, which is the cheapest, and why.
+
+States come from `minisft.zero.state_memory`: exact for a model whose shapes are known, the paper's formula for a bare number
+of parameters. Cheapest means the least traffic between the ranks: who fits with less splitting need not send more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from minisft.errors import UserError
+from minisft.zero.state_memory import Shapes, distinct, generated, on_gpu, paper, predict, total
+from minisft.zero.strategies import offloads, zero_stage
+
+# At equal traffic from the simplest to the leanest. Offloading comes last: main memory is an order of magnitude
+# further away than another GPU.
+CANDIDATES = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+MOST_GPU = 1e15  # bytes
+RESERVED = 1.5e9  # bytes of a GPU that are never ours: the CUDA context, the libraries' workspaces, fragmentation
+
+
+@dataclass(frozen=True)
+class Option:
+    """One strategy on one of the GPUs: bytes of states, of everything, and what is left of the GPU (below 0: none)."""
+
+    strategy: str
+    states: float
+    total: float
+    left: float
+
+    @property
+    def fits(self) -> bool:
+        return self.left >= 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    options: tuple[Option, ...]
+    best: Option | None
+    reason: str
+
+
+def traffic(strategy: str, accumulation: int = 1, precision: str = "bf16") -> int:
+    """What a rank sends per optimizer step, in multiples of the parameters' bytes at `precision`, on many ranks.
+
+    Rajbhandari et al. 2020, section 7: 2 for data parallelism and stages 1 and 2, 3 for stage 3. With accumulation,
+    stage 2 reduces every micro-batch's gradients and stage 3 gathers for each; ddp and stage 1 reduce once. In half
+    precision ddp's gradients are still fp32 (autocast), twice as much. `minisft.zero.communication` has it in bytes.
+    """
+    stage = zero_stage(strategy)
+    if strategy == "vanilla":
+        return 0
+    if stage is None and precision != "fp32":
+        return 4
+    if stage is None or stage <= 1:
+        return 2
+    return accumulation + 1 if stage == 2 else 3 * accumulation
+
+
+def plan(
+    model: Shapes | float,
+    ranks: int,
+    gpu_bytes: float,
+    *,
+    precision: str = "bf16",
+    activation_bytes: float = 0,
+    accumulation: int = 1,
+    peaks: Mapping[str, float] | None = None,
+) -> Plan:
+    """What each strategy needs on one of `ranks` GPUs of `gpu_bytes` each.
+
+    `peaks` gives a strategy's bytes on the GPU at the worst moment, where they are known; elsewhere it is the states
+    after backward, and `activation_bytes` of a micro-batch on top. Raises `UserError` for numbers that cannot be.
+    """
+    if not RESERVED < gpu_bytes <= MOST_GPU:
+        raise UserError(f"a GPU of {gpu_bytes / 1e9:.4g} GB is no GPU: give its memory in GB, e.g. 80")
+    options = []
+    for strategy in candidates(model, ranks):
+        states = state_bytes(model, strategy, ranks, precision)
+        needed = (peaks or {}).get(strategy, states + activation_bytes)
+        options.append(Option(strategy, states, needed, gpu_bytes - RESERVED - needed))
+    able = [option for option in options if option.fits]
+    if not able:
+        leanest = min(options, key=lambda option: option.total)
+        return Plan(
+            tuple(options),
+            None,
+            f"nothing fits: even {leanest.strategy} needs {leanest.total / 1e9:,.1f} GB of each GPU, "
+            f"{-leanest.left / 1e9:,.1f} GB more than there is; take more GPUs, larger ones, or a smaller micro-batch",
+        )
+
+    def price(option: Option) -> tuple[bool, int]:
+        return offloads(option.strategy), traffic(option.strategy, accumulation, precision)
+
+    best = min(able, key=lambda option: (price(option), options.index(option)))
+    reason = f"{best.strategy} fits with {best.left / 1e9:,.1f} GB to spare"
+    below = [o for o in options if not o.fits and price(o)[1] <= price(best)[1]]
+    if below:
+        reason += f"; {', '.join(o.strategy for o in below)} would send no more, but {_does(below)} not fit"
+    else:
+        reason += ", and nothing that fits sends less"
+    if offloads(best.strategy) and isinstance(model, Shapes):
+        main = main_memory_bytes(model, best.strategy, ranks, precision) / 1e9
+        reason += f"; it needs {main:,.1f} GB of main memory for each GPU as well"
+    return Plan(tuple(options), best, reason)
+
+
+def candidates(model: Shapes | float, ranks: int) -> tuple[str, ...]:
+    """The strategies worth a thought; of a bare number nobody knows what ZeRO-3 with everything offloaded gathers."""
+    names = CANDIDATES if isinstance(model, Shapes) else CANDIDATES[:-1]
+    return names if ranks > 1 else ("vanilla", *names[1:])
+
+
+def _does(options: list[Option]) -> str:
+    return "do" if len(options) > 1 else "does"
+
+
+def state_bytes(model: Shapes | float, strategy: str, ranks: int, precision: str = "bf16") -> float:
+    """Bytes of states on the GPU of the rank that holds the most, after backward; of a bare number by the paper's
+    formula."""
+    if isinstance(model, Shapes):
+        return max(there for there, _ in _by_place(model, strategy, ranks, precision))
+    if ranks < 1 or not model > 0:
+        raise UserError(f"{model:g} parameters on {ranks} ranks: give at least one of each")
+    return model * _per_parameter(strategy, ranks)
+
+
+def main_memory_bytes(model: Shapes, strategy: str, ranks: int, precision: str = "bf16") -> int:
+    """Bytes of states in main memory for the rank that holds the most there, after backward, if it is offloaded."""
+    return max(away for _, away in _by_place(model, strategy, ranks, precision))
+
+
+def _by_place(model: Shapes, strategy: str, ranks: int, precision: str) -> Iterator[tuple[int, int]]:
+    """Bytes of states after backward, on a rank's GPU and in its main memory, of the ranks that differ."""
+    config = generated(model, strategy, ranks, precision)
+    for rank in distinct(predict(model, strategy, ranks, precision, config)):
+        held = rank["after backward"]
+        there = total(on_gpu(held, config))
+        yield there, total(held) - there
+
+
+def _per_parameter(strategy: str, ranks: int) -> float:
+    # Offloaded (Ren et al. 2021, arXiv:2101.06840), the half-precision parameters alone stay.
+    return 2.0 if offloads(strategy) else paper(1, ranks, zero_stage(strategy))
+
+
+def largest_model(strategy: str, ranks: int, gpu_bytes: float, activation_bytes: float = 0) -> float:
+    """Parameters of the largest model whose states fit, by the paper's formula."""
+    return max(0.0, gpu_bytes - RESERVED - activation_bytes) / _per_parameter(strategy, ranks)

@@ -1,0 +1,175 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sacrebleu.metrics import BLEU
+
+from minisft.course.figures.evaluation import interval_widths
+from minisft.errors import UserError
+from minisft.evaluation.bleu_breakdown import xray
+from minisft.evaluation.metrics import MECAB, corpus_scores, paired_bootstrap, tokenizer_for
+
+WORDS = ("the", "cat", "sat", "on", "a", "mat", ",", ".", "&", "<", "red")
+words = st.lists(st.sampled_from(WORDS), max_size=14).map(" ".join)
+
+
+@given(words, words)
+def test_the_score_and_its_parts_are_sacrebleus(output, reference):
+    expected = BLEU().corpus_score([output], [[reference]])
+    found = xray(output, reference)
+    assert found.score == pytest.approx(expected.score)
+    assert list(found.matched) == expected.counts
+    assert list(found.total) == expected.totals
+    if any(found.matched):
+        assert found.precisions == pytest.approx(expected.precisions)
+    assert len(found.output) == expected.sys_len
+    assert len(found.reference) == expected.ref_len
+
+
+@given(words, words)
+def test_marked_tokens_are_in_both_and_as_deep_as_the_longest_match(output, reference):
+    found = xray(output, reference)
+    longest = max((n for n, count in enumerate(found.matched, 1) if count), default=0)
+    for depth, here, there in (
+        (found.depth, found.output, found.reference),
+        (found.reference_depth, found.reference, found.output),
+    ):
+        assert max(depth, default=0) == longest
+        assert sum(n > 0 for n in depth) >= found.matched[0]
+        assert all(word in there for word, n in zip(here, depth, strict=True) if n)
+
+
+def test_a_word_counts_as_often_as_the_reference_has_it():
+    found = xray("the the the the the the the", "the cat is on the mat")  # the example of Papineni et al.
+    assert (found.matched[0], found.total[0]) == (2, 7)
+    assert found.depth == (1, 1, 0, 0, 0, 0, 0)
+
+
+def test_what_a_model_says_is_escaped():
+    html = xray("<b> the cat", "the <cat").html()  # 13a takes marks apart: the bare sign is what to look for
+    assert html.count("<span>&lt;</span>") + html.count("&lt;<sub>") == 2
+    assert "<span><</span>" not in html
+
+
+def test_scores_come_with_signature_and_interval():
+    outputs = ["the cat sat on the mat", "a\nred  dog ran off quickly today", "birds sing"]
+    references = ["the cat sat on a mat", "a red dog ran away today", "small birds sing songs"]
+    found = corpus_scores(outputs, references, resamples=1000)
+    plain = BLEU().corpus_score([" ".join(o.split()) for o in outputs], [references])
+    assert found["bleu"] == plain.score
+    low, high = found["bleu_interval"]
+    assert low < found["bleu"] < high
+    assert json.loads(json.dumps(found)) == found
+    assert "bs:1000" in found["bleu_signature"]
+    assert corpus_scores(outputs, references, resamples=0)["bleu"] == plain.score
+
+
+def test_lines_are_joined_as_in_the_files():
+    output, reference = "state-\nof the art thing here", "state- of the art thing here"
+    assert xray(output, reference).score == pytest.approx(corpus_scores([output], [reference], 0)["bleu"])
+
+
+def test_intervals_stay_within_the_scale():
+    said = ["the cat sat on the mat today", "no", "none", "nothing"]
+    low, high = corpus_scores(said, ["the cat sat on the mat today", "yes it is", "all", "some"])["bleu_interval"]
+    assert 0 <= low < high <= 100
+
+
+def test_a_draw_without_any_match_has_an_interval_too():
+    found = corpus_scores(
+        ["the cat sat on the mat today", "no", "none"], ["the cat sat on the mat", "yes it is", "all of it"]
+    )
+    assert found["bleu_interval"][1] > 0
+
+
+def test_a_paired_bootstrap_tells_a_difference_from_chance():
+    references = [f"the {word} cat sat on the mat number {i}" for i, word in enumerate(WORDS)]
+    wrong = ["a dog ran off"] * len(references)
+    alternating = [[(wrong, references)[(i + k) % 2][i] for i in range(len(references))] for k in (0, 1)]
+    assert paired_bootstrap(wrong, references, references) < 0.01
+    assert paired_bootstrap(*alternating, references) > 0.1
+    assert paired_bootstrap(references, references, references) == 1
+    chairs, tables = (["the cat sat on a " + end] * 12 for end in ("chair", "table"))  # as good as each other
+    assert paired_bootstrap(chairs, tables, ["the cat sat on the mat today"] * 12) == 1
+    with pytest.raises(UserError, match="no answer to compare"):
+        paired_bootstrap([], [], [])
+
+
+# --- scripts without blanks between words --------------------------------------------------------------------------
+
+TEXTS = {  # harmless sentences: the first is the question's right answer, the second shares some of it
+    "zh": ("法国的首都是巴黎。", "法国的首都是里昂。"),
+    "ja": ("フランスの首都はパリです。", "フランスの首都はリヨンです。"),
+    "ko": ("프랑스의 수도는 파리입니다.", "프랑스의 수도는 리옹입니다."),
+    "th": ("เมืองหลวงของฝรั่งเศสคือปารีส", "เมืองหลวงของฝรั่งเศสคือลียง"),
+    "en": ("The capital of France is Paris.", "The capital of France is Lyon."),
+    "ru": ("Столица Франции это город Париж.", "Столица Франции это город Лион."),
+}
+
+
+def expected_tokenizer(language):
+    from importlib.util import find_spec
+
+    if mecab := {"ja": "ja-mecab", "ko": "ko-mecab"}.get(language):
+        return mecab if all(map(find_spec, MECAB[mecab])) else "char"
+    return {"zh": "zh", "th": "char"}.get(language, "13a")
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize("language", TEXTS)
+def test_perfect_answers_score_100_in_any_script_as_sacrebleu_computes_it(language):
+    right, near = TEXTS[language]
+    tokenize = expected_tokenizer(language)
+    assert tokenizer_for([right]) == tokenizer_for([right, near] * 20) == tokenize
+    found = corpus_scores([right] * 3, [right] * 3, 20)
+    assert found["bleu"] == pytest.approx(100)
+    assert found["length_ratio"] == 1
+    assert f"tok:{tokenize}" in found["bleu_signature"]
+    assert found["bleu_tokenizer"] == tokenize
+    oracle = BLEU(tokenize=tokenize).corpus_score([near, right], [[right, right]])
+    found = corpus_scores([near, right], [right, right], 0)
+    assert found["bleu"] == pytest.approx(oracle.score)
+    assert 0 < found["bleu"] < 100
+    assert xray(near, right).score == pytest.approx(BLEU(tokenize=tokenize).corpus_score([near], [[right]]).score)
+    assert paired_bootstrap([near] * 8, [right] * 8, [right] * 8, 50) < 0.1
+
+
+@given(
+    st.sampled_from([text for pair in TEXTS.values() for text in pair]), st.sampled_from(["zh", "char", "13a"]), words
+)
+def test_taken_apart_with_any_tokenizer_it_is_sacrebleus(reference, tokenize, more):
+    output = reference[:4] + more
+    oracle = BLEU(tokenize=tokenize).corpus_score([output], [[reference]])
+    found = xray(output, reference, tokenize)
+    assert found.score == pytest.approx(oracle.score)
+    assert list(found.matched) == oracle.counts
+
+
+@pytest.mark.parametrize(
+    ("references", "tokenize"),
+    [
+        (["4", "", "?!"], "13a"),
+        (["In Chinese it is 你好, a short word for a greeting that everybody knows."], "13a"),
+        (["用 Python 的 print 函数输出文本。", "好的。"], "zh"),
+        (["東京は日本の首都です。", "東京都"], expected_tokenizer("ja")),
+    ],
+)
+def test_the_script_of_most_references_decides(references, tokenize):
+    assert tokenizer_for(references) == tokenize
+
+
+def test_one_tokenizer_for_all_of_a_data_set():
+    """Also where a part of it is in another script: draws of a part are scored as the whole."""
+    right = [TEXTS["zh"][0]] * 6 + [TEXTS["en"][0]] * 2
+    answers = [{"output": text, "reference": text} for text in right]
+    assert "BLEU is 100 whichever of these 8 answers" in interval_widths(answers, draws=4).alt
+    assert corpus_scores(right[-1:], right[-1:], 0, "zh")["bleu_tokenizer"] == "zh"
+
+
+def test_where_no_run_of_four_can_match_it_is_said():
+    found = corpus_scores(["yes it is", "no"], ["yes it is", "no"], 0)
+    assert found["bleu"] == 0
+    assert found["bleu_note"].startswith("BLEU says nothing here")
+    assert "longest reference has 3" in found["bleu_note"]
+    assert corpus_scores(["a b c d"], ["a b c d"], 0)["bleu_note"] == ""
