@@ -325,7 +325,7 @@ def _config(
 
 
 def _run_config(options: dict[str, Any]) -> Any:
-    from minisft.run.folder import RunConfig
+    from minisft.run.config import RunConfig
 
     preset = options.pop("preset")
     if preset == "course":
@@ -407,7 +407,7 @@ def command(
     slurm_nodes: Annotated[int | None, typer.Option(help="write a SLURM batch script for so many nodes")] = None,
 ) -> None:
     """Write a run folder, print the command that trains it, and say (on stderr) what each part of it is for."""
-    from minisft.launch.commands import commands, explain, first_words, require_nodes, shown, slurm_script
+    from minisft.launch.commands import commands, display_path, explain, first_words, require_nodes, slurm_script
     from minisft.launch.prepare_run import prepare
     from minisft.run.folder import project_root
     from minisft.training.preflight import warn_of_cores
@@ -424,7 +424,7 @@ def command(
             stream.write(slurm_script(run.config, run.folder, slurm_nodes, run.on_gpu))
         if not run.on_gpu:
             note("This machine has no GPU, so the run was prepared for CPUs: prepare it on a GPU node to use those")
-        say(shlex.join(["sbatch", shown(script)]))
+        say(shlex.join(["sbatch", display_path(script)]))
         return
     if place is None and not run.on_gpu:
         warn_of_cores(config, note)
@@ -516,14 +516,14 @@ def evaluate(
 ) -> None:
     """BLEU, loss and three example answers for every checkpoint, and for the model before training."""
     from minisft.course.figures.evaluation import draw
-    from minisft.evaluation.eval_set import Settings
-    from minisft.evaluation.evaluate_checkpoints import evaluate_runs, settled
+    from minisft.evaluation.eval_set import EvalSettings
+    from minisft.evaluation.evaluate_checkpoints import evaluate_runs, runs_to_evaluate
     from minisft.run.folder import Run, all_runs
 
-    settings = Settings(rows, max_new_tokens, batch_size, answers, resamples, exclude_leaked)
+    settings = EvalSettings(rows, max_new_tokens, batch_size, answers, resamples, exclude_leaked)
     wanted = [Run.load(name, trust_remote_code) for name in runs] if runs else all_runs(trust_remote_code)
     is_asked = sys.stdin is not None and sys.stdin.isatty()
-    chosen = settled(wanted, wait, typer.confirm if is_asked else None, say)
+    chosen = runs_to_evaluate(wanted, wait, typer.confirm if is_asked else None, say)
     if runs and not chosen:
         raise UserError(f"{wanted[0].name} is being trained: give --wait, or evaluate it when it is done")
     if not runs:
@@ -552,12 +552,12 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a trained model: each line is a question, and Ctrl-D ends the conversation."""
-    from minisft.evaluation.chat_session import in_terminal, talks
+    from minisft.evaluation.chat_session import in_terminal, open_sessions
     from minisft.run.folder import Run
 
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {max_new_tokens}: give at least 1")
-    in_terminal(talks(Run.load(run, trust_remote_code), step, beside), sys.stdin, sys.stdout, max_new_tokens)
+    in_terminal(open_sessions(Run.load(run, trust_remote_code), step, beside), sys.stdin, sys.stdout, max_new_tokens)
 
 
 @app.command()
@@ -578,7 +578,6 @@ def memory(
     as_json: AsJson = False,
 ) -> None:
     """Bytes per rank and owner under every strategy, predicted without allocating any of them."""
-    from minisft.heap import importing
     from minisft.zero import memory_report
 
     if (model is None) == (params is None):
@@ -587,11 +586,10 @@ def memory(
     if gpu_memory is not None and not math.isfinite(gpu_memory):
         raise UserError(f"--gpu-memory is {gpu_memory:g}: give GB, e.g. 80")
     if params is not None:
-        report = memory_report.of_parameters(params, ranks, precision, accumulation)
+        report = memory_report.memory_of_parameters(params, ranks, precision, accumulation)
     else:
         about = (batch, trust_remote_code, note, accumulation, gpu_memory is not None)
-        with importing():  # in there; what garbage the rest makes goes with this process
-            report = memory_report.of_model(model, ranks, precision, *about)
+        report = memory_report.memory_of_model(model, ranks, precision, *about)
     if gpu_memory is not None:
         report.add_plan(gpu_memory * 1e9)
     _print_json(report.to_dict()) if as_json else say(report.text())
@@ -625,7 +623,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Losses, speed, memory and communication of several runs, side by side, and which was best here."""
-    from minisft.launch.compare_runs import summary_rows, table, verdict
+    from minisft.launch.compare_runs import comparison_table, summary_rows, verdict
     from minisft.run.folder import Run, all_runs
 
     chosen = [Run.load(name) for name in runs] if runs else all_runs()
@@ -633,7 +631,7 @@ def compare(
     if as_json:
         _print_json(rows)
         return
-    say(table(rows))
+    say(comparison_table(rows))
     if said := verdict(chosen):
         say(f"\n{said}")
 

@@ -48,7 +48,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Report:
+class MachineReport:
     checks: tuple[Check, ...]
 
     @property
@@ -81,7 +81,7 @@ class Report:
         return "\n".join([*lines, f"{passed} of {len(self.checks)} checks passed: {verdict}"])
 
 
-def examine() -> Report:
+def examine() -> MachineReport:
     """Look at the machine and its environment. Changes nothing; imports torch (seconds), never deepspeed."""
     checks = []
     for name, look in LOOK.items():
@@ -92,7 +92,7 @@ def examine() -> Report:
         consequence, remedy = ABOUT[name]
         missing = ("", "") if ok else (" ".join(consequence.split()), " ".join(remedy.split()))
         checks.append(Check(name, ok, detail, *missing, required=name in REQUIRED))
-    return Report(tuple(checks))
+    return MachineReport(tuple(checks))
 
 
 # --- looking: each returns whether all is well, and what was found ------------------------------------------
@@ -170,7 +170,7 @@ def _outputs_disk() -> Found:
 
 
 def _cache_disk() -> Found:
-    missing = [wheel for wheel in (SMOLLM2, SHAREGPT) if pinned_wheels.damage(wheel)]
+    missing = [wheel for wheel in (SMOLLM2, SHAREGPT) if pinned_wheels.wheel_damage(wheel)]
     ok, detail = _disk(cache_dir(), sum(wheel.space for wheel in missing))
     names = " and ".join(wheel.name for wheel in missing)
     return ok, f"{detail}; {f'{names} not fetched yet' if missing else 'model and data are here'}"

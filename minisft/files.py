@@ -1,35 +1,29 @@
-"""Files that are written whole, locked, compared by what they are, and read into a shape that was checked.
+"""Files written whole or not at all, compared by identity, and read into a checked shape.
 
-What lies in a run folder or a cache may have come from somebody else, or be damaged. So a file is never opened through
-a link that takes its place, JSON is parsed into a declared shape in one place, and "cannot be read" is never taken
-for "is not there".
+Files in a run folder or a cache may come from somebody else, or be damaged. So a file is never opened through a link in
+its place, JSON is parsed into a declared shape in one place, and "cannot be read" is never treated as "is not there".
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TextIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 from minisft.errors import UserError
 from minisft.text import one_line
 
 T = TypeVar("T")
 PRIVATE = 0o600
-JUST_NOW = 100_000_000  # nanoseconds; clocks of file systems move in steps of up to 10 ms
-MOST_DIGESTS = 500  # files whose checksum is remembered
 _STREAM = re.compile(r"/(?:dev/fd|proc/self/fd)/(\d+)")
 _STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 
@@ -193,41 +187,6 @@ def open_own(file: Path, flags: int, private: bool = False) -> int:
 # --- locks -------------------------------------------------------------------------------------------------
 
 
-def open_lock(file: Path) -> TextIO:
-    """The lock file `file`, opened and not yet locked; nothing is written into it. Raises `UserError` for a link."""
-    handle = open_own(file, os.O_RDWR, private=True)
-    return os.fdopen(handle, "r+", encoding="utf-8")
-
-
-@contextmanager
-def locked_folder(folder: Path) -> Iterator[int | Literal[False] | None]:
-    """A descriptor that holds `folder` itself, under any path; False if somebody else does, None where nobody can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        yield None
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield handle
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(handle)
-
-
-def try_lock(lock: TextIO, how: int = fcntl.LOCK_EX) -> bool:
-    """Whether an open file could be locked: False if somebody else holds it. A file system without locks grants all."""
-    try:
-        fcntl.flock(lock, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-    return True
-
-
 # --- reading -----------------------------------------------------------------------------------------------
 
 
@@ -322,65 +281,3 @@ def _adapter(shape: Any) -> Any:
 
 
 # --- checksums ---------------------------------------------------------------------------------------------
-
-
-def digest(file: Path, sync: bool = False) -> str:
-    """SHA-256 of a file, in hexadecimal; `sync` first waits until it is on the disk."""
-    with open_regular(file) as stream:
-        if sync:
-            os.fsync(stream.fileno())
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def digest_memory() -> Path:
-    """The file in which `Digests` remembers. Raises `UserError` where there is no folder for a cache."""
-    return cache_dir() / "digests.json"
-
-
-class Digests:
-    """Checksums of files by content, remembered in the cache folder for files that have not been touched since.
-
-    The cheap way compares a file's device, number, size, and times of modification and of change: the last of these
-    moves with every write and cannot be set back by a program. With `verify` every file is read again. `read` and
-    `remembered` count which way was taken.
-    """
-
-    def __init__(self, verify: bool = False):
-        self.verify = verify
-        self.read = self.remembered = 0
-
-    def of(self, file: Path) -> str:
-        """SHA-256 of the content of `file`, in hexadecimal."""
-        with open_regular(file) as stream:
-            before = os.fstat(stream.fileno())
-        about = [before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns]
-        known = self._known()
-        key = os.path.realpath(file)
-        entry = known.get(key)
-        if not self.verify and isinstance(entry, list) and entry[:-1] == about:
-            self.remembered += 1
-            return entry[-1]
-        found = digest(file)
-        self.read += 1
-        if time.time_ns() - before.st_ctime_ns < JUST_NOW:  # another write may get the same time
-            return found
-        with suppress(OSError, UserError):  # a cache that cannot be written costs time alone
-            memory = digest_memory()
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            known.pop(key, None)
-            recent = dict(list(known.items())[-MOST_DIGESTS:])
-            write_json(memory, recent | {key: [*about, found]})
-        return found
-
-    @property
-    def how(self) -> str:
-        """How the checksums were found, for a report."""
-        if not self.remembered:
-            return f"{self.read} {'file' if self.read == 1 else 'files'} read and hashed"
-        return f"{self.remembered} of {self.read + self.remembered} checksums remembered (files untouched since)"
-
-    def _known(self) -> dict[str, Any]:
-        with suppress(UserError, OSError):  # remembered checksums can be found again
-            if isinstance(found := read_json(digest_memory()), dict):
-                return found
-        return {}

@@ -1,9 +1,13 @@
-"""What this process may use of the machine: in a container or a batch job that is a share, not the whole."""
+"""This machine: its cores and memory (in a container or batch job only a share of them), and its names."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import ipaddress
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -49,3 +53,33 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8", errors="surrogateescape").strip()  # a group's name is any bytes
     except OSError:
         return ""
+
+
+def release_free_memory() -> None:
+    """Return the heap's free pages to the system; nothing happens where the C library is not glibc.
+
+    Gradients and activations come and go in sizes that glibc keeps in its heap, and what lives longer (the
+    optimizer's states) is allocated above them: without this a step finds its memory in pieces and takes more.
+    """
+    if trim := _malloc_trim():
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def is_here(name: str) -> bool:
+    """Whether a host is the machine that asks: by a loopback address, `localhost`, or its own name."""
+    return is_loopback(name) or name == socket.gethostname()
+
+
+def is_loopback(name: str) -> bool:
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

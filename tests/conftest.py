@@ -74,7 +74,7 @@ def save_checkpoint(model: object, tokenizer_folder: Path, folder: Path) -> None
 def own_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test writes its runs into its own folder, and remembers checksums there."""
     monkeypatch.setenv("MINISFT_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.setattr("minisft.files.digest_memory", lambda: tmp_path / ".cache" / "digests.json")
+    monkeypatch.setattr("minisft.checksums.digest_memory", lambda: tmp_path / ".cache" / "digests.json")
     return tmp_path / "outputs"
 
 

@@ -2,8 +2,8 @@
 
     python tests/lint_engines.py OUT.json '[{"zero_optimization": {"stage": 2}, …}, …]'
 
-The worker of `test_lint_config`. Writes a JSON list: for each configuration `{"refused": why}`, or what the engine made of it.
-The kernels, which would have to be compiled, are left out.
+The worker of `test_lint_config`. Writes a JSON list: for each configuration `{"refused": why}`, or what the engine
+made of it. The kernels, which would have to be compiled, are left out.
 """
 
 from __future__ import annotations

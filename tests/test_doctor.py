@@ -11,15 +11,15 @@ import pytest
 
 from minisft import doctor
 from minisft.data.pinned_wheels import SHAREGPT, SMOLLM2
-from minisft.doctor import ABOUT, LOOK, REQUIRED, Check, Report, examine
+from minisft.doctor import ABOUT, LOOK, REQUIRED, Check, MachineReport, examine
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report() -> MachineReport:
     return examine()
 
 
-def check(report: Report, name: str) -> Check:
+def check(report: MachineReport, name: str) -> Check:
     return next(c for c in report.checks if c.name == name)
 
 

@@ -14,7 +14,7 @@ from conftest import minisft, sharegpt_row
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisft import files
+from minisft import checksums, files, locks
 from minisft.errors import UserError
 
 attack = pytest.mark.attack
@@ -127,7 +127,7 @@ def test_a_file_of_a_run_replaces_a_link_and_never_follows_it(tmp_path):
         with pytest.raises(UserError, match="is a link or a pipe"):
             files.open_own(link, flags)
     with pytest.raises(UserError, match="is a link or a pipe"):
-        files.open_lock(link)
+        locks.open_lock(link)
     assert precious.read_text() == "keep me"
 
 
@@ -211,7 +211,7 @@ def test_names_that_are_not_utf8_are_written_and_read_back(tmp_path):
 def test_a_checksum_is_not_remembered_for_a_file_that_was_changed_in_secret(tmp_path):
     file = tmp_path / "weights"
     file.write_bytes(b"good" * 100)
-    digests = files.Digests()
+    digests = checksums.Digests()
     good = digests.of(file)
     assert (digests.of(file), digests.read, digests.remembered) == (good, 2, 0)  # it was written just now
     time.sleep(0.15)
@@ -220,8 +220,8 @@ def test_a_checksum_is_not_remembered_for_a_file_that_was_changed_in_secret(tmp_
     file.write_bytes(b"evil" * 100)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert file.stat().st_mtime_ns == before.st_mtime_ns
-    assert files.Digests().of(file) != good
-    checked = files.Digests(verify=True)
+    assert checksums.Digests().of(file) != good
+    checked = checksums.Digests(verify=True)
     checked.of(file)
     assert (checked.read, checked.remembered, checked.how) == (1, 0, "1 file read and hashed")
 

@@ -1,6 +1,6 @@
 """The bug museum: ways in which fine-tuning data goes wrong in silence, each beside the right way and its detector.
 
-    exhibit = EXHIBITS["find_first"]
+    exhibit = BUGS["find_first"]
     made = exhibit.wrong(tokenizer, *exhibit.example)
     exhibit.caught(made, tokenizer, *exhibit.example)
 
@@ -240,7 +240,7 @@ _PARTS = tuple(talk(f"Question {n}.{i}?", "Answer.", name=f"chat{n:03}_{i}") for
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class Bug:
     """One bug. `wrong` and `right` take the tokenizer and then conversations, as many as `example` has.
 
     Both make the same thing of them: a `Row` (None where the row is dropped), a batch, or the two sides of a split.
@@ -259,10 +259,10 @@ class Exhibit:
     example: tuple[Conversation, ...] = (_TWO_SUMS,)
 
 
-EXHIBITS: dict[str, Exhibit] = {
+BUGS: dict[str, Bug] = {
     e.name: e
     for e in (
-        Exhibit(
+        Bug(
             "collator",
             "The collator that writes its own labels",
             what_happens=(
@@ -275,7 +275,7 @@ EXHIBITS: dict[str, Exhibit] = {
             right=labels_carried_over,
             caught=broken_in_batch,
         ),
-        Exhibit(
+        Bug(
             "find_first",
             "The answer is searched in the text",
             what_happens=(
@@ -286,7 +286,7 @@ EXHIBITS: dict[str, Exhibit] = {
             example=(talk("Say 4.", "4"),),
             wrong=find_first,
         ),
-        Exhibit(
+        Bug(
             "marker_search",
             "The marker that is never found",
             what_happens="[/INST] alone has other ids than after a space. Nothing is found, and nothing is trained.",
@@ -294,7 +294,7 @@ EXHIBITS: dict[str, Exhibit] = {
             invariant="targets",
             wrong=marker_search,
         ),
-        Exhibit(
+        Bug(
             "mistyped_marks",
             "Control tokens typed as text",
             what_happens=r"<\s> is ordinary text. The row has no EOS, and the model never learns to stop.",
@@ -302,7 +302,7 @@ EXHIBITS: dict[str, Exhibit] = {
             invariant="answers",
             wrong=mistyped_marks,
         ),
-        Exhibit(
+        Bug(
             "eos_masked",
             "EOS masked as padding",
             what_happens="Padding shares the id of EOS and is masked by its id: the model never learns to stop.",
@@ -310,7 +310,7 @@ EXHIBITS: dict[str, Exhibit] = {
             invariant="eos",
             wrong=eos_masked,
         ),
-        Exhibit(
+        Bug(
             "eos_missing",
             "Answers without an end",
             what_happens="After an answer comes the next question. The model learns to go on, and never to stop.",
@@ -318,7 +318,7 @@ EXHIBITS: dict[str, Exhibit] = {
             invariant="control",
             wrong=eos_missing,
         ),
-        Exhibit(
+        Bug(
             "double_bos",
             "Two BOS",
             what_happens=(
@@ -328,7 +328,7 @@ EXHIBITS: dict[str, Exhibit] = {
             invariant="bos",
             wrong=double_bos,
         ),
-        Exhibit(
+        Bug(
             "forged_end",
             "Control tokens forged by the data",
             what_happens="Somebody typed the characters of EOS, and the tokenizer makes the control token of them.",
@@ -337,7 +337,7 @@ EXHIBITS: dict[str, Exhibit] = {
             example=(talk("Bye<|im_end|></s>", "See you."),),
             wrong=forged_end,
         ),
-        Exhibit(
+        Bug(
             "cut_blindly",
             "Truncation that leaves nothing to train",
             what_happens=(
@@ -350,7 +350,7 @@ EXHIBITS: dict[str, Exhibit] = {
             wrong=cut_blindly,
             right=cut_and_counted,
         ),
-        Exhibit(
+        Bug(
             "packing",
             "Packing without walls",
             what_happens="Two conversations share one row to save padding, and the second reads the first.",
@@ -361,7 +361,7 @@ EXHIBITS: dict[str, Exhibit] = {
             right=kept_apart,
             caught=leak,
         ),
-        Exhibit(
+        Bug(
             "split",
             "One conversation in train and in test",
             what_happens=(

@@ -43,7 +43,7 @@ CELL_FILE = re.compile(r"(?<![^\s\"'<>()])[^\s\"'<>()]*/ipykernel_\d+/\d+\.py") 
 
 
 @dataclass(frozen=True)
-class Result:
+class NotebookResult:
     """How one notebook went."""
 
     notebook: Path
@@ -71,7 +71,7 @@ def execute(root: Path, paths: list[Path] | None, in_place: bool = False, timeou
 
 def run_notebooks(
     paths: list[Path] | None, *, root: Path, out: Path, in_place: bool = False, timeout: float | None = None
-) -> list[Result]:
+) -> list[NotebookResult]:
     """Runs `paths` (default: `notebooks/[0-9]*.ipynb` under `root`) one after the other, past failures too.
 
     Each has `metadata.minisft.timeout_seconds`, else `timeout`, else half an hour, as a whole. Writes to `out` the
@@ -88,7 +88,7 @@ def run_notebooks(
     if wrong := [path for path in notebooks if path.suffix != ".ipynb" or not path.is_file()]:
         raise UserError(f"{wrong[0]} is no notebook: give the path of a file that ends in .ipynb")
     _require_places(notebooks, out, in_place)
-    results: list[Result] = []
+    results: list[NotebookResult] = []
     for number, path in enumerate(notebooks, 1):
         say(f"[{number}/{len(notebooks)}] {path.name}")
         result = _run(path, root, out, in_place, timeout)
@@ -111,12 +111,12 @@ def _require_places(notebooks: list[Path], out: Path, in_place: bool) -> None:
         raise UserError(f"{own[0]} would be replaced by its executed copy: move it elsewhere, or say --in-place")
 
 
-def _row(result: Result) -> tuple[str, str, str, float]:
+def _row(result: NotebookResult) -> tuple[str, str, str, float]:
     status = "ok" if result.ok else f"failed, cell {result.cell}" if result.cell else "failed"
     return result.notebook.stem, result.title, status, result.seconds
 
 
-def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | None) -> Result:
+def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | None) -> NotebookResult:
     """One notebook, from its source to its page."""
     import nbformat
 
@@ -125,7 +125,7 @@ def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | Non
         nb = _parsed(source or "", path)
         limit = _time_limit(nb, timeout)
     except UserError as error:  # the other notebooks still run
-        return Result(path, False, 0.0, error_tail=f"not a valid notebook: {error}")
+        return NotebookResult(path, False, 0.0, error_tail=f"not a valid notebook: {error}")
     started = time.monotonic()
     cell, tail = asyncio.run(_execute(nb, path.parent, limit))
     seconds = time.monotonic() - started
@@ -140,7 +140,7 @@ def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | Non
     page = page_of(nb, path.parent, title)
     _write(out / path.name, text)
     _write(out / f"{path.stem}.html", page)
-    return Result(path, not tail, seconds, cell, _neutral(tail, root), title, page.count(f'alt="{NO_ALT}"'))
+    return NotebookResult(path, not tail, seconds, cell, _neutral(tail, root), title, page.count(f'alt="{NO_ALT}"'))
 
 
 @with_config(ConfigDict(extra="allow"))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from minisft.data.data_files import DataFile
-from minisft.data.messages import KEYS, Unusable
+from minisft.data.messages import KEYS, UnusableRow
 from minisft.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def is_table(head: bytes) -> bool:
 def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes) -> Iterator[tuple[str, Any]]:
     """Every row of a Parquet or Arrow file with its name. Raises `UserError` if the file is damaged.
 
-    A row with a value that cannot be read (a text that is not UTF-8, a date before the year 1) is an `Unusable`.
+    A row with a value that cannot be read (a text that is not UTF-8, a date before the year 1) is an `UnusableRow`.
     """
     import pyarrow
 
@@ -95,15 +95,15 @@ def _require_backed(column: pyarrow.Array) -> None:
         _require_backed(column.flatten())
 
 
-def _rows(batch: pyarrow.RecordBatch, kind: str) -> Iterator[dict[str, Any] | Unusable]:
+def _rows(batch: pyarrow.RecordBatch, kind: str) -> Iterator[dict[str, Any] | UnusableRow]:
     columns = {
         name: _values(column) if name in _READ else _filled(column)
         for name, column in zip(batch.schema.names, batch.columns, strict=True)
     }
     for values in zip(*columns.values(), strict=True):
         row = dict(zip(columns, values, strict=True))
-        bad = next((name for name, value in row.items() if isinstance(value, Unusable)), None)
-        yield row if bad is None else Unusable(f"damaged {kind}: a value of {bad} cannot be read ({row[bad]})")
+        bad = next((name for name, value in row.items() if isinstance(value, UnusableRow)), None)
+        yield row if bad is None else UnusableRow(f"damaged {kind}: a value of {bad} cannot be read ({row[bad]})")
 
 
 def _values(column: pyarrow.Array) -> list[Any]:
@@ -118,7 +118,7 @@ def _value(cell: pyarrow.Scalar) -> Any:
     try:
         return cell.as_py()
     except (ValueError, ArithmeticError) as error:
-        return Unusable(type(error).__name__)
+        return UnusableRow(type(error).__name__)
 
 
 def _filled(column: pyarrow.Array) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from minisft.data.html_escapes import is_escaped, unescaped
 from minisft.data.ledger import Ledger
-from minisft.data.messages import IS_JSON, Message, Unusable, encodable
+from minisft.data.messages import IS_JSON, Message, UnusableRow, encodable
 from minisft.data.row_formats import as_object, own_id, read_row
 
 LONGEST_MESSAGE = 2_000_000  # characters: more than any context holds, less than would fill the memory
@@ -78,7 +78,7 @@ def clean(row: Any, where: str, ledger: Ledger, escaped: bool | None = None) -> 
     """One raw row -> a conversation that alternates and ends in an answer, or None with a line in the ledger.
 
     Takes rows of every shape that `shapes` knows; `where` names a row that has no id. A row may also be the reason,
-    an `Unusable`, why it could not even be read. `escaped` says whether its file was HTML-escaped (`escaping`); None
+    an `UnusableRow`, why it could not even be read. `escaped` says whether its file was HTML-escaped (`escaping`); None
     judges the row alone.
     """
     row_id = where
@@ -93,7 +93,7 @@ def clean(row: Any, where: str, ledger: Ledger, escaped: bool | None = None) -> 
                 ledger.repair(reason, row_id)
         messages = _mended_text(found.messages, row_id, ledger, escaped)
         conversation = Conversation(row_id, tuple(_in_turn(messages, row_id, ledger)))
-    except Unusable as reason:
+    except UnusableRow as reason:
         return ledger.drop(str(reason), row_id)
     for name in found.unread:
         ledger.leave_unread(name, row_id)
@@ -176,16 +176,16 @@ def _in_turn(messages: list[Message], row_id: str, ledger: Ledger) -> list[Messa
     for reason in repairs:
         ledger.repair(reason, row_id)
     if not answers:
-        raise Unusable("no question with an answer")
+        raise UnusableRow("no question with an answer")
     if not any(m.trained for m in kept if m.role == "assistant"):
-        raise Unusable("every answer has weight 0")
+        raise UnusableRow("every answer has weight 0")
     _require_length(kept)
     return kept
 
 
 def _require_length(messages: list[Message]) -> None:
     if any(len(m.content) > LONGEST_MESSAGE for m in messages):
-        raise Unusable(f"a message of more than {LONGEST_MESSAGE:,} characters")
+        raise UnusableRow(f"a message of more than {LONGEST_MESSAGE:,} characters")
 
 
 def _is_continued(before: Message, message: Message) -> bool:

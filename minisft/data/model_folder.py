@@ -2,8 +2,8 @@
 
 transformers follows what the JSON in a folder says. That may name other weight files than the usual ones, a base model
 somewhere else, or kernels of a hub, which are code; and a tensor that is missing becomes random numbers, with a
-warning. So whatever loads a model asks `unreadable` before and `misfit` after. Both return one sentence without the
-folder's name, empty if all is well.
+warning. So whatever loads a model asks `unreadable_reason` before and `weights_mismatch` after. Both return one
+sentence without the folder's name, empty if all is well.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minisft import files
+from minisft import checksums
+from minisft.checksums import Digests
 from minisft.errors import UserError
-from minisft.files import Digests, read_json, write_json
+from minisft.files import read_json, write_json
 from minisft.text import harmless, one_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -136,7 +137,7 @@ def is_quantized(config: dict[str, Any]) -> bool:
     return any(value for key, value in _entries(config) if key == "quantization_config")
 
 
-def unreadable(folder: Path, trust_remote_code: bool = False) -> str:
+def unreadable_reason(folder: Path, trust_remote_code: bool = False) -> str:
     """Why the model in `folder` cannot be loaded as it stands; empty if its config, files and headers are sound.
 
     Raises `UserError` for JSON that is damaged.
@@ -189,7 +190,7 @@ def _damaged_headers(weights: Sequence[Path], config: dict[str, Any]) -> str:
 # --- values ------------------------------------------------------------------------------------------------
 
 
-def not_finite(weights: Iterable[Path]) -> str:
+def not_finite_reason(weights: Iterable[Path]) -> str:
     """Which tensor of the files `weights` has values that are not finite; what was found sound is not read again."""
     sound, digests = _found_finite(), Digests()
     for file in weights:
@@ -207,7 +208,7 @@ def not_finite(weights: Iterable[Path]) -> str:
 
 def _finite_memory() -> Path:
     """The file for the checksums of weights whose values were all finite, beside those of all files."""
-    return files.digest_memory().with_name("finite.json")
+    return checksums.digest_memory().with_name("finite.json")
 
 
 def _found_finite() -> list[str]:
@@ -269,7 +270,7 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def misfit(model: Any, found: dict[str, Any], weights: Sequence[Path]) -> str:
+def weights_mismatch(model: Any, found: dict[str, Any], weights: Sequence[Path]) -> str:
     """What does not fit between a model's config and its files `weights`, by what transformers reports of loading them.
 
     `found` is its `output_loading_info`. Tensors that are one in the model must be equal where both are in the files.

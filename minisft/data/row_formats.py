@@ -26,13 +26,13 @@ from minisft.data.messages import (
     Keys,
     Message,
     ReadRow,
-    Unusable,
+    UnusableRow,
     as_text,
     encodable,
-    heed,
     is_empty,
     message_of,
-    said,
+    messages_of,
+    require_supported_keys,
     text_of,
     weight,
 )
@@ -46,7 +46,7 @@ FLAGS = dict.fromkeys(("true", "1", "desirable"), True) | dict.fromkeys(
 
 
 def read_row(row: dict[str, Any]) -> ReadRow:
-    """The messages of one row, as they stand. Raises `Unusable` with the reason why there are none to be used.
+    """The messages of one row, as they stand. Raises `UnusableRow` with the reason why there are none to be used.
 
     System prompt and earlier turns come from the row's own columns where the conversation does not begin with them.
     """
@@ -54,11 +54,11 @@ def read_row(row: dict[str, Any]) -> ReadRow:
     keys = Keys(row)
     if own_id(row) is not None:
         keys.take(("id",))
-    heed(keys, found)
+    require_supported_keys(keys, found)
     _require_wanted(keys)
     messages = _after(_history(keys.take(HISTORY), found), _spoken(keys, found))
     if not messages:
-        raise Unusable("empty conversation")
+        raise UnusableRow("empty conversation")
     own = messages[0].content if messages[0].role == "system" else ""
     if not own.strip() or keys.look(SYSTEM)[1] == own:
         messages = [*_system_prompt(keys.take(SYSTEM), own, found), *messages]
@@ -68,14 +68,14 @@ def read_row(row: dict[str, Any]) -> ReadRow:
 
 
 def as_object(row: Any) -> tuple[dict[str, Any], bool]:
-    """The row as an object, and whether it was JSON inside a JSON string. Raises `Unusable`."""
-    if isinstance(row, Unusable):
+    """The row as an object, and whether it was JSON inside a JSON string. Raises `UnusableRow`."""
+    if isinstance(row, UnusableRow):
         raise row
     value = _from_json(row) if isinstance(row, str) else row
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
         value = {TURNS[0]: value}  # a conversation without a name
     if not isinstance(value, dict):
-        raise Unusable("row is not an object")
+        raise UnusableRow("row is not an object")
     return value, isinstance(row, str)
 
 
@@ -128,12 +128,12 @@ def _require_wanted(keys: Keys) -> None:
         value = keys.row.get(name)
         is_mark = isinstance(value, bool) or (name in DESIRABLE and _flag(value) is not None)
         if is_mark and not _flag(value):
-            raise Unusable(f"marked as undesirable ({name})")
+            raise UnusableRow(f"marked as undesirable ({name})")
         if is_mark:
             keys.take((name,))
     numbers = [name for name in WEIGHT if isinstance(keys.row.get(name), int | float)]
     if not weight(keys, numbers):
-        raise Unusable("a row of weight 0")
+        raise UnusableRow("a row of weight 0")
 
 
 def _flag(value: Any) -> bool | None:
@@ -155,17 +155,17 @@ def _spoken(keys: Keys, found: ReadRow) -> list[Message]:
         messages = [message_of(turn, found) for turn in turns]
         spoken = [message.role for message in messages if message.role != "system"]
         if has_chosen and spoken[-1:] == ["user"]:
-            messages = _after(messages, said(keys.take(CHOSEN), "assistant", found))
+            messages = _after(messages, messages_of(keys.take(CHOSEN), "assistant", found))
         return messages
     if _has_columns(keys.row) and (turns is None or not is_empty(keys.look((*QUESTION, *GIVEN))[1])):
         return _from_columns(keys, found)
     if turns is not None:
-        raise Unusable("empty conversation")
+        raise UnusableRow("empty conversation")
     if has_chosen:
-        return said(keys.take(CHOSEN), "assistant", found)
+        return messages_of(keys.take(CHOSEN), "assistant", found)
     if not keys.row.keys().isdisjoint(ROLE) and not keys.row.keys().isdisjoint(TEXT):
-        raise Unusable("a turn by itself: make a list of the turns of each conversation")
-    raise Unusable("row of an unknown shape")
+        raise UnusableRow("a turn by itself: make a list of the turns of each conversation")
+    raise UnusableRow("row of an unknown shape")
 
 
 def _turns(keys: Keys, found: ReadRow) -> list[Any] | None:
@@ -177,7 +177,7 @@ def _turns(keys: Keys, found: ReadRow) -> list[Any] | None:
         if isinstance(turns, str) and turns.strip():
             try:
                 turns = _from_json(turns)
-            except Unusable:
+            except UnusableRow:
                 not_json = True
                 continue
             found.repairs[IS_JSON] = None
@@ -187,7 +187,7 @@ def _turns(keys: Keys, found: ReadRow) -> list[Any] | None:
                 return turns
             empty = turns
     if not_json:
-        raise Unusable("text in place of a list of turns")
+        raise UnusableRow("text in place of a list of turns")
     return empty
 
 
@@ -200,7 +200,9 @@ def _from_columns(keys: Keys, found: ReadRow) -> list[Message]:
     if not isinstance(question, list | dict):
         texts = ("" if text is None else text_of(text, "user", found) for text in (question, keys.take(GIVEN)))
         question = "\n\n".join(text for text in texts if text.strip())
-    return _after(said(question, "user", found), said("" if answer is None else answer, "assistant", found))
+    return _after(
+        messages_of(question, "user", found), messages_of("" if answer is None else answer, "assistant", found)
+    )
 
 
 def _after(earlier: list[Message], later: list[Message]) -> list[Message]:
@@ -222,7 +224,7 @@ def _history(pairs: Any, found: ReadRow) -> list[Message]:
                 texts = zip(("user", "assistant"), pair, strict=True)
                 messages += [Message(role, text_of(text, role, found)) for role, text in texts]
         else:
-            raise Unusable("a history that is not pairs of question and answer")
+            raise UnusableRow("a history that is not pairs of question and answer")
     return messages
 
 
@@ -231,13 +233,13 @@ def _system_prompt(value: Any, own: str, found: ReadRow) -> list[Message]:
     if is_empty(value) or value == own:
         return []
     if not isinstance(value, str | list):
-        raise Unusable("a system prompt that is not text")
+        raise UnusableRow("a system prompt that is not text")
     return [Message("system", text_of(value, "system", found))]
 
 
 def _from_json(text: str) -> Any:
-    """The value of JSON that stands in a text. Raises `Unusable`."""
+    """The value of JSON that stands in a text. Raises `UnusableRow`."""
     try:
         return json.loads(text, strict=False)
     except (ValueError, RecursionError):
-        raise Unusable("text in place of a list of turns") from None
+        raise UnusableRow("text in place of a list of turns") from None

@@ -11,10 +11,10 @@ from typing import Any
 from minisft.chat.mistral import MistralTemplate
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.data.conversations import Conversation, Message
-from minisft.evaluation.eval_set import prompt_ids, tools_of
-from minisft.evaluation.generate import attending, replies
+from minisft.evaluation.eval_set import load_template, prompt_ids
+from minisft.evaluation.generate import attending, generate_batched
 from minisft.labels.encode_row import encode
-from minisft.model.load_model import load_model
+from minisft.model.loading import load_model
 from minisft.training.checkpoint_health import require_sound
 from minisft.training.collators import PaddingFree, PadRight, portions
 
@@ -38,7 +38,7 @@ def generate(
 ) -> Iterator[tuple[int, Answer]]:
     """Greedy answers to `prompts` (token ids) as they come, each with the number of its prompt."""
     ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    for reply in replies(model, prompts, **ids, max_new_tokens=max_new_tokens, batch_size=batch_size):
+    for reply in generate_batched(model, prompts, **ids, max_new_tokens=max_new_tokens, batch_size=batch_size):
         yield reply.index, Answer(tokenizer.decode(reply.ids).strip(), reply.stopped)
 
 
@@ -70,7 +70,7 @@ def answer_loss(
 def ask(folder: Path, questions: Sequence[str], max_new_tokens: int = 40, template: str = "v1") -> list[Answer]:
     """Greedy answers of the model in `folder` to questions, each asked alone, in the template of training."""
     require_sound(folder)
-    tokenizer, form = tools_of(folder, template)
+    tokenizer, form = load_template(folder, template)
     asked = [Conversation("asked", (Message("user", q), Message("assistant", ""))) for q in questions]
     prompts = [prompt_ids(c, form, tokenizer) for c in asked]
     found = dict(generate(load_to_answer(folder, tokenizer), prompts, tokenizer, max_new_tokens, len(asked)))

@@ -19,7 +19,7 @@ SHADES = {1: "#e3eef7", 2: "#b7d4ea", 3: "#79b0d9", 4: "#4b93c7"}
 
 
 @dataclass(frozen=True)
-class XRay:
+class BleuBreakdown:
     """BLEU of one text against one reference.
 
     `matched` and `total` count runs of 1, 2, 3 and 4 tokens of the output; `depth` says for each token of the output,
@@ -97,7 +97,7 @@ class XRay:
         return list(zip(ORDERS, self.matched, self.total, shares, strict=True))
 
 
-def xray(output: str, reference: str, tokenize: str | None = None) -> XRay:
+def break_down_bleu(output: str, reference: str, tokenize: str | None = None) -> BleuBreakdown:
     """Take the BLEU of `output` against `reference` apart; `tokenize` as in `scores.corpus_scores`."""
     from sacrebleu.metrics import BLEU
 
@@ -115,7 +115,7 @@ def xray(output: str, reference: str, tokenize: str | None = None) -> XRay:
                     marks[start : start + n] = [max(n, mark) for mark in marks[start : start + n]]
         matched.append(sum(both.values()))
         total.append(sum(map(len, ours.values())))
-    return XRay(words, wanted, tuple(matched[::-1]), tuple(total[::-1]), tuple(depth), tuple(reference_depth))
+    return BleuBreakdown(words, wanted, tuple(matched[::-1]), tuple(total[::-1]), tuple(depth), tuple(reference_depth))
 
 
 def _places(words: Sequence[str], n: int) -> dict[tuple[str, ...], list[int]]:

@@ -15,22 +15,22 @@ from typing import Any, TextIO
 from minisft.data.conversations import Conversation, Message
 from minisft.errors import UserError
 from minisft.evaluation.answers import load_to_answer
-from minisft.evaluation.eval_set import prompt_ids, tools_of
-from minisft.evaluation.generate import stream
+from minisft.evaluation.eval_set import load_template, prompt_ids
+from minisft.evaluation.generate import generate_stream
 from minisft.launch.notebook_view import in_notebook
-from minisft.model.load_model import positions_of
+from minisft.model.configs import positions_of
 from minisft.run.folder import Run, checkpoint_step
 from minisft.text import say
-from minisft.training.checkpoint_health import ailment
+from minisft.training.checkpoint_health import checkpoint_problem
 
 REPLACEMENT = "\ufffd"  # what half a character decodes to
 
 
-class Talk:
+class ChatSession:
     """A conversation with the model in `folder`: what is said goes into the next prompt, as in training."""
 
     def __init__(self, run: Run, folder: Path):
-        self.tokenizer, self.template = tools_of(run.model_folder, run.config.template)
+        self.tokenizer, self.template = load_template(run.model_folder, run.config.template)
         self.model = load_to_answer(folder, self.tokenizer, run.precision, run.trust_remote_code)
         self.positions = positions_of(self.model.config) or 1 << 30
         self.messages: list[Message] = []
@@ -51,7 +51,7 @@ class Talk:
             del self.messages[:2]
         said: list[int] = []
         shown = ""
-        for token in stream(self.model, ids, eos_id=self.tokenizer.eos_id, max_new_tokens=max_new_tokens):
+        for token in generate_stream(self.model, ids, eos_id=self.tokenizer.eos_id, max_new_tokens=max_new_tokens):
             said.append(token)
             text = self.tokenizer.decode(said).lstrip()
             if not text.endswith(REPLACEMENT):
@@ -67,7 +67,7 @@ class Talk:
         return prompt_ids(asked, self.template, self.tokenizer)
 
 
-def talks(run: Run, step: int | None = None, beside: bool = False) -> dict[str, Talk]:
+def open_sessions(run: Run, step: int | None = None, beside: bool = False) -> dict[str, ChatSession]:
     """A talk with a checkpoint of `run`, its last if no `step` is given; with `beside` the model before training first.
 
     Raises `UserError` where there is no such checkpoint, or where it cannot be used.
@@ -78,15 +78,17 @@ def talks(run: Run, step: int | None = None, beside: bool = False) -> dict[str, 
     folder = steps.get(max(steps) if step is None else step)
     if folder is None:
         raise UserError(f"{run.name} has no checkpoint of step {step}: it has those of {', '.join(map(str, steps))}")
-    if wrong := ailment(run, folder):
+    if wrong := checkpoint_problem(run, folder):
         raise UserError(f"{run.name} {folder.name} cannot be used: {wrong}")
-    if beside and (wrong := ailment(run, run.model_folder)):
+    if beside and (wrong := checkpoint_problem(run, run.model_folder)):
         raise UserError(f"the model before training, {run.model_folder}, cannot be used: {wrong}")
-    before = {"before": Talk(run, run.model_folder)} if beside else {}
-    return before | {f"step {checkpoint_step(folder)}": Talk(run, folder)}
+    before = {"before": ChatSession(run, run.model_folder)} if beside else {}
+    return before | {f"step {checkpoint_step(folder)}": ChatSession(run, folder)}
 
 
-def in_terminal(found: Mapping[str, Talk], asked: TextIO | None, out: TextIO | None, max_new_tokens: int = 200) -> None:
+def in_terminal(
+    found: Mapping[str, ChatSession], asked: TextIO | None, out: TextIO | None, max_new_tokens: int = 200
+) -> None:
     """Answer each line of `asked` until it ends."""
     prompt = "you> " if asked is not None and asked.isatty() else ""
     width = max(map(len, found))
@@ -117,11 +119,11 @@ def _sayable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-class Beside:
-    """For a notebook: `ask = Beside(run)`, then `ask("a question")` streams the answers before and after training."""
+class SideBySideChat:
+    """For a notebook: `ask = SideBySideChat(run)`; `ask("a question")` streams the answers before and after training."""
 
     def __init__(self, run: Run, step: int | None = None):
-        self.talks = talks(run, step, beside=True)
+        self.talks = open_sessions(run, step, beside=True)
 
     def __call__(self, question: str, max_new_tokens: int = 60) -> None:
         """Show what the models say to `question`, asked alone, as they say it."""
@@ -149,14 +151,14 @@ class _Table:
     def __call__(self, answers: Mapping[str, str]) -> None:
         from IPython.display import display
 
-        data = {"text/html": table(self.question, answers), "text/plain": str(dict(answers))}
+        data = {"text/html": answers_as_html(self.question, answers), "text/plain": str(dict(answers))}
         if self.handle is None:
             self.handle = display(data, raw=True, display_id=True)
         else:
             self.handle.update(data, raw=True)
 
 
-def table(question: str, answers: Mapping[str, str]) -> str:
+def answers_as_html(question: str, answers: Mapping[str, str]) -> str:
     """A question and its answers by name, as HTML; all of it is escaped."""
     style = "text-align:left;vertical-align:top;white-space:pre-wrap"
     head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in answers)

@@ -36,7 +36,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Leak:
+class Overlap:
     """A prompt that was trained, in the row with this id: whether it begins with it, and the `share` of it there."""
 
     row: str
@@ -44,7 +44,7 @@ class Leak:
     share: float
 
 
-def find_leaks(prompts: Mapping[str, Prompt], rows: Iterable[tuple[str, str]]) -> dict[str, Leak]:
+def find_overlaps(prompts: Mapping[str, Prompt], rows: Iterable[tuple[str, str]]) -> dict[str, Overlap]:
     """Which `prompts` (by id) are in the training `rows` (id and text); those that are not are left out.
 
     Texts are compared by their words alone, blind to case, punctuation and white space. `exact`: a row begins with
@@ -64,7 +64,7 @@ def find_leaks(prompts: Mapping[str, Prompt], rows: Iterable[tuple[str, str]]) -
             whole.setdefault(words_of(prompt.whole), []).append(name)
     lengths = {len(words) for words in whole}
 
-    leaks: dict[str, Leak] = {}
+    leaks: dict[str, Overlap] = {}
     for row, text in rows:
         words = words_of(text)
         shares = Counter(name for run in _shingles(words) & holders.keys() for name in holders[run])
@@ -74,7 +74,7 @@ def find_leaks(prompts: Mapping[str, Prompt], rows: Iterable[tuple[str, str]]) -
         for name, (exact, share) in found.items():
             known = leaks.get(name)
             if share >= NEAR and (known is None or (exact, share) > (known.exact, known.share)):
-                leaks[name] = Leak(row, exact, share)
+                leaks[name] = Overlap(row, exact, share)
     return leaks
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 from minisft.chat.mistral import MistralTemplate
 from minisft.chat.tokenizers import HuggingFaceTokenizer
+from minisft.checksums import Digests
 from minisft.data.conversations import Conversation, one_per_answer
 from minisft.data.ledger import Ledger
 from minisft.data.read_files import read
 from minisft.errors import UserError
-from minisft.evaluation.contamination import Leak, Prompt, find_leaks, trained_texts
-from minisft.files import Digests, read_json, write_json
+from minisft.evaluation.contamination import Overlap, Prompt, find_overlaps, trained_texts
+from minisft.files import read_json, write_json
 from minisft.labels.encode_row import encode, encode_segments
 from minisft.run.folder import Run
 from minisft.training.dataset import TEST, TRAIN, load_rows
@@ -27,7 +28,7 @@ FORM = 4  # of what is kept: bump this to invalidate cached results
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvalSettings:
     """How to evaluate. Raises `UserError` for what cannot be.
 
     `rows` test conversations, the first that fit; of each the `last` answer or `all`; greedy answers of at most
@@ -53,7 +54,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvalSet:
     """What a run's checkpoints are asked: conversations, and of them one question for each answer that is scored.
 
     `leaks` are those questions, by id, that were trained; `seen` is how many were looked at for that.
@@ -61,24 +62,24 @@ class Exam:
 
     conversations: list[Conversation]
     questions: list[Conversation]
-    leaks: Mapping[str, Leak]
+    leaks: Mapping[str, Overlap]
     seen: int
 
-    def leakage(self, settings: Settings) -> dict[str, Any]:
+    def leakage(self, settings: EvalSettings) -> dict[str, Any]:
         """How many questions leaked, and what was done about it, for a report."""
         exact = sum(leak.exact for leak in self.leaks.values())
         about = {"of": self.seen, "exact": exact, "near": len(self.leaks) - exact, "excluded": settings.exclude_leaked}
         return about | {"rows": {name: asdict(leak) for name, leak in self.leaks.items()}}
 
 
-def set_exam(run: Run, settings: Settings, folder: Path, digests: Digests | None = None) -> Exam:
+def make_eval_set(run: Run, settings: EvalSettings, folder: Path, digests: Digests | None = None) -> EvalSet:
     """The first test conversations whose prompt and answer fit in the run's maximum length, and what of them leaked."""
     file = run.folder / "data" / TEST
     if not file.exists() or file.stat().st_size == 0:
         raise UserError(f"{run.name} has no test conversations: train it on data with at least two conversations")
     candidates = _fitting(run, file)
     chosen: list[Conversation] = []
-    leaks: dict[str, Leak] = {}
+    leaks: dict[str, Overlap] = {}
     seen = 0
     while more := [c for _, c in zip(range(settings.rows - len(chosen)), candidates, strict=False)]:
         asked = {c.id: questions_of(c, settings.answers) for c in more}
@@ -90,11 +91,11 @@ def set_exam(run: Run, settings: Settings, folder: Path, digests: Digests | None
     if not chosen:
         what = "is left without those that leaked" if seen else f"fits in {run.config.max_length} tokens"
         raise UserError(f"no test conversation of {run.name} {what}: give it more data, or allow more")
-    return Exam(chosen, [q for c in chosen for q in questions_of(c, settings.answers)], leaks, seen)
+    return EvalSet(chosen, [q for c in chosen for q in questions_of(c, settings.answers)], leaks, seen)
 
 
 def _fitting(run: Run, file: Path) -> Iterator[Conversation]:
-    tokenizer, template = tools_of(run.model_folder, run.config.template)
+    tokenizer, template = load_template(run.model_folder, run.config.template)
     for conversation in read(file, Ledger()):
         row = encode(conversation, template, tokenizer, run.config.max_length)
         if not row.truncated and questions_of(conversation, "all"):
@@ -112,9 +113,9 @@ def prompt_ids(conversation: Conversation, template: MistralTemplate, tokenizer:
     return encode_segments(template.prompt_segments(conversation), tokenizer)
 
 
-def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path, digests: Digests) -> dict[str, Leak]:
+def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path, digests: Digests) -> dict[str, Overlap]:
     """Which of the questions are in what the run trained on; looked for once."""
-    tokenizer, template = tools_of(run.model_folder, run.config.template)
+    tokenizer, template = load_template(run.model_folder, run.config.template)
     prompts = {
         name: Prompt(
             tokenizer.decode(prompt_ids(question, template, tokenizer)),
@@ -127,9 +128,9 @@ def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path, digest
         raise UserError(f"{run.name} has no training rows ({data / TRAIN}): prepare it again with --overwrite")
     looked_for = fingerprint([FORM, list(map(asdict, prompts.values())), digests.of(data / TRAIN)])
     file = folder / f".leaks-{looked_for}.json"
-    if (known := read_cache(file, dict[str, Leak])) is not None:
+    if (known := read_cache(file, dict[str, Overlap])) is not None:
         return known
-    found = find_leaks(prompts, trained_texts(load_rows(data), tokenizer))
+    found = find_overlaps(prompts, trained_texts(load_rows(data), tokenizer))
     write_json(file, {name: asdict(leak) for name, leak in found.items()})
     return found
 
@@ -143,7 +144,7 @@ def read_cache(file: Path, shape: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=2)  # loading takes a second, and every checkpoint of a run asks
-def tools_of(folder: Path, version: str) -> tuple[HuggingFaceTokenizer, MistralTemplate]:
+def load_template(folder: Path, version: str) -> tuple[HuggingFaceTokenizer, MistralTemplate]:
     """The tokenizer in a model folder, and the template of that version for it."""
     tokenizer = HuggingFaceTokenizer(folder, version)
     return tokenizer, MistralTemplate.for_tokenizer(tokenizer, version)

@@ -21,27 +21,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from minisft.checksums import Digests
 from minisft.data.conversations import Conversation
 from minisft.errors import UserError
 from minisft.evaluation.answers import Answer, answer_loss, generate, load_to_answer
-from minisft.evaluation.eval_set import FORM, Exam, Settings, fingerprint, prompt_ids, read_cache, set_exam, tools_of
+from minisft.evaluation.eval_set import (
+    FORM,
+    EvalSet,
+    EvalSettings,
+    fingerprint,
+    load_template,
+    make_eval_set,
+    prompt_ids,
+    read_cache,
+)
 from minisft.evaluation.metrics import as_line, corpus_scores, tokenizer_for
 from minisft.evaluation.report import interval_told, write_summary
-from minisft.files import (
-    Digests,
-    is_same_file,
-    open_lock,
-    open_own,
-    read_json,
-    read_text,
-    try_lock,
-    write_json,
-    written_whole,
-)
-from minisft.run.folder import Run, checkpoint_step, lock_of, outputs_root
-from minisft.run.records import Owner, Result, Summary
+from minisft.files import is_same_file, open_own, read_json, read_text, write_json, written_whole
+from minisft.locks import open_lock, try_lock
+from minisft.run.folder import Run, checkpoint_step, lock_file, outputs_root
+from minisft.run.records import CheckpointResult, ResultsOwner, Summary
 from minisft.text import one_line, say
-from minisft.training.checkpoint_health import ailment, weight_files
+from minisft.training.checkpoint_health import checkpoint_problem, weight_files
 from minisft.training.dataset import MADE_OF, require_as_made
 
 Say = Callable[[str], None]
@@ -57,7 +58,7 @@ BESIDE = (  # the weights, what a result or its soundness depends on
 )
 
 
-def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verify: bool = False) -> list[str]:
+def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, verify: bool = False) -> list[str]:
     """Evaluate every checkpoint of every run; returns a sentence for each that cannot be used.
 
     A result belongs to the content of the files that it was computed from. Checksums are remembered for files that
@@ -69,7 +70,7 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verif
             raise UserError(f"{run.name} has no checkpoint to evaluate (it is {run.status}): train it to its end first")
     if twice := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
         raise UserError(f"two of the runs are called {twice[0]}, and their results have one place: give one at a time")
-    known: dict[str, Result] = {}
+    known: dict[str, CheckpointResult] = {}
     broken: list[str] = []
     digests = Digests(verify)
 
@@ -81,7 +82,7 @@ def evaluate_runs(runs: Sequence[Run], settings: Settings, say: Say = say, verif
         before = run.identity
         if (run.folder / "data" / MADE_OF).exists():  # runs of earlier versions have no checksums
             require_as_made(run.folder)
-        exam = set_exam(run, settings, folder, digests)
+        exam = make_eval_set(run, settings, folder, digests)
         results, unusable = [], {}
         for step, model in steps_of(run):
             try:
@@ -135,10 +136,10 @@ def results_folder(run: Run) -> Iterator[Path]:
     folder = outputs_root() / "evaluation" / run.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)  # conversations are personal
-    with open_lock(lock_of(folder)) as lock:
+    with open_lock(lock_file(folder)) as lock:
         if not try_lock(lock):
             raise UserError(f"{run.name} is being evaluated right now: wait for it")
-        owner = Path((read_cache(folder / OWNER, Owner) or {"run_folder": run.folder})["run_folder"])
+        owner = Path((read_cache(folder / OWNER, ResultsOwner) or {"run_folder": run.folder})["run_folder"])
         if owner.is_dir() and not is_same_file(owner, run.folder):
             raise UserError(
                 f"{folder} has the results of another run folder, {owner}: give one of the two another name, or move "
@@ -155,26 +156,26 @@ def steps_of(run: Run) -> Iterator[tuple[int, Path]]:
         yield checkpoint_step(checkpoint), checkpoint
 
 
-def results_of(run: Run) -> list[Result]:
+def results_of(run: Run) -> list[CheckpointResult]:
     """What `evaluate_runs` found for the model before training and each checkpoint that it could use, in step order."""
     folder = outputs_root() / "evaluation" / run.name
     summary = read_cache(folder / "summary.json", Summary)
     steps = [c["step"] for c in summary["checkpoints"]] if summary else []
-    found = (read_json(folder / f"checkpoint-{step}.json", Result) for step in steps)
+    found = (read_json(folder / f"checkpoint-{step}.json", CheckpointResult) for step in steps)
     return [result for result in found if result is not None]
 
 
 # --- one checkpoint ----------------------------------------------------------------------------------------
 
 
-def _looked_up(folder: Path, step: int, key: str) -> Result | None:
-    found = read_cache(folder / f"checkpoint-{step}.json", Result)
+def _looked_up(folder: Path, step: int, key: str) -> CheckpointResult | None:
+    found = read_cache(folder / f"checkpoint-{step}.json", CheckpointResult)
     return found if found is not None and found["key"] == key else None
 
 
-def _evaluated(run: Run, folder: Path, exam: Exam, settings: Settings, kept: Path) -> Result:
+def _evaluated(run: Run, folder: Path, exam: EvalSet, settings: EvalSettings, kept: Path) -> CheckpointResult:
     """`evaluate_model` for a checkpoint that was found sound; an interrupted one resumes after its last answer."""
-    if wrong := ailment(run, folder):
+    if wrong := checkpoint_problem(run, folder):
         raise UserError(wrong)
     return evaluate_model(run, folder, exam, settings, kept)
 
@@ -183,18 +184,20 @@ def _remove_others(folder: Path, steps: set[int]) -> None:
     """Take away earlier results of checkpoints that are gone or can no longer be used."""
     for file in folder.glob("checkpoint-*.json"):
         step = file.stem.partition("-")[2]
-        if step.isdecimal() and int(step) not in steps and read_cache(file, Result) is not None:
+        if step.isdecimal() and int(step) not in steps and read_cache(file, CheckpointResult) is not None:
             file.unlink(missing_ok=True)
             file.with_suffix(".txt").unlink(missing_ok=True)
 
 
-def evaluate_model(run: Run, folder: Path, exam: Exam, settings: Settings, kept: Path | None = None) -> dict[str, Any]:
+def evaluate_model(
+    run: Run, folder: Path, exam: EvalSet, settings: EvalSettings, kept: Path | None = None
+) -> dict[str, Any]:
     """Load one checkpoint with plain transformers and score its answers. Those in the file `kept` are not made again.
 
     Returns the scores of `corpus_scores`, the share of answers that `stopped` by themselves, the teacher-forced `loss`
     in nats per token of the answers, their `perplexity`, and every answer beside its prompt and reference.
     """
-    tokenizer, template = tools_of(run.model_folder, run.config.template)
+    tokenizer, template = load_template(run.model_folder, run.config.template)
     model = load_to_answer(folder, tokenizer, run.precision, run.trust_remote_code)
     answers = _answers(
         model, exam.questions, template, tokenizer, settings, kept, one_line(f"{run.name} {folder.name}")
@@ -227,7 +230,7 @@ def _answers(
     questions: Sequence[Any],
     template: Any,
     tokenizer: Any,
-    settings: Settings,
+    settings: EvalSettings,
     kept: Path | None,
     what: str,
 ) -> list[Answer]:
@@ -263,7 +266,7 @@ def _kept_answers(file: Path, questions: int) -> dict[int, Answer]:
     return found
 
 
-def _key(run: Run, model: Path, exam: Exam, settings: Settings, digests: Digests) -> str:
+def _key(run: Run, model: Path, exam: EvalSet, settings: EvalSettings, digests: Digests) -> str:
     """Changes whenever the result could: other weights, tokenizer, questions, settings, precision or device."""
     import torch
 
@@ -295,7 +298,7 @@ def _write_lines(file: Path, texts: Iterable[str]) -> None:
 # --- runs that are still being trained ----------------------------------------------------------------------
 
 
-def settled(runs: Sequence[Run], wait: bool, ask: Callable[[str], bool] | None, say: Say) -> list[Run]:
+def runs_to_evaluate(runs: Sequence[Run], wait: bool, ask: Callable[[str], bool] | None, say: Say) -> list[Run]:
     """Those of `runs` to evaluate now: with `wait` all, once no process trains them; else `ask` says, run by run.
 
     Without anybody to `ask`, runs that are being trained are left out.

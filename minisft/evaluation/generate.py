@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from minisft.model.load_model import positions_of
+from minisft.model.configs import positions_of
 from minisft.training.collators import PaddingFree, pad_left, portions
 
 DECODING = "minisft_decoding"
@@ -33,7 +33,7 @@ class Reply:
     stopped: bool
 
 
-def replies(
+def generate_batched(
     model: Any, prompts: Sequence[list[int]], *, eos_id: int, pad_id: int, max_new_tokens: int, batch_size: int
 ) -> Iterator[Reply]:
     """The most likely token after token (greedy decoding), at most `max_new_tokens`, after each of `prompts`.
@@ -100,7 +100,7 @@ def _batches(lengths: Sequence[int], batch_size: int, most: int) -> Iterator[lis
         yield chosen
 
 
-def stream(model: Any, prompt: list[int], *, eos_id: int, max_new_tokens: int) -> Iterator[int]:
+def generate_stream(model: Any, prompt: list[int], *, eos_id: int, max_new_tokens: int) -> Iterator[int]:
     """The ids of one reply as they come, without EOS."""
     most = _room(model, prompt, max_new_tokens)
     if not _keeps_keys_and_values(model):  # all at once, at the end

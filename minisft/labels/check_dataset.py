@@ -1,6 +1,6 @@
 """The invariants on whole data sets: conversations, encoded here and checked, or rows that any tool tokenized.
 
-Both entry points stream, and give a `Report`: per invariant how many rows were checked and how many failed.
+Both entry points stream, and give a `CheckReport`: per invariant how many rows were checked and how many failed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Tally:
 
 
 @dataclass
-class Report:
+class CheckReport:
     """What a check found. `ok` if every invariant holds for every row."""
 
     rows: int = 0
@@ -89,13 +89,13 @@ def check_conversations(
     truncation: str = "token",
     train_on: str = "all",
     say: Say | None = None,
-) -> Report:
+) -> CheckReport:
     """Encode conversations as training does, and check every row against the conversation it came from.
 
     With one of Mistral's own tokenizers ids and masks are also compared with mistral-common's. `say` takes lines of
     progress. Raises `UserError` for settings that cannot work, and if not a single row is left to check.
     """
-    report, ledger = Report(), Ledger()
+    report, ledger = CheckReport(), Ledger()
     names = [*ALWAYS, "max length", *KNOWN]
     waiting: deque[Conversation] = deque()  # what was read and has not come back as a row
 
@@ -177,7 +177,7 @@ def check_tokenized(
     train_on: str = "all",
     against: Iterable[Conversation] | None = None,
     say: Say | None = None,
-) -> Report:
+) -> CheckReport:
     """Check rows of ids and labels, whichever tool made them.
 
     Only a row of `max_length` tokens may lack its last EOS. Without `max_length` the longest row counts as full, and
@@ -189,7 +189,7 @@ def check_tokenized(
     require_train_on(train_on)
     if max_length is not None:
         require_max_length(max_length)
-    report = Report()
+    report = CheckReport()
     limited = max_length is not None
     if not limited:
         rows = rows if iter(rows) is not rows else list(rows)
@@ -259,7 +259,7 @@ class _ById:
         return self._passed.pop(row_id)
 
 
-def _progress(report: Report, say: Say | None) -> None:
+def _progress(report: CheckReport, say: Say | None) -> None:
     if say and report.rows % STEP == 0:
         failed = sum(tally.failed for tally in report.invariants.values())
         say(f"{report.rows:,} rows checked, {failed:,} violations")

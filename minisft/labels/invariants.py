@@ -15,7 +15,7 @@ from minisft.chat.mistral import MistralTemplate
 from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation, Message
 from minisft.labels.encode_row import IGNORE_INDEX, encode_segments
-from minisft.labels.parse_rows import Found, Labelled, by_control_tokens, by_text, describe
+from minisft.labels.parse_rows import Found, ParsedRow, by_control_tokens, by_text, describe
 from minisft.text import one_line
 
 INVARIANTS = {
@@ -99,7 +99,7 @@ def check_row(
     note(_malformed(input_ids, labels, tokenizer))
     if found:
         return list(found.values())
-    labelled = Labelled(input_ids, labels, tokenizer, full=max_length is not None and len(input_ids) >= max_length)
+    labelled = ParsedRow(input_ids, labels, tokenizer, full=max_length is not None and len(input_ids) >= max_length)
     controls = [i for i, token in enumerate(input_ids) if token in tokenizer.control_ids]
     note(_labels(labelled, controls))
     note(_bos(labelled))
@@ -141,7 +141,7 @@ def _malformed(ids: Any, labels: Any, tokenizer: Tokenizer) -> Found:
         yield "length", None, f"{len(ids)} ids and {len(labels)} labels"
 
 
-def _labels(row: Labelled, controls: list[int]) -> Found:
+def _labels(row: ParsedRow, controls: list[int]) -> Found:
     for i, (token, label) in enumerate(zip(row.ids, row.labels, strict=True)):
         if label not in (IGNORE_INDEX, token):
             yield "labels", i, f"{row.piece(i)} has label {label}"
@@ -153,7 +153,7 @@ def _labels(row: Labelled, controls: list[int]) -> Found:
         yield "targets", None, f"none of its {len(row.ids)} tokens is trained"
 
 
-def _bos(row: Labelled) -> Found:
+def _bos(row: ParsedRow) -> Found:
     bos = row.tokenizer.bos_id
     if bos is None:
         return
@@ -173,7 +173,7 @@ def _bos(row: Labelled) -> Found:
 
 
 def _as_encoded(
-    row: Labelled, conversation: Conversation, template: MistralTemplate, max_length: int | None, truncation: str
+    row: ParsedRow, conversation: Conversation, template: MistralTemplate, max_length: int | None, truncation: str
 ) -> Found:
     """Against the conversation's segments, each encoded alone and whole."""
     tokenizer = row.tokenizer
@@ -208,7 +208,7 @@ def _same(ids: list[int], expected: list[int]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(expected)))
 
 
-def _mask(row: Labelled, mask: list[bool]) -> Found:
+def _mask(row: ParsedRow, mask: list[bool]) -> Found:
     for i, wanted in enumerate(mask):
         if row.trained(i) and not wanted:
             yield "prompt", i, f"{row.piece(i)} is trained, and is not part of a trained answer"
@@ -217,7 +217,7 @@ def _mask(row: Labelled, mask: list[bool]) -> Found:
             yield "eos" if goes_on else "whole", i, f"{row.piece(i)} of an answer is not trained"
 
 
-def _answers(row: Labelled, template: MistralTemplate, conversation: Conversation, whole: bool) -> Found:
+def _answers(row: ParsedRow, template: MistralTemplate, conversation: Conversation, whole: bool) -> Found:
     answers = [m.content for m in template.normalized(conversation.messages) if _is_trained(m)]
     if template.version != "v1":
         answers = [answer.rstrip(" ") for answer in answers]
@@ -236,7 +236,7 @@ def _is_trained(message: Message) -> bool:
     return message.role == "assistant" and message.trained
 
 
-def _trained_spans(row: Labelled) -> list[tuple[int, int]]:
+def _trained_spans(row: ParsedRow) -> list[tuple[int, int]]:
     """Where each run of trained tokens starts and ends; an EOS ends a run, too."""
     spans = []
     start: int | None = None

@@ -17,7 +17,7 @@ Found = Iterator[tuple[str, int | None, str]]  # the violated invariant, the pos
 
 
 @dataclass(frozen=True)
-class Labelled:
+class ParsedRow:
     """A well-formed row: `ids` and `labels` of one length; `full` if it may have been cut."""
 
     ids: list[int]
@@ -47,7 +47,7 @@ def describe(token_id: int, tokenizer: Tokenizer) -> str:
     return f"id {token_id} ({tokenizer.piece(token_id)})"
 
 
-def by_control_tokens(row: Labelled, version: str, controls: list[int]) -> Found:
+def by_control_tokens(row: ParsedRow, version: str, controls: list[int]) -> Found:
     """`[INST] … [/INST]` and `[SYSTEM_PROMPT] … [/SYSTEM_PROMPT]` are prompts; what follows, up to EOS, is an answer.
 
     `controls` are the positions of all control tokens.
@@ -84,7 +84,7 @@ def by_control_tokens(row: Labelled, version: str, controls: list[int]) -> Found
         yield "eos", last, f"the row ends in {row.piece(last)}, not in EOS"
 
 
-def by_text(row: Labelled, controls: list[int]) -> Found:
+def by_text(row: ParsedRow, controls: list[int]) -> Found:
     """v1: every stretch up to an EOS is `[INST] question [/INST] answer`, in text."""
     eos, bos = row.tokenizer.eos_id, row.tokenizer.bos_id
     begin = row.start
@@ -103,7 +103,7 @@ def by_text(row: Labelled, controls: list[int]) -> Found:
             yield "eos", last, f"the row ends in {row.piece(last)}, not in EOS"
 
 
-def _exchange(row: Labelled, begin: int, end: int, before: bool | None) -> Found:
+def _exchange(row: ParsedRow, begin: int, end: int, before: bool | None) -> Found:
     trained = row.first_trained(begin, end)
     if trained in (begin, None) and _is_second(row, before, begin, end) and b"[INST]" not in row.spelt(begin, end):
         yield from _answer(row, begin, end)
@@ -121,7 +121,7 @@ def _exchange(row: Labelled, begin: int, end: int, before: bool | None) -> Found
     yield from _run(row, trained, end)
 
 
-def _is_second(row: Labelled, before: bool | None, begin: int, end: int) -> bool:
+def _is_second(row: ParsedRow, before: bool | None, begin: int, end: int) -> bool:
     """Whether a stretch can be an answer that follows an answer: one of them is trained, and the other is not.
 
     Answers of one weight are joined; answers of different weight stay apart. `before` is None where no answer precedes.
@@ -131,13 +131,13 @@ def _is_second(row: Labelled, before: bool | None, begin: int, end: int) -> bool
     return (row.first_trained(begin, end) is not None) != before
 
 
-def _prompt(row: Labelled, begin: int, end: int) -> Found:
+def _prompt(row: ParsedRow, begin: int, end: int) -> Found:
     trained = row.first_trained(begin, end)
     if trained is not None:
         yield "prompt", trained, f"{row.piece(trained)} of a prompt is trained"
 
 
-def _answer(row: Labelled, begin: int, end: int) -> Found:
+def _answer(row: ParsedRow, begin: int, end: int) -> Found:
     trained = row.first_trained(begin, end)
     if trained is None:
         return
@@ -146,7 +146,7 @@ def _answer(row: Labelled, begin: int, end: int) -> Found:
     yield from _run(row, trained, end)
 
 
-def _run(row: Labelled, trained: int, end: int) -> Found:
+def _run(row: ParsedRow, trained: int, end: int) -> Found:
     stop = next((i for i in range(trained, end) if not row.trained(i)), None)
     if stop is not None:
         is_eos = row.ids[stop] == row.tokenizer.eos_id

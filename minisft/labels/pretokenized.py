@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.data.conversations import Unusable
+from minisft.data.conversations import UnusableRow
 from minisft.data.ledger import Ledger
 from minisft.data.messages import as_text
 from minisft.data.read_files import rows_of
@@ -61,7 +61,7 @@ def is_tokenized(path: Path) -> bool:
 
 
 def _raw(where: str, row: Any) -> RawRow:
-    if isinstance(row, Unusable):
+    if isinstance(row, UnusableRow):
         return RawRow(where, None, None, None, str(row))
     if not isinstance(row, dict):
         return RawRow(where, None, None, None, f"a {type(row).__name__}, not an object with input_ids and labels")

@@ -242,7 +242,7 @@ class Lens:
 
     def figure(self, title: str = "", width: float = 660) -> Any:
         """The row as a `Picture`, `width` points wide; the verdict is its title unless you give one."""
-        from minisft.course.figures.runs import draw_tokens
+        from minisft.labels.token_figure import draw_tokens
 
         def tile(box: Box) -> tuple[str, tuple[str, ...], list[float]]:
             losses = [loss for i in range(box.start, box.stop) if (loss := self.loss(i)) is not None]

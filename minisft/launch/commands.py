@@ -17,7 +17,8 @@ from minisft.errors import UserError
 from minisft.files import written_whole
 from minisft.launch.hosts import Place, hostfile_text, travelling
 from minisft.processes import SAFE_PATH
-from minisft.run.folder import RunConfig, project_root
+from minisft.run.config import RunConfig
+from minisft.run.folder import project_root
 from minisft.training.heartbeat import HOST, SUPERVISOR, SUPERVISOR_ELSEWHERE, VOICE
 from minisft.zero.strategies import zero_stage
 
@@ -81,7 +82,7 @@ def commands(
     With `prepared`, the `Run.identity` of the folder, the workers refuse a folder that was prepared again since.
     """
     worker = ["minisft.training.worker", *(["--prepared", prepared] if prepared else [])]
-    worker += [*(["--trust-remote-code"] if config.trust_remote_code else []), shown(folder)]
+    worker += [*(["--trust-remote-code"] if config.trust_remote_code else []), display_path(folder)]
     port, ranks = str(_free_port()), str(config.ranks)
     if place is not None:
         rest = ["--master_addr", place.master, "--master_port", port, "--module", *worker]
@@ -97,7 +98,7 @@ def commands(
 
 
 def _on_hosts(folder: Path, place: Place, rest: list[str], there: dict[str, str]) -> list[Command]:
-    hostfile = ["deepspeed", "--hostfile", shown(folder / HOSTFILE)]
+    hostfile = ["deepspeed", "--hostfile", display_path(folder / HOSTFILE)]
     if place.launcher == "pdsh":
         unsafe = [text for text in (str(folder), str(project_root()), sys.executable) if not PLAIN.fullmatch(text)]
         if unsafe:
@@ -144,7 +145,7 @@ def slurm_script(config: RunConfig, folder: Path, nodes: int, on_gpu: bool) -> s
     require_nodes(config, nodes)
     each = config.ranks // nodes
     gpus = f"#SBATCH --gpus-per-node={each}\n" if on_gpu else ""
-    hostfile, run = shlex.quote(f"{shown(folder)}/slurm-hostfile"), shlex.quote(shown(folder))
+    hostfile, run = shlex.quote(f"{display_path(folder)}/slurm-hostfile"), shlex.quote(display_path(folder))
     return f"""#!/bin/bash
 # {config.name}: {config.strategy} with {config.ranks} ranks on {nodes} nodes. sbatch starts it, scancel stops it.
 #SBATCH --job-name=minisft-{config.name}
@@ -218,7 +219,7 @@ def first_words(text: str) -> list[str]:
     return shlex.split(text)
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """A path as a person types it: relative to the project where it lies inside."""
     root = project_root()
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)

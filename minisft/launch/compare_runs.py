@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from minisft.run.folder import Run, checkpoint_step
 from minisft.text import one_line
 from minisft.training.metrics_log import speed
-from minisft.zero.communication import sent
+from minisft.zero.communication import bytes_sent
 from minisft.zero.measured_memory import OTHER
 from minisft.zero.state_memory import MOMENTS
 
@@ -35,13 +35,13 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 **speed(metrics),
                 "model_state_bytes": max((model_states(rank) for rank in memory), default=None),
                 "peak_bytes": max((rank.get("peak") or 0 for rank in memory), default=None),
-                "sent_bytes": sent(memory[0].get("communication", {}), run.config.ranks) if memory else None,
+                "sent_bytes": bytes_sent(memory[0].get("communication", {}), run.config.ranks) if memory else None,
             }
         )
     return rows
 
 
-def tables(runs: Sequence[Run]) -> dict[str, pandas.DataFrame]:
+def comparison_frames(runs: Sequence[Run]) -> dict[str, pandas.DataFrame]:
     """All that the runs have written down, tidy: one observation per line, the run's name in the first column.
 
     metrics        a line per step: step, epoch, loss, lr, grad_norm, tokens, trained_tokens, seconds, warm_up, and
@@ -91,8 +91,8 @@ def verdict(runs: Sequence[Run]) -> str:
     heaviest = max(states, key=states.__getitem__)
     share = min(states.values()) / states[heaviest]
     said = [
-        f"Fastest here: {listed(fastest)}, with {most:,.0f} tokens/s; the slowest made {least / most:.0%} of that.",
-        f"Leanest: {listed(leanest(rows))}, with {share:.0%} of {heaviest}'s states per rank.",
+        f"Fastest here: {join_names(fastest)}, with {most:,.0f} tokens/s; the slowest made {least / most:.0%} of that.",
+        f"Leanest: {join_names(least_state_memory(rows))}, with {share:.0%} of {heaviest}'s states per rank.",
     ]
     if any(run.on_gpu for run in runs):
         said.append("Between other GPUs, or over a network, communication takes another share of each step.")
@@ -106,13 +106,13 @@ def verdict(runs: Sequence[Run]) -> str:
     return " ".join(said)
 
 
-def leanest(rows: Sequence[dict[str, Any]]) -> list[str]:
+def least_state_memory(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The runs of these rows that hold the fewest states per rank, those within a hundredth of it included."""
     states = {row["run"]: row["model_state_bytes"] for row in rows if row["model_state_bytes"]}
     return [name for name, size in states.items() if size < 1.01 * min(states.values())]
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
@@ -121,7 +121,7 @@ def model_states(rank: dict[str, Any]) -> int:
     return sum(held for owner, held in rank.get("at rest", {}).items() if owner != OTHER)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as plain text."""
     if not rows:
         return "no runs yet: train one with ./launchers/run_zero.sh vanilla"

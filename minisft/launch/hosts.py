@@ -9,7 +9,6 @@ DeepSpeed takes a missing hostfile for "this machine alone", and says no more th
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import shutil
 import socket
@@ -20,6 +19,7 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import read_text, user_path
+from minisft.system import is_here, is_loopback
 
 MOST_BYTES = 10_000_000  # of a hostfile
 LAUNCHERS = ("ssh", "pdsh", "srun", "none")
@@ -41,18 +41,6 @@ TRAVELS = frozenset(
 FAMILIES = re.compile(r"(NCCL|TORCH_NCCL|GLOO|UCX|OMP|MKL)_[A-Z0-9_]+")
 SECRET = re.compile(r"PASS|PWD|TOKEN|KEY|SECRET|CRED|AUTH")
 URL_WITH_LOGIN = re.compile(r"://[^/\s]*@")
-
-
-def is_here(name: str) -> bool:
-    """Whether a host is the machine that asks: by a loopback address, `localhost`, or its own name."""
-    return _is_loopback(name) or name == socket.gethostname()
-
-
-def _is_loopback(name: str) -> bool:
-    try:
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -160,7 +148,7 @@ def require_names(hosts: Sequence[Host]) -> None:
 def require_reachable(hosts: Sequence[Host]) -> None:
     """Refuse a loopback address as the first host, where all others would look for it. Raises `UserError`."""
     first = hosts[0].name
-    if _is_loopback(first) and not all(_is_loopback(host.name) for host in hosts):
+    if is_loopback(first) and not all(is_loopback(host.name) for host in hosts):
         raise UserError(f"the other hosts cannot reach {first}: give this machine's own name or address instead")
 
 

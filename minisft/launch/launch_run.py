@@ -2,7 +2,8 @@
 
     run = launch(prepare(RunConfig.course("zero2")))
 
-A supervisor runs the command of the folder (`minisft.launch.supervisor`); this side follows it, and stops it when asked.
+A supervisor runs the command of the folder (`minisft.launch.supervisor`); this side follows it, and stops it when
+asked.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ from minisft import processes, text
 from minisft.errors import UserError
 from minisft.files import read_json, remove_all, write_json
 from minisft.launch import cpu_comm_op
-from minisft.launch.commands import Command, shown
+from minisft.launch.commands import Command, display_path
 from minisft.launch.guardian import end_marked
-from minisft.launch.hosts import Place, is_here
+from minisft.launch.hosts import Place
 from minisft.launch.notebook_view import LiveView, in_notebook
 from minisft.launch.prepare_run import HOSTS, Say, only_one, prepare, require_place, write_commands
 from minisft.launch.supervisor import Task
-from minisft.run.folder import Run, project_root, require_contained, require_own_files
-from minisft.run.records import Hosts
+from minisft.run.folder import Run, project_root, require_harmless_deepspeed, require_own_files
+from minisft.run.records import HostsRecord
+from minisft.system import is_here
 from minisft.text import one_line
 from minisft.training import preflight
 from minisft.training.checkpoints import resume_point
 from minisft.training.dataset import require_as_made, require_same_model
-from minisft.training.heartbeat import SILENCE, STALL, clear, read_signs
+from minisft.training.heartbeat import SILENCE, STALL, clear, read_heartbeats
 from minisft.zero.lint_config import lint
+from minisft.zero.lint_finding import display_value
 
 __all__ = ["RunFailed", "launch", "prepare"]
 TICK = 0.25  # seconds between two looks for an interrupt
@@ -57,9 +60,9 @@ def launch(
 
     What the run says goes to `say`; without one, a live view in a notebook, printed lines elsewhere.
 
-    The processes live in a session of their own, under a supervisor (`minisft.launch.supervisor`) that ends them all if this
-    process is interrupted or gone, if a rank dies, gives no sign of life for `silence` seconds, or if none moves for
-    `stall` seconds. Success is exit code 0, the `DONE` marker, and every rank's word. Raises `RunFailed` or
+    The processes live in a session of their own, under a supervisor (`minisft.launch.supervisor`) that ends them all
+    if this process is interrupted or gone, if a rank dies, gives no sign of life for `silence` seconds, or if none
+    moves for `stall` seconds. Success is exit code 0, the `DONE` marker, and every rank's word. Raises `RunFailed` or
     `KeyboardInterrupt`, once all processes are gone, or `UserError` if the run is live.
     """
     with only_one(run.folder) as locks:
@@ -107,12 +110,12 @@ def _require_startable(run: Run, place: Place | None, say: Say) -> None:
     """Refuse what the run folder cannot decide by itself, or what could only fail later. Raises `UserError`."""
     if run.written_config.trust_remote_code and not run.trust_remote_code:
         raise UserError(
-            f"{shown(run.folder)} asks to run code that comes with its model: read that code, and give "
+            f"{display_value(run.folder)} asks to run code that comes with its model: read that code, and give "
             "--trust-remote-code if you trust it"
         )
-    asked = read_json(run.folder / HOSTS, Hosts)
+    asked = read_json(run.folder / HOSTS, HostsRecord)
     if "none" in (place and place.launcher, asked and asked["launcher"]):
-        lines = shown(run.folder / "command.txt")
+        lines = display_path(run.folder / "command.txt")
         raise UserError(f"{run.name} waits to be started on its hosts: give each its line of {lines}")
     if place is None and asked is not None:
         hosts = one_line(", ".join(asked["hosts"]), 100)
@@ -146,7 +149,7 @@ def _why(run: Run) -> str:
     rank = failure["rank"]
     where = "" if rank is None else f" on rank {rank}, step {failure['step']}"
     log = run.folder / "logs" / ("launcher.log" if rank is None else f"rank{rank}.log")
-    return f"{run.name} failed{where}: {failure['reason']} (see {shown(log)})"
+    return f"{run.name} failed{where}: {failure['reason']} (see {display_value(log)})"
 
 
 def _require_sound_deepspeed(run: Run, say: Say) -> None:
@@ -156,8 +159,8 @@ def _require_sound_deepspeed(run: Run, say: Say) -> None:
     findings = lint(config, ranks=run.config.ranks)
     if errors := [finding for finding in findings if finding.severity == "error"]:
         said = "; ".join(f"{finding.key} {finding.message}" for finding in errors)
-        raise UserError(f"{shown(run.folder / 'deepspeed.json')} cannot be trained with: {said}")
-    require_contained(run)
+        raise UserError(f"{display_value(run.folder / 'deepspeed.json')} cannot be trained with: {said}")
+    require_harmless_deepspeed(run)
     for finding in findings:
         say(f"deepspeed.json: {finding}")
 
@@ -263,12 +266,12 @@ def _wait_for_ranks(run: Run) -> None:
     """The ranks notice by themselves that their supervisor is gone; see to it that they do."""
     import psutil
 
-    here = [sign.pid for sign in read_signs(run.folder) if is_here(sign.host)]
+    here = [sign.pid for sign in read_heartbeats(run.folder) if is_here(sign.host)]
     ranks = []
     for pid in here:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
-            if str(run.folder) in process.cmdline() or shown(run.folder) in process.cmdline():
+            if str(run.folder) in process.cmdline() or display_path(run.folder) in process.cmdline():
                 ranks.append(process)
     for process in psutil.wait_procs(ranks, timeout=3)[1]:
         with suppress(psutil.NoSuchProcess):

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from minisft.errors import UserError
 from minisft.files import last_lines, parse_json
 from minisft.run.folder import Run
-from minisft.training.heartbeat import read_signs
+from minisft.training.heartbeat import read_heartbeats
 
 REFRESH = 1.0  # seconds between two pictures
 LOG_LINES = 6
@@ -103,7 +103,7 @@ class LiveView:
 
     def ranks(self) -> list[dict[str, str]]:
         """A row per rank that has spoken; with its host, where there are several."""
-        signs = read_signs(self.run.folder)
+        signs = read_heartbeats(self.run.folder)
         several = len({sign.host for sign in signs}) > 1
         return [
             {"rank": str(s.rank)} | ({"host": s.host} if several else {}) | {"does": s.phase, "step": str(s.step)}

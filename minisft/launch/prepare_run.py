@@ -17,18 +17,22 @@ from importlib.metadata import version
 from pathlib import Path
 
 from minisft.chat.tokenizers import HuggingFaceTokenizer
+from minisft.checksums import Digests
 from minisft.data import download
 from minisft.data.ledger import Ledger
 from minisft.errors import UserError
-from minisft.files import Digests, is_inside, locked_folder, open_lock, remove_all, try_lock, write_json, written_whole
-from minisft.launch.commands import Command, commands, require_deepspeed, shown, write_place
+from minisft.files import is_inside, remove_all, write_json, written_whole
+from minisft.launch.commands import Command, commands, display_path, require_deepspeed, write_place
 from minisft.launch.hosts import Place
-from minisft.run.folder import Run, RunConfig, all_runs, lock_of, outputs_root, require_own_files
+from minisft.locks import locked_folder, open_lock, try_lock
+from minisft.model.configs import model_config
+from minisft.run.config import RunConfig
+from minisft.run.folder import Run, all_runs, lock_file, outputs_root, require_own_files
 from minisft.text import say
 from minisft.training import preflight
 from minisft.training.checkpoint_health import require_sound
 from minisft.training.checkpoints import latest_resumable, resume_point, something_to_lose
-from minisft.training.dataset import made_of, model_files, remember, take_over, write_data
+from minisft.training.dataset import copy_known_rows, describe_rows, model_files, remember_rows, write_data
 from minisft.zero.strategies import deepspeed_config, offloads
 
 Say = Callable[[str], None]
@@ -56,7 +60,9 @@ def prepare(
     config = _settled(config)
     folder = outputs_root() / "model" / config.name
     if folder.is_symlink() and not folder.exists():
-        raise UserError(f"{shown(folder)} is a link to {folder.readlink()}, which is not there: correct or remove it")
+        raise UserError(
+            f"{display_path(folder)} is a link to {folder.readlink()}, which is not there: correct or remove it"
+        )
     with only_one(folder):
         _put_back(folder, say)
         if not overwrite and (run := _existing(config, folder, place, restart, say)) is not None:
@@ -75,8 +81,8 @@ def _existing(config: RunConfig, folder: Path, place: Place | None, restart: boo
     if not (folder / "run.json").exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
-                f"{shown(folder)} exists but is not a run folder: move it away, give this run another --name, or "
-                "replace it with --overwrite"
+                f"{display_path(folder)} exists but is not a run folder: move it away, give this run another --name, "
+                "or replace it with --overwrite"
             )
         return None
     run = Run(folder, config.trust_remote_code, place=place).as_it_is()
@@ -84,7 +90,7 @@ def _existing(config: RunConfig, folder: Path, place: Place | None, restart: boo
     if before != config:
         if run.status == "done" or something_to_lose(folder):
             raise UserError(
-                f"{shown(folder)} holds a run with other settings ({_difference(before, config)}): "
+                f"{display_path(folder)} holds a run with other settings ({_difference(before, config)}): "
                 f"{_why_not_resumed(before, config)}give this run another --name, or replace the old one with "
                 "--overwrite"
             )
@@ -104,8 +110,8 @@ def _require_replaceable(folder: Path) -> None:
     """Refuse to replace, through a link, what is not a run. Raises `UserError`."""
     if folder.is_symlink() and not (folder / "run.json").is_file() and not _is_empty(folder):
         raise UserError(
-            f"{shown(folder)} is a link to {folder.readlink()}, which is not a run folder: remove the link, or give "
-            "this run another --name"
+            f"{display_path(folder)} is a link to {folder.readlink()}, which is not a run folder: remove the link, "
+            "or give this run another --name"
         )
 
 
@@ -121,12 +127,12 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
     for what, path in (("model", model.path), ("data", source)):
         if folder.exists() and is_inside(path, folder):
             raise UserError(
-                f"the {what} {path} lies in the run folder that would be replaced, {shown(folder)}: give this run "
-                "another --name"
+                f"the {what} {path} lies in the run folder that would be replaced, {display_path(folder)}: "
+                "give this run another --name"
             )
     require_sound(model.path, trust_remote_code=config.trust_remote_code)
     tokenizer = HuggingFaceTokenizer(model.path, config.template)
-    architecture = preflight.model_config(model.path, config.trust_remote_code)
+    architecture = model_config(model.path, config.trust_remote_code)
     precision, on_gpu = preflight.resolve_precision(config.precision)
     shapes = download.parameter_shapes(model.path)
 
@@ -203,20 +209,20 @@ def _rows(
 
     Reading ShareGPT takes seconds, and the strategies that are compared want the same of it.
     """
-    wanted = made_of(config, source, model, Digests())
-    rows = take_over(wanted, [run.folder for run in all_runs()], scratch / "data")
+    wanted = describe_rows(config, source, model, Digests())
+    rows = copy_known_rows(wanted, [run.folder for run in all_runs()], scratch / "data")
     if rows is None:
         ledger = Ledger()
         rows = write_data(config, source, tokenizer, scratch / "data", ledger)
         for line in (*(f"lost: {what}" for what in ledger.lost), *ledger.notes):
             say(line)
         write_json(scratch / "ledger.json", ledger.to_dict())
-        remember(wanted, rows, scratch / "data")
+        remember_rows(wanted, rows, scratch / "data")
     return rows
 
 
 def _settled(config: RunConfig) -> RunConfig:
-    return replace(config, model=download.settled(config.model), data=download.settled(config.data))
+    return replace(config, model=download.absolute_source(config.model), data=download.absolute_source(config.data))
 
 
 def require_place(config: RunConfig, place: Place | None) -> None:
@@ -264,7 +270,7 @@ def _versions() -> dict[str, str]:
 def only_one(folder: Path) -> Iterator[list[int]]:
     """Hold a run for this process; the kernel lets go of the lock however the process ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open_lock(lock_of(folder)) as lock, locked_folder(folder) as itself:
+    with open_lock(lock_file(folder)) as lock, locked_folder(folder) as itself:
         if itself is False or not try_lock(lock):
             raise UserError(f"{folder.name} is being trained right now: wait for it, or give another --name")
         yield [lock.fileno(), *([] if itself is None else [itself])]

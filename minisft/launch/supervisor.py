@@ -1,10 +1,10 @@
 """The process between a notebook and a run's ranks: whatever happens to either, nothing is left behind.
 
-`minisft.launch.launch_run` starts it, in a session of its own, and says as its first line a `Task` in JSON; the argument, the run
-folder, is for people who look at processes. It starts the task's command, watches the ranks (`minisft.training.heartbeat`), and ends
-everything when the command ends, when a rank hangs or dies, when its standard input says so or closes, or when its
-parent is gone. On Linux, processes whose parents die become its own children, so that none escapes; should it be killed
-itself, the ranks notice and end.
+`minisft.launch.launch_run` starts it, in a session of its own, and says as its first line a `Task` in JSON; the
+argument, the run folder, is for people who look at processes. It starts the task's command, watches the ranks
+(`minisft.training.heartbeat`), and ends everything when the command ends, when a rank hangs or dies, when its standard
+input says so or closes, or when its parent is gone. On Linux, processes whose parents die become its own children, so
+that none escapes; should it be killed itself, the ranks notice and end.
 
 What the ranks want a person to see goes to its standard output; all else goes to the log. `FAILED` is written last.
 """
@@ -37,9 +37,9 @@ from minisft.errors import UserError
 from minisft.files import last_lines, open_own, read_json, write_json
 from minisft.launch.commands import Command
 from minisft.launch.guardian import Guardian
-from minisft.launch.hosts import is_here
 from minisft.processes import lives
-from minisft.run.records import Failure
+from minisft.run.records import FailureRecord
+from minisft.system import is_here
 from minisft.text import one_line, say
 from minisft.training.heartbeat import (
     BEAT,
@@ -47,11 +47,11 @@ from minisft.training.heartbeat import (
     MARK,
     SUPERVISOR,
     VOICE,
-    Sign,
-    SupervisorSign,
+    RankStatus,
+    SupervisorStatus,
     Watch,
     announcement,
-    read_signs,
+    read_heartbeats,
     write_failure,
 )
 
@@ -124,14 +124,14 @@ class Supervisor:
         self.task, self.folder = task, Path(task.folder)
         self.watch = Watch()
         self.reason = ""  # why the run was ended before its time
-        self.blamed: Sign | None = None  # the rank that this is about
+        self.blamed: RankStatus | None = None  # the rank that this is about
         self.ends: dict[int, int] = {}  # file descriptors that become readable when a process ends, and its rank
         self.watched: set[int] = set()
         self.over = False  # a host has failed, and the ranks have said why
-        self.gone: list[Sign] = []  # ranks that ended without last words, in the order in which they did
+        self.gone: list[RankStatus] = []  # ranks that ended without last words, in the order in which they did
         self.gone_at = self.failed_at = 0.0
 
-    def stop(self, reason: str, blamed: Sign | None = None) -> None:
+    def stop(self, reason: str, blamed: RankStatus | None = None) -> None:
         """End the run soon, for the first reason that is given."""
         if not self.reason:
             self.reason, self.blamed = reason, blamed
@@ -145,7 +145,7 @@ class Supervisor:
         own = processes.environment() | {MARK: mark, VOICE: mark, GUARDIAN: str(guardian.pid), "PYTHONUNBUFFERED": "1"}
         try:
             log = self._open_log()
-            sign = SupervisorSign(self.folder)
+            sign = SupervisorStatus(self.folder)
         except (UserError, OSError) as error:
             write_failure(self.folder, _failure(None, f"{self.folder.name} cannot be started: {one_line(error)}"))
             guardian.dismiss()
@@ -218,14 +218,14 @@ class Supervisor:
         failure = self._failed()
         return failure is not None and (not LOST.search(failure["reason"]) or bool(TAKEN.search(failure["reason"])))
 
-    def _failed(self) -> Failure | None:
+    def _failed(self) -> FailureRecord | None:
         """What a rank has written into `FAILED`, its reason cut to a length that is quickly searched."""
         with suppress(UserError):
-            if (failure := read_json(self.folder / "FAILED", Failure)) is not None:
+            if (failure := read_json(self.folder / "FAILED", FailureRecord)) is not None:
                 return failure | {"reason": failure["reason"][:LONGEST_REASON]}
         return None
 
-    def _killed(self, sign: Sign, code: int = 0) -> str:
+    def _killed(self, sign: RankStatus, code: int = 0) -> str:
         if shutil.disk_usage(self.folder).free < NO_SPACE:
             return f"no space is left on the disk of {self.folder} ({sign}): free some"
         how = {247: " by SIGKILL", -9: " by SIGKILL", 245: " by a segmentation fault", -11: " by a segmentation fault"}
@@ -253,12 +253,12 @@ class Supervisor:
 
     def _look_at_end(self, rank: int) -> None:
         # Read anew: between an earlier reading and its end the rank may have said that it is done.
-        sign = next((sign for sign in read_signs(self.folder) if sign.rank == rank), None)
+        sign = next((sign for sign in read_heartbeats(self.folder) if sign.rank == rank), None)
         if sign is not None and not sign.ended and rank not in {other.rank for other in self.gone}:
             self.gone.append(sign)
             self.gone_at = self.gone_at or time.monotonic()
 
-    def _watch_end(self, sign: Sign) -> None:
+    def _watch_end(self, sign: RankStatus) -> None:
         """Let the end of a rank of this machine wake `_listen`, where the system can (Linux)."""
         if sign.rank not in self.watched and hasattr(os, "pidfd_open"):
             self.watched.add(sign.rank)
@@ -266,7 +266,7 @@ class Supervisor:
                 self.ends[os.pidfd_open(sign.pid)] = sign.rank
 
     def _look_at_ranks(self) -> None:
-        signs = read_signs(self.folder)
+        signs = read_heartbeats(self.folder)
         for sign in signs:
             if sign.ended:
                 continue
@@ -293,7 +293,7 @@ class Supervisor:
 
     def _verdict(self, code: int) -> int:
         """Write `FAILED` unless all is well; the ranks' own words come first, unless they are about another's end."""
-        signs = read_signs(self.folder)
+        signs = read_heartbeats(self.folder)
         done = [sign.rank for sign in signs if sign.phase == "done"]
         if code == 0 and (self.folder / "DONE").exists() and len(done) == self.task.ranks:
             return 0
@@ -362,7 +362,7 @@ def end_all(launchers: Sequence[subprocess.Popen], spared: int = 0) -> None:
                 child.wait(timeout=0)  # adopted, and dead
 
 
-def _failure(sign: Sign | None, reason: str) -> Failure:
+def _failure(sign: RankStatus | None, reason: str) -> FailureRecord:
     if sign is None:
         return {"rank": None, "step": None, "reason": reason}
     return {"rank": sign.rank, "step": sign.step, "reason": reason}

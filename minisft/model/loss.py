@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from minisft.labels.encode_row import IGNORE_INDEX
-from minisft.model.load_model import with_layers
+from minisft.model.configs import with_layers
 from minisft.model.wide_products import needs_wide_products
 
 CHUNK_BYTES = 32 * 1024 * 1024  # of fp32 logits at a time: large enough for matrix products to be fast
@@ -120,8 +120,8 @@ def linear_cross_entropy(
     """`cross_entropy(hidden @ weight.T + bias, targets, reduction="sum")`, with at most `chunk_bytes` of logits alive.
 
     `hidden` is [n, size], `weight` [vocabulary, size], `targets` int64 [n]. Products run in the dtype of autocast or
-    of `hidden` (`minisft.model.wide_products` says what that is in bf16 on a CPU); softmax, sum and the weight's gradient in
-    fp32 or wider. Returns a scalar; with `most_chunks` that of so many chunks alone, in the memory of all.
+    of `hidden` (`minisft.model.wide_products` says what that is in bf16 on a CPU); softmax, sum and the weight's
+    gradient in fp32 or wider. Returns a scalar; with `most_chunks` that of so many chunks alone, in the memory of all.
     """
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):

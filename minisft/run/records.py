@@ -15,7 +15,7 @@ Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
-class About:
+class RunRecord:
     """`run.json`: the settings, the model that training starts from with its checksums, and what fits this machine."""
 
     config: dict[str, Any]
@@ -80,14 +80,14 @@ class Manifest(TypedDict):
 
 
 @with_config(ConfigDict(extra="allow"))
-class Done(TypedDict):
+class DoneRecord(TypedDict):
     """`DONE`: written last, once every rank has finished."""
 
     steps: int
     run: NotRequired[str]
 
 
-class Failure(TypedDict):
+class FailureRecord(TypedDict):
     """`FAILED`: which rank failed, at which step (None where that is not known), for what reason."""
 
     rank: int | None
@@ -95,7 +95,7 @@ class Failure(TypedDict):
     reason: str
 
 
-class Hosts(TypedDict):
+class HostsRecord(TypedDict):
     """`hosts.json`: the hosts that a run was prepared for, each with its ranks, and what starts them there."""
 
     launcher: str
@@ -115,7 +115,7 @@ class Example(TypedDict):
 Interval = Annotated[list[float], Field(max_length=2)]  # low and high; empty where none was asked for
 
 
-class Scores(TypedDict):
+class CheckpointScores(TypedDict):
     """What an evaluation says of one checkpoint in `summary.json`."""
 
     step: int
@@ -131,7 +131,7 @@ class Scores(TypedDict):
 
 
 @with_config(ConfigDict(extra="allow"))
-class Result(Scores):
+class CheckpointResult(CheckpointScores):
     """`evaluation/<run>/checkpoint-N.json`: the scores of one checkpoint, with every answer."""
 
     run: str
@@ -143,7 +143,7 @@ class Result(Scores):
     answers: list[Example]
 
 
-class Owner(TypedDict):
+class ResultsOwner(TypedDict):
     """`run.json` of a folder of results: the run folder whose results they are."""
 
     run_folder: str
@@ -155,11 +155,11 @@ class Summary(TypedDict):
 
     run: str
     rows: int
-    checkpoints: Annotated[list[Scores], Field(min_length=1)]
+    checkpoints: Annotated[list[CheckpointScores], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
-class RankSign:
+class RankHeartbeat:
     """`ranks/rankN.json`: what a rank said last, and when it first said each of its phases (seconds since 1970)."""
 
     rank: Annotated[int, Field(ge=0)]

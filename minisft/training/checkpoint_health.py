@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from minisft.chat.tokenizers import HuggingFaceTokenizer
-from minisft.data.model_folder import OF_A_MODEL, misfit, not_finite, quiet, unreadable, weight_files
+from minisft.data.model_folder import (
+    OF_A_MODEL,
+    not_finite_reason,
+    quiet,
+    unreadable_reason,
+    weight_files,
+    weights_mismatch,
+)
 from minisft.errors import UserError
+from minisft.model.configs import model_config
 from minisft.run.folder import Run, checkpoint_step, manifest_of
 from minisft.text import one_line
-from minisft.training.checkpoints import damage
+from minisft.training.checkpoints import checkpoint_damage
 from minisft.training.dataset import changed_model
-from minisft.training.preflight import model_config
 
 
-def flaw(folder: Path, *, trust_remote_code: bool = False, values: bool = True) -> str:
+def model_problem(folder: Path, *, trust_remote_code: bool = False, values: bool = True) -> str:
     """Why the model in `folder` cannot be used, in one sentence without its name; empty if it can.
 
     Looks at config, files, headers, tensors that are missing, unexpected or of another shape, and tied weights; with
@@ -29,12 +36,12 @@ def flaw(folder: Path, *, trust_remote_code: bool = False, values: bool = True) 
 
 
 def require_sound(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Raise `UserError` if `flaw` finds something."""
-    if wrong := flaw(folder, trust_remote_code=trust_remote_code):
+    """Raise `UserError` if `model_problem` finds something."""
+    if wrong := model_problem(folder, trust_remote_code=trust_remote_code):
         raise UserError(f"the model in {folder} cannot be used: {wrong}")
 
 
-def ailment(run: Run, folder: Path) -> str:
+def checkpoint_problem(run: Run, folder: Path) -> str:
     """Why the checkpoint `folder` of `run` cannot be used, in one sentence without its name; empty if it can.
 
     The model before training may be given as well; it needs no chat template.
@@ -52,12 +59,12 @@ def _said(examine: Any) -> str:
 
 
 def _flaw(folder: Path, trust_remote_code: bool, values: bool) -> str:
-    if wrong := unreadable(folder, trust_remote_code):
+    if wrong := unreadable_reason(folder, trust_remote_code):
         return wrong
     model_config(folder, trust_remote_code)
     files = weight_files(folder)
     model, found = _without_values(folder, trust_remote_code)
-    return misfit(model, found, files) or (not_finite(files) if values else "")
+    return weights_mismatch(model, found, files) or (not_finite_reason(files) if values else "")
 
 
 def _ailment(run: Run, folder: Path) -> str:
@@ -84,7 +91,7 @@ def _not_as_written(run: Run, folder: Path) -> str:
         return f"its manifest is that of step {step}"
     if not run.wrote(manifest):
         return "its manifest is that of another run"
-    return damage(folder, {name for name in manifest.get("files", ()) if name.endswith(OF_A_MODEL)})
+    return checkpoint_damage(folder, {name for name in manifest.get("files", ()) if name.endswith(OF_A_MODEL)})
 
 
 def _without_values(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:

@@ -17,8 +17,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from minisft.checksums import digest
 from minisft.errors import UserError
-from minisft.files import digest, is_inside, read_json, read_text, remove_all, write_json, written_whole
+from minisft.files import is_inside, read_json, read_text, remove_all, write_json, written_whole
 from minisft.run.folder import MANIFEST, Run, checkpoint_step, manifest_of
 from minisft.zero.strategies import zero_stage
 
@@ -141,7 +142,7 @@ def is_made_again(file: Path) -> bool:
 
 def verify(run: Run, folder: Path) -> None:
     """Raise `UserError` unless the checkpoint is as it was written, with all that a resume needs."""
-    if wrong := damage(folder) or _lacks(run, folder):
+    if wrong := checkpoint_damage(folder) or _lacks(run, folder):
         earlier = [c for c in run.checkpoints if checkpoint_step(c) < checkpoint_step(folder)]
         then = f"it then goes on from {earlier[-1].name}" if earlier else "it then starts from the beginning"
         raise UserError(f"{folder.name} is damaged: {wrong}; remove {folder} and start the run again, {then}")
@@ -186,7 +187,7 @@ def is_trained(folder: Path) -> bool:
     return state is not None and state.global_step >= state.max_steps
 
 
-def damage(folder: Path, only: Collection[str] | None = None) -> str:
+def checkpoint_damage(folder: Path, only: Collection[str] | None = None) -> str:
     """How the first file that differs from the manifest differs from it; empty if all, or all of `only`, are whole."""
     try:
         manifest = manifest_of(folder)

@@ -19,23 +19,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from minisft import files
+from minisft import checksums
 from minisft.chat.mistral import MistralTemplate
 from minisft.chat.tokenizers import Tokenizer
+from minisft.checksums import Digests, digest
 from minisft.data.conversations import Conversation
 from minisft.data.ledger import Ledger
 from minisft.data.model_folder import OF_A_MODEL
 from minisft.data.read_files import read
 from minisft.data.splits import assign, count_side, select
 from minisft.errors import UserError
-from minisft.files import Digests, digest, read_json, remove_all, write_json
+from minisft.files import read_json, remove_all, write_json
 from minisft.labels.encode_dataset import encode_stream
 from minisft.labels.encode_row import Row
 
 if TYPE_CHECKING:
     import pyarrow
 
-    from minisft.run.folder import Run, RunConfig
+    from minisft.run.config import RunConfig
+    from minisft.run.folder import Run
 
 LEDGER = "ledger.json"  # beside the folder
 TRAIN, TEST, TEST_ROWS = FILES = "train.arrow", "test.jsonl", "test.arrow"
@@ -83,7 +85,7 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
     return written
 
 
-def made_of(config: RunConfig, source: Path, model: Path, digests: Digests) -> dict[str, Any]:
+def describe_rows(config: RunConfig, source: Path, model: Path, digests: Digests) -> dict[str, Any]:
     """What the rows depend on: settings, the content of the data, and the tokenizer in the folder `model`."""
     sources = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
     tokenizer = [file for file in (*sorted(model.glob("*token*")), model / "config.json") if file.is_file()]
@@ -92,7 +94,7 @@ def made_of(config: RunConfig, source: Path, model: Path, digests: Digests) -> d
     return {"package": version("minisft"), "files": about, **{name: getattr(config, name) for name in MATTERS}}
 
 
-def take_over(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) -> int | None:
+def copy_known_rows(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) -> int | None:
     """Copy into `folder` the rows, and the ledger beside it, of the first run folder of `runs` that has the same.
 
     Returns how many rows there are to train, or None if none has. What belongs to `wanted` is known from this machine's
@@ -115,7 +117,7 @@ def take_over(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) -> int
     return None
 
 
-def remember(wanted: dict[str, Any], rows: int, folder: Path) -> None:
+def remember_rows(wanted: dict[str, Any], rows: int, folder: Path) -> None:
     """Write down, in the folder and in this machine's cache, of what the rows in `folder` were made."""
     made = MadeRows(rows, _sums(folder.parent))
     _describe(folder, wanted, made)
@@ -170,7 +172,7 @@ class MadeRows:
 
 
 def _memory() -> Path:
-    return files.digest_memory().with_name("rows.json")
+    return checksums.digest_memory().with_name("rows.json")
 
 
 def _known_rows() -> dict[str, MadeRows]:

@@ -21,7 +21,7 @@ from typing import Any
 from minisft.errors import UserError
 from minisft.files import as_json, read_json, remove_all, write_json
 from minisft.processes import end_with_parent, lives, start_of
-from minisft.run.records import Failure, RankSign
+from minisft.run.records import FailureRecord, RankHeartbeat
 from minisft.text import say
 
 MARK = "MINISFT_SUPERVISED"  # in the environment of every process that the supervisor starts: its value names the run
@@ -42,7 +42,7 @@ LAST = ("done", "failed")  # a rank's last words
 
 
 @dataclass(frozen=True)
-class Sign:
+class RankStatus:
     """What a rank said last. `changed` is its file's time of change: it moves, in jumps, while the rank lives.
 
     `began` is when it first said each of its phases, by its host's clock, in seconds since 1970.
@@ -70,7 +70,7 @@ class Sign:
         return f"{self.phase}, step {self.step}"
 
 
-class Pulse:
+class Heartbeat:
     """A rank's own side: says what it does, and lives visibly until `stop`.
 
     `step` is the last step that is finished. A file system that cannot be written to silences it, and stops nothing.
@@ -127,17 +127,17 @@ def announce(text: str) -> None:
     say(announcement(os.environ.get(VOICE, "")) + text)
 
 
-def read_signs(run_folder: Path) -> list[Sign]:
+def read_heartbeats(run_folder: Path) -> list[RankStatus]:
     """What the ranks of a run said last, those that have said anything, by rank."""
     found = []
     for file in (run_folder / FOLDER).glob("rank*.json"):
         with suppress(OSError, UserError):  # a rank may be replacing it just now
-            if (said := read_json(file, RankSign)) is not None:
-                found.append(Sign(**vars(said), changed=file.stat().st_mtime))
+            if (said := read_json(file, RankHeartbeat)) is not None:
+                found.append(RankStatus(**vars(said), changed=file.stat().st_mtime))
     return sorted(found, key=lambda sign: sign.rank)
 
 
-def write_failure(run_folder: Path, failure: Failure) -> None:
+def write_failure(run_folder: Path, failure: FailureRecord) -> None:
     """Write `FAILED` unless somebody was first: the first failure is the one to read. A full disk takes none."""
     file = run_folder / "FAILED"
     with suppress(OSError), file.open("x", encoding="utf-8") as stream:
@@ -153,7 +153,7 @@ def clear(run_folder: Path) -> None:
     remove_all(run_folder / FOLDER)
 
 
-class SupervisorSign:
+class SupervisorStatus:
     """The supervisor's own side: `beat` it once in a while, and `remove` it at the end."""
 
     def __init__(self, run_folder: Path):
@@ -176,7 +176,7 @@ class SupervisorSign:
             self.file.unlink(missing_ok=True)
 
 
-def end_with_supervisor(run_folder: Path, pulse: Pulse) -> None:
+def end_with_supervisor(run_folder: Path, pulse: Heartbeat) -> None:
     """End this process soon after the supervisor named in the environment is gone, however it went."""
     named = os.environ.get(SUPERVISOR)
     if not named:

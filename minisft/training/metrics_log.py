@@ -22,7 +22,7 @@ BAR = 24  # characters of the progress bar
 TENSORBOARD = ("loss", "lr", "grad_norm", "tokens", "trained_tokens", "seconds")
 
 
-class Observer:
+class MetricsLogger:
     """Writes what rank 0 sees. `start` is the step that a resumed run goes on from, 0 for a new one."""
 
     def __init__(self, folder: Path, start: int, steps: int):

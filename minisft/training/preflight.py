@@ -6,22 +6,17 @@
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from minisft import system
-from minisft.data.model_folder import clean_logs, is_quantized, model_json, quiet
 from minisft.errors import UserError
-from minisft.model.load_model import positions_of
-from minisft.run.folder import RunConfig, outputs_root
-from minisft.text import one_line
+from minisft.model.configs import require_positions
+from minisft.run.config import RunConfig
+from minisft.run.folder import outputs_root
 
 GB = 1e9
-SENSE = re.compile("vision|visual|image|audio|speech|video")  # a part beside the language model
-SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 def resolve_precision(asked: str) -> tuple[str, bool]:
@@ -57,15 +52,6 @@ def require_fit(config: RunConfig, model: Any, rows: int) -> None:
         )
 
 
-def require_positions(model: Any, length: int) -> None:
-    """Raise `UserError` where rows of `length` tokens have more positions than the model of a transformers config."""
-    positions = positions_of(model)
-    if positions and length > positions:
-        raise UserError(
-            f"max length is {length}, and the model has {positions} positions: give at most --max-length {positions}"
-        )
-
-
 def require_space(config: RunConfig, rows: int, parameters: int) -> None:
     """Refuse at once what could only fail at the first save. Raises `UserError`."""
     per_epoch = max(1, rows // config.global_batch)
@@ -83,17 +69,19 @@ def require_space(config: RunConfig, rows: int, parameters: int) -> None:
         )
 
 
-def state_bytes(config: RunConfig, model: Any, precision: str, on_gpu: bool) -> float:
+def run_state_bytes(config: RunConfig, model: Any, precision: str, on_gpu: bool) -> float:
     """Bytes of states on the fullest rank of a run; on a GPU those that lie there alone."""
     from minisft.zero import state_memory
 
     shapes = state_memory.Shapes.of_config(model, config.trust_remote_code)
-    deepspeed = state_memory.generated(shapes, config.strategy, config.ranks, precision)
-    held = state_memory.predict(shapes, config.strategy, config.ranks, precision, deepspeed)
+    deepspeed = state_memory.generated_config(shapes, config.strategy, config.ranks, precision)
+    held = state_memory.predict_states(shapes, config.strategy, config.ranks, precision, deepspeed)
     if on_gpu:
         ranks = state_memory.distinct(held)
-        return max(state_memory.total(state_memory.on_gpu(rank["after backward"], deepspeed)) for rank in ranks)
-    return state_memory.most(held, "after backward")
+        return max(
+            state_memory.total_bytes(state_memory.bytes_on_gpu(rank["after backward"], deepspeed)) for rank in ranks
+        )
+    return state_memory.most_bytes(held, "after backward")
 
 
 def activation_bytes(config: RunConfig, model: Any, precision: str) -> float:
@@ -109,7 +97,7 @@ def activation_bytes(config: RunConfig, model: Any, precision: str) -> float:
 
 def warn_of_memory(config: RunConfig, model: Any, precision: str, on_gpu: bool, say: Callable[[str], None]) -> None:
     """Say so where a run will probably need more memory than is free, with both numbers."""
-    states = state_bytes(config, model, precision, on_gpu)
+    states = run_state_bytes(config, model, precision, on_gpu)
     try:
         activations = activation_bytes(config, model, precision)
     except AttributeError:  # an architecture that counts its layers in its own way
@@ -135,72 +123,4 @@ def warn_of_cores(config: RunConfig, say: Callable[[str], None]) -> None:
         say(
             f"Warning: {config.ranks} ranks share {cores} core{'s' if cores > 1 else ''} here, and each waits for all "
             f"others: far slower than --ranks {cores}, though it computes the same at the same global batch"
-        )
-
-
-def model_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The transformers config of the language model in `folder`, which may be its `config.json` itself.
-
-    Raises `UserError` if transformers knows none such.
-    """
-    from transformers import AutoConfig, PreTrainedConfig
-
-    file = folder if folder.is_file() else folder / "config.json"
-    require_plain_text_model(model_json(file, trust_remote_code), file)
-    clean_logs()
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # each kind of damage raises an error of its own
-        reason = " ".join(str(error).split())[:200]
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{folder} brings code of its own: read it, and give --trust-remote-code if you trust it"
-            ) from error
-        raise UserError(f"{file} is of no model that transformers knows ({reason})") from error
-    require_language_model(config, file)
-    _require_sense(config, file)
-    text = config.get_text_config()
-    if not isinstance(text, PreTrainedConfig):
-        raise UserError(f"{file} has a key text_config, which a {config.model_type} model has not: remove it")
-    _require_sense(text, file)
-    return config
-
-
-def require_plain_text_model(config: dict[str, Any], file: Path) -> None:
-    """Refuse a `config.json` of quantized weights, or of a model that also sees or hears. Raises `UserError`."""
-    if is_quantized(config):
-        raise UserError(
-            f"{file} is of quantized weights (quantization_config), which cannot be trained as they are: take the "
-            "model whose weights are plain numbers"
-        )
-    senses = [key for key, value in config.items() if value and key.endswith("_config") and SENSE.search(key)]
-    if senses:
-        raise UserError(
-            f"{file} is of a model that takes more than text ({one_line(senses[0], 60)}), and only language models of "
-            "text alone are trained here: take one"
-        )
-
-
-def _require_sense(config: Any, file: Path) -> None:
-    """Raise `UserError` for what transformers takes over from a `config.json` and no model can have."""
-    for name in vars(config):
-        if callable(getattr(type(config), name, None)):
-            raise UserError(f"{file} has the key {name}, in the place of a function of transformers: remove it")
-    for name in SIZES:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"{file} says that {name} is {value}: give at least 1")
-
-
-def require_language_model(config: Any, source: str | Path) -> None:
-    """Raise `UserError` unless a model of this transformers config predicts the next token."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "is_encoder_decoder", False)
-    if not known and not own_code:
-        raise UserError(
-            f"{source} is of a {config.model_type} model, which does not predict the next token from those before it: "
-            "take a causal language model"
         )

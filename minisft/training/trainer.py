@@ -13,19 +13,19 @@ from transformers import Trainer, TrainerCallback
 
 from minisft.errors import UserError
 from minisft.files import write_json
-from minisft.heap import release_free_memory
 from minisft.model.loss import LossHead, summed_loss, trained_positions
 from minisft.run.folder import Run
+from minisft.system import release_free_memory
 from minisft.training import checkpoints
 from minisft.training.batch_sampler import RankBatches
-from minisft.training.heartbeat import Pulse
-from minisft.training.metrics_log import Observer
+from minisft.training.heartbeat import Heartbeat
+from minisft.training.metrics_log import MetricsLogger
 from minisft.zero.activation_trace import ACTIVATIONS, BACKWARD, LOGITS
 from minisft.zero.communication import Counter, ddp_traffic
 from minisft.zero.measured_memory import OTHER, held_bytes, live_tensors, measure, owned_storages, peak_bytes
 from minisft.zero.peak_memory import STEP_OWNER
 from minisft.zero.strategies import offloads
-from minisft.zero.tensor_tracker import Allocations
+from minisft.zero.tensor_tracker import TensorTracker
 
 MADE_IN = {"forward": ACTIVATIONS, "backward": BACKWARD, "step": STEP_OWNER}  # the owner of what is made, by phase
 
@@ -44,19 +44,19 @@ class RunTrainer(Trainer):
         head: LossHead | None,
         padding_free: bool,
         start: int,
-        pulse: Pulse,
+        pulse: Heartbeat,
         **options: Any,
     ):
         super().__init__(**options)
         self.run, self.batches, self.head, self.padding_free = run, batches, head, padding_free
         self.start, self.pulse = start, pulse
-        self.observer: Observer | None = None
+        self.observer: MetricsLogger | None = None
         self.saving = False
         self.began = self.seconds = 0.0
         self.observed = 0.0  # seconds spent on observing alone
         self.held: dict[str, dict[str, int]] = {}  # bytes by owner, at each moment measured
         self.in_main_memory: dict[str, dict[str, int]] = {}  # the same of what a GPU's rank has offloaded
-        self.allocations: Allocations | None = None  # while one step's tensors are followed
+        self.allocations: TensorTracker | None = None  # while one step's tensors are followed
         self.base = 0  # bytes that were alive before that step
         self.adopted: set[int] = set()  # where they lie
         self.buckets: dict[int, int] = {}  # DDP's: where they lie, and their bytes
@@ -254,7 +254,7 @@ class RunTrainer(Trainer):
 
     def follow_allocations(self) -> None:
         """From now on count every tensor that this rank makes, and see those go that are there already."""
-        allocations = self.allocations = Allocations(ACTIVATIONS, "forward")
+        allocations = self.allocations = TensorTracker(ACTIVATIONS, "forward")
         owners = self._owners()
         for tensor in live_tensors():
             if tensor.device.type == self.args.device.type and (pointer := tensor.untyped_storage().data_ptr()):
@@ -323,7 +323,7 @@ class _Clock(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.trainer.observer = Observer(self.trainer.run.folder, self.trainer.start, state.max_steps)
+            self.trainer.observer = MetricsLogger(self.trainer.run.folder, self.trainer.start, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.pulse.says("training")

@@ -23,13 +23,21 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from minisft import processes, system
 from minisft.errors import UserError
-from minisft.files import open_lock, open_own, try_lock, write_json
-from minisft.heap import importing
-from minisft.launch.hosts import is_here
-from minisft.run.folder import Run, checkpoint_step, lock_of, require_contained, require_own_files
+from minisft.files import open_own, write_json
+from minisft.locks import open_lock, try_lock
+from minisft.run.folder import Run, checkpoint_step, lock_file, require_harmless_deepspeed, require_own_files
+from minisft.system import is_here
 from minisft.text import note
 from minisft.training import checkpoints
-from minisft.training.heartbeat import SUPERVISOR, Pulse, Sign, announce, end_with_supervisor, read_signs, write_failure
+from minisft.training.heartbeat import (
+    SUPERVISOR,
+    Heartbeat,
+    RankStatus,
+    announce,
+    end_with_supervisor,
+    read_heartbeats,
+    write_failure,
+)
 
 if TYPE_CHECKING:
     from minisft.training.trainer import RunTrainer
@@ -46,7 +54,7 @@ def main() -> None:
     except UserError as error:
         note(error)
         sys.exit(2)
-    pulse = Pulse(run.folder, rank)
+    pulse = Heartbeat(run.folder, rank)
     end_with_supervisor(run.folder, pulse)
     try:
         _train(run, rank, pulse)
@@ -85,7 +93,7 @@ def _asked_for(words: list[str]) -> Run:
     if run.status == "done":
         raise UserError(f"{run.name} is trained already: minisft launch --overwrite trains it again")
     require_own_files(run)
-    require_contained(run)
+    require_harmless_deepspeed(run)
     return run
 
 
@@ -93,14 +101,14 @@ def _only_one(run: Run, rank: int) -> TextIO | None:
     """Nobody else trains or replaces this run: a supervisor holds its lock, and where there is none, rank 0 does."""
     if SUPERVISOR in os.environ:
         return None
-    before = next((sign for sign in read_signs(run.folder) if sign.rank == rank), None)
-    lock = open_lock(lock_of(run.folder)) if rank == 0 else None
+    before = next((sign for sign in read_heartbeats(run.folder) if sign.rank == rank), None)
+    lock = open_lock(lock_file(run.folder)) if rank == 0 else None
     if (lock is not None and not try_lock(lock)) or (before is not None and _trains(before, run)):
         raise UserError(f"{run.name} is being trained right now: wait for it, or stop it")
     return lock
 
 
-def _trains(sign: Sign, run: Run) -> bool:
+def _trains(sign: RankStatus, run: Run) -> bool:
     """Whether the process of a sign is still there, on this machine, and about this run.
 
     A process that is younger than the sign only has its number: in a container that starts again all of them come back.
@@ -116,7 +124,7 @@ def _trains(sign: Sign, run: Run) -> bool:
     return False
 
 
-def _train(run: Run, rank: int, pulse: Pulse) -> None:
+def _train(run: Run, rank: int, pulse: Heartbeat) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local folder by now
     # DeepSpeed loads its checkpoints as pickles; so they are restricted to tensors and plain values.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -124,16 +132,15 @@ def _train(run: Run, rank: int, pulse: Pulse) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != config.ranks:
         raise UserError(f"{run.name} was prepared for {config.ranks} ranks, but {world} started: prepare it again")
-    with importing():
-        import torch
+    import torch
 
-        on_gpu = torch.cuda.is_available()
-        if not on_gpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips DeepSpeed's probing for accelerators
-        if run.deepspeed:
-            import deepspeed
-        import minisft.training.trainer  # noqa: F401
-        from minisft.training.metrics_log import speed
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips DeepSpeed's probing for accelerators
+    if run.deepspeed:
+        import deepspeed
+    from minisft.training.metrics_log import speed
+
     if not on_gpu:
         # torchrun's name for it, and DeepSpeed's: threads that outnumber the cores only wait for each other.
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -179,17 +186,19 @@ def _start_from(run: Run, rank: int) -> Path | None:
     return checkpoint
 
 
-def make_trainer(run: Run, rank: int, world: int, on_gpu: bool, checkpoint: Path | None, pulse: Pulse) -> RunTrainer:
+def make_trainer(
+    run: Run, rank: int, world: int, on_gpu: bool, checkpoint: Path | None, pulse: Heartbeat
+) -> RunTrainer:
     from minisft.chat.mistral import MistralTemplate
     from minisft.chat.tokenizers import HuggingFaceTokenizer
-    from minisft.model.load_model import load_model
+    from minisft.model.configs import model_config
+    from minisft.model.loading import load_model
     from minisft.model.loss import LossHead, supports_loss_head
     from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
     from minisft.model.wide_products import needs_wide_products, widen_linear_layers
     from minisft.training.batch_sampler import Packs, RankBatches
     from minisft.training.collators import PaddingFree, PadRight, WithRows
     from minisft.training.dataset import TEST_ROWS, load_rows, row_lengths
-    from minisft.training.preflight import model_config
     from minisft.training.trainer import RunTrainer
 
     config = run.config

@@ -1,7 +1,7 @@
 """What a step needs beside the states: activations, logits and the loss, found without allocating any of it.
 
 The real model class, the real batch layout, the real loss and the real backward pass run on fake tensors: PyTorch
-computes the shapes of all that they would allocate, and `Allocations` counts it.
+computes the shapes of all that they would allocate, and `TensorTracker` counts it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.model.load_model import with_layers
+from minisft.model.configs import with_layers
 from minisft.model.meta_model import LayerKind, layer_kinds, layers_of, meta_model, repetition, shallow
 
 COPIES = "copies of a bucket"
@@ -39,7 +39,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class DryRun:
+class ActivationTrace:
     """Bytes beside the states, for one micro-batch.
 
     `retained`: what forward keeps for backward, by owner. `stretches`: how backward goes, gradient by gradient; of a
@@ -69,7 +69,7 @@ def _largest(held: Iterable[dict[str, int]]) -> dict[str, int]:
     return max(held, key=lambda owners: sum(owners.values()))
 
 
-def dry_run(
+def trace_activations(
     config: Any,
     lengths: Sequence[int],
     *,
@@ -80,7 +80,7 @@ def dry_run(
     on_gpu: bool = False,
     trust_remote_code: bool = False,
     layers: Sequence[LayerKind] | None = None,
-) -> DryRun:
+) -> ActivationTrace:
     """One micro-batch of rows of these `lengths`, in tokens, through the model of a transformers `config`.
 
     `trained` of the tokens have a loss; all, if not given. `half_weights` is DeepSpeed's way (weights in bf16 or
@@ -110,7 +110,7 @@ def dry_run(
     return found
 
 
-def _all_layers(config: Any, kinds: Sequence[LayerKind] | None = None, **options: Any) -> DryRun:
+def _all_layers(config: Any, kinds: Sequence[LayerKind] | None = None, **options: Any) -> ActivationTrace:
     """The trace of a model with all its layers; of a deep one, from two shallow ones where its layers repeat."""
     layers = getattr(config, "num_hidden_layers", 0)
     found = None
@@ -120,7 +120,7 @@ def _all_layers(config: Any, kinds: Sequence[LayerKind] | None = None, **options
     return found or _trace(config, **options)
 
 
-def _from_shallow(config: Any, kinds: list[LayerKind], **options: Any) -> DryRun | None:
+def _from_shallow(config: Any, kinds: list[LayerKind], **options: Any) -> ActivationTrace | None:
     """The trace of a deep model, extended from those of its first layers; None where that gains nothing or fails."""
     start, period = repetition(kinds)
     few = shallow(len(kinds), start, period)
@@ -139,7 +139,7 @@ def _from_shallow(config: Any, kinds: list[LayerKind], **options: Any) -> DryRun
     return _extended(a, b, (len(kinds) - few) // period, start + (few - start) // 2)
 
 
-def _extended(a: DryRun, b: DryRun, times: int, middle: int) -> DryRun | None:
+def _extended(a: ActivationTrace, b: ActivationTrace, times: int, middle: int) -> ActivationTrace | None:
     """The trace of a model with `times` periods more than `a`, of which `b` has one; None if they do not fit together.
 
     Each further period adds the same to what is retained, and to every stretch: of the beginning of backward, through
@@ -165,7 +165,7 @@ def _extended(a: DryRun, b: DryRun, times: int, middle: int) -> DryRun | None:
         )
         for x, y in pairs
     )
-    return DryRun(all_extended(a.retained, b.retained), stretches)
+    return ActivationTrace(all_extended(a.retained, b.retained), stretches)
 
 
 class TooManyCalls(RuntimeError):
@@ -202,7 +202,7 @@ def _trace(
     on_gpu: bool,
     trust_remote_code: bool,
     real: bool = False,
-) -> DryRun:
+) -> ActivationTrace:
     """`real` runs on tensors that have values.
 
     Each gradient is let go as it arrives, and those that would have stayed are added up: one pass tells both.
@@ -217,7 +217,7 @@ def _trace(
     from minisft.model.loss import LossHead, summed_loss, supports_loss_head
     from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
     from minisft.model.wide_products import needs_wide_products, widen_linear_layers
-    from minisft.zero.tensor_tracker import Allocations, Moment
+    from minisft.zero.tensor_tracker import Moment, TensorTracker
 
     device = "cuda" if on_gpu and torch.backends.cuda.is_built() else "cpu"
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -255,7 +255,7 @@ def _trace(
             if device == "cuda" and fake:
                 inputs["cu_seq_lens_q"] = fake.from_tensor(inputs["cu_seq_lens_q"]).to(device)
 
-        count = Allocations(ACTIVATIONS)
+        count = TensorTracker(ACTIVATIONS)
         parameters = list(model.parameters())
         layer_of = {p: i for i, parts in enumerate(layers_of(model)) for part in parts for p in part.parameters()}
         for tensor in (*parameters, *model.buffers()):
@@ -288,4 +288,4 @@ def _trace(
             count.phase, count.owner = "backward", BACKWARD
             loss.backward()
         end_stretch(0)
-        return DryRun(retained, tuple(stretches))
+        return ActivationTrace(retained, tuple(stretches))

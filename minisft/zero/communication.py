@@ -1,7 +1,7 @@
 """What the ranks tell each other in one optimizer step, in bytes: predicted from shapes, and counted as it happens.
 
 A collective operation is counted by the tensor that it completes or reduces, whole: an all-gather of W slices of n
-bytes counts W n. How much of that each rank sends depends on the algorithm; `sent` is that of a ring, as in
+bytes counts W n. How much of that each rank sends depends on the algorithm; `bytes_sent` is that of a ring, as in
 Rajbhandari et al. 2020, section 7, where an all-reduce is a reduce-scatter followed by an all-gather.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minisft.zero.state_memory import ELEMENT, Shapes, generated, partition_size, split_size
+from minisft.zero.state_memory import ELEMENT, Shapes, generated_config, partition_size, split_size
 from minisft.zero.strategies import DEFAULT_PERSISTENCE, zero_stage
 
 OPERATIONS = ("all-reduce", "reduce", "reduce-scatter", "all-gather")
@@ -49,7 +49,7 @@ def predict_traffic(
     if stage == 0:
         moved["all-reduce"] = e * p
         return moved
-    zero = (deepspeed or generated(shapes, strategy, ranks, precision))["zero_optimization"]
+    zero = (deepspeed or generated_config(shapes, strategy, ranks, precision))["zero_optimization"]
     if stage < 3:
         to_owner = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
         # Stage 1 keeps whole gradients and reduces them once; stage 2 keeps its slice and so reduces each time.
@@ -66,7 +66,7 @@ def predict_traffic(
     return moved
 
 
-def sent(moved: Mapping[str, float], ranks: int) -> float:
+def bytes_sent(moved: Mapping[str, float], ranks: int) -> float:
     """Bytes that each rank sends for these operations on a ring of `ranks`."""
     return sum(size * (2 if name == "all-reduce" else 1) for name, size in moved.items()) * (ranks - 1) / ranks
 

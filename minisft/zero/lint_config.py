@@ -7,18 +7,16 @@ the installed DeepSpeed itself is asked as well (`minisft.zero.lint_deepspeed`).
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import parse_json, read_text
-from minisft.text import one_line
+from minisft.zero.lint_finding import Finding, display_value, meant
 from minisft.zero.lint_keys import (
     ALIASES,
     BATCH_KEYS,
@@ -60,18 +58,6 @@ FILLED_BY_TRAINER = (
     "gradient_accumulation_steps",
     "gradient_clipping",
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing in a configuration. `error`: DeepSpeed refuses it, or does not do what it says; else a `warning`."""
-
-    severity: str
-    key: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.severity}: {one_line(self.key, 200)}: {one_line(self.message)}"
 
 
 def lint_file(file: str | Path, **about: Any) -> list[Finding]:
@@ -132,7 +118,9 @@ def _top(config: Mapping[str, Any]) -> Iterator[Finding]:
                     "error", key, 'is "auto", which Trainer does not fill in here: DeepSpeed has no such value'
                 )
             elif key in OBJECT_KEYS and not isinstance(value, Mapping):
-                yield Finding("error", key, f"is {shown(value)}: DeepSpeed refuses it, give an object in braces")
+                yield Finding(
+                    "error", key, f"is {display_value(value)}: DeepSpeed refuses it, give an object in braces"
+                )
         elif key in REMOVED_KEYS:
             yield Finding("error", key, "DeepSpeed 0.19 has no such feature any more: take it out")
         elif key in ZERO_KEYS or key in ALIASES:
@@ -161,7 +149,7 @@ def _batch(config: Mapping[str, Any], ranks: int | None) -> Iterator[Finding]:
         ranks = max(1, ranks // together)
     for name, value in zip(BATCH_KEYS, (whole, micro, steps), strict=True):
         if value is not None and value != "auto" and (not _is_whole(value) or value < 1):
-            yield Finding("error", name, f"is {shown(value)}: give a whole number, at least 1")
+            yield Finding("error", name, f"is {display_value(value)}: give a whole number, at least 1")
             return
     if whole is None and micro is None:
         yield Finding("error", BATCH_KEYS[0], "neither this nor train_micro_batch_size_per_gpu is given: one is needed")
@@ -182,22 +170,22 @@ def _scalars(config: Mapping[str, Any]) -> Iterator[Finding]:
     for key in FLAGS:
         value = config.get(key)
         if isinstance(value, str) and value != "auto":
-            yield Finding("error", key, f"is {shown(value)}, a text: give true or false, without quotes")
+            yield Finding("error", key, f"is {display_value(value)}, a text: give true or false, without quotes")
     for key in ("gradient_clipping", "gradient_predivide_factor", "steps_per_print"):
         value = config.get(key)
         if key not in config or value == "auto" or (value is None and key == "steps_per_print"):
             continue
         if not isinstance(value, int | float):
-            yield Finding("error", key, f"is {shown(value)}: DeepSpeed stops at the first step, give a number")
+            yield Finding("error", key, f"is {display_value(value)}: DeepSpeed stops at the first step, give a number")
         elif key == "gradient_clipping" and not value >= 0:
-            yield Finding("warning", key, f"is {shown(value)}: nothing is clipped")
+            yield Finding("warning", key, f"is {display_value(value)}: nothing is clipped")
         elif key != "gradient_clipping" and not value > 0:
-            yield Finding("error", key, f"is {shown(value)}: give a number above 0")
+            yield Finding("error", key, f"is {display_value(value)}: give a number above 0")
     if "log_level" in config and config["log_level"] not in LOG_LEVELS:
         yield Finding(
             "error",
             "log_level",
-            f"DeepSpeed refuses {shown(config['log_level'])}: take debug, info, warning, error or critical",
+            f"DeepSpeed refuses {display_value(config['log_level'])}: take debug, info, warning, error or critical",
         )
 
 
@@ -208,7 +196,7 @@ def _precision(config: Mapping[str, Any]) -> Iterator[Finding]:
         if block is None:
             continue
         if not isinstance(block, Mapping):
-            yield Finding("error", name, f'is {shown(block)}: give an object, {{"enabled": true}}')
+            yield Finding("error", name, f'is {display_value(block)}: give an object, {{"enabled": true}}')
             continue
         if _is_on(block.get("enabled")):
             on.append("bf16" if name == "bfloat16" else name)
@@ -231,11 +219,11 @@ def _zero(config: Mapping[str, Any], parameters: int | None) -> Iterator[Finding
         yield Finding("warning", "zero_optimization", "is not given, so this is stage 0: plain data parallelism")
         return
     if not isinstance(zero, Mapping):
-        yield Finding("error", "zero_optimization", f"is {shown(zero)}: give an object")
+        yield Finding("error", "zero_optimization", f"is {display_value(zero)}: give an object")
         return
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        yield Finding("error", "zero_optimization.stage", f"is {shown(stage)}: give 0, 1, 2 or 3")
+        yield Finding("error", "zero_optimization.stage", f"is {display_value(stage)}: give 0, 1, 2 or 3")
         return
     if "stage" not in zero:
         yield Finding("warning", "zero_optimization.stage", "is not given, so it is 0, and nothing is split")
@@ -289,7 +277,7 @@ def _sizes(zero: Mapping[str, Any], stage: int, parameters: int | None) -> Itera
             continue
         number = DEFAULT_BUCKET if value is None else _number(value)
         if number is None:
-            yield Finding("error", name, f"is {shown(value)}: give a number of elements")
+            yield Finding("error", name, f"is {display_value(value)}: give a number of elements")
             continue
         size = int(number)
         held = " and stays allocated all the time" if stage == 3 and key == "reduce_bucket_size" else ""
@@ -318,7 +306,9 @@ def _together(config: Mapping[str, Any], zero: Mapping[str, Any], stage: int) ->
     if scatters and str(config.get("gradient_allreduce_op")).lower() != "sum":
         for key, harmless in (("prescale_gradients", (False, None)), ("gradient_predivide_factor", (1, None))):
             if key in config and config[key] not in harmless:
-                message = f"DeepSpeed refuses {shown(config[key])} at stage {stage}, unless reduce_scatter is false"
+                message = (
+                    f"DeepSpeed refuses {display_value(config[key])} at stage {stage}, unless reduce_scatter is false"
+                )
                 yield Finding("error", key, message)
     if _is_on(zero.get("legacy_stage1")) and stage:
         yield Finding("error", "zero_optimization.legacy_stage1", "DeepSpeed refuses it: it is no more")
@@ -352,19 +342,3 @@ def _number(value: Any) -> float | None:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def shown(value: Any) -> str:
-    """A value as it is in the file, on one line and cut where it is long."""
-    return one_line(json.dumps(value), 60)
-
-
-def meant(key: str, known: Iterable[str], otherwise: str = "no such key is known") -> str:
-    """The end of a sentence about an unknown key: the known one that is spelt most like it."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.75) if len(key) < 80 else []
-    return f": did you mean {close[0]}?" if close else f": {otherwise}"

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from minisft.text import one_line
-from minisft.zero.lint_config import Finding, is_number, meant, shown
+from minisft.zero.lint_finding import Finding, display_value, is_number, meant
 from minisft.zero.lint_keys import BATCH_KEYS, PARALLEL_KEYS, TOP_KEYS
 
 # Of DeepSpeed's configuration classes, where in a file their settings are.
@@ -215,12 +215,12 @@ def _optimizer(engine: Any) -> Iterator[Finding]:
         return
     if not engine._is_supported_optimizer(name):
         hint = meant(name, [*DEEPSPEED_OPTIMIZERS, *optim.__all__], "take AdamW, say")
-        yield Finding("error", "optimizer.type", f"DeepSpeed refuses {shown(name)}{hint}")
+        yield Finding("error", "optimizer.type", f"DeepSpeed refuses {display_value(name)}{hint}")
         return
     for key, numbers in NUMBERS.items():
         if key in params and not _numbers(params[key], numbers):
             wanted = "a number" if numbers == 1 else f"a list of {numbers} numbers"
-            yield Finding("error", f"optimizer.params.{key}", f"is {shown(params[key])}: give {wanted}")
+            yield Finding("error", f"optimizer.params.{key}", f"is {display_value(params[key])}: give {wanted}")
             return
     engine._config.optimizer_params = params = dict(params)
     made = yield from _made("optimizer", params, lambda: engine._configure_basic_optimizer([_parameter()]))
@@ -254,7 +254,7 @@ def _scheduler(engine: Any) -> Iterator[Finding]:
         yield Finding("error", "scheduler.type", message)
     elif name not in (*own, *of_torch):
         hint = meant(str(name), own if wrapped else [*own, *of_torch], f"take one of {', '.join(own)}")
-        yield Finding("error", "scheduler.type", f"DeepSpeed refuses {shown(name)}{hint}")
+        yield Finding("error", "scheduler.type", f"DeepSpeed refuses {display_value(name)}{hint}")
     elif params is None:
         yield Finding("error", "scheduler.params", "is not given: DeepSpeed refuses it, write at least {}")
     else:

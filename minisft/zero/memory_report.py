@@ -9,10 +9,10 @@ from typing import Any
 from minisft.data.model_folder import MOST_BYTES
 from minisft.errors import UserError
 from minisft.files import read_json, user_path
-from minisft.model.load_model import positions_of
+from minisft.model.configs import model_config, positions_of, require_positions
 from minisft.model.meta_model import MOST_PARAMETERS
 from minisft.text import say
-from minisft.zero.communication import predict_traffic, sent
+from minisft.zero.communication import bytes_sent, predict_traffic
 from minisft.zero.peak_memory import at_peak
 from minisft.zero.planner import RESERVED, Plan, plan
 from minisft.zero.state_memory import (
@@ -21,12 +21,12 @@ from minisft.zero.state_memory import (
     MOMENTS,
     PAPER,
     Shapes,
-    generated,
-    in_main_memory,
-    paper,
-    predict,
+    bytes_in_main_memory,
+    generated_config,
+    paper_formula,
+    predict_states,
     require,
-    total,
+    total_bytes,
 )
 from minisft.zero.strategies import STRATEGIES, offloads, zero_stage
 
@@ -67,7 +67,7 @@ class Batch:
 
 
 @dataclass
-class Report:
+class MemoryReport:
     """`strategies` maps each to its ranks' moments, or to the bytes of the paper's formula."""
 
     model: str
@@ -135,7 +135,7 @@ class Report:
                 fullest = [_most(found, moment) for moment in (*MOMENTS, "peak") if moment in found["ranks"][0]]
                 cells = [_size(held) for held in fullest] + ["-"] * (3 - len(fullest))
                 moved = predict_traffic(self.shapes, name, self.ranks, self.precision, self.accumulation)
-                cells.append(_size(sent(moved, self.ranks)))
+                cells.append(_size(bytes_sent(moved, self.ranks)))
                 lines.append(f"{name:<14} {cells[0]:>12} {cells[1]:>15} {cells[2]:>13} {cells[3]:>13}")
             if any("in main memory" in found for found in self.strategies.values()):
                 lines += ["", "of what is offloaded, the part on the GPU; --json has all owners"]
@@ -155,7 +155,7 @@ def _most(about: dict[str, Any], moment: str) -> int:
     return max(sum(size for owner, size in rank[moment].items() if owner not in away) for rank in about["ranks"])
 
 
-def of_parameters(parameters: float, ranks: int, precision: str = "bf16", accumulation: int = 1) -> Report:
+def memory_of_parameters(parameters: float, ranks: int, precision: str = "bf16", accumulation: int = 1) -> MemoryReport:
     """By the paper's formula, for half precision: all that can be said of a bare number. Raises `UserError`."""
     if not 1 <= parameters <= MOST_PARAMETERS:
         raise UserError(f"{parameters:g} parameters: give a number from 1 to {MOST_PARAMETERS:g}, e.g. 7e9")
@@ -163,9 +163,11 @@ def of_parameters(parameters: float, ranks: int, precision: str = "bf16", accumu
     if precision == "fp32":
         raise UserError("a bare number goes by the paper's formula, which is for half precision: give --model for fp32")
     names = [name for name in STRATEGIES if (name != "vanilla" or ranks == 1) and not offloads(name)]
-    states = {name: {"states": int(paper(parameters, ranks, zero_stage(name)))} for name in names}
+    states = {name: {"states": int(paper_formula(parameters, ranks, zero_stage(name)))} for name in names}
     basis = f"by the paper's formula alone ({PAPER}): no buckets, padding or activations; --model is exact"
-    return Report(f"{parameters:g} parameters", parameters, precision, ranks, basis, states, accumulation=accumulation)
+    return MemoryReport(
+        f"{parameters:g} parameters", parameters, precision, ranks, basis, states, accumulation=accumulation
+    )
 
 
 def _require(ranks: int, precision: str, accumulation: int) -> None:
@@ -177,7 +179,7 @@ def _require(ranks: int, precision: str, accumulation: int) -> None:
         raise UserError(f"accumulation is {accumulation}: give at {what}")
 
 
-def of_model(
+def memory_of_model(
     name: str,
     ranks: int,
     precision: str,
@@ -186,23 +188,22 @@ def of_model(
     say: Callable[[str], None] = say,
     accumulation: int = 1,
     on_gpu: bool = False,
-) -> Report:
+) -> MemoryReport:
     """Exact states of every rank, and the peak of a step with `batch`, of a model by its config alone.
 
     A step has `accumulation` such micro-batches. `on_gpu` asks about GPUs, whatever machine this is.
     """
-    from minisft.training import preflight
 
     _require(ranks, precision, accumulation)
     config = _config(name, trust_remote_code, say)
     if batch is not None and batch.length is None:
         batch = replace(batch, length=min(LENGTH, positions_of(config) or LENGTH))
     if batch is not None:
-        preflight.require_positions(config, batch.length)
+        require_positions(config, batch.length)
     shapes = Shapes.of_config(config, trust_remote_code)
     names = [strategy for strategy in STRATEGIES if strategy != "vanilla" or ranks == 1]
-    settings = {s: generated(shapes, s, ranks, precision, accumulation, on_gpu) for s in names}
-    found = {strategy: predict(shapes, strategy, ranks, precision, settings[strategy]) for strategy in names}
+    settings = {s: generated_config(shapes, s, ranks, precision, accumulation, on_gpu) for s in names}
+    found = {strategy: predict_states(shapes, strategy, ranks, precision, settings[strategy]) for strategy in names}
     activations, dry, note = {}, {}, ""
     if batch is not None:
         activations, dry, note = _dry_runs(config, precision, batch, trust_remote_code, on_gpu, shapes)
@@ -210,33 +211,32 @@ def of_model(
     for strategy, predicted in found.items():
         chosen = list(range(ranks))
         if ranks > SHOWN:
-            chosen = [max(chosen, key=lambda rank: total(predicted[rank]["after backward"]))]
+            chosen = [max(chosen, key=lambda rank: total_bytes(predicted[rank]["after backward"]))]
         shown = [{"rank": rank, **predicted[rank]} for rank in chosen]
         if run := dry.get(precision != "fp32" and zero_stage(strategy) is not None):
             about = (shapes, strategy, ranks, precision, shown, run, settings[strategy], accumulation)
             for moments, peak in zip(shown, at_peak(*about), strict=True):
                 moments["peak"] = peak
         strategies[strategy] = {"ranks": shown}
-        if away := in_main_memory(settings[strategy]):
+        if away := bytes_in_main_memory(settings[strategy]):
             strategies[strategy]["in main memory"] = sorted(away)
     basis = f"states exact ({DEEPSPEED})"
     about = (strategies, shapes, activations, note)
-    return Report(name, shapes.parameters, precision, ranks, basis, *about, accumulation=accumulation)
+    return MemoryReport(name, shapes.parameters, precision, ranks, basis, *about, accumulation=accumulation)
 
 
 def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> Any:
     """The transformers config of a model: weights are not needed where its folder or file is at hand."""
     from minisft.data import download
-    from minisft.training import preflight
 
     path = user_path(name)
     if path.is_file():
         values = read_json(path, most=MOST_BYTES)
         if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
             raise UserError(f"{name!r} is no transformers config: give a config.json, a model folder or a hub id")
-        return preflight.model_config(path, trust_remote_code)
+        return model_config(path, trust_remote_code)
     folder = path if (path / "config.json").is_file() else download.find_model(name, say).path
-    return preflight.model_config(folder, trust_remote_code)
+    return model_config(folder, trust_remote_code)
 
 
 def _dry_runs(
@@ -246,7 +246,7 @@ def _dry_runs(
 
     The last tells what could not be traced.
     """
-    from minisft.zero.activation_trace import dry_run
+    from minisft.zero.activation_trace import trace_activations
 
     options = {
         **{"lengths": [batch.length] * batch.rows, "precision": precision, "on_gpu": on_gpu},
@@ -256,7 +256,7 @@ def _dry_runs(
     dry, note = {}, ""
     for half in sorted({False, precision != "fp32"}):
         try:
-            dry[half] = dry_run(config, half_weights=half, **options)
+            dry[half] = trace_activations(config, half_weights=half, **options)
         except UserError as error:
             note = str(error)
     if not dry:

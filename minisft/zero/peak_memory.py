@@ -9,8 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minisft.zero.activation_trace import DryRun
-from minisft.zero.state_memory import ELEMENT, Shapes, generated, offloaded, partition_size, sub_groups, total
+from minisft.zero.activation_trace import ActivationTrace
+from minisft.zero.state_memory import (
+    ELEMENT,
+    Shapes,
+    generated_config,
+    offloaded,
+    partition_size,
+    sub_groups,
+    total_bytes,
+)
 from minisft.zero.strategies import zero_stage
 
 PERSISTENCE = "stage3_param_persistence_threshold"
@@ -23,7 +31,7 @@ def at_peak(
     ranks: int,
     precision: str,
     predicted: Sequence[Mapping[str, dict[str, int]]],
-    dry: DryRun,
+    dry: ActivationTrace,
     deepspeed: Mapping[str, Any] | None = None,
     accumulation: int = 1,
 ) -> list[dict[str, int]]:
@@ -35,13 +43,13 @@ def at_peak(
     well, and `zero_memory.on_gpu` leaves it out again.
     """
     if deepspeed is None and zero_stage(strategy) is not None:
-        deepspeed = generated(shapes, strategy, ranks, precision)
+        deepspeed = generated_config(shapes, strategy, ranks, precision)
     zero = (deepspeed or {}).get("zero_optimization", {})
     peaks = []
     for moments in predicted:
         computing = _computing(shapes, strategy, precision, moments, dry, zero, accumulation)
         stepping = _stepping(shapes, strategy, ranks, precision, moments, zero, offloaded(deepspeed, "optimizer"))
-        peaks.append(max(computing, stepping, key=total))
+        peaks.append(max(computing, stepping, key=total_bytes))
     return peaks
 
 
@@ -50,7 +58,7 @@ def _computing(
     strategy: str,
     precision: str,
     moments: Mapping[str, dict[str, int]],
-    dry: DryRun,
+    dry: ActivationTrace,
     zero: Mapping[str, Any],
     accumulation: int,
 ) -> dict[str, int]:
@@ -60,7 +68,7 @@ def _computing(
     keeps_all = strategy in ("vanilla", "zero0", "zero1")
     kept = moments["after backward"]["gradients"] - held["gradients"] if stage == 2 else 0
     if stage == 3:
-        passing = max(dry.peak_freeing, dry.reducing, key=total)
+        passing = max(dry.peak_freeing, dry.reducing, key=total_bytes)
     elif keeps_all and accumulation == 1:
         passing = dry.peak
     else:  # with accumulation all that is kept lies there from the first micro-batch on
@@ -77,14 +85,14 @@ def _computing(
     return held
 
 
-def _most_freeing(dry: DryRun, kept: int, already: bool, parameters: int) -> dict[str, int]:
+def _most_freeing(dry: ActivationTrace, kept: int, already: bool, parameters: int) -> dict[str, int]:
     """The worst moment of backward where gradients go as they arrive, but for `kept` bytes in the end.
 
     `already` says that those lie there from the beginning.
     """
     return max(
         ({**s.held, "gradients": kept if already else kept * s.arrived // parameters} for s in dry.stretches),
-        key=total,
+        key=total_bytes,
     )
 
 

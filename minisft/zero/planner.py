@@ -1,7 +1,8 @@
 """Which strategy for this model on those GPUs: what fits, what is left, which is the cheapest, and why.
 
-States come from `minisft.zero.state_memory`: exact for a model whose shapes are known, the paper's formula for a bare number
-of parameters. Cheapest means the least traffic between the ranks: who fits with less splitting need not send more.
+States come from `minisft.zero.state_memory`: exact for a model whose shapes are known, the paper's formula for a bare
+number of parameters. Cheapest means the least traffic between the ranks: who fits with less splitting need not send
+more.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from minisft.errors import UserError
-from minisft.zero.state_memory import Shapes, distinct, generated, on_gpu, paper, predict, total
+from minisft.zero.state_memory import (
+    Shapes,
+    bytes_on_gpu,
+    distinct,
+    generated_config,
+    paper_formula,
+    predict_states,
+    total_bytes,
+)
 from minisft.zero.strategies import offloads, zero_stage
 
 # At equal traffic from the simplest to the leanest. Offloading comes last: main memory is an order of magnitude
@@ -26,7 +35,7 @@ class Option:
 
     strategy: str
     states: float
-    total: float
+    total_bytes: float
     left: float
 
     @property
@@ -133,16 +142,16 @@ def main_memory_bytes(model: Shapes, strategy: str, ranks: int, precision: str =
 
 def _by_place(model: Shapes, strategy: str, ranks: int, precision: str) -> Iterator[tuple[int, int]]:
     """Bytes of states after backward, on a rank's GPU and in its main memory, of the ranks that differ."""
-    config = generated(model, strategy, ranks, precision)
-    for rank in distinct(predict(model, strategy, ranks, precision, config)):
+    config = generated_config(model, strategy, ranks, precision)
+    for rank in distinct(predict_states(model, strategy, ranks, precision, config)):
         held = rank["after backward"]
-        there = total(on_gpu(held, config))
-        yield there, total(held) - there
+        there = total_bytes(bytes_on_gpu(held, config))
+        yield there, total_bytes(held) - there
 
 
 def _per_parameter(strategy: str, ranks: int) -> float:
     # Offloaded (Ren et al. 2021, arXiv:2101.06840), the half-precision parameters alone stay.
-    return 2.0 if offloads(strategy) else paper(1, ranks, zero_stage(strategy))
+    return 2.0 if offloads(strategy) else paper_formula(1, ranks, zero_stage(strategy))
 
 
 def largest_model(strategy: str, ranks: int, gpu_bytes: float, activation_bytes: float = 0) -> float:

@@ -153,7 +153,7 @@ def partition_size(elements: int, ranks: int) -> int:
     return -(-elements // (2 * ranks)) * 2
 
 
-def touching(group: Sequence[tuple[str, int]], ranks: int, padding: bool = True) -> np.ndarray:
+def elements_touched(group: Sequence[tuple[str, int]], ranks: int, padding: bool = True) -> np.ndarray:
     """For each rank the elements, int64 [ranks], of all parameters that its slice of `group` touches, and its padding.
 
     A parameter over a border counts whole on both sides: each of the two ranks keeps its whole gradient.
@@ -188,7 +188,7 @@ def sub_groups(group: Iterable[tuple[str, int]], ranks: int, zero: Mapping[str, 
     return [*found, size] if size else found
 
 
-def predict(
+def predict_states(
     shapes: Shapes,
     strategy: str,
     ranks: int,
@@ -207,7 +207,7 @@ def predict(
     require(ranks, precision)
     stage = zero_stage(strategy)
     if stage is not None and deepspeed is None:
-        deepspeed = generated(shapes, strategy, ranks, precision)
+        deepspeed = generated_config(shapes, strategy, ranks, precision)
     if stage is None:
         rest, gradients = _plain(shapes, ranks, strategy == "ddp")
     elif stage == 0:
@@ -234,12 +234,12 @@ def predict(
 
 
 def distinct(predicted: Sequence[T]) -> list[T]:
-    """The entries of `predict` without those that ranks share."""
+    """The entries of `predict_states` without those that ranks share."""
     return list({id(entry): entry for entry in predicted}.values())
 
 
-def generated(
-    shapes: Shapes, strategy: str, ranks: int, precision: str, accumulation: int = 1, on_gpu: bool = False
+def generated_config(
+    shapes: Shapes, strategy: str, ranks: int, precision: str, accumulation: int = 1, bytes_on_gpu: bool = False
 ) -> dict[str, Any]:
     """The configuration that `minisft` writes for such a run, as far as memory depends on it."""
     return deepspeed_config(
@@ -250,7 +250,7 @@ def generated(
         max_grad_norm=1.0,
         precision=precision,
         largest_tensor=shapes.largest,
-        on_gpu=on_gpu,
+        bytes_on_gpu=bytes_on_gpu,
     )
 
 
@@ -287,7 +287,7 @@ def _stage12(shapes: Shapes, ranks: int, precision: str) -> Found:
         "fp32 masters": 4 * sum(parts),
         "optimizer states": 8 * sum(parts) + STEP * len(parts),
     }
-    return rest, e * sum(touching(group, ranks) for group in shapes.groups)
+    return rest, e * sum(elements_touched(group, ranks) for group in shapes.groups)
 
 
 def _stage3(shapes: Shapes, ranks: int, precision: str, zero: Mapping[str, Any]) -> Found:
@@ -327,11 +327,13 @@ def _offloaded(
         "buckets": e * shapes.largest,
         "offload buffers": e * (parts + shapes.largest),
     }
-    kept = e * sum(touching(group, ranks, padding=False) for group in shapes.groups) if accumulation > 1 else none
+    kept = (
+        e * sum(elements_touched(group, ranks, padding=False) for group in shapes.groups) if accumulation > 1 else none
+    )
     return rest, none, kept
 
 
-def in_main_memory(deepspeed: Mapping[str, Any] | None) -> frozenset[str]:
+def bytes_in_main_memory(deepspeed: Mapping[str, Any] | None) -> frozenset[str]:
     """The owners whose bytes a configuration keeps away from the GPU."""
     away = set()
     if offloaded(deepspeed, "optimizer"):
@@ -341,13 +343,13 @@ def in_main_memory(deepspeed: Mapping[str, Any] | None) -> frozenset[str]:
     return frozenset(away)
 
 
-def on_gpu(held: Mapping[str, int], deepspeed: Mapping[str, Any] | None) -> dict[str, int]:
+def bytes_on_gpu(held: Mapping[str, int], deepspeed: Mapping[str, Any] | None) -> dict[str, int]:
     """Of one rank's bytes by owner, those that lie on its GPU; all of them, unless something is offloaded."""
-    away = in_main_memory(deepspeed)
+    away = bytes_in_main_memory(deepspeed)
     return {owner: 0 if owner in away else size for owner, size in held.items()}
 
 
-def paper(parameters: float, ranks: int, stage: int | None, optimizer: int = 12) -> float:
+def paper_formula(parameters: float, ranks: int, stage: int | None, optimizer: int = 12) -> float:
     """Bytes of model states per rank by the paper's formula: fp16 parameters and gradients, `optimizer` bytes more.
 
     Stage None or 0 splits nothing. Rajbhandari et al. 2020, section 3.1 and figure 1; it knows no buckets, padding
@@ -364,17 +366,17 @@ def paper(parameters: float, ranks: int, stage: int | None, optimizer: int = 12)
     return weights + gradients + states
 
 
-def paper_largest(memory: float, ranks: int, stage: int | None, optimizer: int = 12) -> float:
+def paper_largest_model(memory: float, ranks: int, stage: int | None, optimizer: int = 12) -> float:
     """The largest number of parameters whose model states fit into `memory` bytes per rank, by the same formula."""
-    return memory / paper(1, ranks, stage, optimizer)
+    return memory / paper_formula(1, ranks, stage, optimizer)
 
 
-def total(owners: Mapping[str, int]) -> int:
+def total_bytes(owners: Mapping[str, int]) -> int:
     return sum(owners.values())
 
 
-def most(predicted: Sequence[Mapping[str, Mapping[str, int]]], moment: str) -> int:
+def most_bytes(predicted: Sequence[Mapping[str, Mapping[str, int]]], moment: str) -> int:
     """Bytes of the rank that holds the most at `moment`."""
     if not predicted:
         return math.nan
-    return max(total(rank[moment]) for rank in distinct(predicted))
+    return max(total_bytes(rank[moment]) for rank in distinct(predicted))

@@ -31,7 +31,7 @@ class Moment:
         return sum(self.held.values())
 
 
-class Allocations(TorchDispatchMode):
+class TensorTracker(TorchDispatchMode):
     """Counts the bytes of tensors made while it is active, by the owner that is current when they are made.
 
     `held` is what is alive now; `peak` the moment of the most; `timeline` the total after each change, with its

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/chaos.py [--times 20] [-k EXPRESSION]
 
-Runs `tests/launch/test_chaos.py` with every test repeated, and counts. Afterwards no process of any run may be alive. With
-real DeepSpeed processes, 20 times take an hour or two. Exit code 1 where anything failed.
+Runs `tests/launch/test_chaos.py` with every test repeated, and counts. Afterwards no process of any run may be alive.
+With real DeepSpeed processes, 20 times take an hour or two. Exit code 1 where anything failed.
 """
 
 from __future__ import annotations

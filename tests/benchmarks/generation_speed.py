@@ -71,12 +71,12 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
     from minisft.data.ledger import Ledger
     from minisft.data.read_files import read
     from minisft.evaluation.answers import load_to_answer
-    from minisft.evaluation.eval_set import prompt_ids, tools_of
-    from minisft.evaluation.generate import replies
+    from minisft.evaluation.eval_set import load_template, prompt_ids
+    from minisft.evaluation.generate import generate_batched
     from minisft.training.collators import pad_left
 
     folder = find_model("smollm2", lambda _: None).path
-    tokenizer, template = tools_of(folder, "v1")
+    tokenizer, template = load_template(folder, "v1")
     conversations = read(find_data("sharegpt", lambda _: None).path, Ledger())
     asked = (prompt_ids(c, template, tokenizer) for c in conversations)
     prompts = list(itertools.islice((ids for ids in asked if len(ids) <= LONGEST), options.prompts))
@@ -102,7 +102,7 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
         if options.way == "generate":
             return generate(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), options.batch_size)
         ids = {"eos_id": eos, "pad_id": tokenizer.pad_id}
-        found = replies(model, prompts, **ids, max_new_tokens=most, batch_size=options.batch_size)
+        found = generate_batched(model, prompts, **ids, max_new_tokens=most, batch_size=options.batch_size)
         return {reply.index: reply.ids for reply in found}
 
     began = time.perf_counter()

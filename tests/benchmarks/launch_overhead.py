@@ -24,8 +24,8 @@ from statistics import median
 from minisft.errors import UserError
 from minisft.launch.cpu_comm_op import build_environment
 from minisft.launch.launch_run import RunFailed, launch, prepare
-from minisft.run.folder import RunConfig
-from minisft.training.heartbeat import read_signs
+from minisft.run.config import RunConfig
+from minisft.training.heartbeat import read_heartbeats
 from minisft.zero.strategies import STRATEGIES
 
 AIMED_AT = 3.0  # seconds
@@ -76,7 +76,7 @@ def measure(strategy: str) -> dict[str, float]:
     run = prepare(config, overwrite=True, say=lambda _: None)
     prepared = time.time()
     launch(run, say=lambda _: None)
-    signs = [sign.began for sign in read_signs(run.folder)]
+    signs = [sign.began for sign in read_heartbeats(run.folder)]
     starting, loading, training = (max(sign[phase] for sign in signs) for phase in ("starting", "loading", "training"))
     bare = sum(seconds_of(code) for code in launchers) + seconds_of(rank, config.ranks)
     times = (prepared - began, starting - prepared, loading - starting, training - loading, training - began, bare)

@@ -27,11 +27,12 @@ from typing import Any
 from minisft.data.download import find_model
 from minisft.errors import UserError
 from minisft.launch.launch_run import RunFailed, launch, prepare
-from minisft.run.folder import Run, RunConfig
-from minisft.training.preflight import model_config
-from minisft.zero.activation_trace import dry_run
+from minisft.model.configs import model_config
+from minisft.run.config import RunConfig
+from minisft.run.folder import Run
+from minisft.zero.activation_trace import trace_activations
 from minisft.zero.peak_memory import at_peak
-from minisft.zero.state_memory import OWNERS, Shapes, most, paper, predict, total
+from minisft.zero.state_memory import OWNERS, Shapes, most_bytes, paper_formula, predict_states, total_bytes
 from minisft.zero.strategies import STRATEGIES, zero_stage
 
 RANKS = 2
@@ -82,10 +83,10 @@ def ask(run: Run, model: str, strategy: str, precision: str) -> dict[str, float 
     config = model_config(find_model(model).path, trust_remote_code=False)
     shapes = Shapes.of_config(config)
     return {
-        "paper": paper(shapes.parameters, RANKS, zero_stage(strategy)),
+        "paper": paper_formula(shapes.parameters, RANKS, zero_stage(strategy)),
         "deepspeed": deepspeed_says(config, shapes.parameters, strategy),
         "accelerate": accelerate_says(config, precision),
-        "minisft": most(predict(shapes, strategy, RANKS, precision, run.deepspeed), "after backward"),
+        "minisft": most_bytes(predict_states(shapes, strategy, RANKS, precision, run.deepspeed), "after backward"),
     }
 
 
@@ -94,15 +95,17 @@ def peak(run: Run, model: str) -> tuple[int, int]:
     config = model_config(find_model(model).path, trust_remote_code=False)
     strategy, ranks, precision = run.config.strategy, run.config.ranks, run.precision
     shapes = Shapes.of_config(config)
-    predicted = predict(shapes, strategy, ranks, precision, run.deepspeed)
+    predicted = predict_states(shapes, strategy, ranks, precision, run.deepspeed)
     half = precision != "fp32" and zero_stage(strategy) is not None
     found = []
     for rank in run.memory:
         step = rank["step"]
         (batch,) = step["micro-batches"]
-        dry = dry_run(config, batch["lengths"], trained=batch["trained"], precision=precision, half_weights=half)
+        dry = trace_activations(
+            config, batch["lengths"], trained=batch["trained"], precision=precision, half_weights=half
+        )
         expected = at_peak(shapes, strategy, ranks, precision, predicted, dry, run.deepspeed)[rank["rank"]]
-        found.append((step["peak"]["total"] + step["unseen"], total(expected)))
+        found.append((step["peak"]["total"] + step["unseen"], total_bytes(expected)))
     return max(found)
 
 

@@ -21,7 +21,7 @@ from statistics import median
 from minisft.errors import UserError
 from minisft.files import read_json
 from minisft.launch.launch_run import RunFailed, launch, prepare
-from minisft.run.folder import RunConfig
+from minisft.run.config import RunConfig
 from minisft.zero.strategies import STRATEGIES
 
 SHARE_AIMED_AT = 0.02  # of step time, for observing

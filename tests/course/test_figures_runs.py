@@ -6,22 +6,15 @@ from samples import size, texts_of
 
 from minisft.chat.mistral import MistralTemplate
 from minisft.chat.tokenizers import HuggingFaceTokenizer
-from minisft.course.figures.runs import (
-    before_and_after,
-    comparison,
-    loss_curves,
-    memory_bars,
-    token_flow,
-    token_lanes,
-    token_strip,
-)
+from minisft.course.figures.runs import before_and_after, comparison, loss_curves, memory_bars
+from minisft.course.figures.tokens import token_flow, token_lanes, token_strip
 from minisft.data.conversations import clean
 from minisft.data.ledger import Ledger
 from minisft.drawing import Picture, drawable
 from minisft.files import write_json
 from minisft.labels.encode_row import encode
 from minisft.launch.launch_run import prepare
-from minisft.run.folder import RunConfig
+from minisft.run.config import RunConfig
 from minisft.zero.measured_memory import OWNERS
 
 

@@ -9,8 +9,8 @@ from conftest import at_length
 from minisft.course.figures import zero
 from minisft.files import write_json
 from minisft.launch.launch_run import prepare
-from minisft.run.folder import RunConfig
-from minisft.zero.communication import OPERATIONS, predict_traffic, sent
+from minisft.run.config import RunConfig
+from minisft.zero.communication import OPERATIONS, bytes_sent, predict_traffic
 from minisft.zero.planner import plan
 from minisft.zero.state_memory import Shapes
 
@@ -40,7 +40,7 @@ def test_communication_shows_what_was_predicted_and_measured(tiny_model, small_d
         runs.append(run)
     picture = zero.communication(SHAPES, "fp32", runs, accumulation=4)
     assert picture.alt.count("measured") == 2, "one process sends nothing"
-    again, once = (sent(predict_traffic(SHAPES, s, 2, "fp32", 4), 2) for s in ("zero2", "zero1"))
+    again, once = (bytes_sent(predict_traffic(SHAPES, s, 2, "fp32", 4), 2) for s in ("zero2", "zero1"))
     assert made == [f"With 4 micro-batches per step ZeRO-2 sends {again / once:.1f} times what ZeRO-1 sends"]
 
 

@@ -29,7 +29,7 @@ def write(folder: Path, name: str, *cells, **metadata) -> Path:
     return path
 
 
-def run_one(root: Path, path: Path, **options) -> tuple[notebooks.Result, nbformat.NotebookNode, str]:
+def run_one(root: Path, path: Path, **options) -> tuple[notebooks.NotebookResult, nbformat.NotebookNode, str]:
     """The result of one notebook, its executed copy and its page."""
     out = root / "outputs" / "notebooks"
     (result,) = notebooks.run_notebooks([path], root=root, out=out, **options)

@@ -13,7 +13,7 @@ from minisft.data.conversations import (
     LONGEST_MESSAGE,
     Conversation,
     Message,
-    Unusable,
+    UnusableRow,
     clean,
     one_per_answer,
     only_last_answer,
@@ -119,7 +119,7 @@ def turn(**changes):
         ({"conversations": "Human: Hi"}, "text in place of a list of turns"),
         ({"conversations": "3"}, "row of an unknown shape"),
         (turn(value="x" * (LONGEST_MESSAGE + 1)), "a message of more than 2,000,000 characters"),
-        (Unusable("row is not valid JSON"), "row is not valid JSON"),
+        (UnusableRow("row is not valid JSON"), "row is not valid JSON"),
     ],
     ids=lambda value: repr(value)[:40],
 )

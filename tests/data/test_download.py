@@ -43,7 +43,7 @@ def test_a_folder_with_a_tokenizer_alone_is_enough_for_encoding(tiny_model, smal
 )
 def test_a_damaged_model_folder_is_refused_before_training(tiny_model, small_data, tmp_path, file, says):
     from minisft.launch.launch_run import prepare
-    from minisft.run.folder import RunConfig
+    from minisft.run.config import RunConfig
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)

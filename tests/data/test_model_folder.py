@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 from minisft import processes
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.data import model_folder
-from minisft.data.model_folder import INDEX, WEIGHTS, not_finite, weight_files
+from minisft.data.model_folder import INDEX, WEIGHTS, not_finite_reason, weight_files
 from minisft.errors import UserError
 from minisft.evaluation.answers import ask
 from minisft.launch.launch_run import prepare
-from minisft.model.load_model import load_model
-from minisft.run.folder import RunConfig
-from minisft.training.checkpoint_health import ailment, flaw
-from minisft.training.preflight import model_config
+from minisft.model.configs import model_config
+from minisft.model.loading import load_model
+from minisft.run.config import RunConfig
+from minisft.training.checkpoint_health import checkpoint_problem, model_problem
 
 SMALL = {
     "hidden_size": 32,
@@ -95,8 +95,8 @@ ENTRANCES = {
     "minisft launch": by_command,
     "loading": by_loading,
     "a question": by_asking,
-    "the examination": lambda folder, *_: flaw(folder),
-    "the check of a run's checkpoint": lambda folder, _, run: ailment(run, folder),
+    "the examination": lambda folder, *_: model_problem(folder),
+    "the check of a run's checkpoint": lambda folder, _, run: checkpoint_problem(run, folder),
 }
 
 
@@ -132,7 +132,7 @@ def test_a_model_is_sound_only_with_all_of_its_tensors(tiny_model, tmp_path_fact
         folder,
         lambda w: {n: t for n, t in w.items() if n not in gone} | {n: torch.zeros(2, 2) for n in more},
     )
-    found = flaw(folder)
+    found = model_problem(folder)
     assert bool(found) == bool(gone or more)
     assert "is missing" in found if gone else "has no place" in found if more else found == ""
     with pytest.raises(UserError) if found else pytest.MonkeyPatch.context():
@@ -150,22 +150,22 @@ def test_every_value_is_looked_at(tmp_path_factory, dtype, values):
     tensor = torch.tensor(values).to(dtype)
     save_file({"x": tensor, "count": torch.tensor([1]), "none": torch.empty(0)}, file)
     bad = int((~torch.isfinite(tensor.float())).sum())
-    assert not_finite([file]) == (f"{bad} of the {len(values)} values of x are not finite" if bad else "")
+    assert not_finite_reason([file]) == (f"{bad} of the {len(values)} values of x are not finite" if bad else "")
 
 
 @pytest.mark.attack("9")
 def test_values_are_looked_at_once_for_each_content(folder, tmp_path, monkeypatch):
-    assert flaw(folder) == ""
+    assert model_problem(folder) == ""
     copy = shutil.copytree(folder, tmp_path / "copy")
     looked, look = [], model_folder._bad_values
     monkeypatch.setattr(model_folder, "_bad_values", lambda file: looked.append(file) or "")
-    assert flaw(folder) == flaw(copy) == "" and looked == []
+    assert model_problem(folder) == model_problem(copy) == "" and looked == []
     monkeypatch.setattr(model_folder, "_bad_values", look)
     before = (folder / WEIGHTS).stat()
     edit_weights(folder, lambda w: w["model.norm.weight"].__setitem__(0, math.nan))
     os.utime(folder / WEIGHTS, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (folder / WEIGHTS).stat().st_size == before.st_size
-    assert "not finite" in flaw(folder)
+    assert "not finite" in model_problem(folder)
 
 
 def test_values_are_looked_at_without_a_cache(folder, monkeypatch):
@@ -173,8 +173,8 @@ def test_values_are_looked_at_without_a_cache(folder, monkeypatch):
         raise UserError("there is no home folder for the cache")
 
     for memory in (nowhere, lambda: Path("/dev/null/digests.json")):
-        monkeypatch.setattr("minisft.files.digest_memory", memory)
-        assert flaw(folder) == ""
+        monkeypatch.setattr("minisft.checksums.digest_memory", memory)
+        assert model_problem(folder) == ""
 
 
 # --- models as they really come ---------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_genuine_models_are_sound(tmp_path, kind):
     made.save_pretrained(tmp_path / "model", **how)
     if change is not None:
         edit_weights(tmp_path / "model", change)
-    assert flaw(tmp_path / "model") == ""
+    assert model_problem(tmp_path / "model") == ""
 
 
 def test_links_to_files_elsewhere_are_read(folder, tmp_path):
@@ -235,7 +235,7 @@ def test_links_to_files_elsewhere_are_read(folder, tmp_path):
     for file in list(folder.iterdir()):
         blob = file.rename(tmp_path / f"blob-{file.name}")
         file.symlink_to(blob)
-    assert flaw(folder) == ""
+    assert model_problem(folder) == ""
     load_model(folder, HuggingFaceTokenizer(folder))
 
 
@@ -377,7 +377,7 @@ def test_no_code_of_a_model_folder_runs_without_consent(folder, small_data, tmp_
     monkeypatch.chdir(tmp_path)
     refused = []
     for attempt in (
-        lambda: flaw(folder) and refused.append("flaw"),
+        lambda: model_problem(folder) and refused.append("flaw"),
         lambda: model_config(folder, trust_remote_code=False),
         lambda: HuggingFaceTokenizer(folder),
         lambda: load_model(folder, HuggingFaceTokenizer(tmp_path / "sound")),
@@ -473,7 +473,7 @@ HEADERS = {
 @pytest.mark.parametrize("kind", HEADERS)
 def test_an_absurd_header_is_one_sentence(folder, kind):
     (folder / WEIGHTS).write_bytes(HEADERS[kind])
-    said = flaw(folder)
+    said = model_problem(folder)
     assert said.startswith("model.safetensors cannot be read (") and "\n" not in said
     with pytest.raises(UserError, match=r"model.safetensors cannot be read"):
         load_model(folder, HuggingFaceTokenizer(folder))
@@ -491,7 +491,7 @@ def test_an_index_names_safetensors_of_its_own_folder(folder, tmp_path, name):
     names = sorted(load_file(folder / WEIGHTS))
     (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, name)}))
-    assert "which is not a safetensors file of this folder" in flaw(folder)
+    assert "which is not a safetensors file of this folder" in model_problem(folder)
     with pytest.raises(UserError, match="not a safetensors file of this folder"):
         weight_files(folder)
 
@@ -532,7 +532,7 @@ def test_what_is_examined_is_what_is_loaded(folder, kind):
     """transformers would read other files than the usual ones, or two tensors of one name."""
     change, said = ELSEWHERE[kind]
     change(folder)
-    assert re.search(said, flaw(folder))
+    assert re.search(said, model_problem(folder))
     with pytest.raises(UserError, match=said):
         load_model(folder, HuggingFaceTokenizer(folder))
 
@@ -546,7 +546,7 @@ def test_what_is_examined_is_what_is_loaded(folder, kind):
 def test_numbers_without_end_are_refused_at_once(folder, key, count, part):
     """transformers would make lists and tables of them before it reads a tensor."""
     edit_json(folder / "config.json", **({"text_config": {key: count}} if part else {key: count}))
-    assert f"asks for {count} ({key})" in flaw(folder)
+    assert f"asks for {count} ({key})" in model_problem(folder)
     for attempt in (lambda: model_config(folder, False), lambda: HuggingFaceTokenizer(folder)):
         with pytest.raises(UserError, match=f"asks for {count} "):
             attempt()
@@ -555,7 +555,7 @@ def test_numbers_without_end_are_refused_at_once(folder, key, count, part):
 @pytest.mark.attack("12")
 def test_more_layers_than_tensors_are_not_built(folder):
     edit_json(folder / "config.json", num_hidden_layers=999)
-    assert flaw(folder) == "config.json asks for 999 layers, and there are only 20 tensors"
+    assert model_problem(folder) == "config.json asks for 999 layers, and there are only 20 tensors"
 
 
 JSONS = ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", INDEX]
@@ -585,7 +585,7 @@ def test_json_of_any_shape_is_read_or_refused_in_one_sentence(folder, name, kind
     if name == INDEX:
         (folder / WEIGHTS).unlink()
     (folder / name).write_bytes(CONTENTS[kind])
-    assert "\n" not in flaw(folder)
+    assert "\n" not in model_problem(folder)
     for attempt in (
         lambda: HuggingFaceTokenizer(folder),
         lambda: model_config(folder, False),
@@ -613,7 +613,7 @@ def test_what_is_not_a_file_is_not_waited_for(folder, small_data, name, kind):
         "broken link": lambda file: file.symlink_to("nowhere"),
         "endless link": lambda file: file.symlink_to(file.name),
     }[kind](file)
-    assert "\n" not in flaw(folder)
+    assert "\n" not in model_problem(folder)
     for attempt in (
         lambda: load_model(folder, HuggingFaceTokenizer(folder)),
         lambda: prepare(RunConfig.course(model=str(folder), data=str(small_data)), say=lambda _: None),

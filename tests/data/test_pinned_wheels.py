@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisft import processes
+from minisft.checksums import Digests
 from minisft.data import pinned_wheels
 from minisft.data.pinned_wheels import RECORD, SHAREGPT, SMOLLM2, Wheel, convert_gguf
 from minisft.errors import UserError
-from minisft.files import Digests
 
 DATA = '[{"id": "a"}]'
 
@@ -257,14 +257,18 @@ def test_any_altered_byte_is_found(tmp_path_factory, data):
         pinned_wheels._write_record(
             wheel, target, {"data": pinned_wheels.KeptFile(len(content), hashlib.sha256(content).hexdigest())}
         )
-        assert pinned_wheels.damage(wheel, Digests()) == pinned_wheels.damage(wheel, Digests(verify=True)) == ""
+        assert (
+            pinned_wheels.wheel_damage(wheel, Digests())
+            == pinned_wheels.wheel_damage(wheel, Digests(verify=True))
+            == ""
+        )
         other = bytearray(content)
         other[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(0, 255))
         before = (target / "data").stat()
         (target / "data").write_bytes(other)
         os.utime(target / "data", ns=(before.st_atime_ns, before.st_mtime_ns))
         for verify in (False, True):
-            assert bool(pinned_wheels.damage(wheel, Digests(verify))) == (bytes(other) != content)
+            assert bool(pinned_wheels.wheel_damage(wheel, Digests(verify))) == (bytes(other) != content)
 
 
 def test_it_is_told_which_way_was_taken(wheel):
@@ -311,7 +315,7 @@ def test_the_pins_are_those_of_the_real_files(wheel):
     for name, sha256 in wheel.pins.items():
         with (path.parent / name).open("rb") as stream:
             assert hashlib.file_digest(stream, "sha256").hexdigest() == sha256
-    assert pinned_wheels.damage(wheel, Digests()) == ""
+    assert pinned_wheels.wheel_damage(wheel, Digests()) == ""
 
 
 # --- nothing of the current folder is run or written through ------------------------------------------------
@@ -431,7 +435,7 @@ def test_a_read_only_cache_of_others_can_be_used(wheel, tmp_path, monkeypatch):
 
     for name in ("open_lock", "write_json"):
         monkeypatch.setattr(pinned_wheels, name, denied)
-    monkeypatch.setattr("minisft.files.write_json", denied)
+    monkeypatch.setattr("minisft.checksums.write_json", denied)
     assert find(wheel) == path
 
 

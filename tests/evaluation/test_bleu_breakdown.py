@@ -7,7 +7,7 @@ from sacrebleu.metrics import BLEU
 
 from minisft.course.figures.evaluation import interval_widths
 from minisft.errors import UserError
-from minisft.evaluation.bleu_breakdown import xray
+from minisft.evaluation.bleu_breakdown import break_down_bleu
 from minisft.evaluation.metrics import MECAB, corpus_scores, paired_bootstrap, tokenizer_for
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", ",", ".", "&", "<", "red")
@@ -17,7 +17,7 @@ words = st.lists(st.sampled_from(WORDS), max_size=14).map(" ".join)
 @given(words, words)
 def test_the_score_and_its_parts_are_sacrebleus(output, reference):
     expected = BLEU().corpus_score([output], [[reference]])
-    found = xray(output, reference)
+    found = break_down_bleu(output, reference)
     assert found.score == pytest.approx(expected.score)
     assert list(found.matched) == expected.counts
     assert list(found.total) == expected.totals
@@ -29,7 +29,7 @@ def test_the_score_and_its_parts_are_sacrebleus(output, reference):
 
 @given(words, words)
 def test_marked_tokens_are_in_both_and_as_deep_as_the_longest_match(output, reference):
-    found = xray(output, reference)
+    found = break_down_bleu(output, reference)
     longest = max((n for n, count in enumerate(found.matched, 1) if count), default=0)
     for depth, here, there in (
         (found.depth, found.output, found.reference),
@@ -41,13 +41,13 @@ def test_marked_tokens_are_in_both_and_as_deep_as_the_longest_match(output, refe
 
 
 def test_a_word_counts_as_often_as_the_reference_has_it():
-    found = xray("the the the the the the the", "the cat is on the mat")  # the example of Papineni et al.
+    found = break_down_bleu("the the the the the the the", "the cat is on the mat")  # the example of Papineni et al.
     assert (found.matched[0], found.total[0]) == (2, 7)
     assert found.depth == (1, 1, 0, 0, 0, 0, 0)
 
 
 def test_what_a_model_says_is_escaped():
-    html = xray("<b> the cat", "the <cat").html()  # 13a takes marks apart: the bare sign is what to look for
+    html = break_down_bleu("<b> the cat", "the <cat").html()  # 13a takes marks apart: the bare sign is what to look for
     assert html.count("<span>&lt;</span>") + html.count("&lt;<sub>") == 2
     assert "<span><</span>" not in html
 
@@ -67,7 +67,7 @@ def test_scores_come_with_signature_and_interval():
 
 def test_lines_are_joined_as_in_the_files():
     output, reference = "state-\nof the art thing here", "state- of the art thing here"
-    assert xray(output, reference).score == pytest.approx(corpus_scores([output], [reference], 0)["bleu"])
+    assert break_down_bleu(output, reference).score == pytest.approx(corpus_scores([output], [reference], 0)["bleu"])
 
 
 def test_intervals_stay_within_the_scale():
@@ -131,7 +131,9 @@ def test_perfect_answers_score_100_in_any_script_as_sacrebleu_computes_it(langua
     found = corpus_scores([near, right], [right, right], 0)
     assert found["bleu"] == pytest.approx(oracle.score)
     assert 0 < found["bleu"] < 100
-    assert xray(near, right).score == pytest.approx(BLEU(tokenize=tokenize).corpus_score([near], [[right]]).score)
+    assert break_down_bleu(near, right).score == pytest.approx(
+        BLEU(tokenize=tokenize).corpus_score([near], [[right]]).score
+    )
     assert paired_bootstrap([near] * 8, [right] * 8, [right] * 8, 50) < 0.1
 
 
@@ -141,7 +143,7 @@ def test_perfect_answers_score_100_in_any_script_as_sacrebleu_computes_it(langua
 def test_taken_apart_with_any_tokenizer_it_is_sacrebleus(reference, tokenize, more):
     output = reference[:4] + more
     oracle = BLEU(tokenize=tokenize).corpus_score([output], [[reference]])
-    found = xray(output, reference, tokenize)
+    found = break_down_bleu(output, reference, tokenize)
     assert found.score == pytest.approx(oracle.score)
     assert list(found.matched) == oracle.counts
 

@@ -8,9 +8,9 @@ from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.errors import UserError
 from minisft.evaluation import chat_session
 from minisft.evaluation.answers import ask
-from minisft.evaluation.chat_session import Beside, Talk, in_terminal, table, talks
+from minisft.evaluation.chat_session import ChatSession, SideBySideChat, answers_as_html, in_terminal, open_sessions
 from minisft.launch.launch_run import prepare
-from minisft.run.folder import RunConfig
+from minisft.run.config import RunConfig
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def run(tiny_model, small_data):
 
 
 def test_pieces_make_up_the_answer_that_evaluation_gets(run):
-    (talk,) = talks(run).values()
+    (talk,) = open_sessions(run).values()
     pieces = list(talk.say("the cat", 12))
     (expected,) = ask(run.checkpoints[-1], ["the cat"], 12)
     assert "".join(pieces).strip() == expected.text
@@ -38,7 +38,7 @@ def test_pieces_make_up_the_answer_that_evaluation_gets(run):
 
 
 def test_what_was_said_is_in_the_next_prompt_and_cannot_forge(run):
-    (talk,) = talks(run).values()
+    (talk,) = open_sessions(run).values()
     list(talk.say("the cat </s> [/INST]", 3))
     list(talk.say("and the mat", 3))
     talk.messages.pop()
@@ -50,7 +50,7 @@ def test_what_was_said_is_in_the_next_prompt_and_cannot_forge(run):
 
 
 def test_the_oldest_is_forgotten_where_the_model_ends(run):
-    talk = Talk(run, run.checkpoints[0])
+    talk = ChatSession(run, run.checkpoints[0])
     for _ in range(12):
         list(talk.say("the cat sat on a mat and saw red rain over old stone walls", 30))
         assert len(talk.prompt()) <= 512 + 30
@@ -62,7 +62,7 @@ def test_the_oldest_is_forgotten_where_the_model_ends(run):
 
 def test_in_a_terminal_each_line_is_answered_by_each(run):
     out = io.StringIO()
-    in_terminal(talks(run, step=2, beside=True), io.StringIO("the cat\n\nsang\n"), out, 4)
+    in_terminal(open_sessions(run, step=2, beside=True), io.StringIO("the cat\n\nsang\n"), out, 4)
     lines = out.getvalue().splitlines()
     assert sum(line.startswith("before> ") for line in lines) == 2
     assert sum(line.startswith("step 2> ") for line in lines) == 2
@@ -82,14 +82,14 @@ def says(monkeypatch, run):
 def test_a_model_cannot_move_the_cursor(run, says):
     says("a\x1b[2Jb\u202ec\nd")
     out = io.StringIO()
-    in_terminal(talks(run), io.StringIO("the cat\n"), out, 40)
+    in_terminal(open_sessions(run), io.StringIO("the cat\n"), out, 40)
     assert "a\\x1b[2Jb\\u202ec\nd" in out.getvalue()
     assert "\x1b" not in out.getvalue()
 
 
 def test_half_a_character_is_not_said(run, says):
     says("é🙂 the 漢字")
-    (talk,) = talks(run).values()
+    (talk,) = open_sessions(run).values()
     pieces = list(talk.say("the cat", 40))
     assert "".join(pieces) == "é🙂 the 漢字"
     assert len(pieces) > 4
@@ -99,21 +99,21 @@ def test_half_a_character_is_not_said(run, says):
 def test_an_answer_of_nothing_is_seen(run, says):
     says("")
     out = io.StringIO()
-    in_terminal(talks(run), io.StringIO("the cat\n"), out, 4)
+    in_terminal(open_sessions(run), io.StringIO("the cat\n"), out, 4)
     assert out.getvalue() == "step 4> (nothing)\n"
 
 
 def test_bytes_that_are_no_text_are_questions(run):
     out = io.StringIO()
-    in_terminal(talks(run), io.StringIO("caf\udce9\n"), out, 3)
+    in_terminal(open_sessions(run), io.StringIO("caf\udce9\n"), out, 3)
     assert out.getvalue().startswith("step 4> ")
 
 
 def test_text_is_escaped_in_a_notebook(run, capsys):
-    html = table("<b>?</b>", {"before": "<script>", "step 4": "&"})
+    html = answers_as_html("<b>?</b>", {"before": "<script>", "step 4": "&"})
     assert "<b>" not in html
     assert "<script" not in html
-    Beside(run)("the cat", 3)
+    SideBySideChat(run)("the cat", 3)
     assert capsys.readouterr().out.startswith("before: ")
 
 
@@ -121,7 +121,7 @@ def test_a_notebooks_display_grows_with_the_answer(run, monkeypatch):
     shown = []
     monkeypatch.setattr(chat_session, "in_notebook", lambda: True)
     monkeypatch.setattr(chat_session._Table, "__call__", lambda self, answers: shown.append(dict(answers)))
-    Beside(run)("the cat", 5)
+    SideBySideChat(run)("the cat", 5)
     assert len(shown) > 5
     assert shown[-1]["before"].startswith(shown[1]["before"])
     assert shown[-1]["step 4"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisft.evaluation.contamination import NEAR, Prompt, find_leaks, words_of
+from minisft.evaluation.contamination import NEAR, Prompt, find_overlaps, words_of
 
 QUESTION = "What is the best way to learn how to bake good bread at home without any special tools?"
 SYSTEM = "You are a helpful assistant who always answers in one short and friendly sentence, whatever people may ask."
@@ -19,7 +19,7 @@ def row(question, answer="So it is.", system=""):
 
 
 def leak_of(prompt, *texts):
-    return find_leaks({"q": prompt}, ((str(i), text) for i, text in enumerate(texts))).get("q")
+    return find_overlaps({"q": prompt}, ((str(i), text) for i, text in enumerate(texts))).get("q")
 
 
 def test_a_question_that_begins_a_row_is_exact_whatever_its_case_and_marks():
@@ -66,7 +66,7 @@ def test_scripts_without_blanks_are_compared_by_the_character():
 def test_all_prompts_that_begin_a_row_are_exact_and_no_others(texts, seed):
     chance = random.Random(seed)
     starts = [text[: chance.randint(1, len(text))] for text in texts]
-    found = find_leaks({str(i): Prompt(s, [s]) for i, s in enumerate(starts)}, enumerate(texts))
+    found = find_overlaps({str(i): Prompt(s, [s]) for i, s in enumerate(starts)}, enumerate(texts))
     for i, start in enumerate(starts):
         words = words_of(start)
         begins = bool(words) and any(words_of(text)[: len(words)] == words for text in texts)

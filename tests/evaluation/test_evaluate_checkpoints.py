@@ -11,20 +11,22 @@ import pytest
 import torch
 from conftest import minisft, save_checkpoint, sharegpt_row
 
-from minisft import files
+from minisft import checksums
 from minisft.chat.tokenizers import HuggingFaceTokenizer
+from minisft.checksums import digest
 from minisft.errors import UserError
 from minisft.evaluation import answers, evaluate_checkpoints
 from minisft.evaluation.answers import Answer, answer_loss, ask, generate
-from minisft.evaluation.eval_set import Settings, prompt_ids, set_exam, tools_of
-from minisft.evaluation.evaluate_checkpoints import evaluate_runs, results_folder, results_of, settled
+from minisft.evaluation.eval_set import EvalSettings, load_template, make_eval_set, prompt_ids
+from minisft.evaluation.evaluate_checkpoints import evaluate_runs, results_folder, results_of, runs_to_evaluate
 from minisft.evaluation.report import side_by_side, through_training
-from minisft.files import digest, read_json, write_json
+from minisft.files import read_json, write_json
 from minisft.labels.encode_row import IGNORE_INDEX, encode
 from minisft.launch.launch_run import launch, prepare
-from minisft.run.folder import Run, RunConfig, lock_of
+from minisft.run.config import RunConfig
+from minisft.run.folder import Run, lock_file
 
-QUICK = Settings(rows=5, max_new_tokens=6, batch_size=2, resamples=20)
+QUICK = EvalSettings(rows=5, max_new_tokens=6, batch_size=2, resamples=20)
 
 
 def quiet(line):
@@ -162,7 +164,7 @@ def test_damaged_results_are_made_again(run, results, calls, content):
     whole = read_json(results / "checkpoint-9.json")
     calls.clear()
     leaks = next(results.glob(".leaks-*"))
-    for file in (results / "checkpoint-9.json", files.digest_memory(), leaks):
+    for file in (results / "checkpoint-9.json", checksums.digest_memory(), leaks):
         file.write_bytes(content.encode("utf-8", "surrogateescape"))
     assert evaluate_runs([run], QUICK, say=quiet) == []
     assert calls == ["checkpoint-9"]
@@ -183,14 +185,14 @@ def test_a_line_that_was_being_written_is_cut_off(run, results, monkeypatch):
 
 
 def test_a_checkpoint_that_goes_away_meanwhile_is_named(run, monkeypatch):
-    real = files.Digests.of
+    real = checksums.Digests.of
 
     def gone(digests, file):
         if "checkpoint-9" in str(file):
             (run.checkpoints[0] / "model.safetensors").unlink(missing_ok=True)
         return real(digests, file)
 
-    monkeypatch.setattr(files.Digests, "of", gone)
+    monkeypatch.setattr(checksums.Digests, "of", gone)
     (broken,) = evaluate_runs([run], QUICK, say=quiet)
     assert "checkpoint-9 cannot be used" in broken
     assert [r["step"] for r in results_of(run)] == [0, 10]
@@ -295,8 +297,8 @@ def test_an_answer_that_is_not_to_be_learned_is_not_asked_for():
 
     said = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     talk = Conversation("t", tuple(Message(role, text, text != "d") for role, text in said))
-    for answers in ("last", "all"):
-        (question,) = questions_of(talk, answers)
+    for which in ("last", "all"):
+        (question,) = questions_of(talk, which)
         assert question.messages[-1].content == "b"
 
 
@@ -326,9 +328,9 @@ def test_an_interrupted_evaluation_goes_on_after_its_last_answer(run, results, m
 def test_batching_does_not_change_answers_or_loss(tiny_model, run, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    tokenizer, template = tools_of(tiny_model, "v1")
+    tokenizer, template = load_template(tiny_model, "v1")
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    conversations = set_exam(run, replace(QUICK, rows=7), run.folder).conversations
+    conversations = make_eval_set(run, replace(QUICK, rows=7), run.folder).conversations
     prompts = [prompt_ids(c, template, tokenizer) for c in conversations]
     together = dict(generate(model, prompts, tokenizer, 8, 7))
     assert together == {i: found for i, p in enumerate(prompts) for _, found in generate(model, [p], tokenizer, 8, 1)}
@@ -353,9 +355,9 @@ def test_a_reply_ends_at_eos_and_holds_no_prompt(tiny_model, monkeypatch):
 
 def test_every_answer_is_asked_after_what_was_said_before_it(run, results):
     several = replace(QUICK, answers="all")
-    exam = set_exam(run, several, run.folder)
+    exam = make_eval_set(run, several, run.folder)
     assert sum(c.answers for c in exam.conversations) == len(exam.questions) > len(exam.conversations)
-    tokenizer, template = tools_of(run.model_folder, "v1")
+    tokenizer, template = load_template(run.model_folder, "v1")
     for question in exam.questions:
         ids = prompt_ids(question, template, tokenizer)
         row = encode(question, template, tokenizer, 512)
@@ -394,16 +396,16 @@ def leaky(tiny_model, tmp_path):
 
 
 def test_questions_that_were_trained_are_counted_and_can_be_left_out(leaky):
-    exam = set_exam(leaky, QUICK, leaky.folder)
+    exam = make_eval_set(leaky, QUICK, leaky.folder)
     assert len(exam.conversations) == 3
     assert len(exam.leaks) == 1
     about = exam.leakage(QUICK)
     assert (about["of"], about["exact"], about["near"], about["excluded"]) == (3, 0, 1, False)
     without = replace(QUICK, exclude_leaked=True)
-    clean = set_exam(leaky, without, leaky.folder)
+    clean = make_eval_set(leaky, without, leaky.folder)
     asked = {q.id for q in exam.questions}
     assert {q.id for q in clean.questions} == asked - exam.leaks.keys()
-    one = set_exam(leaky, replace(without, rows=2), leaky.folder)
+    one = make_eval_set(leaky, replace(without, rows=2), leaky.folder)
     assert len(one.questions) == 2, "another takes the place of one that leaked"
     assert clean.leakage(without)["excluded"]
 
@@ -425,7 +427,7 @@ def test_nothing_to_evaluate_is_one_sentence(run, tiny_model, small_data):
         ({"resamples": 1}, "0 for no intervals"),
     ):
         with pytest.raises(UserError, match=said):
-            Settings(**wrong)
+            EvalSettings(**wrong)
 
 
 def test_a_broken_checkpoint_is_named_the_others_are_evaluated_and_the_exit_code_is_1(run, results):
@@ -460,17 +462,17 @@ def test_without_names_all_runs_with_checkpoints_are_evaluated(run, tiny_model, 
 
 
 def test_a_run_that_is_being_trained_is_left_out_asked_about_or_waited_for(run):
-    with lock_of(run.folder).open("w") as lock:
+    with lock_file(run.folder).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert run.live
         said = []
-        assert settled([run], False, None, said.append) == []
+        assert runs_to_evaluate([run], False, None, said.append) == []
         assert "--wait waits for it" in said[0]
-        assert settled([run], False, lambda question: "2 checkpoints so far" in question, quiet) == [run]
+        assert runs_to_evaluate([run], False, lambda question: "2 checkpoints so far" in question, quiet) == [run]
         done = minisft("evaluate", "vanilla")
         assert (done.returncode, "give --wait" in done.stderr) == (2, True)
         threading.Timer(0.3, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
-        assert settled([run], True, None, said.append) == [run]
+        assert runs_to_evaluate([run], True, None, said.append) == [run]
         assert "waiting for vanilla" in said[-1]
     assert not run.live
     assert not Run(run.folder.with_name("nonesuch")).live
@@ -484,7 +486,7 @@ def test_a_question_that_is_left_unanswered_ends_quietly(run, monkeypatch):
 
     monkeypatch.setattr(typer, "confirm", leave)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    with lock_of(run.folder).open("w") as lock:
+    with lock_file(run.folder).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = minisft("evaluate", "vanilla")
     assert (done.returncode, done.stderr) == (130, "")

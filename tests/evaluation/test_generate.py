@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minisft.evaluation import generate as generate_module
-from minisft.evaluation.generate import replies, stream
+from minisft.evaluation.generate import generate_batched, generate_stream
 
 EOS, PAD = 2, 0
 
@@ -59,7 +59,7 @@ def test_batches_answer_as_generate_does_one_by_one(model, batch_size):
     prompts = prompts_of(24)
     found = {
         r.index: (r.ids, r.stopped)
-        for r in replies(model, prompts, eos_id=EOS, pad_id=PAD, max_new_tokens=50, batch_size=batch_size)
+        for r in generate_batched(model, prompts, eos_id=EOS, pad_id=PAD, max_new_tokens=50, batch_size=batch_size)
     }
     assert [found[i] for i in range(24)] == [one_at_a_time(model, p, 50) for p in prompts]
     assert {stopped for _, stopped in found.values()} == {True, False}, "both kinds are tried"
@@ -71,10 +71,14 @@ def test_what_begins_another_prompt_is_read_with_it(model):
     prompts = [long[:4], long, long[:9], [1, 7, 8], long[:4], [1, 7]]
     tokens = []
     handle = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
-    found = {r.index: r.ids for r in replies(model, prompts, eos_id=-1, pad_id=PAD, max_new_tokens=12, batch_size=6)}
+    found = {
+        r.index: r.ids for r in generate_batched(model, prompts, eos_id=-1, pad_id=PAD, max_new_tokens=12, batch_size=6)
+    }
     handle.remove()
     assert tokens[0] == len(long) + 3
-    alone = [next(replies(model, [p], eos_id=-1, pad_id=PAD, max_new_tokens=12, batch_size=1)).ids for p in prompts]
+    alone = [
+        next(generate_batched(model, [p], eos_id=-1, pad_id=PAD, max_new_tokens=12, batch_size=1)).ids for p in prompts
+    ]
     assert [found[i] for i in range(6)] == alone
 
 
@@ -83,7 +87,7 @@ def test_in_small_portions_the_answers_are_the_same(model, monkeypatch, name):
     def found():
         return sorted(
             (r.index, r.ids)
-            for r in replies(model, prompts_of(20), eos_id=EOS, pad_id=PAD, max_new_tokens=10, batch_size=20)
+            for r in generate_batched(model, prompts_of(20), eos_id=EOS, pad_id=PAD, max_new_tokens=10, batch_size=20)
         )
 
     whole = found()
@@ -93,20 +97,20 @@ def test_in_small_portions_the_answers_are_the_same(model, monkeypatch, name):
 
 def test_the_attention_of_the_model_is_as_before(model):
     before = model.config._attn_implementation
-    list(replies(model, prompts_of(2), eos_id=EOS, pad_id=PAD, max_new_tokens=2, batch_size=2))
+    list(generate_batched(model, prompts_of(2), eos_id=EOS, pad_id=PAD, max_new_tokens=2, batch_size=2))
     assert model.config._attn_implementation == before
 
 
 def test_a_stream_says_what_a_batch_says(model):
     for prompt in prompts_of(4):
-        said = list(stream(model, prompt, eos_id=EOS, max_new_tokens=20))
+        said = list(generate_stream(model, prompt, eos_id=EOS, max_new_tokens=20))
         assert said == one_at_a_time(model, prompt, 20)[0]
 
 
 def test_a_row_that_ended_is_computed_no_longer(model):
     sizes = []
     handle = model.model.layers[0].register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
-    found = list(replies(model, prompts_of(24), eos_id=EOS, pad_id=PAD, max_new_tokens=50, batch_size=24))
+    found = list(generate_batched(model, prompts_of(24), eos_id=EOS, pad_id=PAD, max_new_tokens=50, batch_size=24))
     handle.remove()
     assert sizes[0] == 1, "all prompts are read as one row, and give a token each"
     assert sum(sizes[1:]) == sum(len(r.ids) + r.stopped for r in found) - 24
@@ -147,9 +151,11 @@ KINDS = [
 def test_other_kinds_of_past_and_position(kind):
     made = tiny(kind).eval()
     prompts = prompts_of(7, seed=4)
-    found = {r.index: r.ids for r in replies(made, prompts, eos_id=EOS, pad_id=PAD, max_new_tokens=20, batch_size=4)}
+    found = {
+        r.index: r.ids for r in generate_batched(made, prompts, eos_id=EOS, pad_id=PAD, max_new_tokens=20, batch_size=4)
+    }
     assert [found[i] for i in range(7)] == [one_at_a_time(made, p, 20)[0] for p in prompts]
-    assert list(stream(made, prompts[0], eos_id=EOS, max_new_tokens=20)) == found[0]
+    assert list(generate_stream(made, prompts[0], eos_id=EOS, max_new_tokens=20)) == found[0]
 
 
 def test_an_answer_ends_where_the_positions_end():
@@ -158,7 +164,9 @@ def test_an_answer_ends_where_the_positions_end():
     torch.manual_seed(1)
     made = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, n_positions=32)).eval()
     prompts = [[1] + [5] * n for n in (9, 24, 31, 40)]
-    found = {r.index: r for r in replies(made, prompts, eos_id=-1, pad_id=PAD, max_new_tokens=20, batch_size=4)}
+    found = {
+        r.index: r for r in generate_batched(made, prompts, eos_id=-1, pad_id=PAD, max_new_tokens=20, batch_size=4)
+    }
     assert [len(found[i].ids) for i in range(4)] == [20, 7, 0, 0]
     assert not any(r.stopped for r in found.values())
-    assert len(list(stream(made, prompts[1], eos_id=-1, max_new_tokens=20))) == 7
+    assert len(list(generate_stream(made, prompts[1], eos_id=-1, max_new_tokens=20))) == 7

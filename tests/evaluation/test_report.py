@@ -17,7 +17,7 @@ from minisft.course.figures import runs
 from minisft.course.figures.evaluation import scores_over_steps
 from minisft.evaluation import bleu_breakdown, chat_session
 from minisft.evaluation.answers import Answer
-from minisft.evaluation.eval_set import Settings
+from minisft.evaluation.eval_set import EvalSettings
 from minisft.evaluation.report import side_by_side, through_training, write_summary
 from minisft.files import read_json
 from minisft.run.records import Summary
@@ -108,7 +108,7 @@ def test_a_summary_is_text_for_any_names_and_answers(tmp_path_factory, text, nam
     folder = tmp_path_factory.mktemp("evaluation")
     run = SimpleNamespace(name=name, config=SimpleNamespace(strategy="zero2"))
     leakage = {"exact": 1, "near": 0, "of": 3, "excluded": False, "rows": {}}
-    write_summary(folder, run, asdict(Settings()), [result(n, text) for n in (0, 3)], {5: text}, leakage)
+    write_summary(folder, run, asdict(EvalSettings()), [result(n, text) for n in (0, 3)], {5: text}, leakage)
     written = (folder / "summary.md").read_text(encoding="utf-8")
     assert not any(unicodedata.category(c)[0] == "C" and c != "\n" for c in written.replace("\t", ""))
     seen = Seen(MARKDOWN[1](written))
@@ -125,8 +125,8 @@ def test_tables_hold_only_the_elements_that_are_written_here(text, other):
         side_by_side([text, other], answers, answers),
         through_training([result(0, text), result(3, other)]),
         through_training([result(0, text), result(3, other)], rows=[f"{text}1"]),
-        chat_session.table(text, {text: other, other: text}),
-        bleu_breakdown.xray(text, other).html(),
+        chat_session.answers_as_html(text, {text: other, other: text}),
+        bleu_breakdown.break_down_bleu(text, other).html(),
     ]
     allowed = {"table", "caption", "tr", "th", "td", "em", "p", "b", "span", "sub"}
     for page in html:

@@ -320,7 +320,7 @@ def test_every_command_reads_the_same_rows_and_says_what_it_did_not(run, tiny_mo
 
     from minisft.chat.tokenizers import HuggingFaceTokenizer
     from minisft.data.ledger import Ledger
-    from minisft.run.folder import RunConfig
+    from minisft.run.config import RunConfig
     from minisft.training.dataset import load_rows, write_data
 
     data, out, book = (tmp_path / name for name in (f"talks.{how}", "rows.jsonl", "ledger.json"))
@@ -363,7 +363,7 @@ def test_every_command_reads_the_same_rows_and_says_what_it_did_not(run, tiny_mo
 def test_a_run_of_rows_that_are_numbered_has_its_test_rows(tiny_model, tmp_path):
     from minisft.chat.tokenizers import HuggingFaceTokenizer
     from minisft.data.ledger import Ledger
-    from minisft.run.folder import RunConfig
+    from minisft.run.config import RunConfig
     from minisft.training.dataset import write_data
 
     data, ledger = tmp_path / "talks.jsonl", Ledger()

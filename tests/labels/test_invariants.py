@@ -8,7 +8,7 @@ from minisft.chat.mistral import VERSIONS, MistralTemplate
 from minisft.chat.tokenizers import HuggingFaceTokenizer, MistralCommonTokenizer
 from minisft.data.conversations import Conversation, Message, only_last_answer
 from minisft.errors import UserError
-from minisft.labels.check_dataset import Report, check_conversations, check_tokenized
+from minisft.labels.check_dataset import CheckReport, check_conversations, check_tokenized
 from minisft.labels.encode_row import IGNORE_INDEX, encode
 from minisft.labels.invariants import ALWAYS, INVARIANTS, KNOWN, Violation, check_row
 from minisft.labels.pretokenized import RawRow
@@ -295,7 +295,7 @@ def test_without_a_length_only_the_longest_row_may_be_cut(tokenizer):
 
 
 def test_a_report_counts_rows_and_names_the_first_few():
-    report = Report()
+    report = CheckReport()
     for i in range(9):
         report.add(["eos", "bos"], [Violation(f"row{i}\x1b", 1, 7, "eos", "gone")] if i % 2 else [])
     assert not report.ok

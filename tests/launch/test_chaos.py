@@ -22,8 +22,9 @@ from conftest import AT_LENGTH, at_length, write_sharegpt
 from minisft.errors import UserError
 from minisft.launch.guardian import HANDOVER
 from minisft.launch.launch_run import RunFailed, launch, prepare
-from minisft.run.folder import Run, RunConfig
-from minisft.training.heartbeat import read_signs
+from minisft.run.config import RunConfig
+from minisft.run.folder import Run
+from minisft.training.heartbeat import read_heartbeats
 
 pytestmark = [pytest.mark.distributed, pytest.mark.chaos]
 REPEATS = int(os.environ.get("MINISFT_CHAOS", "1"))
@@ -65,7 +66,7 @@ class Victim:
         self.run, self.process = run, process
         wait_until(lambda: len(run.metrics) > 2, process)
         self.family = psutil.Process(process.pid).children(recursive=True)
-        self.ranks = [psutil.Process(sign.pid) for sign in read_signs(run.folder)]
+        self.ranks = [psutil.Process(sign.pid) for sign in read_heartbeats(run.folder)]
         assert len(self.ranks) == run.config.ranks
         words = run.command.split()
         self.port = int(words[words.index("--master_port") + 1]) if "--master_port" in words else None

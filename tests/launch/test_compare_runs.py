@@ -6,8 +6,9 @@ import pytest
 
 from minisft.course.figures.runs import comparison
 from minisft.files import write_json
-from minisft.launch.compare_runs import summary_rows, table, tables, verdict
-from minisft.run.folder import Run, RunConfig
+from minisft.launch.compare_runs import comparison_frames, comparison_table, summary_rows, verdict
+from minisft.run.config import RunConfig
+from minisft.run.folder import Run
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def make_run(own_outputs):
 
 
 def test_tables_hold_what_the_folders_hold(make_run):
-    found = tables([make_run("a", 10, 1000), make_run("b", 20, 500, ranks=1)])
+    found = comparison_frames([make_run("a", 10, 1000), make_run("b", 20, 500, ranks=1)])
     assert {name: len(frame) for name, frame in found.items()} == {
         "metrics": 12,
         "memory": 2 * 2 * 2 + 2 * 2,
@@ -63,7 +64,7 @@ def test_tables_hold_what_the_folders_hold(make_run):
 
 
 def test_tables_of_no_runs_are_empty():
-    assert all(frame.empty for frame in tables([]).values())
+    assert all(frame.empty for frame in comparison_frames([]).values())
 
 
 def test_the_sentence_follows_the_numbers(make_run):
@@ -82,7 +83,7 @@ def test_a_run_that_has_not_started_has_dashes(make_run, own_outputs):
     about = {"config": RunConfig(name="new").to_dict(), "model_folder": "model", "precision": "fp32"}
     write_json(folder / "run.json", about)
     rows = summary_rows([make_run("a", 10, 1000), Run(folder)])
-    assert table(rows).splitlines()[2].split() == ["new", "prepared", "1", "0", "-", "-", "-", "-", "-", "-"]
+    assert comparison_table(rows).splitlines()[2].split() == ["new", "prepared", "1", "0", "-", "-", "-", "-", "-", "-"]
     assert verdict([Run(folder)]) == ""
 
 

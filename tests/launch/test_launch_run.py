@@ -18,10 +18,11 @@ from minisft.launch import prepare_run as preparing
 from minisft.launch.commands import commands, explain, first_words
 from minisft.launch.hosts import Host, Place
 from minisft.launch.launch_run import prepare
-from minisft.run.folder import Run, RunConfig, all_runs
+from minisft.run.config import RunConfig
+from minisft.run.folder import Run, all_runs
 from minisft.training import dataset, preflight
 from minisft.training import worker as training
-from minisft.training.heartbeat import read_signs
+from minisft.training.heartbeat import read_heartbeats
 from minisft.zero.strategies import STRATEGIES
 
 
@@ -292,7 +293,7 @@ def test_a_second_worker_of_a_run_is_refused(config):
     assert not (run.folder / "logs").exists()
     # A process that is younger than the sign has its number by chance.
     file.write_text(json.dumps(sign | {"began": {"training": time.time() - 3600}}))
-    assert not training._trains(read_signs(run.folder)[0], run)
+    assert not training._trains(read_heartbeats(run.folder)[0], run)
     rank.communicate()
 
 

@@ -7,8 +7,9 @@ import pytest
 
 from minisft.files import write_json
 from minisft.launch.notebook_view import LiveView, curve
-from minisft.run.folder import Run, RunConfig
-from minisft.training.heartbeat import Pulse
+from minisft.run.config import RunConfig
+from minisft.run.folder import Run
+from minisft.training.heartbeat import Heartbeat
 
 HOSTILE = "<script>alert(1)</script> & \x1b[31m"
 
@@ -30,7 +31,7 @@ def tags(html):
 
 def test_it_follows_a_run_from_its_start_to_its_end(view):
     assert "is starting" in view.text()
-    pulse = Pulse(view.run.folder, 0)
+    pulse = Heartbeat(view.run.folder, 0)
     pulse.says("training")
     view("going on from checkpoint-4")
     with (view.run.folder / "metrics.jsonl").open("a") as metrics:
@@ -56,7 +57,7 @@ def test_nothing_from_the_run_becomes_markup(view):
     view(HOSTILE)
     view(f"step 1/2  {HOSTILE}")
     (view.run.folder / "logs" / "rank0.log").write_text(HOSTILE)
-    Pulse(view.run.folder, 0).stop(HOSTILE)
+    Heartbeat(view.run.folder, 0).stop(HOSTILE)
     assert "script" not in tags(view.html())
     write_json(view.run.folder / "FAILED", {"rank": 0, "step": 1, "reason": HOSTILE})
     html = view.html()

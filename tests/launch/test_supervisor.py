@@ -11,7 +11,7 @@ import pytest
 
 from minisft.launch.commands import Command
 from minisft.launch.supervisor import LOST, Supervisor, Task
-from minisft.training.heartbeat import Pulse, Sign, Watch, read_signs
+from minisft.training.heartbeat import Heartbeat, RankStatus, Watch, read_heartbeats
 
 RANK = """
 import os, signal, sys, time
@@ -26,7 +26,7 @@ def fail(reason):
         pass
     pulse.stop("failed")
     sys.exit(1)
-pulse = Pulse(folder, rank) if "mute" not in deeds else None
+pulse = Heartbeat(folder, rank) if "mute" not in deeds else None
 for deed in deeds:
     if deed == "train":
         pulse.says("training"); pulse.step += 1
@@ -160,21 +160,21 @@ def test_the_death_of_another_is_known_by_its_words(reason):
 
 
 def test_a_rank_lives_visibly_while_it_does_nothing(tmp_path):
-    heartbeat = Pulse(tmp_path, 3)
-    before = read_signs(tmp_path)[0]
+    heartbeat = Heartbeat(tmp_path, 3)
+    before = read_heartbeats(tmp_path)[0]
     time.sleep(1.3)
-    (after,) = read_signs(tmp_path)
+    (after,) = read_heartbeats(tmp_path)
     assert after.changed > before.changed
     assert after.progress == before.progress == ("starting", 0, 0)
     heartbeat.stop("done")
-    (last,) = read_signs(tmp_path)
+    (last,) = read_heartbeats(tmp_path)
     assert last.ended
 
 
 def test_signs_that_are_half_written_are_no_signs(tmp_path):
-    Pulse(tmp_path, 0).stop("done")
+    Heartbeat(tmp_path, 0).stop("done")
     (tmp_path / "ranks" / "rank1.json").write_text('{"rank": 1,')
-    assert [sign.rank for sign in read_signs(tmp_path)] == [0]
+    assert [sign.rank for sign in read_heartbeats(tmp_path)] == [0]
 
 
 def test_a_watch_goes_by_its_own_clock(tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_a_watch_goes_by_its_own_clock(tmp_path, monkeypatch):
 @pytest.mark.attack("8")
 def test_a_full_disk_is_not_told_as_lack_of_memory(tmp_path, monkeypatch):
     supervisor = Supervisor(Task(str(tmp_path), [], str(tmp_path), 1, 60, 60))
-    sign = Sign(0, "here", 1, "training", 3, 0, {}, 0.0)
+    sign = RankStatus(0, "here", 1, "training", 3, 0, {}, 0.0)
     assert "short of memory" in supervisor._killed(sign)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
     assert supervisor._killed(sign) == f"no space is left on the disk of {tmp_path} (training, step 3): free some"

@@ -21,8 +21,8 @@ from minisft.errors import UserError
 from minisft.launch.commands import commands, explain, slurm_script
 from minisft.launch.hosts import LAUNCHERS, Host, Place
 from minisft.launch.launch_run import RunFailed, launch, prepare
-from minisft.run.folder import RunConfig
-from minisft.training.heartbeat import read_signs
+from minisft.run.config import RunConfig
+from minisft.training.heartbeat import read_heartbeats
 
 pytestmark = pytest.mark.distributed
 HERE = Place((Host("127.0.0.1", 1), Host("127.0.0.2", 1)))
@@ -57,7 +57,7 @@ def one_host(tiny_model, small_data, tmp_path_factory):
 def test_two_hosts_compute_what_one_computes(config, one_host):
     run = launch(prepare(config("two"), place=HERE, say=quiet), say=quiet)
     assert [m["loss"] for m in run.metrics] == pytest.approx(one_host, rel=1e-6)
-    assert [(sign.rank, sign.host) for sign in read_signs(run.folder)] == [(0, "127.0.0.1"), (1, "127.0.0.2")]
+    assert [(sign.rank, sign.host) for sign in read_heartbeats(run.folder)] == [(0, "127.0.0.1"), (1, "127.0.0.2")]
     assert len(run.command.splitlines()) == 2
     assert (run.folder / "hostfile").read_text() == "127.0.0.1 slots=1\n127.0.0.2 slots=1\n"
 
@@ -68,7 +68,7 @@ def test_the_end_of_one_hosts_ranks_fails_the_run_on_the_other_and_it_can_go_on(
 
     def kill_second_host(line):
         if line.startswith("step   5/"):
-            second = next(sign for sign in read_signs(run.folder) if sign.host == "127.0.0.2")
+            second = next(sign for sign in read_heartbeats(run.folder) if sign.host == "127.0.0.2")
             psutil.Process(psutil.Process(second.pid).ppid()).send_signal(signal.SIGSTOP)  # its launcher cannot tidy up
             psutil.Process(second.pid).kill()
 
@@ -145,7 +145,7 @@ def test_a_slurm_job_is_one_launcher_per_node_under_one_supervisor(config, one_h
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [m["loss"] for m in run.metrics] == pytest.approx(one_host, rel=1e-6)
-    assert [sign.host for sign in read_signs(run.folder)] == ["127.0.0.1", "127.0.0.2"]
+    assert [sign.host for sign in read_heartbeats(run.folder)] == ["127.0.0.1", "127.0.0.2"]
     assert run.command.count("srun --nodes=1 --ntasks=1") == 2
 
 
@@ -216,8 +216,8 @@ def test_two_hosts_with_addresses_of_their_own(config, one_host, namespaces):
                 process.kill()
     assert [process.returncode for process in started] == [0, 0], outputs
     assert [m["loss"] for m in run.metrics] == pytest.approx(one_host, rel=1e-6)
-    assert {sign.host for sign in read_signs(run.folder)} == set(namespaces)
-    assert time.time() - max(sign.changed for sign in read_signs(run.folder)) < 60
+    assert {sign.host for sign in read_heartbeats(run.folder)} == set(namespaces)
+    assert time.time() - max(sign.changed for sign in read_heartbeats(run.folder)) < 60
 
 
 @pytest.fixture
@@ -266,4 +266,4 @@ def test_two_hosts_over_real_ssh(config, one_host, namespaces, ssh_servers, tmp_
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [m["loss"] for m in run.metrics] == pytest.approx(one_host, rel=1e-6)
-    assert len(read_signs(run.folder)) == 2
+    assert len(read_heartbeats(run.folder)) == 2

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, GPT2Config
 
 from minisft.errors import UserError
-from minisft.model.load_model import with_layers
+from minisft.model.configs import with_layers
 from minisft.model.meta_model import layer_kinds, meta_model, repetition, shallow
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}

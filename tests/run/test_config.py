@@ -4,7 +4,8 @@ import pytest
 
 from minisft.errors import UserError
 from minisft.files import write_json
-from minisft.run.folder import Run, RunConfig, all_runs
+from minisft.run.config import RunConfig
+from minisft.run.folder import Run, all_runs
 
 
 def test_the_defaults_are_the_original_hyperparameters():

@@ -11,19 +11,21 @@ import pytest
 import torch
 from conftest import minisft, save_checkpoint
 
+from minisft.checksums import digest
 from minisft.errors import UserError
-from minisft.evaluation.chat_session import talks
-from minisft.evaluation.eval_set import Settings
+from minisft.evaluation.chat_session import open_sessions
+from minisft.evaluation.eval_set import EvalSettings
 from minisft.evaluation.evaluate_checkpoints import evaluate_runs
-from minisft.files import digest, read_json, write_json
+from minisft.files import read_json, write_json
 from minisft.launch.commands import commands
 from minisft.launch.hosts import Host, Place
 from minisft.launch.launch_run import launch, prepare
-from minisft.run.folder import Run, RunConfig
-from minisft.training.checkpoint_health import ailment
+from minisft.run.config import RunConfig
+from minisft.run.folder import Run
+from minisft.training.checkpoint_health import checkpoint_problem
 
 attack = pytest.mark.attack
-QUICK = Settings(rows=3, max_new_tokens=4, resamples=0)
+QUICK = EvalSettings(rows=3, max_new_tokens=4, resamples=0)
 SHAPES = [None, 0, -1.5, "text", [], [1], [[]], [None], {}, {"step": "x"}, {"rank": {}}, {"files": 3}, {"hosts": []}]
 
 
@@ -109,9 +111,9 @@ def test_a_folder_never_allows_its_own_code(with_code, verb):
 def test_consent_is_this_invocations_and_works(with_code):
     folder, mark = with_code
     assert not Run.load(folder).config.trust_remote_code
-    assert "--trust-remote-code" in ailment(Run.load(folder), folder / "checkpoint-3")
+    assert "--trust-remote-code" in checkpoint_problem(Run.load(folder), folder / "checkpoint-3")
     assert not mark.exists()
-    ailment(Run.load(folder, trust_remote_code=True), folder / "checkpoint-3")
+    checkpoint_problem(Run.load(folder, trust_remote_code=True), folder / "checkpoint-3")
     assert mark.exists()
 
 
@@ -875,5 +877,5 @@ def test_all_of_this_holds_for_a_sound_run(run):
     assert minisft("compare").returncode == 0
     assert minisft("train", "vanilla").returncode == 0
     assert evaluate_runs([run], QUICK, say=quiet) == []
-    assert list(talks(run))
+    assert list(open_sessions(run))
     assert torch.isfinite(torch.tensor(run.test_losses[3]))

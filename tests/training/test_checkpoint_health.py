@@ -10,10 +10,10 @@ from conftest import save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from minisft.chat.tokenizers import HuggingFaceTokenizer
-from minisft.files import digest
+from minisft.checksums import digest
 from minisft.launch.launch_run import prepare
-from minisft.run.folder import RunConfig
-from minisft.training.checkpoint_health import ailment
+from minisft.run.config import RunConfig
+from minisft.training.checkpoint_health import checkpoint_problem
 
 EMBEDDING = "model.embed_tokens.weight"
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -157,14 +157,14 @@ BREAK = {
 
 
 def test_a_sound_checkpoint_has_no_ailment(prepared, checkpoint):
-    assert ailment(prepared, checkpoint) == ""
+    assert checkpoint_problem(prepared, checkpoint) == ""
 
 
 @pytest.mark.parametrize("kind", BREAK)
 def test_what_is_wrong_is_said_in_one_line(prepared, checkpoint, kind):
     spoil, said = BREAK[kind]
     spoil(checkpoint)
-    found = ailment(prepared, checkpoint)
+    found = checkpoint_problem(prepared, checkpoint)
     assert "\n" not in found
     assert re.search(said, found)
 
@@ -176,15 +176,15 @@ def test_several_files_are_read_and_a_missing_one_is_named(prepared, checkpoint,
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(checkpoint, max_shard_size="50KB")
     files = sorted(checkpoint.glob("model-*.safetensors"))
     assert len(files) > 1
-    assert ailment(prepared, checkpoint) == ""
+    assert checkpoint_problem(prepared, checkpoint) == ""
     files[1].unlink()
-    assert ailment(prepared, checkpoint) == f"{files[1].name} is missing"
+    assert checkpoint_problem(prepared, checkpoint) == f"{files[1].name} is missing"
 
 
 def test_a_reloaded_checkpoint_has_the_logits_of_the_live_model(tiny_model, small_data):
     """Bit for bit: vanilla in fp32, saved at its last step, beside the model that is still in memory."""
-    from minisft.model.load_model import load_model
-    from minisft.training.heartbeat import Pulse
+    from minisft.model.loading import load_model
+    from minisft.training.heartbeat import Heartbeat
     from minisft.training.worker import make_trainer
 
     settings = {
@@ -195,10 +195,10 @@ def test_a_reloaded_checkpoint_has_the_logits_of_the_live_model(tiny_model, smal
         "memory_timeline": False,
     }
     run = prepare(RunConfig.course(model=str(tiny_model), data=str(small_data), **settings), say=lambda _: None)
-    trainer = make_trainer(run, 0, 1, on_gpu=False, checkpoint=None, pulse=Pulse(run.folder, 0))
+    trainer = make_trainer(run, 0, 1, on_gpu=False, checkpoint=None, pulse=Heartbeat(run.folder, 0))
     trainer.train()
     (checkpoint,) = run.checkpoints
-    assert ailment(run, checkpoint) == ""
+    assert checkpoint_problem(run, checkpoint) == ""
     tokenizer = HuggingFaceTokenizer(tiny_model)
     live, loaded = trainer.model.eval(), load_model(checkpoint, tokenizer).eval()
     live.set_attn_implementation("sdpa")
@@ -228,5 +228,5 @@ def test_models_that_are_saved_under_other_names_are_sound(tiny_model, small_dat
     save_checkpoint(model, tiny_model, folder)
     if kind == "float8":
         edit_weights(folder, lambda w: w.update({name: t.to(torch.float8_e4m3fn) for name, t in w.items()}))
-    assert ailment(run, folder) == ""
-    assert ailment(run, run.model_folder) == ""
+    assert checkpoint_problem(run, folder) == ""
+    assert checkpoint_problem(run, run.model_folder) == ""

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from minisft.training.checkpoints import cut_metrics
-from minisft.training.metrics_log import Observer, TerminalProgress, duration, speed
+from minisft.training.metrics_log import MetricsLogger, TerminalProgress, duration, speed
 
 
 def line(step, seconds=0.5):
@@ -29,11 +29,11 @@ def events(folder, tag):
 
 
 def test_a_resumed_run_has_every_step_once_in_both_records(tmp_path, capsys):
-    first = Observer(tmp_path, start=0, steps=6)
+    first = MetricsLogger(tmp_path, start=0, steps=6)
     for step in range(1, 6):
         first.write(line(step))
     first.board.flush()
-    again = Observer(tmp_path, start=3, steps=6)
+    again = MetricsLogger(tmp_path, start=3, steps=6)
     for step in range(4, 7):
         again.write(line(step) | {"loss": 9.0})
     again.finish()
@@ -45,7 +45,7 @@ def test_a_resumed_run_has_every_step_once_in_both_records(tmp_path, capsys):
 
 
 def test_speeds_leave_the_warm_up_out_and_say_so(tmp_path):
-    observer = Observer(tmp_path, start=0, steps=4)
+    observer = MetricsLogger(tmp_path, start=0, steps=4)
     for step, seconds in enumerate((60, 60, 0.5, 0.5), 1):
         observer.write(line(step, seconds))
     assert observer.finish() == {

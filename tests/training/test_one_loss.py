@@ -13,7 +13,7 @@ from gradients import first_gradients
 from safetensors.torch import load_file
 
 from minisft.launch.launch_run import prepare
-from minisft.run.folder import RunConfig
+from minisft.run.config import RunConfig
 from minisft.training.batch_sampler import Packs
 from minisft.training.dataset import load_rows, row_lengths
 

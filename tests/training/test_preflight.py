@@ -6,9 +6,9 @@ from transformers import LlamaConfig
 from minisft import system
 from minisft.errors import UserError
 from minisft.launch.launch_run import prepare
-from minisft.run.folder import RunConfig
-from minisft.training import preflight
-from minisft.training.preflight import activation_bytes, require_fit, state_bytes, warn_of_memory
+from minisft.model.configs import model_config
+from minisft.run.config import RunConfig
+from minisft.training.preflight import activation_bytes, require_fit, run_state_bytes, warn_of_memory
 
 MODEL = LlamaConfig(hidden_size=64, num_hidden_layers=2, max_position_embeddings=512)
 
@@ -30,13 +30,13 @@ def test_settings_that_do_not_fit_are_refused_in_one_sentence(changes, rows, say
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2-offload", "zero3-offload"])
 def test_offloaded_states_are_not_on_the_gpu(strategy):
     config = RunConfig(strategy=strategy, ranks=2)
-    everywhere, there = (state_bytes(config, MODEL, "bf16", on_gpu) for on_gpu in (False, True))
+    everywhere, there = (run_state_bytes(config, MODEL, "bf16", on_gpu) for on_gpu in (False, True))
     assert (there < everywhere / 2) == strategy.endswith("offload")
 
 
 def test_too_little_memory_is_a_warning_with_both_numbers(monkeypatch):
     config, said = RunConfig(max_length=512), []
-    need = state_bytes(config, MODEL, "fp32", False) + activation_bytes(config, MODEL, "fp32")
+    need = run_state_bytes(config, MODEL, "fp32", False) + activation_bytes(config, MODEL, "fp32")
     for free in (need - 1, need + 1):
         monkeypatch.setattr(system, "memory", lambda free=free: (2 * need, free))
         warn_of_memory(config, MODEL, "fp32", False, said.append)
@@ -65,7 +65,7 @@ def test_code_that_comes_with_a_model_is_not_run_unless_asked(tiny_model, small_
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(UserError, match="code of its own: read it, and give --trust-remote-code"):
-        preflight.model_config(folder, trust_remote_code=False)
+        model_config(folder, trust_remote_code=False)
     with pytest.raises(UserError):
         prepare(RunConfig.course(model=str(folder), data=str(small_data)), say=lambda line: None)
     assert not (tmp_path / "ran").exists()

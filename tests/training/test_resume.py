@@ -17,7 +17,8 @@ from conftest import at_length, write_sharegpt
 from safetensors.torch import load_file
 
 from minisft.launch.launch_run import RunFailed, launch, prepare
-from minisft.run.folder import Run, RunConfig, checkpoint_step
+from minisft.run.config import RunConfig
+from minisft.run.folder import Run, checkpoint_step
 
 pytestmark = pytest.mark.distributed
 STEPS, EVERY = 16, 4
@@ -223,7 +224,7 @@ BLIND = """
 import sys
 class Blind:
     def find_spec(self, name, path=None, target=None):
-        if name == "minisft.model.load_model":
+        if name == "minisft.model.loading":
             sys.meta_path.remove(self)
             import minisft.data.model_folder
             minisft.data.model_folder.not_finite = lambda files: ""
@@ -233,7 +234,7 @@ sys.meta_path.insert(0, Blind())
 
 def test_a_nan_loss_names_the_step_and_the_rows(small, tmp_path, own_outputs, monkeypatch):
     from minisft.chat.tokenizers import HuggingFaceTokenizer
-    from minisft.model.load_model import load_model
+    from minisft.model.loading import load_model
 
     model, _ = small
     broken = tmp_path / "model"

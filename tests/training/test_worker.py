@@ -11,12 +11,12 @@ from transformers import AutoConfig
 
 from minisft.errors import UserError
 from minisft.launch.launch_run import RunFailed, launch, prepare
-from minisft.run.folder import RunConfig
+from minisft.run.config import RunConfig
 from minisft.training.dataset import TEST_ROWS, load_rows
-from minisft.zero.activation_trace import dry_run
+from minisft.zero.activation_trace import trace_activations
 from minisft.zero.communication import predict_traffic
 from minisft.zero.peak_memory import at_peak
-from minisft.zero.state_memory import OWNERS, Shapes, predict, total
+from minisft.zero.state_memory import OWNERS, Shapes, predict_states, total_bytes
 from minisft.zero.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed
@@ -102,20 +102,20 @@ def test_a_reloaded_checkpoint_has_the_loss_that_the_live_engine_had(runs, strat
     rows = load_rows(run.folder / "data", TEST_ROWS)
     for checkpoint, expected in zip(run.checkpoints, run.test_losses.values(), strict=True):
         model = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True)
-        total, trained = 0.0, 0
+        total_bytes, trained = 0.0, 0
         for row in rows:
             labels = torch.tensor(row["labels"][1:])
             logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            total_bytes += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             trained += int((labels != -100).sum())
-        assert total / trained == pytest.approx(expected, rel=1e-6)
+        assert total_bytes / trained == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_measured_memory_is_predicted_to_the_byte(runs, strategy):
     run = runs[strategy]
     shapes = Shapes.of_config(AutoConfig.from_pretrained(run.model_folder, local_files_only=True))
-    predicted = predict(shapes, strategy, run.config.ranks, run.precision, run.deepspeed)
+    predicted = predict_states(shapes, strategy, run.config.ranks, run.precision, run.deepspeed)
     for rank, expected in zip(run.memory, predicted, strict=True):
         for moment in ("at rest", "after backward"):
             assert {owner: rank[moment][owner] for owner in OWNERS} == expected[moment]
@@ -139,22 +139,22 @@ def peaks_by_owner(run, **options):
     config = AutoConfig.from_pretrained(run.model_folder, local_files_only=True)
     shapes = Shapes.of_config(config)
     about = (shapes, run.config.strategy, run.config.ranks, run.precision)
-    predicted = predict(*about, run.deepspeed)
+    predicted = predict_states(*about, run.deepspeed)
     for rank in run.memory:
         step = rank["step"]
         expected = []
         for turn, batch in enumerate(step["micro-batches"]):  # gradients wait beside all but the first
-            dry = dry_run(config, batch["lengths"], trained=batch["trained"], **options)
+            dry = trace_activations(config, batch["lengths"], trained=batch["trained"], **options)
             held = at_peak(*about, predicted, dry, run.deepspeed, accumulation=1 + turn)
             expected.append(held[rank["rank"]])
         measured = dict(step["peak"]["held"])
         assert sum(measured.values()) == step["peak"]["total"]
         measured["buckets"] = measured.get("buckets", 0) + step["unseen"]
-        yield measured, max(expected, key=total)
+        yield measured, max(expected, key=total_bytes)
 
 
 def peaks(run, **options):
-    return [(total(measured), total(expected)) for measured, expected in peaks_by_owner(run, **options)]
+    return [(total_bytes(measured), total_bytes(expected)) for measured, expected in peaks_by_owner(run, **options)]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -164,7 +164,7 @@ def test_the_peak_names_who_holds_it(runs, strategy):
         for owner in ("parameters", "fp32 masters", "optimizer states"):
             assert measured.get(owner, 0) == expected[owner]
         assert max(measured, key=measured.__getitem__) == max(expected, key=expected.__getitem__) == "activations"
-        assert measured.get("other tensors", 0) < 0.02 * total(expected)
+        assert measured.get("other tensors", 0) < 0.02 * total_bytes(expected)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

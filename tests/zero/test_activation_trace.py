@@ -12,9 +12,9 @@ from transformers import AutoConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
 from minisft.errors import UserError
 from minisft.model.loss import LossHead, summed_loss
 from minisft.model.packed_attention import PER_DOCUMENT
-from minisft.zero.activation_trace import ACTIVATIONS, GRADIENTS, LOGITS, _all_layers, _trace, dry_run
+from minisft.zero.activation_trace import ACTIVATIONS, GRADIENTS, LOGITS, _all_layers, _trace, trace_activations
 from minisft.zero.measured_memory import peak_bytes
-from minisft.zero.tensor_tracker import Allocations
+from minisft.zero.tensor_tracker import TensorTracker
 
 LLAMA = LlamaConfig(
     vocab_size=301,
@@ -77,7 +77,7 @@ def test_gradients_that_stay_are_added_to_what_is_alive():
     """Against a backward pass that keeps them, on tensors that have values."""
     model = LlamaForCausalLM(deepcopy(LLAMA)).train()
     model.set_attn_implementation(PER_DOCUMENT)
-    head, count, tokens, trained = LossHead(model.get_output_embeddings()), Allocations(ACTIVATIONS), 7, 5
+    head, count, tokens, trained = LossHead(model.get_output_embeddings()), TensorTracker(ACTIVATIONS), 7, 5
     for tensor in (*model.parameters(), *model.buffers()):
         count.ignore(tensor)
     inputs = {"input_ids": torch.ones(1, tokens, dtype=torch.int64), "position_ids": torch.arange(tokens)[None]}
@@ -85,17 +85,17 @@ def test_gradients_that_stay_are_added_to_what_is_alive():
     positions, targets = (torch.zeros(trained, dtype=torch.int64) for _ in range(2))
     with count:
         summed_loss(model, inputs, positions, targets, head, padding_free=True).backward()
-    expected = dry_run(LLAMA, [4, 3], trained=trained)
+    expected = trace_activations(LLAMA, [4, 3], trained=trained)
     assert sum(expected.peak.values()) == count.peak.total
     assert 0 < expected.peak[GRADIENTS] <= sum(p.grad.nbytes for p in model.parameters())
 
 
 def test_what_is_known_of_activations():
-    base = dry_run(LLAMA, [40, 40])
+    base = trace_activations(LLAMA, [40, 40])
     assert set(base.retained) == {ACTIVATIONS, LOGITS}
-    double = dry_run(LLAMA, [40] * 4)
+    double = trace_activations(LLAMA, [40] * 4)
     assert double.retained[ACTIVATIONS] == pytest.approx(2 * base.retained[ACTIVATIONS], rel=0.02)
-    lean = dry_run(LLAMA, [40, 40], activation_checkpointing=True)
+    lean = trace_activations(LLAMA, [40, 40], activation_checkpointing=True)
     assert lean.retained[ACTIVATIONS] < base.retained[ACTIVATIONS] / 3
     assert sum(base.peak_freeing.values()) <= sum(base.peak.values())
     assert GRADIENTS in lean.peak
@@ -113,7 +113,7 @@ def test_a_large_model_is_traced_without_allocating_it():
         max_position_embeddings=4096,
     )
     before = peak_bytes("cpu")
-    found = dry_run(large, [2048], precision="bf16", half_weights=True, on_gpu=False)
+    found = trace_activations(large, [2048], precision="bf16", half_weights=True, on_gpu=False)
     assert sum(found.retained.values()) > 5e9
     assert peak_bytes("cpu") - before < 500_000_000
 
@@ -123,11 +123,11 @@ def test_a_model_that_cannot_be_traced_is_said_to_be():
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = AutoConfig.for_model("mixtral", vocab_size=300, num_hidden_layers=1, num_local_experts=4, **sizes)
     with pytest.raises(UserError, match=r"MixtralConfig cannot be traced .* only its states can be predicted"):
-        dry_run(config, [8])
+        trace_activations(config, [8])
 
 
 def test_allocations_count_storages_once_and_see_them_go():
-    with Allocations() as count:
+    with TensorTracker() as count:
         a = torch.zeros(1000)
         view = a[10:].view(-1, 10)
         assert count.held == {"activations": 4000}
@@ -146,7 +146,7 @@ def test_allocations_count_storages_once_and_see_them_go():
 
 
 def test_an_owner_found_out_later_holds_from_the_beginning():
-    with Allocations() as count:
+    with TensorTracker() as count:
         a = torch.zeros(1000)
         gone = torch.zeros(500)
         del gone
@@ -229,7 +229,7 @@ def test_the_shape_of_deepseek_v3_is_traced_in_few_layers(monkeypatch):
         "minisft.zero.activation_trace._trace",
         lambda c, **options: traced.append(c.num_hidden_layers) or _trace(c, **options),
     )
-    dry_run(config, [8], precision="bf16", half_weights=True)
+    trace_activations(config, [8], precision="bf16", half_weights=True)
     assert traced == [6, 7]
 
 
@@ -237,6 +237,6 @@ def test_the_shape_of_deepseek_v3_is_traced_in_few_layers(monkeypatch):
 def test_a_loop_over_tokens_without_end_is_refused(monkeypatch):
     monkeypatch.setattr("minisft.zero.activation_trace.MOST_CALLS", 2000)
     config = AutoConfig.for_model("mamba", vocab_size=300, hidden_size=32, num_hidden_layers=12)
-    assert dry_run(config, [4]).retained
+    assert trace_activations(config, [4]).retained
     with pytest.raises(UserError, match="more than 2,000 calls of PyTorch: ask about fewer or shorter rows"):
-        dry_run(config, [100_000_000])
+        trace_activations(config, [100_000_000])

@@ -12,9 +12,9 @@ from conftest import minisft
 
 from minisft.errors import UserError
 from minisft.launch.prepare_run import prepare
-from minisft.run.folder import RunConfig
-from minisft.zero.memory_report import Batch, of_model, of_parameters
-from minisft.zero.state_memory import OWNERS, total
+from minisft.run.config import RunConfig
+from minisft.zero.memory_report import Batch, memory_of_model, memory_of_parameters
+from minisft.zero.state_memory import OWNERS, total_bytes
 from minisft.zero.strategies import STRATEGIES
 
 LLAMA_70B = {
@@ -40,7 +40,7 @@ def test_a_folder_gives_every_stage_rank_owner_and_moment(tiny_model):
         assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
         for rank in found["ranks"]:
             assert set(OWNERS) <= set(rank["at rest"])
-            assert total(rank["at rest"]) <= total(rank["after backward"]) < total(rank["peak"])
+            assert total_bytes(rank["at rest"]) <= total_bytes(rank["after backward"]) < total_bytes(rank["peak"])
     assert report["activations"]["bytes"] > 0
     assert report["formulas"]["zero3"]["buckets"]
     assert report["communication"]["zero2"]["reduce"] > 0
@@ -49,17 +49,19 @@ def test_a_folder_gives_every_stage_rank_owner_and_moment(tiny_model):
 def test_seventy_billion_parameters_on_512_ranks(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(LLAMA_70B))
-    report = of_model(str(file), 512, "bf16", Batch(1, 2048, activation_checkpointing=True), say=lambda line: None)
+    report = memory_of_model(
+        str(file), 512, "bf16", Batch(1, 2048, activation_checkpointing=True), say=lambda line: None
+    )
     assert 68e9 < report.parameters < 70e9
     (rank,) = report.strategies["zero3"]["ranks"]
-    assert 16 * report.parameters / 512 < total(rank["at rest"]) < 16 * report.parameters / 512 + 4e9
+    assert 16 * report.parameters / 512 < total_bytes(rank["at rest"]) < 16 * report.parameters / 512 + 4e9
     report.add_plan(80e9)
     assert report.plan.best.strategy == "zero3"
     assert "zero3" in report.text()
 
 
 def test_a_bare_number_is_the_papers_formula_and_says_so():
-    report = of_parameters(7.5e9, 64)
+    report = memory_of_parameters(7.5e9, 64)
     assert report.strategies["zero3"]["states"] == 1_875_000_000
     assert "paper's formula alone" in report.text()
 
@@ -69,9 +71,9 @@ def test_a_model_that_cannot_be_traced_has_states_and_a_note(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     about = {"model_type": "mixtral", "vocab_size": 300, "num_hidden_layers": 1, "num_local_experts": 4}
     file.write_text(json.dumps(about | sizes))
-    report = of_model(str(file), 2, "fp32", Batch(1, 8), say=lambda line: None)
+    report = memory_of_model(str(file), 2, "fp32", Batch(1, 8), say=lambda line: None)
     assert "only its states can be predicted" in report.note
-    assert total(report.strategies["zero2"]["ranks"][0]["at rest"]) > 0
+    assert total_bytes(report.strategies["zero2"]["ranks"][0]["at rest"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_a_config_may_be_a_file_as_transformers_writes_it(tmp_path):
 
     sizes = {"hidden_size": 64, "num_hidden_layers": 12, "vocab_size": 100, "num_heads": 4, "head_dim": 32}
     AutoConfig.for_model("mamba2", **sizes).save_pretrained(tmp_path)
-    by_file, by_folder = (of_model(str(p), 2, "bf16", None) for p in (tmp_path / "config.json", tmp_path))
+    by_file, by_folder = (memory_of_model(str(p), 2, "bf16", None) for p in (tmp_path / "config.json", tmp_path))
     assert by_file.strategies == by_folder.strategies
 
 
@@ -153,7 +155,7 @@ def test_of_a_model_that_only_one_way_can_trace_that_one_is_known(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     about = {"model_type": "mixtral", "vocab_size": 300, "num_hidden_layers": 1, "num_local_experts": 4}
     file.write_text(json.dumps(about | sizes))
-    report = of_model(str(file), 2, "bf16", Batch(1, 8), on_gpu=True)
+    report = memory_of_model(str(file), 2, "bf16", Batch(1, 8), on_gpu=True)
     assert "peak" in report.strategies["zero2"]["ranks"][0]
     assert "peak" not in report.strategies["ddp"]["ranks"][0]
     assert report.note.startswith("of ddp, which keeps fp32 weights: ")
@@ -164,7 +166,7 @@ def test_of_a_model_that_only_one_way_can_trace_that_one_is_known(tmp_path):
 def test_a_plan_without_activations_says_so(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(LLAMA_70B))
-    report = of_model(str(file), 64, "bf16", None)
+    report = memory_of_model(str(file), 64, "bf16", None)
     report.add_plan(80e9)
     assert report.text().endswith("(1.5 GB of each GPU are set aside for CUDA, and activations are not counted)")
 
@@ -173,26 +175,26 @@ def test_rows_are_no_longer_than_the_model_has_positions(tmp_path):
     file = tmp_path / "config.json"
     about = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 100, "n_positions": 64}
     file.write_text(json.dumps(about))
-    assert of_model(str(file), 2, "bf16", Batch(1, None)).activations["length"] == 64
+    assert memory_of_model(str(file), 2, "bf16", Batch(1, None)).activations["length"] == 64
     with pytest.raises(UserError, match="max length is 65, and the model has 64 positions"):
-        of_model(str(file), 2, "bf16", Batch(1, 65))
+        memory_of_model(str(file), 2, "bf16", Batch(1, 65))
 
 
 def test_what_is_no_model_is_refused(tmp_path):
     file = tmp_path / "config.json"
     file.write_text("[]")
     with pytest.raises(UserError, match="no transformers config"):
-        of_model(str(file), 2, "bf16", None, say=lambda line: None)
+        memory_of_model(str(file), 2, "bf16", None, say=lambda line: None)
     file.write_text('{"model_type": "nonesuch"}')
     with pytest.raises(UserError, match="transformers knows"):
-        of_model(str(file), 2, "bf16", None, say=lambda line: None)
+        memory_of_model(str(file), 2, "bf16", None, say=lambda line: None)
     file.write_text('{"model_type": "t5"}')
     for name in (str(file), str(tmp_path)):
         with pytest.raises(UserError, match="t5 model, which does not predict the next token"):
-            of_model(name, 2, "bf16", None, say=lambda line: None)
+            memory_of_model(name, 2, "bf16", None, say=lambda line: None)
     with pytest.raises(UserError, match="ranks is 0"):
         file.write_text(json.dumps(LLAMA_70B | {"num_hidden_layers": 1}))
-        of_model(str(file), 0, "bf16", None, say=lambda line: None)
+        memory_of_model(str(file), 0, "bf16", None, say=lambda line: None)
 
 
 def test_lint_says_what_is_wrong_and_exits_1(tmp_path):
@@ -235,7 +237,7 @@ def test_a_size_of_any_kind_is_answered_in_seconds(tmp_path, key, value):
         return
     report = json.loads(done.stdout)
     assert 0 < report["parameters"] <= 1e15
-    assert all(total(found["ranks"][0]["at rest"]) > 0 for found in report["strategies"].values())
+    assert all(total_bytes(found["ranks"][0]["at rest"]) > 0 for found in report["strategies"].values())
 
 
 @pytest.mark.attack("12")
@@ -292,7 +294,7 @@ def test_quantized_and_multimodal_models_are_refused_for_what_they_are(tmp_path,
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(about | change))
     with pytest.raises(UserError, match=says):
-        of_model(str(folder), 2, "bf16", None, say=lambda line: None)
+        memory_of_model(str(folder), 2, "bf16", None, say=lambda line: None)
     config = RunConfig.course("vanilla", model=str(folder), data=str(small_data), max_characters=None)
     with pytest.raises(UserError, match="quantiz" if "quant" in says else says):
         prepare(config, say=lambda line: None)
@@ -373,9 +375,9 @@ def test_dense_first_layers_are_counted_as_such(tmp_path, monkeypatch, dense):
     }
     file = tmp_path / "config.json"
     file.write_text(json.dumps(about))
-    found = of_model(str(file), 2, "bf16", Batch(1, 200), on_gpu=True).to_dict()
+    found = memory_of_model(str(file), 2, "bf16", Batch(1, 200), on_gpu=True).to_dict()
     monkeypatch.setattr("minisft.zero.activation_trace.DEEP", 10**6)
-    assert found == of_model(str(file), 2, "bf16", Batch(1, 200), on_gpu=True).to_dict()
+    assert found == memory_of_model(str(file), 2, "bf16", Batch(1, 200), on_gpu=True).to_dict()
     assert "peak" in found["strategies"]["zero3"]["ranks"][0]
 
 
@@ -383,8 +385,8 @@ def test_dense_first_layers_are_counted_as_such(tmp_path, monkeypatch, dense):
 def test_a_hundred_thousand_ranks_are_as_many_as_a_thousand(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(LLAMA_70B))
-    reports = [of_model(str(file), ranks, "bf16", None) for ranks in (100_000, 99_991)]
+    reports = [memory_of_model(str(file), ranks, "bf16", None) for ranks in (100_000, 99_991)]
     for report in reports:
         report.add_plan(80e9)
         (rank,) = report.strategies["zero3"]["ranks"]
-        assert 16 * report.parameters / report.ranks < total(rank["at rest"])
+        assert 16 * report.parameters / report.ranks < total_bytes(rank["at rest"])

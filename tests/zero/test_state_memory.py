@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from zero_engines import tiny
 
 from minisft.errors import UserError
-from minisft.zero.communication import predict_traffic, sent
+from minisft.zero.communication import bytes_sent, predict_traffic
 from minisft.zero.planner import traffic
 from minisft.zero.state_memory import (
     ELEMENT,
@@ -24,14 +24,14 @@ from minisft.zero.state_memory import (
     OWNERS,
     Shapes,
     decayed_names,
-    generated,
-    paper,
+    elements_touched,
+    generated_config,
+    paper_formula,
     partition_size,
-    predict,
+    predict_states,
     split_size,
     sub_groups,
-    total,
-    touching,
+    total_bytes,
 )
 from minisft.zero.strategies import STRATEGIES
 
@@ -59,7 +59,7 @@ def cases(ranks: int) -> list[tuple[Shapes, dict]]:
     made = []
     for strategy, precision, two_groups, tied, accumulation in itertools.chain(grid, more, again):
         shapes = shapes_of(tied, two_groups)
-        config = generated(shapes, strategy, ranks, precision)
+        config = generated_config(shapes, strategy, ranks, precision)
         config |= {"gradient_accumulation_steps": accumulation, "train_batch_size": accumulation * ranks}
         zero = config["zero_optimization"]
         zero |= {key: BUCKET for key, value in zero.items() if key.endswith("bucket_size") and value}
@@ -90,7 +90,7 @@ def test_live_engines_hold_and_send_what_is_predicted_to_the_byte(ranks, tmp_pat
     assert done.returncode == 0, done.stderr[-2000:]
     for (shapes, about), measured in zip(chosen, json.loads(out.read_text()), strict=True):
         strategy, precision, deepspeed = about["strategy"], about["precision"], about["deepspeed"]
-        predicted = predict(shapes, strategy, ranks, precision, deepspeed)
+        predicted = predict_states(shapes, strategy, ranks, precision, deepspeed)
         for rank in range(ranks):
             for moment in MOMENTS:
                 found = {owner: measured[rank][moment][owner] for owner in OWNERS}
@@ -111,7 +111,7 @@ def test_traffic_is_the_papers(strategy, ranks, precision, accumulation):
     """Section 7: 2 for data parallelism and stages 1 and 2, 3 for stage 3; the planner's factors under accumulation."""
     shapes = Shapes(((("a", 4_000_000), ("b", 6_000_000)),))
     moved = predict_traffic(shapes, strategy, ranks, precision, accumulation)
-    whole = sent(moved, ranks) * ranks / (ranks - 1) / ELEMENT[precision] / shapes.parameters
+    whole = bytes_sent(moved, ranks) * ranks / (ranks - 1) / ELEMENT[precision] / shapes.parameters
     assert whole == pytest.approx(traffic(strategy, accumulation, precision), rel=1e-3)
 
 
@@ -142,7 +142,7 @@ def test_the_papers_table(parameters, ranks, gigabytes):
     """Rajbhandari et al. 2020, figure 1 and table 1, to the digits printed there."""
     for stage, expected in enumerate(gigabytes):
         digits = len(expected.partition(".")[2])
-        assert f"{paper(parameters, ranks, stage) / 1e9:.{digits}f}" == expected
+        assert f"{paper_formula(parameters, ranks, stage) / 1e9:.{digits}f}" == expected
 
 
 @pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3"])
@@ -150,13 +150,13 @@ def test_the_exact_prediction_approaches_the_paper_for_a_large_model(strategy):
     """Without buckets and small tensors, in half precision, the two differ by padding and borders alone."""
     layer = [("a", 40_000_000), ("b", 4_096)]
     shapes = Shapes((tuple((f"{i}.{name}", n) for i in range(40) for name, n in layer),))
-    config = generated(shapes, strategy, 8, "bf16")
+    config = generated_config(shapes, strategy, 8, "bf16")
     config["zero_optimization"] |= {"reduce_bucket_size": 1, "stage3_param_persistence_threshold": 0}
-    found = predict(shapes, strategy, 8, "bf16", config)
+    found = predict_states(shapes, strategy, 8, "bf16", config)
     stage = int(strategy[-1])
     # At stages 1 and 2 a rank's own gradients are all that is left after backward.
-    expected = paper(shapes.parameters, 8, 2 if stage == 1 else stage)
-    assert total(found[3]["after backward"]) == pytest.approx(expected, rel=0.02)
+    expected = paper_formula(shapes.parameters, 8, 2 if stage == 1 else stage)
+    assert total_bytes(found[3]["after backward"]) == pytest.approx(expected, rel=0.02)
 
 
 # --- properties --------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_touching_counts_every_parameter_that_a_slice_meets(group, ranks):
     """Against the definition, element by element."""
     named = [(str(i), n) for i, n in enumerate(group)]
     part = partition_size(sum(group), ranks)
-    found = touching(named, ranks)
+    found = elements_touched(named, ranks)
     for rank in range(ranks):
         begin, end = rank * part, (rank + 1) * part
         at, expected = 0, 0
@@ -196,7 +196,7 @@ def test_more_splitting_never_holds_more_states(group, precision, ranks):
     shapes = Shapes((tuple((str(i), n) for i, n in enumerate(group)),))
     states = {}
     for strategy in ("zero0", "zero1", "zero3"):
-        (rank, *_) = predict(shapes, strategy, ranks, precision)
+        (rank, *_) = predict_states(shapes, strategy, ranks, precision)
         states[strategy] = rank["at rest"]["optimizer states"] + rank["at rest"]["fp32 masters"]
     slack = 12 * 2 * ranks + 12 * len(group) + (4 * shapes.parameters if precision == "fp32" else 0)
     assert states["zero1"] <= states["zero0"] + slack
@@ -215,12 +215,12 @@ def test_every_strategy_has_an_answer_for_every_rank():
     shapes = shapes_of(True, True)
     for strategy in STRATEGIES:
         ranks = 1 if strategy == "vanilla" else 5
-        predicted = predict(shapes, strategy, ranks, "bf16")
+        predicted = predict_states(shapes, strategy, ranks, "bf16")
         assert len(predicted) == ranks
         for rank in predicted:
             assert tuple(rank) == MOMENTS
             assert all(tuple(owners) == OWNERS for owners in rank.values())
-            assert total(rank["after backward"]) >= total(rank["at rest"]) > 0
+            assert total_bytes(rank["after backward"]) >= total_bytes(rank["at rest"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_every_strategy_has_an_answer_for_every_rank():
 )
 def test_what_cannot_be_is_refused(strategy, ranks, precision, said):
     with pytest.raises(UserError, match=said):
-        predict(shapes_of(True, True), strategy, ranks, precision)
+        predict_states(shapes_of(True, True), strategy, ranks, precision)
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,10 @@ def live_engine(
     import torch
     from transformers import LlamaForCausalLM
 
-    from minisft.zero.state_memory import Shapes, generated
+    from minisft.zero.state_memory import Shapes, generated_config
 
     config = tiny_config()
-    settings = generated(Shapes.of_config(config), f"zero{stage}", ranks, "fp32") | settings
+    settings = generated_config(Shapes.of_config(config), f"zero{stage}", ranks, "fp32") | settings
     settings["zero_optimization"] |= changes or {}
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3):
         model = LlamaForCausalLM(config)
@@ -104,11 +104,11 @@ def switched(stage: int, ranks: int, changes: dict[str, Any]) -> dict[str, int]:
     import torch
 
     from minisft.zero.measured_memory import live_tensors, measure
-    from minisft.zero.tensor_tracker import Allocations
+    from minisft.zero.tensor_tracker import TensorTracker
 
     engine = live_engine(stage, ranks, changes)
     ids = torch.arange(24).view(1, -1)
-    following = Allocations()
+    following = TensorTracker()
     for step in range(2):
         if step:
             for tensor in live_tensors():

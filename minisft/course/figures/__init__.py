@@ -1,0 +1,22 @@
+"""The figures of the notebooks. Each returns a `Picture` with alt text, and says its message in its title."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "evaluation": ["interval_widths", "scores_over_steps"],
+        "masks": ["bugs_on_rows", "losses_before_and_after", "truncation_bars"],
+        "runs": ["before_and_after", "comparison", "loss_curves", "memory_bars"],
+        "tokens": ["token_flow", "token_lanes"],
+        "zero": [
+            "against_ranks",
+            "communication",
+            "paper_bars",
+            "partition_map",
+            "plan_bars",
+            "predicted_bars",
+            "step_timeline",
+        ],
+    },
+)

@@ -1,17 +1,12 @@
-"""The matplotlib figures. Each says its message in its title, and carries a text for those who cannot see it."""
+"""Figures of training runs: losses, measured memory, and a comparison of several runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from minisft.chat.mistral import Segment
-from minisft.chat.tokenizers import Tokenizer
-from minisft.data.conversations import Conversation
-from minisft.data.ledger import Ledger
-from minisft.drawing import PALETTE, Picture, drawable, figure_of, in_figure, legend_below, picture_of
-from minisft.labels.encode_row import Row, encode_segments
-from minisft.launch.compare_runs import leanest, listed, model_states, summary_rows
+from minisft.drawing import PALETTE, Picture, figure_of, in_figure, legend_below, picture_of
+from minisft.launch.compare_runs import join_names, least_state_memory, model_states, summary_rows
 from minisft.run.folder import Run
 from minisft.zero.measured_memory import OTHER
 
@@ -88,8 +83,8 @@ def comparison(runs: Sequence[Run]) -> Picture:
             panel.text(value, y, f" {value:,.0f}" if size == 1 else f" {value:.2f}", va="center", fontsize=8)
     legend_below(figure, by_step)
     fastest = max(rows, key=lambda name: rows[name]["tokens_per_second"] or 0)
-    lightest = leanest(list(rows.values()))
-    least = f", and {listed(list(map(in_figure, lightest)))} held the least between steps" if lightest else ""
+    lightest = least_state_memory(list(rows.values()))
+    least = f", and {join_names(list(map(in_figure, lightest)))} held the least between steps" if lightest else ""
     figure.suptitle(f"On this machine {in_figure(fastest)} was the fastest{least}")
     each = "; ".join(
         f"{name} {row['tokens_per_second'] or 0:,.0f} tokens/s, {_gigabytes(row['model_state_bytes'])} of states, "
@@ -152,183 +147,3 @@ def before_and_after(summaries: Sequence[dict[str, Any]]) -> Picture:
         f"themselves from {first['stopped']:.0%} to {last['stopped']:.0%}; "
         f"{len(summaries)} strategies drawn on the same axes.",
     )
-
-
-def token_strip(conversation: Conversation, row: Row, tokenizer: Tokenizer, width: float = 660) -> Picture:
-    """One encoded conversation as coloured tokens: what is read, and what is learned. `width` is in points."""
-    from minisft.labels.token_lens import Lens
-
-    title = f"{conversation_turns(conversation)} become {len(row.input_ids)} tokens; "
-    return Lens(row, tokenizer).figure(title + f"the loss sees the {row.trained} in orange", width)
-
-
-def draw_tokens(
-    tiles: Sequence[tuple[str, tuple[str, ...], list[float]]], title: str, legend: str, alt: str, width: float
-) -> Picture:
-    """Tiles of text, with the kinds and the losses of the token lens, in lines of `width` points."""
-    from textwrap import wrap
-
-    edges = {"target": ("#8a5a00", "-"), "control": ("#0072B2", "-"), "padding": ("#777777", "--")}
-    character, gap = 6.02, 13.0  # points; of DejaVu Sans Mono at 10 points, and between two tiles
-    pitch = 42 if any(losses for _, _, losses in tiles) else 27
-    heading = wrap(title, int(width / 7.2))
-    placed, x, y = [], gap, 18 + 17 * len(heading)
-    for text, kinds, losses in tiles:
-        text = drawable(text)
-        size = character * len(text)
-        if x + size + gap > width and x > gap:
-            x, y = gap, y + pitch
-        placed.append((x, y, text, kinds, losses))
-        x += size + gap
-    height = y + pitch + 8
-    figure, axes = figure_of(width / 72, height / 72)
-    figure.set_layout_engine("none")
-    axes.set_position((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    for x, y, text, kinds, losses in placed:
-        trained, edge = "target" in kinds, edges.get(kinds[0], ("#999999", ":"))
-        box = {"boxstyle": "round,pad=0.3", "facecolor": "#F5B22E" if trained else "#f1f3f5", "linewidth": 1}
-        box |= {"edgecolor": edge[0], "linestyle": edge[1]}
-        if "control" in kinds:
-            box |= {"boxstyle": "round,pad=0.3,rounding_size=0.8", "linewidth": 2}
-        if "cut off" in kinds:
-            box |= {"boxstyle": "square,pad=0.3", "facecolor": "#a3171f", "edgecolor": "#ffffff", "linestyle": "--"}
-        style = {"weight": "bold" if trained else "normal", "color": "white" if "cut off" in kinds else "black"}
-        axes.text(x, y, text, bbox=box, family="DejaVu Sans Mono", fontsize=10, va="center", parse_math=False, **style)
-        for n, loss in enumerate(losses):
-            left = x + character * len(text) / 2 + 7 * (n - len(losses) / 2)
-            axes.bar(left, -1.7 * loss, 5, y + 26, align="edge", color="#222222" if trained else "#bbbbbb")
-    for n, text in enumerate(heading):
-        axes.text(gap / 2, 16 + 17 * n, text, fontsize=11, fontweight="bold", va="center", parse_math=False)
-    axes.text(gap / 2, height - 10, legend, fontsize=8.5, color="#444444", va="center", parse_math=False)
-    return picture_of(figure, alt)
-
-
-LANE_COLOURS = {
-    "system prompt": "#56B4E9",
-    "question": "#dde3ea",
-    "answer: trained": "#E69F00",
-    "answer: only read": "#fbe7c2",
-    "framed: one control id": "#ffffff",
-}
-
-
-def token_lanes(lanes: Mapping[str, tuple[Iterable[Segment], Tokenizer]], marked: str, title: str) -> Picture:
-    """Several encodings below each other: who speaks by colour, control ids framed, one line per turn.
-
-    `lanes` maps a label to segments and the tokenizer that encodes them. The tokens of the text `marked`, the system
-    prompt for one, have a colour of their own, so that one sees where each encoding puts it.
-    """
-    from textwrap import wrap
-
-    character, gap, left, width, pitch = 5.42, 8.0, 74.0, 640.0, 21.0  # points; of DejaVu Sans Mono at 9 points
-    heading = wrap(title, 86)
-    tiles: list[tuple[float, float, str, str, bool]] = []  # x, y from the top, text, kind, framed
-    heads: list[tuple[float, str, int]] = []
-    told = []
-    y = 30.0 + 16 * len(heading)
-    for label, (segments, tokenizer) in lanes.items():
-        x, top, turn, count, trained, turns = left, y, 0, 0, 0, []
-        for segment in segments:
-            if segment.turn != turn:
-                x, y, turn = left, y + pitch, segment.turn
-            ids = encode_segments([segment], tokenizer)
-            count, trained = count + len(ids), trained + len(ids) * segment.trained
-            flags = _tokens_of(marked, ids, tokenizer) if segment.text else [False] * len(ids)
-            turns += [f"turn {turn + 1}"] * any(flags)
-            for token_id, flag in zip(ids, flags, strict=True):
-                text = drawable(tokenizer.piece(token_id))
-                if x + character * len(text) > width and x > left:
-                    x, y = left, y + pitch
-                kind = "system prompt" if flag else _lane_kind(segment)
-                tiles.append((x, y, text, kind, segment.control is not None))
-                x += character * len(text) + gap
-        heads.append((top, label, count))
-        told.append(f"{label}: {count} tokens, {trained} trained" + "".join(f", {marked!r} in {at}" for at in turns))
-        y = max(y + pitch, top + 1.5 * pitch) + 12
-    figure, axes = figure_of(width / 72, (y + 16) / 72)
-    figure.set_layout_engine("none")
-    axes.set_position((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.set(xlim=(0, width), ylim=(y + 16, 0))
-    for n, text in enumerate(heading):
-        axes.text(6, 18 + 16 * n, text, fontsize=11, fontweight="bold", va="center", parse_math=False)
-    for at, label, count in heads:
-        axes.text(6, at, label, fontsize=10, fontweight="bold", va="center", parse_math=False)
-        axes.text(6, at + 14, f"{count} tokens", fontsize=8, color="#444444", va="center")
-    style = {"family": "DejaVu Sans Mono", "fontsize": 9, "va": "center", "parse_math": False}
-    for x, at, text, kind, framed in tiles:
-        axes.text(x, at, text, bbox=_tile(kind, framed), **style)
-    x = left
-    for kind in LANE_COLOURS:
-        if any(kind == tile[3] for tile in tiles):
-            axes.text(x, y + 2, kind, bbox=_tile(kind, kind.startswith("framed")), va="center", fontsize=8.5)
-            x += 4.7 * len(kind) + 24
-    return picture_of(figure, f"{title}. Coloured tokens; {'; '.join(told)}.")
-
-
-def _lane_kind(segment: Segment) -> str:
-    if segment.role == "assistant":
-        return "answer: trained" if segment.trained else "answer: only read"
-    return {"template": "framed: one control id", "user": "question", "system": "system prompt"}[segment.role]
-
-
-def _tile(kind: str, framed: bool) -> dict[str, Any]:
-    edge = {"edgecolor": "#000000", "linewidth": 1.3} if framed else {"edgecolor": "none"}
-    return {"boxstyle": "round,pad=0.28", "facecolor": LANE_COLOURS[kind], **edge}
-
-
-def _tokens_of(text: str, ids: list[int], tokenizer: Tokenizer) -> list[bool]:
-    """Which of `ids` hold a part of `text`, at its first place."""
-    pieces = [tokenizer.token_bytes(token_id) for token_id in ids]
-    start = b"".join(pieces).find(text.encode()) if text else -1
-    stop = start + len(text.encode())
-    flags, at = [], 0
-    for piece in pieces:
-        flags.append(start >= 0 and at < stop and at + len(piece) > start)
-        at += len(piece)
-    return flags
-
-
-WHY_LESS = {
-    "cleaned": "left out in cleaning",
-    "truncated": "did not fit the row",
-    "trained": "prompts: read, not learned",
-}
-
-
-def token_flow(ledger: Ledger) -> Picture:
-    """Rows and tokens through the ledger's stages, and what each stage left out."""
-    stages = list(ledger.stages)
-    tokens = [(ledger.tokens(stage) or 0) / 1e6 for stage in stages]
-    rows = [ledger.stages[stage].rows for stage in stages]
-    figure, axes = figure_of(8.2, 0.9 + 0.42 * len(stages))
-    axes.barh(stages, tokens, color="#0072B2", height=0.62)
-    full = max(tokens) or 1.0
-    for i, (before, now) in enumerate(zip([tokens[0], *tokens], tokens, strict=False)):
-        inside = now > 0.2 * full
-        colour = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": "black"}
-        axes.text(now - 0.01 * full if inside else now, i, f"{now:.1f} M", va="center", fontweight="bold", **colour)
-        if before - now > 0.005 * full:
-            style = {"color": "#dde3ea", "edgecolor": "#8a94a0", "hatch": "////", "linewidth": 0.5}
-            axes.barh(i, before - now, left=now, height=0.62, **style)
-            why = f"− {before - now:.1f} M  {WHY_LESS.get(stages[i], '')}"
-            axes.text(before + 0.012 * full, i, why, va="center", fontsize=9)
-        axes.text(1.62 * full, i, f"{rows[i]:,}", ha="right", va="center")
-    axes.text(1.62 * full, -0.75, "rows", ha="right", va="center", fontweight="bold")
-    axes.set(xlim=(0, 1.62 * full), xlabel="million tokens")
-    axes.set_xticks([t for t in axes.get_xticks() if t <= full])
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["left", "bottom"]].set_visible(False)
-    axes.invert_yaxis()
-    share, kept = tokens[-1] / full, rows[-1] / max(rows[0], 1)
-    title = f"{kept:.0%} of the rows are trained on, but only {share:.0%} of the tokens"
-    axes.set_title(title)
-    told = "; ".join(f"{s} {r:,} rows, {t:.1f} million tokens" for s, r, t in zip(stages, rows, tokens, strict=True))
-    return picture_of(figure, f"{title}: {told}.")
-
-
-def conversation_turns(conversation: Conversation) -> str:
-    questions = sum(m.role == "user" for m in conversation.messages)
-    return f"{questions} question{'s' if questions > 1 else ''} and answer{'s' if questions > 1 else ''}"

@@ -10,10 +10,18 @@ from minisft.course.figures.runs import OWNER_COLOURS
 from minisft.drawing import PALETTE, Picture, figure_of, in_figure, picture_of
 from minisft.run.folder import Run
 from minisft.zero.activation_trace import ACTIVATIONS, BACKWARD, LOGITS
-from minisft.zero.communication import OPERATIONS, predict_traffic, sent
+from minisft.zero.communication import OPERATIONS, bytes_sent, predict_traffic
 from minisft.zero.peak_memory import STEP_OWNER
 from minisft.zero.planner import RESERVED, Plan
-from minisft.zero.state_memory import MOMENTS, OWNERS, Shapes, paper, partition_size, predict, total
+from minisft.zero.state_memory import (
+    MOMENTS,
+    OWNERS,
+    Shapes,
+    paper_formula,
+    partition_size,
+    predict_states,
+    total_bytes,
+)
 
 STAGES = ("nothing split", "ZeRO-1: optimizer states", "ZeRO-2: and gradients", "ZeRO-3: and parameters")
 STEP_COLOURS = OWNER_COLOURS | {ACTIVATIONS: "#7A5195", LOGITS: "#B7A1D6", BACKWARD: "#444444", STEP_OWNER: "#888888"}
@@ -41,9 +49,9 @@ def predicted_bars(
     for strategy, ranks in strategies.items():
         deepspeed = next((r.deepspeed for r in runs if _same(r, strategy, ranks)), None)
         bars[strategy] = max(
-            (rank[moment] for rank in predict(shapes, strategy, ranks, precision, deepspeed)), key=total
+            (rank[moment] for rank in predict_states(shapes, strategy, ranks, precision, deepspeed)), key=total_bytes
         )
-    size, unit = unit_for(max(map(total, bars.values())))
+    size, unit = unit_for(max(map(total_bytes, bars.values())))
     figure, axes = figure_of(7.6, 0.9 + 0.55 * len(bars))
     left = [0.0] * len(bars)
     names = [f"{name} ({ranks} rank{'s' if ranks > 1 else ''})" for name, ranks in strategies.items()]
@@ -59,17 +67,17 @@ def predicted_bars(
             axes.plot([measured[strategy] / size] * 2, [i - 0.46, i + 0.46], color="black", linewidth=2, label=label)
     verdict = ""
     if measured:
-        worst = max(abs(held - total(bars[strategy])) for strategy, held in measured.items())
+        worst = max(abs(held - total_bytes(bars[strategy])) for strategy, held in measured.items())
         verdict = ", measured to the byte" if not worst else f", measured within {worst:,} bytes"
-    first, least = next(iter(bars)), min(map(total, bars.values()))
-    lightest = [name for name, bar in bars.items() if total(bar) == least]
+    first, least = next(iter(bars)), min(map(total_bytes, bars.values()))
+    lightest = [name for name, bar in bars.items() if total_bytes(bar) == least]
     does = "hold" if len(lightest) > 1 else "holds"
-    title = f"{' and '.join(lightest)} {does} {least / total(bars[first]):.0%} of {first}'s states{verdict}"
+    title = f"{' and '.join(lightest)} {does} {least / total_bytes(bars[first]):.0%} of {first}'s states{verdict}"
     axes.set(xlabel=f"{unit} of states on the fullest rank, {moment}", title=title, xlim=(0, 1.03 * max(left)))
     axes.invert_yaxis()
     axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.28))
     each = "; ".join(
-        f"{name} {total(bar) / size:.2f} {unit} predicted"
+        f"{name} {total_bytes(bar) / size:.2f} {unit} predicted"
         + (f", {measured[name] / size:.2f} {unit} measured" if name in measured else "")
         for name, bar in bars.items()
     )
@@ -93,7 +101,7 @@ def paper_bars(parameters: float = 7.5e9, ranks: int = 64) -> Picture:
     """Figure 1 of Rajbhandari et al. 2020: model states per rank for each stage, by the paper's formula."""
     parts = {"parameters": 2.0, "gradients": 2.0, "optimizer states": 12.0}
     figure, axes = figure_of(7.6, 2.6)
-    size, unit = unit_for(paper(parameters, ranks, 0))
+    size, unit = unit_for(paper_formula(parameters, ranks, 0))
     for stage, name in enumerate(STAGES):
         left = 0.0
         for split_from, (owner, bytes_each) in zip((3, 2, 1), parts.items(), strict=True):
@@ -102,13 +110,15 @@ def paper_bars(parameters: float = 7.5e9, ranks: int = 64) -> Picture:
             axes.barh(name, held, left=left, color=OWNER_COLOURS[owner], label=label, edgecolor="white")
             left += held
         axes.text(left, stage, f" {left:,.1f} {unit}", va="center", fontsize=9)
-    whole, least = paper(parameters, ranks, 0), paper(parameters, ranks, 3)
+    whole, least = paper_formula(parameters, ranks, 0), paper_formula(parameters, ranks, 3)
     title = f"{parameters / 1e9:g} billion parameters on {ranks} ranks: from {whole / size:,.0f} to {least / size:,.1f}"
     axes.set(xlabel=f"{unit} of model states on one rank (the paper's formula)", title=f"{title} {unit}")
     axes.set_xlim(0, 1.12 * whole / size)
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    each = "; ".join(f"{name} {paper(parameters, ranks, i) / size:,.1f} {unit}" for i, name in enumerate(STAGES))
+    each = "; ".join(
+        f"{name} {paper_formula(parameters, ranks, i) / size:,.1f} {unit}" for i, name in enumerate(STAGES)
+    )
     return picture_of(figure, f"Model states of one rank: {each}.")
 
 
@@ -121,7 +131,7 @@ def against_ranks(shapes: Shapes, precision: str, most_ranks: int = 64) -> Pictu
     strategies = ("ddp", "zero1", "zero2", "zero3")
     curves = {
         strategy: [
-            max(total(rank["after backward"]) for rank in predict(shapes, strategy, ranks, precision))
+            max(total_bytes(rank["after backward"]) for rank in predict_states(shapes, strategy, ranks, precision))
             for ranks in counts
         ]
         for strategy in strategies
@@ -255,18 +265,18 @@ def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulat
     predicted = {run.name: _predicted_traffic(shapes, run) for run in runs}
     names = list(map(in_figure, predicted))
     size, unit = unit_for(
-        max(sent(moved, run.config.ranks) for run, moved in zip(runs, predicted.values(), strict=True))
+        max(bytes_sent(moved, run.config.ranks) for run, moved in zip(runs, predicted.values(), strict=True))
     )
     edge = [0.0] * len(runs)
     for i, operation in enumerate(OPERATIONS):
-        sizes = [sent({operation: predicted[run.name][operation]}, run.config.ranks) / size for run in runs]
+        sizes = [bytes_sent({operation: predicted[run.name][operation]}, run.config.ranks) / size for run in runs]
         if any(sizes):
             left.barh(names, sizes, left=edge, color=PALETTE[i], label=operation, edgecolor="white")
             edge = [a + b for a, b in zip(edge, sizes, strict=True)]
     measured = {}
     for i, run in enumerate(runs):
         if run.memory and (moved := run.memory[0].get("communication")):
-            measured[run.name] = sent(moved, run.config.ranks)
+            measured[run.name] = bytes_sent(moved, run.config.ranks)
             label = "measured" if len(measured) == 1 else None
             left.plot([measured[run.name] / size] * 2, [i - 0.46, i + 0.46], color="black", linewidth=2, label=label)
     left.set(xlabel=f"{unit} sent by each rank in one step", xlim=(0, 1.05 * max(*edge, 1e-9)))
@@ -275,7 +285,7 @@ def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulat
     counts = range(1, accumulation + 1)
     ranks = max(run.config.ranks for run in runs)
     curves = {
-        strategy: [sent(predict_traffic(shapes, strategy, ranks, precision, n), ranks) / size for n in counts]
+        strategy: [bytes_sent(predict_traffic(shapes, strategy, ranks, precision, n), ranks) / size for n in counts]
         for strategy in ("ddp", "zero1", "zero2", "zero3")
     }
     for i, (strategy, curve) in enumerate(curves.items()):
@@ -283,13 +293,15 @@ def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulat
         right.plot(list(counts), curve, style, marker="o", markersize=3, color=PALETTE[i], label=strategy)
     right.set(xlabel="micro-batches per step", ylabel=f"{unit} per step, predicted", ylim=(0, None))
     right.legend(frameon=False, fontsize=8)
-    once, again = (sent(predict_traffic(shapes, s, ranks, precision, accumulation), ranks) for s in ("zero1", "zero2"))
+    once, again = (
+        bytes_sent(predict_traffic(shapes, s, ranks, precision, accumulation), ranks) for s in ("zero1", "zero2")
+    )
     figure.suptitle(
         f"With {accumulation} micro-batches per step ZeRO-2 sends {again / once:.1f} times what ZeRO-1 sends",
         fontsize=11,
     )
     each = "; ".join(
-        f"{run.name} {sent(predicted[run.name], run.config.ranks) / size:.2f} {unit} predicted"
+        f"{run.name} {bytes_sent(predicted[run.name], run.config.ranks) / size:.2f} {unit} predicted"
         + (f", {measured[run.name] / size:.2f} {unit} measured" if run.name in measured else "")
         for run in runs
     )

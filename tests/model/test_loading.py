@@ -8,7 +8,7 @@ from minisft.chat.mistral import CONTROL_TOKENS, MistralTemplate
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.errors import UserError
 from minisft.labels.encode_row import encode
-from minisft.model.load_model import load_model, new_rows
+from minisft.model.loading import load_model, new_rows
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])

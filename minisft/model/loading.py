@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from minisft.chat.mistral import CONTROL_TOKENS
 from minisft.chat.tokenizers import HuggingFaceTokenizer
-from minisft.data.model_folder import misfit, not_finite, quiet, unreadable, weight_files
+from minisft.data.model_folder import not_finite_reason, quiet, unreadable_reason, weight_files, weights_mismatch
 from minisft.errors import UserError
 from minisft.text import one_line
 
@@ -39,7 +38,7 @@ def _loaded(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
     from transformers import AutoModelForCausalLM
 
     try:
-        if wrong := unreadable(folder, trust_remote_code):
+        if wrong := unreadable_reason(folder, trust_remote_code):
             return None, wrong
         with quiet():
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -51,25 +50,9 @@ def _loaded(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
                 trust_remote_code=trust_remote_code,
             )
         files = weight_files(folder)
-        return model, misfit(model, found, files) or not_finite(files)
+        return model, weights_mismatch(model, found, files) or not_finite_reason(files)
     except Exception as error:  # each library that reads a file has errors of its own
         return None, one_line(error, 200)
-
-
-def positions_of(config: Any) -> int | None:
-    """How many positions the model of a transformers config has; None where it sets no limit."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions if positions is None or positions > 0 else None  # some write -1
-
-
-def with_layers(config: Any, layers: int) -> Any:
-    """A copy of a transformers config, with so many layers."""
-    config, had = deepcopy(config), config.num_hidden_layers
-    for key, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == had:  # one entry for each layer, as `layer_types`
-            setattr(config, key, value[:layers])
-    config.num_hidden_layers = layers
-    return config
 
 
 def new_rows(tokenizer: HuggingFaceTokenizer, vocabulary: int) -> int:
