@@ -120,7 +120,7 @@ def _sayable(text: str) -> str:
 
 
 class SideBySideChat:
-    """For a notebook: `ask = SideBySideChat(run)`; `ask("a question")` streams the answers before and after training."""
+    """For a notebook: `ask = SideBySideChat(run)`; `ask("a question")` streams answers before and after training."""
 
     def __init__(self, run: Run, step: int | None = None):
         self.talks = open_sessions(run, step, beside=True)

@@ -17,7 +17,6 @@ import torch
 
 from minisft.labels.encode_row import IGNORE_INDEX
 from minisft.model.configs import with_layers
-from minisft.model.wide_products import needs_wide_products
 
 CHUNK_BYTES = 32 * 1024 * 1024  # of fp32 logits at a time: large enough for matrix products to be fast
 
@@ -120,8 +119,7 @@ def linear_cross_entropy(
     """`cross_entropy(hidden @ weight.T + bias, targets, reduction="sum")`, with at most `chunk_bytes` of logits alive.
 
     `hidden` is [n, size], `weight` [vocabulary, size], `targets` int64 [n]. Products run in the dtype of autocast or
-    of `hidden` (`minisft.model.wide_products` says what that is in bf16 on a CPU); softmax, sum and the weight's
-    gradient in fp32 or wider. Returns a scalar; with `most_chunks` that of so many chunks alone, in the memory of all.
+    of `hidden`; softmax, sum and the weight's gradient in fp32 or wider. Returns a scalar; with `most_chunks` that of so many chunks alone, in the memory of all.
     """
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
@@ -143,9 +141,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         exact = torch.promote_types(dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            wide = dtype == torch.bfloat16 and needs_wide_products(hidden.device.type)
-            products = exact if wide else dtype
-            h, w = hidden.to(dtype).to(products), weight.to(dtype).to(products)
+            h, w = hidden.to(dtype), weight.to(dtype)
             total = torch.zeros((), dtype=exact, device=h.device)
             needs = ctx.needs_input_grad
             d_hidden = torch.empty_like(h) if needs[0] else None
@@ -167,11 +163,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1))
                 if d_bias is not None:
                     d_bias += slope.sum(dim=0)
-                slope = slope.copy_(slope.to(dtype)) if products == exact else slope.to(dtype)
+                slope = slope.to(dtype)
                 if d_hidden is not None:
                     torch.mm(slope, w, out=d_hidden[part])
                 if d_weight is not None:
-                    if products == exact:
+                    if dtype == exact:
                         d_weight.addmm_(slope.T, h[part])
                     else:
                         d_weight += slope.T @ h[part]

@@ -6,7 +6,6 @@ Registered with transformers' attention interface, so the model's own code stays
 from __future__ import annotations
 
 import itertools
-from contextlib import nullcontext
 from typing import Any
 
 from minisft.errors import UserError
@@ -58,8 +57,6 @@ def per_document_attention(
     """
     import torch
 
-    from minisft.model.wide_products import needs_wide_products
-
     if kwargs.get("sliding_window") or kwargs.get("softcap"):
         raise UserError("this model's attention has a window or a cap: train it with --batching padded")
     dropout = dropout if module.training else 0.0
@@ -75,20 +72,16 @@ def per_document_attention(
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         return varlen_attn(q, k, v, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)[None], None
 
-    wide = dtype == torch.bfloat16 and needs_wide_products(device)
-    if wide:
-        query, key, value = query.float(), key.float(), value.float()
-    with torch.autocast(device, enabled=False) if wide else nullcontext():
-        rows = [
-            torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, a:b],
-                key[:, :, a:b],
-                value[:, :, a:b],
-                dropout_p=dropout,
-                is_causal=True,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-            for a, b in itertools.pairwise(cu_seq_lens_q.tolist())
-        ]
+    rows = [
+        torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, a:b],
+            key[:, :, a:b],
+            value[:, :, a:b],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        for a, b in itertools.pairwise(cu_seq_lens_q.tolist())
+    ]
     return torch.cat(rows, dim=2).transpose(1, 2).to(dtype).contiguous(), None

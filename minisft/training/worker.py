@@ -195,7 +195,6 @@ def make_trainer(
     from minisft.model.loading import load_model
     from minisft.model.loss import LossHead, supports_loss_head
     from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
-    from minisft.model.wide_products import needs_wide_products, widen_linear_layers
     from minisft.training.batch_sampler import Packs, RankBatches
     from minisft.training.collators import PaddingFree, PadRight, WithRows
     from minisft.training.dataset import TEST_ROWS, load_rows, row_lengths
@@ -217,8 +216,6 @@ def make_trainer(
         model.set_attn_implementation(PER_DOCUMENT)
     elif config.batching in ("padding-free", "packed"):
         raise UserError(f"this model's attention cannot keep the rows of a {config.batching} batch apart: use padded")
-    if run.precision == "bf16" and needs_wide_products("cuda" if on_gpu else "cpu"):
-        widen_linear_layers(model)
 
     rows = load_rows(run.folder / "data")
     lengths = row_lengths(rows)

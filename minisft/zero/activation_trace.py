@@ -216,7 +216,6 @@ def _trace(
 
     from minisft.model.loss import LossHead, summed_loss, supports_loss_head
     from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
-    from minisft.model.wide_products import needs_wide_products, widen_linear_layers
     from minisft.zero.tensor_tracker import Moment, TensorTracker
 
     device = "cuda" if on_gpu and torch.backends.cuda.is_built() else "cpu"
@@ -236,8 +235,6 @@ def _trace(
             model.set_attn_implementation(PER_DOCUMENT)
         if activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        if precision == "bf16" and not on_gpu and needs_wide_products(device):
-            widen_linear_layers(model)
         head = LossHead(model.get_output_embeddings()) if with_head else None
         tokens = sum(lengths)
         with torch.device(device):

@@ -19,7 +19,6 @@ from worker import memory
 
 from minisft.files import write_json
 from minisft.labels.encode_row import Row
-from minisft.model import wide_products
 from minisft.run.config import RunConfig
 from minisft.run.folder import Run
 from minisft.system import cores
@@ -69,8 +68,6 @@ class Profiler(TrainerCallback):
 def main() -> None:
     settings: dict[str, Any] = json.loads(sys.argv[1])
     rows = [json.loads(line) for line in Path(settings["rows"]).read_text().splitlines()]
-    if not settings["wide"]:
-        wide_products.needs_wide_products = lambda device_type: False
     accumulation = settings.get("accumulation", 1)
     config = RunConfig(
         name="benchmark",

@@ -92,7 +92,7 @@ def measure(point: Point, length: int, precision: str, profile: bool = False) ->
                 stream.write(json.dumps({"id": str(i), "input_ids": ids, "labels": ids}) + "\n")
         settings = {
             **{"kind": "minisft", "model": str(find_model().path), "rows": str(file), "steps": 2},
-            **{"batch": batch, "max_length": length, "precision": precision, "wide": True, "profile": profile},
+            **{"batch": batch, "max_length": length, "precision": precision, "profile": profile},
         }
         done = subprocess.run(
             [sys.executable, str(HERE / "minisft_train.py"), json.dumps(settings)],

@@ -21,8 +21,7 @@ With `--give-up`, a run whose timed step takes longer than so many seconds is en
 printed, a ratio above, and its peak memory at least what it had held by then (marked with < and >; on a GPU it is
 not known from outside, and a dash). One timed step only.
 
-TRL's environment is made as `encoding_speed` makes it. `--no-wide` lets minisft multiply bf16 as PyTorch does, to see
-what `minisft.model.wide_products` brings on a CPU without bf16. Needs Linux; runs on CUDA unchanged.
+TRL's environment is made as `encoding_speed` makes it. Needs Linux; runs on CUDA unchanged.
 """
 
 from __future__ import annotations
@@ -80,7 +79,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--give-up", type=float, help="seconds after which a timed step is not waited for")
-    parser.add_argument("--no-wide", action="store_true", help="bf16 products as PyTorch makes them")
     options = parser.parse_args()
     if options.give_up and options.steps > 1:
         parser.error("--give-up goes with one timed step")
@@ -105,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
                 settings = {
                     **{key: getattr(options, key) for key in ("batch", "max_length", "precision")},
                     **{"kind": kind, "model": str(model), "rows": str(rows), "steps": 1 + options.steps},
-                    **{"wide": not options.no_wide, "give_up": options.give_up},
+                    "give_up": options.give_up,
                 }
                 if kind == "original":
                     result, at_once = measure_original(settings, at_once)
