@@ -175,8 +175,8 @@ def test_a_folder_that_cannot_be_used_is_a_finding(monkeypatch, place):
 
 
 def test_a_containers_limits_count(monkeypatch):
-    monkeypatch.setattr(doctor.machine, "memory", lambda: (2 << 30, 1 << 30))
-    monkeypatch.setattr(doctor.machine, "cores", lambda: 1)
+    monkeypatch.setattr(doctor.system, "memory", lambda: (2 << 30, 1 << 30))
+    monkeypatch.setattr(doctor.system, "cores", lambda: 1)
     ok, detail = doctor._memory()
     assert not ok and detail.startswith("2.0 GiB")
     ok, detail = doctor._cores()

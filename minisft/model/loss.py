@@ -119,7 +119,8 @@ def linear_cross_entropy(
     """`cross_entropy(hidden @ weight.T + bias, targets, reduction="sum")`, with at most `chunk_bytes` of logits alive.
 
     `hidden` is [n, size], `weight` [vocabulary, size], `targets` int64 [n]. Products run in the dtype of autocast or
-    of `hidden`; softmax, sum and the weight's gradient in fp32 or wider. Returns a scalar; with `most_chunks` that of so many chunks alone, in the memory of all.
+    of `hidden`; softmax, sum and the weight's gradient in fp32 or wider. Returns a scalar. With `most_chunks` only the
+    first chunks are computed: used by the memory trace, which needs the shape of one chunk only.
     """
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):

@@ -35,7 +35,7 @@ class Option:
 
     strategy: str
     states: float
-    total_bytes: float
+    total: float
     left: float
 
     @property

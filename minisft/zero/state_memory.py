@@ -239,7 +239,7 @@ def distinct(predicted: Sequence[T]) -> list[T]:
 
 
 def generated_config(
-    shapes: Shapes, strategy: str, ranks: int, precision: str, accumulation: int = 1, bytes_on_gpu: bool = False
+    shapes: Shapes, strategy: str, ranks: int, precision: str, accumulation: int = 1, on_gpu: bool = False
 ) -> dict[str, Any]:
     """The configuration that `minisft` writes for such a run, as far as memory depends on it."""
     return deepspeed_config(
@@ -250,7 +250,7 @@ def generated_config(
         max_grad_norm=1.0,
         precision=precision,
         largest_tensor=shapes.largest,
-        bytes_on_gpu=bytes_on_gpu,
+        on_gpu=on_gpu,
     )
 
 

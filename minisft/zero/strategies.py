@@ -1,24 +1,75 @@
-"""Strategy -> DeepSpeed configuration, every key with a reason.
+"""The strategies, in one table, and the DeepSpeed configuration of each, every key with a reason.
 
-Strategies: `vanilla` (one process, no DeepSpeed), `ddp` (plain data parallel under torchrun), `zero0` (DeepSpeed's
-own data parallel), `zero1` (optimizer states split), `zero2` (and gradients), `zero3` (and parameters); with
-`-offload`, the optimizer's part of ZeRO-2 or all states of ZeRO-3 lie in main memory instead of the GPU's.
+To add a strategy, add a `Strategy` to `STRATEGIES`; nothing in the package parses a strategy's name. What DeepSpeed
+needs to know about it is decided in `deepspeed_config`, and what it holds in memory in `state_memory`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-# What DeepSpeed takes where a configuration is silent, in elements: buckets, and at stage 3 tensors that are kept whole
-# and what is stepped at once.
+from minisft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to train a model on one or several ranks.
+
+    `stage` is the ZeRO stage (Rajbhandari et al. 2020), or None where DeepSpeed is not used. Offloaded states lie in
+    main memory instead of the GPU's.
+    """
+
+    name: str
+    launcher: Literal["python", "torchrun", "deepspeed"]
+    stage: int | None = None
+    offloads_optimizer: bool = False
+    offloads_parameters: bool = False
+
+    @property
+    def is_one_process(self) -> bool:
+        """Whether there is one rank only, without any communication."""
+        return self.launcher == "python"
+
+    @property
+    def is_ddp(self) -> bool:
+        """Whether PyTorch's DistributedDataParallel averages the gradients."""
+        return self.launcher == "torchrun"
+
+    @property
+    def offloads(self) -> bool:
+        """Whether any state is kept in main memory."""
+        return self.offloads_optimizer or self.offloads_parameters
+
+    @property
+    def partitions(self) -> tuple[str, ...]:
+        """What is split over the ranks; everything else is held whole by every rank."""
+        return ("optimizer states", "gradients", "parameters")[: self.stage or 0]
+
+
+STRATEGIES = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy("vanilla", "python"),
+        Strategy("ddp", "torchrun"),
+        Strategy("zero0", "deepspeed", stage=0),
+        Strategy("zero1", "deepspeed", stage=1),
+        Strategy("zero2", "deepspeed", stage=2),
+        Strategy("zero3", "deepspeed", stage=3),
+        Strategy("zero2-offload", "deepspeed", stage=2, offloads_optimizer=True),
+        Strategy("zero3-offload", "deepspeed", stage=3, offloads_optimizer=True, offloads_parameters=True),
+    )
+}
+
+# DeepSpeed's defaults where a configuration is silent, in elements: buckets, and at stage 3 the tensors that are kept
+# whole and the size of what is stepped at once.
 DEFAULT_BUCKET = 500_000_000
 DEFAULT_PERSISTENCE = 100_000
 DEFAULT_SUB_GROUP = 1_000_000_000
-STRATEGIES = ("vanilla", "ddp", "zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 
-# The numbers are written out, not "auto": what is in the file is what runs, and Trainer checks that they agree.
+# All numbers are explicit, not "auto": the file holds what runs, and Trainer checks that they agree.
 REASONS = {
     "train_batch_size": "rows per optimizer step over all ranks: micro-batch x accumulation x ranks",
     "train_micro_batch_size_per_gpu": "rows that one rank puts through the model at once",
@@ -54,14 +105,21 @@ CONTAINED = frozenset(REASONS) - {name for name in REASONS if "." in name} | {
 }
 
 
+def strategy_named(name: str) -> Strategy:
+    """The strategy of that name. Raises `UserError` if there is none."""
+    if name not in STRATEGIES:
+        raise UserError(f"unknown strategy {name!r}: use one of {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]
+
+
 def zero_stage(strategy: str) -> int | None:
     """The ZeRO stage of a strategy, or None for those that do not use DeepSpeed."""
-    return int(strategy[4]) if strategy.startswith("zero") else None
+    return STRATEGIES[strategy].stage
 
 
 def offloads(strategy: str) -> bool:
     """Whether a strategy keeps states in main memory."""
-    return strategy.endswith("-offload")
+    return STRATEGIES[strategy].offloads
 
 
 def deepspeed_config(
@@ -80,7 +138,7 @@ def deepspeed_config(
     `precision` is `fp32`, `bf16` or `fp16`; `largest_tensor` is the number of elements of the model's largest
     parameter, to which the buckets are sized.
     """
-    stage = zero_stage(strategy)
+    stage = strategy_named(strategy).stage
     if stage is None:
         return None
     unit = 10 ** max(0, len(str(largest_tensor)) - 2)
@@ -98,10 +156,12 @@ def deepspeed_config(
             "stage3_max_reuse_distance": bucket,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
-    if offloads(strategy):
-        place = {"device": "cpu", "pin_memory": on_gpu}
-        zero |= {"offload_optimizer": place} | ({"offload_param": place} if stage == 3 else {})
-    about = {
+    in_main_memory = {"device": "cpu", "pin_memory": on_gpu}
+    if STRATEGIES[strategy].offloads_optimizer:
+        zero["offload_optimizer"] = in_main_memory
+    if STRATEGIES[strategy].offloads_parameters:
+        zero["offload_param"] = in_main_memory
+    config = {
         "train_batch_size": micro_batch * accumulation * ranks,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -110,13 +170,15 @@ def deepspeed_config(
         "bf16": {"enabled": precision == "bf16"},
         "zero_optimization": zero,
     }
-    return about | ({"zero_force_ds_cpu_optimizer": False} if offloads(strategy) else {})
+    if STRATEGIES[strategy].offloads_optimizer:
+        config["zero_force_ds_cpu_optimizer"] = False
+    return config
 
 
 def reaching_out(config: Mapping[str, Any]) -> list[str]:
     """The settings of a DeepSpeed JSON that could write files, swap to a disk or load code.
 
-    A run folder may come from somebody else, so its file may set sizes, precision and the split of the states alone.
+    A run folder may come from somebody else, so its file may set only sizes, precision and how states are split.
     """
     zero = config.get("zero_optimization")
     inside = zero.items() if isinstance(zero, Mapping) else ()

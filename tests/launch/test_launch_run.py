@@ -165,7 +165,7 @@ def test_importing_minisft_loads_neither_torch_nor_transformers():
 
 def test_a_program_that_is_not_installed_is_named_before_anything_starts(config, monkeypatch):
     run = prepare(config())
-    monkeypatch.setattr(launching.operators, "build_environment", lambda: {"PATH": "/nowhere"})
+    monkeypatch.setattr(launching.cpu_comm_op, "build_environment", lambda: {"PATH": "/nowhere"})
     with pytest.raises(UserError, match=r"there is no deepspeed in this environment: .*setup.sh"):
         launching.launch(run, say=lambda line: None)
     assert run.status == "prepared"
