@@ -9,6 +9,8 @@ import hashlib
 import os
 import time
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,22 @@ class Digests:
             if isinstance(found := read_json(digest_memory()), dict):
                 return found
         return {}
+
+
+@cache
+def code_digest(*parts: str) -> str:
+    """16 characters that change with the source of `parts`, rooms or modules of this package such as `chat`.
+
+    What was computed before is used again only if the code that would compute it is the same, and the libraries
+    that it calls are. Comments count as code: computing once too often is the cheaper mistake.
+    """
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for part in parts:
+        place = package / part
+        files = place.rglob("*") if place.is_dir() else [place.with_suffix(".py")]
+        for file in sorted(file for file in files if file.suffix in (".py", ".jinja")):
+            digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes() + b"\0")
+    for library in ("transformers", "tokenizers", "mistral-common", "sentencepiece", "sacrebleu", "torch"):
+        digest.update(f"{library} {version(library)}\0".encode())
+    return digest.hexdigest()[:16]

@@ -25,7 +25,7 @@ def refused(done, *words):
 
 
 @pytest.mark.parametrize(
-    "verb", ["doctor", "fetch", "encode", "show", "command", "launch", "train", "evaluate", "compare", "notebooks"]
+    "verb", ["doctor", "fetch", "encode", "show", "prepare", "launch", "train", "evaluate", "compare", "notebooks"]
 )
 def test_every_verb_has_help(verb):
     done = minisft(verb, "--help")
@@ -158,7 +158,7 @@ def test_show_prints_the_lens_and_no_escape_codes(tmp_path, tiny_model):
 
 
 def test_command_prints_only_the_command(tiny_model, small_data, own_outputs):
-    arguments = ["command", "-s", "zero3", "--ranks", 4, "--model", tiny_model, "--data", small_data, "--name", "big"]
+    arguments = ["prepare", "-s", "zero3", "--ranks", 4, "--model", tiny_model, "--data", small_data, "--name", "big"]
     done = minisft(*arguments)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
@@ -178,25 +178,27 @@ def test_doctor_json_is_json():
 
 def test_more_ranks_than_cores_and_seconds_below_zero(tiny_model, small_data):
     data = ["--model", tiny_model, "--data", small_data]
-    done = minisft("command", "-s", "zero2", "--ranks", 9, "--batch-size", 1, "--accumulation", 1, *data)
+    done = minisft("prepare", "-s", "zero2", "--ranks", 9, "--batch-size", 1, "--accumulation", 1, *data)
     assert done.returncode == 0
     usable = cores()
     assert (f"Warning: 9 ranks share {usable} core" in done.stderr) == (usable < 9)
-    refused(minisft("launch", "-s", "vanilla", "--silence", -1, *data), "--silence is -1", "more than 0")
+    refused(
+        minisft("launch", "-s", "vanilla", "--heartbeat-timeout", -1, *data), "--heartbeat-timeout is -1", "more than 0"
+    )
 
 
 def test_a_mistake_in_the_call_spares_the_run_that_it_would_replace(tiny_model, small_data, tmp_path, own_outputs):
     options = ["-s", "zero2", "--model", tiny_model, "--data", small_data]
-    assert minisft("command", *options).returncode == 0
+    assert minisft("prepare", *options).returncode == 0
     done = own_outputs / "model" / "zero2" / "DONE"
     done.write_text("{}")
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
     for verb, more, says in (
-        ("launch", ["--silence", 0], "--silence is 0"),
-        ("launch", ["--hostfile", hosts, "--launcher", "none"], "minisft command prints a line for each host"),
+        ("launch", ["--heartbeat-timeout", 0], "--heartbeat-timeout is 0"),
+        ("launch", ["--hostfile", hosts, "--launcher", "none"], "minisft prepare prints a line for each host"),
         ("launch", ["--launcher", "pdsh"], "--launcher pdsh is about other machines"),
-        ("command", ["--slurm-nodes", 3], "2 ranks cannot be shared out evenly over 3 nodes"),
+        ("prepare", ["--slurm-nodes", 3], "2 ranks cannot be shared out evenly over 3 nodes"),
     ):
         refused(minisft(verb, *options, "--overwrite", *more), says)
         assert done.exists(), more
@@ -215,5 +217,5 @@ def test_a_folder_that_has_been_removed_is_one_sentence(tmp_path):
 
 def test_a_command_says_where_it_is_to_be_run(tiny_model, small_data, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent)
-    done = minisft("command", "-s", "vanilla", "--model", tiny_model, "--data", small_data)
+    done = minisft("prepare", "-s", "vanilla", "--model", tiny_model, "--data", small_data)
     assert f"To be run in the folder {Path(__file__).parents[1]}:" in done.stderr

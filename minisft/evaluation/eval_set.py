@@ -12,7 +12,7 @@ from typing import Any
 
 from minisft.chat.mistral import MistralTemplate
 from minisft.chat.tokenizers import HuggingFaceTokenizer
-from minisft.checksums import Digests
+from minisft.checksums import Digests, code_digest
 from minisft.data.conversations import Conversation, one_per_answer
 from minisft.data.ledger import Ledger
 from minisft.data.read_files import read
@@ -24,7 +24,6 @@ from minisft.run.folder import Run
 from minisft.training.dataset import TEST, TRAIN, load_rows
 
 ANSWERS = ("last", "all")
-FORM = 4  # of what is kept: bump this to invalidate cached results
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,8 @@ def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path, digest
     data = run.folder / "data"
     if not (data / TRAIN).is_file():
         raise UserError(f"{run.name} has no training rows ({data / TRAIN}): prepare it again with --overwrite")
-    looked_for = fingerprint([FORM, list(map(asdict, prompts.values())), digests.of(data / TRAIN)])
+    code = code_digest("data", "chat", "labels", "evaluation")
+    looked_for = fingerprint([code, list(map(asdict, prompts.values())), digests.of(data / TRAIN)])
     file = folder / f".leaks-{looked_for}.json"
     if (known := read_cache(file, dict[str, Overlap])) is not None:
         return known

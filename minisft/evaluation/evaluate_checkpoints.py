@@ -21,12 +21,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minisft.checksums import Digests
+from minisft.checksums import Digests, code_digest
 from minisft.data.conversations import Conversation
 from minisft.errors import UserError
 from minisft.evaluation.answers import Answer, answer_loss, generate, load_to_answer
 from minisft.evaluation.eval_set import (
-    FORM,
     EvalSet,
     EvalSettings,
     fingerprint,
@@ -277,7 +276,8 @@ def _key(run: Run, model: Path, exam: EvalSet, settings: EvalSettings, digests: 
         sums += [[name, digests.of(folder / name)] for name in BESIDE if (folder / name).exists()]
     device = [run.precision, torch.cuda.get_device_name()] if torch.cuda.is_available() else ["fp32", "cpu"]
     matters["tokenizer"] = tokenizer_for([question.messages[-1].content for question in exam.questions])
-    return fingerprint([FORM, sums, asked, matters, device, run.config.template, run.config.max_length])
+    code = code_digest("data", "chat", "labels", "model", "evaluation")
+    return fingerprint([code, sums, asked, matters, device, run.config.template, run.config.max_length])
 
 
 def _line(result: dict[str, Any]) -> str:

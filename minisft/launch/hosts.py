@@ -89,9 +89,14 @@ class Place:
     @classmethod
     def of_hostfile(cls, file: Path | str, ranks: int, launcher: str = "ssh") -> Place:
         """`ranks` ranks on the hosts of a hostfile, all of it checked. Raises `UserError`."""
+        return cls.of_hosts(read_hostfile(file), ranks, launcher)
+
+    @classmethod
+    def of_hosts(cls, hosts: Sequence[Host], ranks: int, launcher: str = "ssh") -> Place:
+        """`ranks` ranks on these hosts, filled in their order. Raises `UserError` if that cannot work."""
         if launcher not in LAUNCHERS:
             raise UserError(f"unknown launcher {launcher!r}: use one of {', '.join(LAUNCHERS)}")
-        hosts = share_out(read_hostfile(file), ranks)
+        hosts = share_out(hosts, ranks)
         require_names(hosts)
         require_reachable(hosts)
         if launcher in ("pdsh", "srun") and shutil.which(launcher) is None:

@@ -36,9 +36,8 @@ from minisft.text import one_line
 from minisft.training import preflight
 from minisft.training.checkpoints import resume_point
 from minisft.training.dataset import require_as_made, require_same_model
-from minisft.training.heartbeat import SILENCE, STALL, clear, read_heartbeats
+from minisft.training.heartbeat import HEARTBEAT_TIMEOUT, PROGRESS_TIMEOUT, clear, read_heartbeats
 from minisft.zero.lint_config import lint
-from minisft.zero.lint_finding import display_value
 
 __all__ = ["RunFailed", "launch", "prepare"]
 TICK = 0.25  # seconds between two looks for an interrupt
@@ -53,17 +52,17 @@ def launch(
     say: Say | None = None,
     *,
     place: Place | None = None,
-    silence: float = SILENCE,
-    stall: float = STALL,
+    heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
+    progress_timeout: float = PROGRESS_TIMEOUT,
 ) -> Run:
     """Run the prepared command to its end, on other hosts if `place` names some; returns when it is done.
 
     What the run says goes to `say`; without one, a live view in a notebook, printed lines elsewhere.
 
     The processes live in a session of their own, under a supervisor (`minisft.launch.supervisor`) that ends them all
-    if this process is interrupted or gone, if a rank dies, gives no sign of life for `silence` seconds, or if none
-    moves for `stall` seconds. Success is exit code 0, the `DONE` marker, and every rank's word. Raises `RunFailed` or
-    `KeyboardInterrupt`, once all processes are gone, or `UserError` if the run is live.
+    if this process is interrupted or gone, if a rank dies, gives no sign of life for `heartbeat_timeout` seconds, or
+    if none moves for `progress_timeout` seconds. Success is exit code 0, the `DONE` marker, and every rank's word.
+    Raises `RunFailed` or `KeyboardInterrupt`, once all processes are gone, or `UserError` if the run is live.
     """
     with only_one(run.folder) as locks:
         if run.prepared and run.prepared != run.identity:
@@ -88,8 +87,8 @@ def launch(
             commands=started,
             working_directory=str(project_root()),
             ranks=run.config.ranks,
-            silence=silence,
-            stall=stall,
+            heartbeat_timeout=heartbeat_timeout,
+            progress_timeout=progress_timeout,
             mark=mark,
         )
         interrupted = _follow(task, say, locks)
@@ -110,7 +109,7 @@ def _require_startable(run: Run, place: Place | None, say: Say) -> None:
     """Refuse what the run folder cannot decide by itself, or what could only fail later. Raises `UserError`."""
     if run.written_config.trust_remote_code and not run.trust_remote_code:
         raise UserError(
-            f"{display_value(run.folder)} asks to run code that comes with its model: read that code, and give "
+            f"{display_path(run.folder)} asks to run code that comes with its model: read that code, and give "
             "--trust-remote-code if you trust it"
         )
     asked = read_json(run.folder / HOSTS, HostsRecord)
@@ -149,7 +148,7 @@ def _why(run: Run) -> str:
     rank = failure["rank"]
     where = "" if rank is None else f" on rank {rank}, step {failure['step']}"
     log = run.folder / "logs" / ("launcher.log" if rank is None else f"rank{rank}.log")
-    return f"{run.name} failed{where}: {failure['reason']} (see {display_value(log)})"
+    return f"{run.name} failed{where}: {failure['reason']} (see {display_path(log)})"
 
 
 def _require_sound_deepspeed(run: Run, say: Say) -> None:
@@ -159,7 +158,7 @@ def _require_sound_deepspeed(run: Run, say: Say) -> None:
     findings = lint(config, ranks=run.config.ranks)
     if errors := [finding for finding in findings if finding.severity == "error"]:
         said = "; ".join(f"{finding.key} {finding.message}" for finding in errors)
-        raise UserError(f"{display_value(run.folder / 'deepspeed.json')} cannot be trained with: {said}")
+        raise UserError(f"{display_path(run.folder / 'deepspeed.json')} cannot be trained with: {said}")
     require_harmless_deepspeed(run)
     for finding in findings:
         say(f"deepspeed.json: {finding}")

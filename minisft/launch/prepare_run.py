@@ -32,7 +32,14 @@ from minisft.text import say
 from minisft.training import preflight
 from minisft.training.checkpoint_health import require_sound
 from minisft.training.checkpoints import latest_resumable, resume_point, something_to_lose
-from minisft.training.dataset import copy_known_rows, describe_rows, model_files, remember_rows, write_data
+from minisft.training.dataset import (
+    copy_known_rows,
+    describe_rows,
+    made_by_this_code,
+    model_files,
+    remember_rows,
+    write_data,
+)
 from minisft.zero.strategies import deepspeed_config, offloads
 
 Say = Callable[[str], None]
@@ -96,14 +103,24 @@ def _existing(config: RunConfig, folder: Path, place: Place | None, restart: boo
             )
         return None
     if run.status == "done":
+        _mention_other_code(run, say)
         return run
     checkpoint = latest_resumable(run) if restart else resume_point(run)
     if checkpoint is None:
         return None
     require_own_files(run)
+    _mention_other_code(run, say)
     say(f"{config.name} was interrupted: it resumes from {checkpoint.name}")
     write_commands(run, folder, place)
     return run
+
+
+def _mention_other_code(run: Run, say: Say) -> None:
+    if not made_by_this_code(run.folder):
+        say(
+            f"{run.name} keeps the rows that it was prepared with: the code or the libraries that make rows have "
+            "changed since; --overwrite prepares it anew"
+        )
 
 
 def _require_replaceable(folder: Path) -> None:

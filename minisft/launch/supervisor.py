@@ -77,16 +77,16 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 class Task:
     """What to run: `commands` in `working_directory`, which make `ranks` ranks that write into the run `folder`.
 
-    A rank that gives no sign of life for `silence` seconds, or a run in which no rank moves for `stall` seconds, is
-    ended. `mark` is in the environment of every process of the run.
+    A rank that gives no sign of life for `heartbeat_timeout` seconds, or a run in which no rank moves for
+    `progress_timeout` seconds, is ended. `mark` is in the environment of every process of the run.
     """
 
     folder: str
     commands: list[Command]
     working_directory: str
     ranks: int
-    silence: float
-    stall: float
+    heartbeat_timeout: float
+    progress_timeout: float
     mark: str = ""
 
     def to_json(self) -> str:
@@ -275,7 +275,7 @@ class Supervisor:
                 self._watch_end(sign)
             if here and not lives(sign.pid):
                 self._look_at_end(sign.rank)
-            elif (silent := self.watch.unchanged(("life", sign.rank), sign.changed)) > self.task.silence:
+            elif (silent := self.watch.unchanged(("life", sign.rank), sign.changed)) > self.task.heartbeat_timeout:
                 self.stop(f"no sign of life for {silent:.0f} s ({sign}): it hangs, or was halted", sign)
         if self.gone and time.monotonic() - self.gone_at > GRACE:
             if self._said_why():  # its launcher ended it for a neighbour's sake
@@ -283,7 +283,7 @@ class Supervisor:
             else:
                 self.stop(self._killed(self.gone[0]), self.gone[0])
         progress = tuple((sign.rank, *sign.progress) for sign in signs)
-        if (stalled := self.watch.unchanged("progress", progress)) > self.task.stall:
+        if (stalled := self.watch.unchanged("progress", progress)) > self.task.progress_timeout:
             missing = sorted(set(range(self.task.ranks)) - {sign.rank for sign in signs})
             if missing:
                 self.stop(f"rank {missing[0]} has not started within {stalled:.0f} s")

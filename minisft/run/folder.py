@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from minisft.errors import UserError
 from minisft.files import open_own, parse_json, read_json, read_text, user_path
 from minisft.locks import try_lock
-from minisft.run.config import RunConfig, _require_utf8
+from minisft.run.config import RunConfig, require_utf8
 from minisft.run.records import DoneRecord, FailureRecord, Manifest, Metric, RankMemory, RunRecord
 from minisft.text import one_line
 from minisft.zero.strategies import STRATEGIES, reaching_out
@@ -40,7 +40,7 @@ def outputs_root() -> Path:
     """Where runs and evaluations go: `MINISFT_OUTPUTS`, else `outputs` in the project."""
     own = os.environ.get("MINISFT_OUTPUTS")
     folder = user_path(own).absolute() if own else project_root() / "outputs"
-    _require_utf8("the outputs folder", str(folder))
+    require_utf8("the outputs folder", str(folder))
     return folder
 
 
@@ -68,7 +68,7 @@ class Run:
                 raise UserError(f"replacing {name} was interrupted: prepare it once more, which puts it back")
             known = ", ".join(run.name for run in all_runs()) or "none yet"
             raise UserError(f"no run {str(name)!r}: give a run's name or folder (runs in outputs/model: {known})")
-        _require_utf8("the run folder", str(folder))
+        require_utf8("the run folder", str(folder))
         return cls(Path(os.path.normpath(folder.absolute())), trust_remote_code).as_it_is()
 
     def as_it_is(self) -> Run:

@@ -14,15 +14,14 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from minisft import checksums
 from minisft.chat.mistral import MistralTemplate
 from minisft.chat.tokenizers import Tokenizer
-from minisft.checksums import Digests, digest
+from minisft.checksums import Digests, code_digest, digest
 from minisft.data.conversations import Conversation
 from minisft.data.ledger import Ledger
 from minisft.data.model_folder import OF_A_MODEL
@@ -42,17 +41,7 @@ if TYPE_CHECKING:
 LEDGER = "ledger.json"  # beside the folder
 TRAIN, TEST, TEST_ROWS = FILES = "train.arrow", "test.jsonl", "test.arrow"
 MADE_OF = "made_of.json"
-MATTERS = (  # of a `RunConfig`, to its rows
-    "template",
-    "max_length",
-    "truncation",
-    "train_on",
-    "max_characters",
-    "max_rows",
-    "test_fraction",
-    "seed",
-    "eval_rows",
-)
+CODE = ("data", "chat", "labels", "training/dataset")  # what decides the rows, apart from settings and data
 ROWS_AT_ONCE = 256
 MOST_REMEMBERED = 200  # sets of rows that are recognized when another run wants them
 
@@ -91,7 +80,7 @@ def describe_rows(config: RunConfig, source: Path, model: Path, digests: Digests
     tokenizer = [file for file in (*sorted(model.glob("*token*")), model / "config.json") if file.is_file()]
     # Rows name the file that they came from, so its name matters as well; where it lies does not.
     about = [[file.name, digests.of(file)] for file in (*sources, *tokenizer)]
-    return {"package": version("minisft"), "files": about, **{name: getattr(config, name) for name in MATTERS}}
+    return {"code": code_digest(*CODE), "files": about, **config.values_that_shape_rows()}
 
 
 def copy_known_rows(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) -> int | None:
@@ -125,6 +114,12 @@ def remember_rows(wanted: dict[str, Any], rows: int, folder: Path) -> None:
     with suppress(OSError, UserError):  # a cache that cannot be written costs time alone
         _memory().parent.mkdir(parents=True, exist_ok=True)
         write_json(_memory(), {key: vars(value) for key, value in recent.items()} | {_key(wanted): vars(made)})
+
+
+def made_by_this_code(run_folder: Path) -> bool:
+    """Whether the rows of a run were made by the code that would make them now."""
+    made = read_json(run_folder / "data" / MADE_OF, MadeRows)
+    return made is not None and made.made_of.get("code") == code_digest(*CODE)
 
 
 def require_as_made(run_folder: Path) -> None:
@@ -169,6 +164,7 @@ class MadeRows:
 
     rows: int
     sha256: dict[str, str]
+    made_of: dict[str, Any] = field(default_factory=dict)
 
 
 def _memory() -> Path:
@@ -186,7 +182,7 @@ def _key(wanted: dict[str, Any]) -> str:
 
 
 def _describe(folder: Path, wanted: dict[str, Any], made: MadeRows) -> None:
-    write_json(folder / MADE_OF, {"made_of": wanted, **vars(made)})
+    write_json(folder / MADE_OF, vars(made) | {"made_of": wanted})
 
 
 def _sums(run: Path) -> dict[str, str]:

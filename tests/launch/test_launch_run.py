@@ -20,7 +20,7 @@ from minisft.launch.hosts import Host, Place
 from minisft.launch.launch_run import prepare
 from minisft.run.config import RunConfig
 from minisft.run.folder import Run, all_runs
-from minisft.training import dataset, preflight
+from minisft.training import preflight
 from minisft.training import worker as training
 from minisft.training.heartbeat import read_heartbeats
 from minisft.zero.strategies import STRATEGIES
@@ -71,7 +71,7 @@ def test_a_second_run_that_wants_the_same_rows_takes_a_copy(config, monkeypatch,
 
     changes = {"max_length": 64, "truncation": "drop", "train_on": "last", "seed": 1, "eval_rows": 3, "max_rows": 9}
     changes |= {"test_fraction": 0.2, "max_characters": 200, "template": "v3"}
-    assert {"max_length", "template", *changes} == set(dataset.MATTERS)
+    assert {"max_length", "template", *changes} == set(config().values_that_shape_rows())
     for number, (name, value) in enumerate(changes.items(), 2):
         prepare(config("vanilla", **({"max_characters": None} | {name: value})), overwrite=True)
         assert len(calls) == number, name

@@ -16,7 +16,7 @@ from minisft.training.heartbeat import Heartbeat, RankStatus, Watch, read_heartb
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from minisft.training.heartbeat import Pulse, announce
+from minisft.training.heartbeat import Heartbeat, announce
 folder, rank, deeds = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 def fail(reason):
     try:
@@ -24,19 +24,19 @@ def fail(reason):
             file.write('{"rank": %d, "step": 1, "reason": "%s"}' % (rank, reason))
     except FileExistsError:
         pass
-    pulse.stop("failed")
+    heartbeat.stop("failed")
     sys.exit(1)
-pulse = Heartbeat(folder, rank) if "mute" not in deeds else None
+heartbeat = Heartbeat(folder, rank) if "mute" not in deeds else None
 for deed in deeds:
     if deed == "train":
-        pulse.says("training"); pulse.step += 1
+        heartbeat.says("training"); heartbeat.step += 1
     elif deed == "wait":
         time.sleep(60)
     elif deed == "rest":
         time.sleep(1.5)
     elif deed == "done":
         if rank == 0: (folder / "DONE").write_text("{}")
-        pulse.stop("done")
+        heartbeat.stop("done")
     elif deed == "lost":
         time.sleep(0.5)
         fail("RuntimeError: Connection closed by peer")
@@ -66,10 +66,10 @@ def launcher(folder, first_rank, *deeds, quiet=False):
     return [sys.executable, "-c", LAUNCHER, json.dumps(ranks), *(["quiet"] if quiet else [])]
 
 
-def supervise(folder, commands, ranks, silence=30.0, stall=30.0, hosts=None):
+def supervise(folder, commands, ranks, heartbeat_timeout=30.0, progress_timeout=30.0, hosts=None):
     (folder / "logs").mkdir(exist_ok=True)
     named = [Command(words, {}, host) for words, host in zip(commands, hosts or [""] * len(commands), strict=True)]
-    task = Task(str(folder), named, str(folder), ranks, silence, stall)
+    task = Task(str(folder), named, str(folder), ranks, heartbeat_timeout, progress_timeout)
     process = subprocess.Popen(
         [sys.executable, "-m", "minisft.launch.supervisor", task.folder],
         stdin=subprocess.PIPE,
@@ -127,14 +127,16 @@ def test_a_rank_that_was_ended_for_its_neighbours_sake_is_not_blamed(tmp_path):
 
 
 def test_a_run_in_which_nothing_moves_is_ended(tmp_path):
-    code, failure, _ = supervise(tmp_path, [launcher(tmp_path, 0, "train train wait", "train wait")], 2, stall=3)
+    code, failure, _ = supervise(
+        tmp_path, [launcher(tmp_path, 0, "train train wait", "train wait")], 2, progress_timeout=3
+    )
     assert code == 1
     assert failure["rank"] == 1
     assert "no rank has moved for 3 s" in failure["reason"]
 
 
 def test_a_rank_that_never_comes_is_named(tmp_path):
-    code, failure, _ = supervise(tmp_path, [launcher(tmp_path, 0, "train wait")], 2, stall=3)
+    code, failure, _ = supervise(tmp_path, [launcher(tmp_path, 0, "train wait")], 2, progress_timeout=3)
     assert code == 1
     assert "rank 1 has not started within 3 s" in failure["reason"]
 

@@ -186,7 +186,7 @@ def test_a_command_that_is_handed_on_was_not_read_from_the_folder(run, tiny_mode
     about = json.loads((run.folder / "run.json").read_text())
     about["config"]["max_characters"] = 10**9
     (run.folder / "run.json").write_text(json.dumps(about))
-    done = minisft("command", *settings)
+    done = minisft("prepare", *settings)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("python -P -m minisft.training.worker --prepared")
     assert "evil" not in done.stdout + done.stderr
@@ -510,7 +510,7 @@ def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(run, name, tiny_model, smal
     file.unlink(missing_ok=True)
     os.mkfifo(file)
     code = "from minisft import cli; import sys; sys.argv[1:] = sys.argv[1:]; cli.main()"
-    for words in (["compare"], ["command", "-s", "vanilla", "-m", tiny_model, "-d", small_data, "--name", "other"]):
+    for words in (["compare"], ["prepare", "-s", "vanilla", "-m", tiny_model, "-d", small_data, "--name", "other"]):
         subprocess.run([sys.executable, "-P", "-c", code, *map(str, words)], capture_output=True, timeout=60)
 
 
@@ -641,7 +641,7 @@ def test_a_folder_under_another_path_is_the_same_folder(config, monkeypatch):
 
     run = prepare(config(), say=quiet)
     with preparing.only_one(run.folder):
-        monkeypatch.setattr(preparing, "lock_of", lambda folder: folder.with_name(".elsewhere.lock"))
+        monkeypatch.setattr(preparing, "lock_file", lambda folder: folder.with_name(".elsewhere.lock"))
         with pytest.raises(UserError, match="is being trained right now"):
             launch(run, say=quiet)
 
@@ -836,7 +836,7 @@ def test_paths_that_are_not_utf8_are_one_sentence(tiny_model, small_data, tmp_pa
     odd = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
     shutil.copy(small_data, odd) if what == "data" else None
     data, env = (odd, {}) if what == "data" else (small_data, {what: odd})
-    done = minisft("command", "-s", "vanilla", "-m", tiny_model, "-d", data, **env)
+    done = minisft("prepare", "-s", "vanilla", "-m", tiny_model, "-d", data, **env)
     assert (done.returncode, "not UTF-8" in done.stderr) == (2, True), done.stderr
 
 
@@ -852,7 +852,7 @@ def test_any_content_of_any_file_of_a_run_is_no_traceback(run, name, tiny_model,
     again = ("-s", "vanilla", "-m", tiny_model, "-d", small_data)
     for content in CONTENTS:
         file.write_bytes(content)
-        for words in (("compare",), ("compare", "--json"), ("command", *again), ("train", "vanilla")):
+        for words in (("compare",), ("compare", "--json"), ("prepare", *again), ("train", "vanilla")):
             if words[0] == "train" and not (run.folder / "DONE").exists():
                 continue
             done = minisft(*words)  # an exception that is not a UserError fails here

@@ -106,7 +106,7 @@ def test_live_engines_hold_and_send_what_is_predicted_to_the_byte(ranks, tmp_pat
             assert moved[operation] <= size <= moved[operation] + slack, (about, operation)
 
 
-@given(st.sampled_from(STRATEGIES[1:]), st.integers(2, 64), st.sampled_from(["fp32", "bf16"]), st.integers(1, 16))
+@given(st.sampled_from(list(STRATEGIES)[1:]), st.integers(2, 64), st.sampled_from(["fp32", "bf16"]), st.integers(1, 16))
 def test_traffic_is_the_papers(strategy, ranks, precision, accumulation):
     """Section 7: 2 for data parallelism and stages 1 and 2, 3 for stage 3; the planner's factors under accumulation."""
     shapes = Shapes(((("a", 4_000_000), ("b", 6_000_000)),))

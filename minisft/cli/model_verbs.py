@@ -1,0 +1,168 @@
+"""The verbs about models and machines: doctor, memory, lint, evaluate, chat, notebooks."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minisft.cli.options import (
+    AsJson,
+    TrustRemoteCode,
+    app,
+    complain,
+    print_json,
+)
+from minisft.errors import UserError
+from minisft.text import note, say
+
+
+@app.command()
+def doctor(
+    as_json: AsJson = False,
+    brief: Annotated[bool, typer.Option("--brief", help="only what is missing, and a summary")] = False,
+) -> None:
+    """What this machine can run, what is missing, and what works without it."""
+    from minisft.doctor import examine
+
+    report = examine()
+    print_json(report.to_dict()) if as_json else say(report.text(brief=brief))
+
+
+@app.command()
+def memory(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="smollm2, a model folder, or a hub id")] = None,
+    params: Annotated[float | None, typer.Option(help="a bare number of parameters instead, e.g. 7e9")] = None,
+    ranks: Annotated[int, typer.Option(help="processes, one per GPU")] = 2,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "bf16",
+    batch_size: Annotated[int, typer.Option(help="rows per rank and micro-batch, for the activations")] = 8,
+    max_length: Annotated[
+        int | None, typer.Option(help="longest row, in tokens; 2048 or the model's positions if not given")
+    ] = None,
+    activation_checkpointing: Annotated[bool, typer.Option("--activation-checkpointing")] = False,
+    accumulation: Annotated[int, typer.Option(help="micro-batches per step")] = 1,
+    gpu_memory: Annotated[float | None, typer.Option(help="GB of one GPU: says what fits and what to take")] = None,
+    states_only: Annotated[bool, typer.Option("--states-only", help="leave the activations out")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes per rank and owner under every strategy, predicted without allocating any of them."""
+    from minisft.zero import memory_report
+
+    if (model is None) == (params is None):
+        raise UserError("give either --model or --params, e.g. minisft memory --model smollm2")
+    batch = None if states_only else memory_report.Batch(batch_size, max_length, activation_checkpointing)
+    if gpu_memory is not None and not math.isfinite(gpu_memory):
+        raise UserError(f"--gpu-memory is {gpu_memory:g}: give GB, e.g. 80")
+    if params is not None:
+        report = memory_report.memory_of_parameters(params, ranks, precision, accumulation)
+    else:
+        about = (batch, trust_remote_code, note, accumulation, gpu_memory is not None)
+        report = memory_report.memory_of_model(model, ranks, precision, *about)
+    if gpu_memory is not None:
+        report.add_plan(gpu_memory * 1e9)
+    print_json(report.to_dict()) if as_json else say(report.text())
+
+
+@app.command()
+def lint(
+    file: Annotated[Path, typer.Argument(help="a DeepSpeed configuration in JSON")],
+    ranks: Annotated[int | None, typer.Option(help="processes: checks the batch arithmetic")] = None,
+    params: Annotated[float | None, typer.Option(help="the model's parameters: checks the buckets")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is wrong with a DeepSpeed configuration; exit code 1 if DeepSpeed refuses it or does not do what it says."""
+    from minisft.zero.lint_config import lint_file
+
+    if ranks is not None and ranks < 1:
+        raise UserError(f"--ranks is {ranks}: give at least 1")
+    if params is not None and not 1 <= params < math.inf:
+        raise UserError(f"--params is {params:g}: give a number from 1, e.g. 7e9")
+    findings = lint_file(file, ranks=ranks, parameters=None if params is None else int(params))
+    if as_json:
+        print_json([vars(finding) for finding in findings])
+    else:
+        say("\n".join(map(str, findings)) or f"nothing is wrong with {file}")
+    sys.exit(1 if any(finding.severity == "error" for finding in findings) else 0)
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="runs by name or folder; all with checkpoints if not given")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="test conversations to answer")] = 12,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 48,
+    batch_size: Annotated[int, typer.Option(help="conversations answered at once; changes no answer")] = 32,
+    answers: Annotated[str, typer.Option(help="of each conversation the last answer, or all")] = "last",
+    resamples: Annotated[int, typer.Option(help="bootstrap samples for the intervals; 0 for none")] = 1000,
+    exclude_leaked: Annotated[
+        bool, typer.Option("--exclude-leaked", help="take other conversations for those with a trained question")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="wait for runs that are being trained")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read every file again, also those untouched since they were hashed")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """BLEU, loss and three example answers for every checkpoint, and for the model before training."""
+    from minisft.course.figures.evaluation import draw
+    from minisft.evaluation.eval_set import EvalSettings
+    from minisft.evaluation.evaluate_checkpoints import evaluate_runs, runs_to_evaluate
+    from minisft.run.folder import Run, all_runs
+
+    settings = EvalSettings(rows, max_new_tokens, batch_size, answers, resamples, exclude_leaked)
+    wanted = [Run.load(name, trust_remote_code) for name in runs] if runs else all_runs(trust_remote_code)
+    is_asked = sys.stdin is not None and sys.stdin.isatty()
+    chosen = runs_to_evaluate(wanted, wait, typer.confirm if is_asked else None, say)
+    if runs and not chosen:
+        raise UserError(f"{wanted[0].name} is being trained: give --wait, or evaluate it when it is done")
+    if not runs:
+        for run in chosen:
+            if not run.checkpoints:
+                say(f"{run.name} is left out: it has no checkpoint (it is {run.status})")
+        chosen = [run for run in chosen if run.checkpoints]
+    if not chosen:
+        raise UserError(
+            "no run in outputs/model has a checkpoint: train one first, e.g. ./launchers/run_zero.sh vanilla"
+        )
+    broken = evaluate_runs(chosen, settings, verify=verify)
+    if picture := draw(chosen):
+        say(f"written to {os.path.relpath(picture.parent)}: a summary of each run, and {picture.name} of all")
+    if broken:
+        complain(f"{len(broken)} checkpoints or runs could not be evaluated: {broken[0]}")
+        sys.exit(1)
+
+
+@app.command()
+def chat(
+    run: Annotated[str, typer.Argument(help="a run with a checkpoint, by name or folder")],
+    step: Annotated[int | None, typer.Option(help="the checkpoint of that step; the last if not given")] = None,
+    beside: Annotated[bool, typer.Option("--beside", help="let the model before training answer as well")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 200,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk to a trained model: each line is a question, and Ctrl-D ends the conversation."""
+    from minisft.evaluation.chat_session import in_terminal, open_sessions
+    from minisft.run.folder import Run
+
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {max_new_tokens}: give at least 1")
+    in_terminal(open_sessions(Run.load(run, trust_remote_code), step, beside), sys.stdin, sys.stdout, max_new_tokens)
+
+
+@app.command()
+def notebooks(
+    paths: Annotated[list[Path] | None, typer.Argument(help="notebooks; all of the course if not given")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="also refresh the committed outputs")] = False,
+    timeout: Annotated[float | None, typer.Option(help="seconds for each notebook")] = None,
+) -> None:
+    """Execute notebooks; writes executed copies and an HTML book under outputs/notebooks."""
+    from minisft.course.notebooks import execute
+    from minisft.run.folder import project_root
+
+    sys.exit(execute(project_root(), paths, in_place=in_place, timeout=timeout))
