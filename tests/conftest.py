@@ -13,6 +13,8 @@ from unittest import mock
 import pytest
 from hypothesis import HealthCheck, settings
 
+from minisft.chat.registry import template_for
+
 # On a busy machine any example may take seconds; that says nothing about the code.
 settings.register_profile("minisft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("minisft")
@@ -61,11 +63,10 @@ def minisft(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
 
 def save_checkpoint(model: object, tokenizer_folder: Path, folder: Path) -> None:
     """A checkpoint as a run leaves it: weights, config, and the tokenizer with its chat template."""
-    from minisft.chat.mistral import MistralTemplate
     from minisft.chat.tokenizers import HuggingFaceTokenizer
 
     tokenizer = HuggingFaceTokenizer(tokenizer_folder)
-    tokenizer.hf.chat_template = MistralTemplate.for_tokenizer(tokenizer).jinja()
+    tokenizer.hf.chat_template = template_for(tokenizer).jinja()
     model.save_pretrained(folder)
     tokenizer.hf.save_pretrained(folder)
 

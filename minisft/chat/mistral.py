@@ -14,41 +14,37 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minisft.chat.template import Segment
 from minisft.data.conversations import Conversation, Message
 from minisft.errors import UserError
 
 if TYPE_CHECKING:
     from minisft.chat.tokenizers import Tokenizer
 
-VERSIONS = ("v1", "v2", "v3", "v3-tekken", "v7")
 INST, END_INST = "[INST]", "[/INST]"
 SYSTEM, END_SYSTEM = "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"
-CONTROL_TOKENS = {
-    "v1": (),
-    "v2": (INST, END_INST),
-    "v3": (INST, END_INST),
-    "v3-tekken": (INST, END_INST),
-    "v7": (INST, END_INST, SYSTEM, END_SYSTEM),
+
+
+@dataclass(frozen=True)
+class Version:
+    """What one version does differently. `system_in` is the question that takes the system prompt; "" for none."""
+
+    control_tokens: tuple[str, ...] = (INST, END_INST)
+    system_in: str = "last"
+    jinja_file: str = "mistral_v3.jinja"
+
+
+VERSIONS = {
+    "v1": Version((), "first", "mistral_v1.jinja"),
+    "v2": Version(),
+    "v3": Version(),
+    "v3-tekken": Version(),
+    "v7": Version((INST, END_INST, SYSTEM, END_SYSTEM), "", "mistral_v7.jinja"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """`text`, or the control token named by `control` (`bos`, `eos`, `[INST]`, …); exactly one of them is set.
-
-    `after` is what comes before a text in its row: `nothing`, `control` or `text`. Some tokenizers write a text
-    differently at each of these places.
-    """
-
-    role: str
-    turn: int
-    trained: bool
-    text: str | None = None
-    control: str | None = None
-    after: str = "control"
 
 
 @dataclass(frozen=True)
@@ -60,23 +56,38 @@ class MistralTemplate:
     says whether the tokenizer has a BOS token at all.
     """
 
-    version: str = "v1"
+    name: str = "v1"
     written_space: bool = False
     has_bos: bool = True
 
     def __post_init__(self) -> None:
-        if self.version not in VERSIONS:
-            raise UserError(f"template {self.version!r} is not known: use one of {', '.join(VERSIONS)}")
+        if self.name not in VERSIONS:
+            raise UserError(f"template {self.name!r} is not known: use one of {', '.join(VERSIONS)}")
 
-    @classmethod
-    def for_tokenizer(cls, tokenizer: Tokenizer, version: str | None = None) -> MistralTemplate:
-        """The template as `tokenizer` needs it: its own version, or `version`. Raises `UserError` if they clash."""
-        template = cls(version or tokenizer.version, tokenizer.continues_text, tokenizer.bos_id is not None)
-        if template.version != tokenizer.version:
-            raise UserError(
-                f"tokenizer {tokenizer.name} is set up for template {tokenizer.version}, not {template.version}"
-            )
-        return template
+    def fitted_to(self, tokenizer: Tokenizer) -> MistralTemplate:
+        """The same template with the space and the BOS that `tokenizer` needs."""
+        return replace(self, written_space=tokenizer.continues_text, has_bos=tokenizer.bos_id is not None)
+
+    @property
+    def version(self) -> Version:
+        return VERSIONS[self.name]
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        return self.version.control_tokens
+
+    @property
+    def markers_are_text(self) -> bool:
+        return not self.control_tokens
+
+    @property
+    def system_has_its_place(self) -> bool:
+        """Whether a system prompt is a message of its own, and not part of a question."""
+        return not self.version.system_in
+
+    def trained_text(self, answer: str) -> str:
+        """An answer as it is trained: where control tokens follow, spaces at its end are cut, as Mistral does it."""
+        return answer if self.markers_are_text else answer.rstrip(" ")
 
     def segments(self, conversation: Conversation) -> Iterator[Segment]:
         """The segments of a whole conversation, lazily, so that a full row can stop asking.
@@ -86,7 +97,7 @@ class MistralTemplate:
         messages = self.normalized(conversation.messages)
         system = "\n\n".join(m.content for m in conversation.messages if m.role == "system" and m.content)
         users = [i for i, m in enumerate(messages) if m.role == "user"]
-        holder = {"v1": users[:1], "v7": []}.get(self.version, users[-1:])
+        takes_system = {"first": users[:1], "last": users[-1:]}.get(self.version.system_in, [])
         yield Segment("template", 0, False, control="bos")
         turn = 0
         start = "control" if self.has_bos else "nothing"
@@ -97,19 +108,19 @@ class MistralTemplate:
             elif message.role == "system":
                 yield from _enclosed(SYSTEM, message.content, END_SYSTEM, "system", turn)
             else:
-                content = f"{system}\n\n{message.content}" if system and i in holder else message.content
-                if self.version == "v1":
+                content = f"{system}\n\n{message.content}" if system and i in takes_system else message.content
+                if self.markers_are_text:
                     yield Segment("user", turn, False, text=f"[INST] {content} [/INST]", after=start)
                 else:
                     yield from _enclosed(INST, content, END_INST, "user", turn)
-            start = "text" if self.version == "v1" and message.role == "user" else "control"
+            start = "text" if self.markers_are_text and message.role == "user" else "control"
 
     def _answer(self, message: Message, turn: int) -> Iterator[Segment]:
-        if self.version == "v1":
+        if self.markers_are_text:
             text = " " + message.content if self.written_space else message.content
             yield Segment("assistant", turn, message.trained, text=text, after="text")
         else:
-            yield Segment("assistant", turn, message.trained, text=message.content.rstrip(" "))
+            yield Segment("assistant", turn, message.trained, text=self.trained_text(message.content))
         yield Segment("assistant", turn, message.trained, control="eos")
 
     def normalized(self, messages: tuple[Message, ...]) -> list[Message]:
@@ -124,9 +135,9 @@ class MistralTemplate:
             texts = [m.content for m in group]
             if role != "system":
                 joined.append(Message(role, "\n\n".join(text for text in texts if text), trained))
-            elif self.version == "v7":
+            elif self.system_has_its_place:
                 joined += [Message(role, text) for text in texts]
-        if not joined or (self.version != "v7" and joined[0].role != "user"):
+        if not joined or (not self.system_has_its_place and joined[0].role != "user"):
             joined.insert(0, Message("user", ""))
         return joined
 
@@ -145,9 +156,9 @@ class MistralTemplate:
         (`conversations.one_per_answer`) restores the equality.
         """
         roles = [m.role for m in conversation.messages if m.content or m.role != "system"]
-        if self.version == "v7" or not {"system", "user", "assistant"} <= set(roles):
+        if self.system_has_its_place or not {"system", "user", "assistant"} <= set(roles):
             return True
-        if self.version == "v1":
+        if self.version.system_in == "first":
             return "system" not in roles[roles.index("assistant") :]
         before_last = "".join(role[0] for role in roles).rpartition("u")[0]
         return "a" not in before_last.partition("s")[2]
@@ -161,9 +172,7 @@ class MistralTemplate:
         the vocabulary reaches from `[/INST]` into the answer (`]▁a`); no vocabulary has such pieces that was learned
         word by word. Like Mistral's own templates it refuses roles out of turn instead of mending them.
         """
-        from minisft.chat.mistral_jinja import jinja
-
-        return jinja(self.version)
+        return Path(__file__).with_name(self.version.jinja_file).read_text(encoding="utf-8")
 
 
 def _weight(message: Message) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minisft import system
-from minisft.chat.mistral import CONTROL_TOKENS, VERSIONS
+from minisft.chat.registry import DEFAULT, template_named
 from minisft.data.model_folder import clean_logs, require_tokenizer_class
 from minisft.errors import UserError
 from minisft.text import visible
@@ -26,15 +26,15 @@ SPACE_MARK = "▁"
 class Tokenizer(Protocol):
     """What the rest of the package asks of a tokenizer.
 
-    `version` is the template it is set up for. `continues_text`: a text may follow a text and is encoded as its
-    continuation; Mistral's own tokenizers encode every text alone. `cuts_at_spaces`: no token reaches across a
+    `template_name` is the template that it is set up for. `continues_text`: a text may follow a text and is encoded
+    as its continuation; Mistral's own tokenizers encode every text alone. `cuts_at_spaces`: no token reaches across a
     space between two words, so the ids of a text cut before such a space are the first ids of the whole text.
     `added_words` are words that were added to the vocabulary and are no control tokens (`<think>` of many models): a
     text may hold them, and each is one id.
     """
 
     name: str
-    version: str
+    template_name: str
     bos_id: int | None
     eos_id: int
     pad_id: int
@@ -70,26 +70,25 @@ class Tokenizer(Protocol):
 
 
 class HuggingFaceTokenizer:
-    """A fast tokenizer of transformers, from a model folder, set up for one template version.
+    """A fast tokenizer of transformers, from a model folder, set up for one chat template.
 
-    v1 needs no tokens of its own. For the others the version's control tokens are added to the vocabulary where
-    they are missing; `hf` then has more tokens than the model, and the model's embeddings must grow (`train` does).
+    The template's control tokens are added to the vocabulary where they are missing (v1 has none); `hf` then has more
+    tokens than the model, and `model.loading` grows the model's embeddings.
     """
 
     continues_text = True
 
-    def __init__(self, folder: Path | str, version: str = "v1"):
-        self.name, self.version = Path(folder).name, version
-        if version not in VERSIONS:
-            raise UserError(f"template {version!r} is not known: use one of {', '.join(VERSIONS)}")
+    def __init__(self, folder: Path | str, template: str = DEFAULT):
+        self.name, self.template_name = Path(folder).name, template
+        control_tokens = template_named(template).control_tokens
         self.hf = _load(folder)
-        self._add_control_tokens()
+        self._add_control_tokens(control_tokens)
         self.bos_id, self.eos_id = self.hf.bos_token_id, self.hf.eos_token_id
         self.pad_id = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
         self.vocab_size = max(self.hf.get_vocab().values()) + 1
 
         whole = json.loads(self.hf.backend_tokenizer.to_str())
-        marks = {*self.hf.all_special_tokens, *CONTROL_TOKENS[version]}
+        marks = {*self.hf.all_special_tokens, *control_tokens}
         added = [token for token in whole["added_tokens"] if not _only_spaces(token["content"])]
         control = {token["id"] for token in added if token["special"] or token["content"] in marks}
         # The unknown token is no forgery: it is what some tokenizers make of text that they lack.
@@ -105,11 +104,11 @@ class HuggingFaceTokenizer:
             token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"]) for token in words
         )
 
-    def _add_control_tokens(self) -> None:
+    def _add_control_tokens(self, names: Sequence[str]) -> None:
         from tokenizers import AddedToken
 
         known = self.hf.get_added_vocab()
-        missing = [name for name in CONTROL_TOKENS[self.version] if name not in known]
+        missing = [name for name in names if name not in known]
         if missing:
             self.hf.add_tokens([AddedToken(name, special=True, normalized=False) for name in missing], True)
 
@@ -293,7 +292,7 @@ class MistralCommonTokenizer:
         }
         if version not in make:
             raise UserError(f"tokenizer mistral:{version} is not known: use mistral: and one of {', '.join(make)}")
-        self.name, self.version = f"mistral:{version}", version
+        self.name, self.template_name = f"mistral:{version}", version
         self._inner: Any = make[version]().instruct_tokenizer.tokenizer
         self._tekken = hasattr(self._inner, "id_to_byte_piece") and version == "v3-tekken"
         self.bos_id, self.eos_id = self._inner.bos_id, self._inner.eos_id
@@ -348,17 +347,17 @@ def _bytes_of_piece(piece: str) -> bytes:
     return piece.replace(SPACE_MARK, " ").encode()
 
 
-def load_tokenizer(source: str = "smollm2", version: str | None = None) -> Tokenizer:
+def load_tokenizer(source: str = "smollm2", template: str | None = None) -> Tokenizer:
     """The tokenizer of `smollm2`, of a model folder or hub id, or `mistral:v1` to `mistral:v7`.
 
-    `version` is the template; Mistral's own tokenizers know theirs, for all others it is v1 unless given. Raises
+    Mistral's own tokenizers know their `template`; for all others it is v1 unless given. Raises
     `UserError`.
     """
     if source.startswith("mistral:"):
         own = source.removeprefix("mistral:")
-        if version not in (None, own):
-            raise UserError(f"tokenizer {source} goes with template {own}, not {version}: leave --template out")
+        if template not in (None, own):
+            raise UserError(f"tokenizer {source} goes with template {own}, not {template}: leave --template out")
         return MistralCommonTokenizer(own)
     from minisft.data.download import find_tokenizer
 
-    return HuggingFaceTokenizer(find_tokenizer(source), version or "v1")
+    return HuggingFaceTokenizer(find_tokenizer(source), template or DEFAULT)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from minisft.chat.registry import template_for
 from minisft.cli.options import (
     AsJson,
     Data,
@@ -62,7 +63,6 @@ def encode(
     ledger: Annotated[Path | None, typer.Option(help="write what was dropped, where and why, as JSON")] = None,
 ) -> None:
     """Turn conversations into token ids and labels, one JSON line each."""
-    from minisft.chat.mistral import MistralTemplate
     from minisft.chat.tokenizers import load_tokenizer
     from minisft.data.download import find_data
     from minisft.data.ledger import Ledger
@@ -75,7 +75,7 @@ def encode(
     out, ledger = user_path(out), None if ledger is None else user_path(ledger)
     require_apart([out, *([ledger] if ledger else [])], [source, *local_paths(tokenizer)])
     using = load_tokenizer(tokenizer, template)
-    form = MistralTemplate.for_tokenizer(using)
+    form = template_for(using)
     rows = encode_stream(
         read(source, book),
         form,
@@ -113,7 +113,6 @@ def show(
     """The token lens: every token of one conversation with its label."""
     import itertools
 
-    from minisft.chat.mistral import MistralTemplate
     from minisft.chat.tokenizers import load_tokenizer
     from minisft.data.download import find_data
     from minisft.data.ledger import Ledger
@@ -128,7 +127,7 @@ def show(
     before = list(itertools.islice(read(find_data(data, note).path, Ledger()), min(max(0, row) + 1, sys.maxsize)))
     if not 0 <= row < len(before):
         raise UserError(f"--row {row} is outside {data}, which has {len(before)} usable conversations")
-    say(Lens(encode(before[row], MistralTemplate.for_tokenizer(using), using, max_length, truncation), using))
+    say(Lens(encode(before[row], template_for(using), using, max_length, truncation), using))
 
 
 @app.command()
@@ -151,7 +150,6 @@ def check(
 
     Exit code 1 and the offending rows where an invariant fails, or where a damaged file was not read to its end.
     """
-    from minisft.chat.mistral import MistralTemplate
     from minisft.chat.tokenizers import load_tokenizer
     from minisft.data.download import find_data
     from minisft.data.ledger import Ledger
@@ -164,7 +162,7 @@ def check(
     if against and not tokenized:
         raise UserError(f"--against goes with tokenized data, and {data} has conversations: leave it out")
     using = load_tokenizer(tokenizer, template)
-    form = MistralTemplate.for_tokenizer(using)
+    form = template_for(using)
     settings = {"truncation": truncation, "train_on": train_on, "say": note}
     book = Ledger()
     if tokenized:

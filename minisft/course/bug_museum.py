@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from minisft.chat.mistral import MistralTemplate
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.data.conversations import Conversation, Message
 from minisft.data.ledger import Ledger
@@ -39,12 +39,12 @@ def talk(*contents: str, name: str = "talk") -> Conversation:
 
 
 def right_row(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
-    return encode(conversation, MistralTemplate.for_tokenizer(tokenizer), tokenizer, LONGEST)
+    return encode(conversation, template_for(tokenizer), tokenizer, LONGEST)
 
 
 def find_first(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
     """Write everything as one text, then search the answers in it."""
-    segments = list(MistralTemplate.for_tokenizer(tokenizer).segments(conversation))
+    segments = list(template_for(tokenizer).segments(conversation))
     names = {"bos": tokenizer.hf.bos_token or "", "eos": tokenizer.hf.eos_token}
     text = "".join(s.text if s.control is None else names.get(s.control, s.control) for s in segments)
     encoded = tokenizer.hf(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -75,7 +75,7 @@ def mistyped_marks(tokenizer: HuggingFaceTokenizer, conversation: Conversation) 
     typed = {"bos": "<s>", "eos": r"<\s>", "[/INST]": r"[\INST]"}
     ids: list[int] = []
     labels: list[int] = []
-    for s in MistralTemplate.for_tokenizer(tokenizer).segments(conversation):
+    for s in template_for(tokenizer).segments(conversation):
         text = s.text.replace("[/INST]", r"[\INST]") if s.control is None else typed.get(s.control, s.control)
         part = tokenizer.hf.encode(text, add_special_tokens=False)
         ids += part
@@ -107,7 +107,7 @@ def forged_end(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> R
     """Ask the tokenizer plainly: it parses control tokens out of what people wrote."""
     ids: list[int] = []
     labels: list[int] = []
-    for s in MistralTemplate.for_tokenizer(tokenizer).segments(conversation):
+    for s in template_for(tokenizer).segments(conversation):
         if s.control is None:
             part = tokenizer.hf.encode(s.text, add_special_tokens=False)
         else:
@@ -125,7 +125,7 @@ def cut_blindly(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> 
 
 def cut_and_counted(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row | None:
     """Cut likewise; a row without a trained token is dropped, with a line in the ledger."""
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     rows = encode_stream([conversation], template, tokenizer, max_length=SHORT, ledger=Ledger())
     return next(rows, None)
 
@@ -133,7 +133,7 @@ def cut_and_counted(tokenizer: HuggingFaceTokenizer, conversation: Conversation)
 def broken_in_row(row: Row | None, tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> list[Violation]:
     if row is None:
         return []
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     most = SHORT if row.truncated else None
     return check_row(row.id, row.input_ids, row.labels, template, tokenizer, max_length=most, conversation=conversation)
 

@@ -1,7 +1,8 @@
-"""What comes from outside: conversation files, data sets and models.
+"""Read conversation files, data sets and model folders that come from outside.
 
-Dirty rows of many formats become `Conversation`s, a `Ledger` counts what is dropped or repaired, and `split` keeps the
-parts of one conversation on one side. Nothing that is read here is trusted.
+Dirty rows of many formats become `Conversation` objects, a `Ledger` counts what is dropped or
+repaired, and `split` keeps the parts of one conversation on the same side. None of the input is
+trusted.
 """
 
 import lazy_loader

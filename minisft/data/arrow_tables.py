@@ -1,7 +1,8 @@
-"""Rows of Parquet and Arrow files, as JSON would have given them: one batch at a time, and checked before it is read.
+"""Read rows of Parquet and Arrow files in checked batches, in the form that JSON would give.
 
-Damaged Arrow is dangerous: its offsets are used as they stand, and wrong ones end the process. So every batch is
-validated whole before a value of it is touched. Columns that nothing reads are not converted.
+Damaged Arrow is dangerous: pyarrow uses its offsets as they are, and wrong ones crash the process.
+So each batch is validated in full before any of its values is accessed. Columns that nothing reads
+are not converted.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 PARQUET = b"PAR1"
 ARROW_STREAM, ARROW_FILE = b"\xff\xff\xff\xff", b"ARROW1"
 TOKENIZED = ("input_ids", "labels", "attention_mask", "position_ids", "seq_lengths")
-AT_ONCE = 256  # rows
-MOST_PER_BYTE = 1000  # rows, values or unpacked bytes for each byte of a file; more is a bomb
-FILLED = object()  # stands for a value that nothing reads
+AT_ONCE = 256  # rows converted to Python objects at a time
+# Rows, values or unpacked bytes per byte of the file. A file that claims more is a bomb.
+MOST_PER_BYTE = 1000
+FILLED = object()  # placeholder for a value in a column that nothing reads
 _READ = KEYS | set(TOKENIZED)
 
 
@@ -32,9 +34,11 @@ def is_table(head: bytes) -> bool:
 
 
 def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes) -> Iterator[tuple[str, Any]]:
-    """Every row of a Parquet or Arrow file with its name. Raises `UserError` if the file is damaged.
+    """Yield each row of a Parquet or Arrow file as a pair of its name and its values.
 
-    A row with a value that cannot be read (a text that is not UTF-8, a date before the year 1) is an `UnusableRow`.
+    `stream` is the open file and `head` its first bytes. A row with an unreadable value (text that
+    is not UTF-8, a date before the year 1) is an `UnusableRow`. Raises `UserError` if the file is
+    damaged or compressed as a whole.
     """
     import pyarrow
 
@@ -45,8 +49,9 @@ def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes) -> Ite
     try:
         size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
-        for batch in _parquet(stream, size) if kind == "Parquet" else _arrow(stream, head):
-            _require_room(size * MOST_PER_BYTE, number + batch.num_rows, "rows")
+        for batch in _parquet_batches(stream, size) if kind == "Parquet" else _arrow_batches(stream, head):
+            _require_plausible(size * MOST_PER_BYTE, number + batch.num_rows, "rows")
+            # The Parquet reader builds its own offsets; Arrow takes them from the file.
             batch.validate(full=kind == "Arrow")
             for start in range(0, batch.num_rows, AT_ONCE):
                 for row in _rows(batch.slice(start, AT_ONCE), kind):
@@ -57,32 +62,38 @@ def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes) -> Ite
         raise UserError(f"data file {file.path} is damaged {kind} ({reason}): fetch or write it again") from error
 
 
-def _require_room(most: int, claimed: int, what: str) -> None:
+def _require_plausible(most: int, claimed: int, what: str) -> None:
+    """Raise `ValueError` if a file claims more than `most` of something."""
     if claimed > most:
         raise ValueError(f"it cannot hold {claimed:,} {what}")
 
 
-def _parquet(stream: io.BufferedReader, size: int) -> Iterable[pyarrow.RecordBatch]:
+def _parquet_batches(stream: io.BufferedReader, size: int) -> Iterable[pyarrow.RecordBatch]:
     import pyarrow.parquet
 
-    opened = pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20)
-    groups = [opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups)]
+    parquet_file = pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20)
+    groups = [parquet_file.metadata.row_group(i) for i in range(parquet_file.metadata.num_row_groups)]
+    # The metadata states the unpacked sizes, so a bomb is refused before anything is unpacked.
     for column in (group.column(j) for group in groups for j in range(group.num_columns)):
-        _require_room(size * MOST_PER_BYTE, max(column.num_values, column.total_uncompressed_size), "bytes or values")
-    return opened.iter_batches(batch_size=AT_ONCE)
+        largest = max(column.num_values, column.total_uncompressed_size)
+        _require_plausible(size * MOST_PER_BYTE, largest, "bytes or values")
+    return parquet_file.iter_batches(batch_size=AT_ONCE)
 
 
-def _arrow(stream: io.BufferedReader, head: bytes) -> Iterable[pyarrow.RecordBatch]:
+def _arrow_batches(stream: io.BufferedReader, head: bytes) -> Iterable[pyarrow.RecordBatch]:
     import pyarrow
 
     if not head.startswith(ARROW_FILE):
         return iter(pyarrow.ipc.open_stream(stream))
-    opened = pyarrow.ipc.open_file(stream)
-    return map(opened.get_batch, range(opened.num_record_batches))
+    arrow_file = pyarrow.ipc.open_file(stream)
+    return map(arrow_file.get_batch, range(arrow_file.num_record_batches))
 
 
 def _require_backed(column: pyarrow.Array) -> None:
-    """Raise `ValueError` for a list of more values than there is data for: of nothing, or the same ones many times."""
+    """Raise `ValueError` for lists that claim more values than their data can hold.
+
+    Such lists contain nulls that take no space, or refer to the same values many times.
+    """
     import pyarrow.compute as compute
     import pyarrow.types as types
 
@@ -91,13 +102,14 @@ def _require_backed(column: pyarrow.Array) -> None:
             _require_backed(child)
     elif types.is_nested(column.type) and not types.is_map(column.type) and not types.is_union(column.type):
         claimed = compute.sum(compute.list_value_length(column)).as_py() or 0
-        _require_room(8 * column.nbytes + AT_ONCE * AT_ONCE, claimed, "values")  # true or false takes a bit
+        # The smallest value, a boolean, takes one bit: up to 8 values per byte.
+        _require_plausible(8 * column.nbytes + AT_ONCE * AT_ONCE, claimed, "values")
         _require_backed(column.flatten())
 
 
 def _rows(batch: pyarrow.RecordBatch, kind: str) -> Iterator[dict[str, Any] | UnusableRow]:
     columns = {
-        name: _values(column) if name in _READ else _filled(column)
+        name: _values(column) if name in _READ else _placeholders(column)
         for name, column in zip(batch.schema.names, batch.columns, strict=True)
     }
     for values in zip(*columns.values(), strict=True):
@@ -110,7 +122,7 @@ def _values(column: pyarrow.Array) -> list[Any]:
     _require_backed(column)
     try:
         return column.to_pylist()
-    except (ValueError, ArithmeticError):
+    except (ValueError, ArithmeticError):  # convert value by value, so that one bad value costs only its row
         return [_value(cell) for cell in column]
 
 
@@ -121,8 +133,8 @@ def _value(cell: pyarrow.Scalar) -> Any:
         return UnusableRow(type(error).__name__)
 
 
-def _filled(column: pyarrow.Array) -> list[Any]:
-    """Of a column that nothing reads: where there is more in it than null, `""` or `[]`."""
+def _placeholders(column: pyarrow.Array) -> list[Any]:
+    """For a column that nothing reads: `FILLED` for each value except null, `""` and `[]`, else None."""
     import pyarrow.compute
     import pyarrow.types as types
 

@@ -1,6 +1,6 @@
-"""Conversations: from raw rows of several shapes to clean, alternating turns.
+"""Clean raw rows of several formats into conversations with alternating turns.
 
-Every row ends up in exactly one place of the `Ledger`: kept, or dropped for a counted reason.
+Every row is counted exactly once in the `Ledger`: as a kept row, or as dropped for a reason.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from minisft.data.ledger import Ledger
 from minisft.data.messages import IS_JSON, Message, UnusableRow, encodable
 from minisft.data.row_formats import as_object, own_id, read_row
 
-LONGEST_MESSAGE = 2_000_000  # characters: more than any context holds, less than would fill the memory
+LONGEST_MESSAGE = 2_000_000  # characters: longer than any context window, small enough for the memory
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What remains after cleaning: system prompts, then user and assistant in turn, an answer last.
+    """A clean conversation: user and assistant turns alternate, and the last turn is an answer.
 
-    Two answers in a row differ in their weight: one of them is trained and the other is not.
+    System prompts may appear anywhere before the last answer. Two answers follow each other only if
+    one of them is trained and the other is not.
     """
 
     id: str
@@ -30,14 +31,16 @@ class Conversation:
 
     @property
     def characters(self) -> int:
+        """The number of characters in all messages."""
         return sum(len(m.content) for m in self.messages)
 
     @property
     def answers(self) -> int:
+        """The number of assistant messages."""
         return sum(m.role == "assistant" for m in self.messages)
 
     def to_sharegpt(self) -> dict[str, Any]:
-        """The row in ShareGPT's own shape, for writing it back to a file."""
+        """The conversation as a ShareGPT row, to be written to a file."""
         names = {"user": "human", "assistant": "gpt", "system": "system"}
         turns = [
             {"from": names[m.role], "value": m.content} | ({} if m.trained else {"weight": 0}) for m in self.messages
@@ -46,7 +49,7 @@ class Conversation:
 
 
 def only_last_answer(conversation: Conversation) -> Conversation:
-    """The same conversation with its last answer trained and the others not."""
+    """The same conversation with only its last answer trained (if that answer has weight 1)."""
     last = max(i for i, m in enumerate(conversation.messages) if m.role == "assistant")
     messages = tuple(
         replace(m, trained=m.trained and i == last) if m.role == "assistant" else m
@@ -56,9 +59,10 @@ def only_last_answer(conversation: Conversation) -> Conversation:
 
 
 def one_per_answer(conversation: Conversation) -> Iterator[Conversation]:
-    """One conversation per trained answer: all that comes before it, and that answer alone trained.
+    """Yield one conversation per trained answer: all messages up to it, with only that answer trained.
 
-    This is what inference sees at each turn, even where the template moves the system prompt (v2, v3).
+    This is what inference sees at each turn, even with templates that move the system prompt to the
+    last user turn (v2, v3). The id of answer number n is `<id>@<n>`, counted from 1.
     """
     number = 0
     before: list[Message] = []
@@ -75,11 +79,12 @@ def one_per_answer(conversation: Conversation) -> Iterator[Conversation]:
 
 
 def clean(row: Any, where: str, ledger: Ledger, escaped: bool | None = None) -> Conversation | None:
-    """One raw row -> a conversation that alternates and ends in an answer, or None with a line in the ledger.
+    """Turn one raw row into a conversation that alternates and ends in an answer.
 
-    Takes rows of every shape that `shapes` knows; `where` names a row that has no id. A row may also be the reason,
-    an `UnusableRow`, why it could not even be read. `escaped` says whether its file was HTML-escaped (`escaping`); None
-    judges the row alone.
+    `row` may have any format that `row_formats` reads, or be an `UnusableRow`, the reason why it
+    could not be read. `where` names a row that has no id. `escaped` tells whether its file was
+    HTML-escaped (see `html_escapes`); with None the row is judged by itself. Returns None for a
+    dropped row; drops and repairs are counted in `ledger`.
     """
     row_id = where
     try:
@@ -87,15 +92,15 @@ def clean(row: Any, where: str, ledger: Ledger, escaped: bool | None = None) -> 
         row_id = own_id(row) or where
         if was_text:
             ledger.repair(IS_JSON, row_id)
-        found = read_row(row)
-        for reason in found.repairs:
-            if not (was_text and reason == IS_JSON):
+        parsed = read_row(row)
+        for reason in parsed.repairs:
+            if not (was_text and reason == IS_JSON):  # the ledger counts a row once per reason
                 ledger.repair(reason, row_id)
-        messages = _mended_text(found.messages, row_id, ledger, escaped)
-        conversation = Conversation(row_id, tuple(_in_turn(messages, row_id, ledger)))
+        messages = _repaired_text(parsed.messages, row_id, ledger, escaped)
+        conversation = Conversation(row_id, tuple(_alternating(messages, row_id, ledger)))
     except UnusableRow as reason:
         return ledger.drop(str(reason), row_id)
-    for name in found.unread:
+    for name in parsed.unread:
         ledger.leave_unread(name, row_id)
     return conversation
 
@@ -103,24 +108,24 @@ def clean(row: Any, where: str, ledger: Ledger, escaped: bool | None = None) -> 
 # --- text --------------------------------------------------------------------------------------------------
 
 
-def _mended_text(messages: list[Message], row_id: str, ledger: Ledger, escaped: bool | None) -> list[Message]:
+def _repaired_text(messages: list[Message], row_id: str, ledger: Ledger, escaped: bool | None) -> list[Message]:
     _require_length(messages)
-    texts = before = [m.content for m in messages]
-    for reason, mend in _TEXT_REPAIRS:
-        if mend is unescaped and not (is_escaped(texts, turns=1, kinds=1) if escaped is None else escaped):
+    texts = original = [m.content for m in messages]
+    for reason, repair in _TEXT_REPAIRS:
+        if repair is unescaped and not (is_escaped(texts, turns=1, kinds=1) if escaped is None else escaped):
             continue
-        mended = mend(texts)
-        if mended != texts:
+        repaired = repair(texts)
+        if repaired != texts:
             ledger.repair(reason, row_id)
-            texts = mended
-    if texts is before:
+            texts = repaired
+    if texts is original:
         return messages
     return [replace(m, content=text) for m, text in zip(messages, texts, strict=True)]
 
 
 def _without_lone_bytes(texts: list[str]) -> list[str]:
-    # Reading marks each byte that is no UTF-8 with a low surrogate (Python's `surrogateescape`).
-    # Python knows at once that a text is ASCII, and most are.
+    # The reader marks each byte that is not UTF-8 with a low surrogate (Python's `surrogateescape`).
+    # `isascii` takes constant time, and most texts are ASCII.
     return [text if text.isascii() else re.sub("[\udc80-\udcff]+", "\N{REPLACEMENT CHARACTER}", text) for text in texts]
 
 
@@ -132,55 +137,57 @@ def _with_line_feeds(texts: list[str]) -> list[str]:
     return [text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text for text in texts]
 
 
+# The order matters: unescaping may produce carriage returns (`&#13;`).
 _TEXT_REPAIRS = (
     ("invalid UTF-8: replaced", _without_lone_bytes),
     ("half a surrogate pair: replaced", _with_whole_characters),
     ("HTML-escaped text: unescaped", unescaped),
-    ("CR or CRLF line ends: made LF", _with_line_feeds),
+    ("CR or CRLF line endings: converted to LF", _with_line_feeds),
 )
 
 
 # --- turns -------------------------------------------------------------------------------------------------
 
 
-def _in_turn(messages: list[Message], row_id: str, ledger: Ledger) -> list[Message]:
-    """User and assistant in turn, an answer last; system prompts stay where they are.
+def _alternating(messages: list[Message], row_id: str, ledger: Ledger) -> list[Message]:
+    """Make user and assistant turns alternate and end in an answer; system prompts keep their place.
 
-    Neighbours of one role are joined, but answers of different weight stay apart, as in Mistral's own normalization.
+    Consecutive turns of one role are joined, except answers of different weight, as in Mistral's own
+    normalization.
     """
-    kept: list[Message] = []
-    last = None  # where the last spoken turn is in `kept`
-    joined: dict[int, list[str]] = {}  # the texts of a turn that was several; put together at the end, in linear time
-    repairs: dict[str, None] = {}  # an ordered set: one line per row and reason
+    turns: list[Message] = []
+    last = None  # index in `turns` of the last user or assistant turn
+    joined: dict[int, list[str]] = {}  # index in `turns` -> its texts, joined at the end in linear time
+    repairs: dict[str, None] = {}  # an ordered set: the ledger counts a row once per reason
     for message in messages:
         if message.role == "system":
             if not is_blank(message.content):
-                kept.append(message)
+                turns.append(message)
         elif last is None and message.role == "assistant":
             repairs["answer before any question: removed"] = None
         elif is_blank(message.content):
             repairs["empty turn: cut there"] = None
             break
-        elif last is not None and _is_continued(kept[last], message):
-            repairs["neighbours of one role: joined"] = None
-            joined.setdefault(last, [kept[last].content]).append(message.content)
+        elif last is not None and _continues(turns[last], message):
+            repairs["consecutive turns of one role: joined"] = None
+            joined.setdefault(last, [turns[last].content]).append(message.content)
         else:
-            last = len(kept)
-            kept.append(message)
+            last = len(turns)
+            turns.append(message)
     for i, texts in joined.items():
-        kept[i] = replace(kept[i], content="\n\n".join(texts))
-    answers = sum(m.role == "assistant" for m in kept)
-    while kept and kept[-1].role != "assistant":
-        if kept.pop().role == "user" and answers:
+        turns[i] = replace(turns[i], content="\n\n".join(texts))
+    answers = sum(m.role == "assistant" for m in turns)
+    while turns and turns[-1].role != "assistant":
+        if turns.pop().role == "user" and answers:
             repairs["last question has no answer: removed"] = None
     for reason in repairs:
         ledger.repair(reason, row_id)
     if not answers:
         raise UnusableRow("no question with an answer")
-    if not any(m.trained for m in kept if m.role == "assistant"):
+    if not any(m.trained for m in turns if m.role == "assistant"):
         raise UnusableRow("every answer has weight 0")
-    _require_length(kept)
-    return kept
+    _require_length(turns)  # again, because joined turns are longer
+    return turns
 
 
 def _require_length(messages: list[Message]) -> None:
@@ -188,10 +195,15 @@ def _require_length(messages: list[Message]) -> None:
         raise UnusableRow(f"a message of more than {LONGEST_MESSAGE:,} characters")
 
 
-def _is_continued(before: Message, message: Message) -> bool:
-    return before.role == message.role and (message.role == "user" or before.trained == message.trained)
+def _continues(previous: Message, message: Message) -> bool:
+    """Whether a message is joined to the previous turn."""
+    return previous.role == message.role and (message.role == "user" or previous.trained == message.trained)
 
 
 def is_blank(text: str) -> bool:
-    """Nothing to see: spaces, line ends, and such as the zero-width space, which ShareGPT has for answers."""
+    """Whether a text has no visible character.
+
+    Spaces, line ends and invisible characters do not count; ShareGPT has answers that consist of a
+    zero-width space.
+    """
     return not any(c.isprintable() and not c.isspace() for c in text)

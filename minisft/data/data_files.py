@@ -1,6 +1,7 @@
-"""The files that data is in: which ones of a folder are read, and how one is opened, and unpacked if it is compressed.
+"""Find the data files of a folder, open them, and unpack compressed ones.
 
-A folder may come from somebody else: only regular files are opened, and `save_to_disk` may name only files in it.
+A folder may come from somebody else: only regular files are opened, and the state files that
+`save_to_disk` writes may name only files in their own folder.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ from minisft.text import one_line
 ENDINGS = tuple(
     kind + packed for kind in (".json", ".jsonl", ".ndjson", ".parquet", ".arrow") for packed in ("", ".gz", ".zst")
 )
-DESCRIPTIONS = ("dataset_info", "state.json", "dataset_dict.json")  # beginnings of names: not data, but about it
-NAMED = 3  # files that a note names
+# Prefixes of file names that describe a data set and hold no rows.
+DESCRIPTIONS = ("dataset_info", "state.json", "dataset_dict.json")
+NAMED = 3  # how many skipped files the note lists by name
 _CODECS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _BUFFER = 1 << 18  # bytes
-_PIECE = 1 << 13  # bytes that are unpacked at a time; damage costs no more
-_LEAST, _RATIO = 1 << 28, 100  # bytes that may come of any compressed file, or of each of its bytes; more is a bomb
+_PIECE = 1 << 13  # bytes unpacked at a time; damage loses at most this much good data
+# Unpacked bytes allowed for any file, and per compressed byte. More is a decompression bomb.
+_LEAST, _RATIO = 1 << 28, 100
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of rows; `name`, which is fit to be shown, is how its rows are named."""
+    """One file of rows. `name` is safe to print, and the names of its rows begin with it."""
 
     path: Path
     name: str
@@ -52,26 +55,29 @@ class _Splits(TypedDict):
 
 
 def files_of(path: Path, ledger: Ledger) -> list[DataFile]:
-    """The file itself, or the files of a folder in the order of their names. Raises `UserError` if there are none.
+    """Return the file itself, or the data files of a folder and its subfolders, sorted by path.
 
-    Hidden files and other kinds are left out, with a note. A folder of `save_to_disk` names its files itself.
+    Hidden files and files of other types are skipped, with a note in `ledger`. In a folder written
+    by `save_to_disk`, the state files determine which files are read. Raises `UserError` if the
+    folder has no data file or cannot be read.
     """
     try:
         if not path.is_dir():
             return [DataFile(path, one_line(path.name))]
         if any((path / name).is_file() for name in DESCRIPTIONS[1:]):
-            return _saved(path)
-        found = sorted(file for file in path.rglob("*") if not file.is_dir())
-        chosen = [file for file in found if _is_data(file, path)]
+            return _saved_files(path)
+        all_files = sorted(file for file in path.rglob("*") if not file.is_dir())
+        data_files = [file for file in all_files if _is_data(file, path)]
     except OSError as error:
         raise UserError(f"data folder {path} cannot be read ({error.strerror}): check the path") from error
-    if not chosen:
+    if not data_files:
         raise UserError(f"folder {path} has no .json, .jsonl or .parquet file: give a file of conversations")
-    left = sorted(set(found) - set(chosen))
-    if left:
-        names = ", ".join(one_line(file.relative_to(path), 60) for file in left[:NAMED])
-        ledger.note(f"files of the folder that were not read: {len(left):,} ({names}{', …' * (len(left) > NAMED)})")
-    return [DataFile(file, one_line(file.name)) for file in chosen]
+    skipped = sorted(set(all_files) - set(data_files))
+    if skipped:
+        names = ", ".join(one_line(file.relative_to(path), 60) for file in skipped[:NAMED])
+        more = ", …" if len(skipped) > NAMED else ""
+        ledger.note(f"files in the folder that were not read: {len(skipped):,} ({names}{more})")
+    return [DataFile(file, one_line(file.name)) for file in data_files]
 
 
 def _is_data(file: Path, folder: Path) -> bool:
@@ -80,28 +86,31 @@ def _is_data(file: Path, folder: Path) -> bool:
     return is_named and not is_hidden and file.is_file()
 
 
-def _saved(folder: Path) -> list[DataFile]:
-    """The files of a `Dataset` (state.json names them in order) or of a `DatasetDict` (a folder for each split)."""
+def _saved_files(folder: Path) -> list[DataFile]:
+    """The files of a saved `Dataset` or `DatasetDict`.
+
+    `state.json` lists the files of a `Dataset` in order; a `DatasetDict` has a folder for each split.
+    """
     try:
         splits = read_json(folder / "dataset_dict.json", _Splits) or {"splits": [""]}
         files = []
         for split in splits["splits"]:
-            place = folder / _plain(split) if split else folder
-            state = read_json(place / "state.json", _State)
+            split_folder = folder / _plain_name(split) if split else folder
+            state = read_json(split_folder / "state.json", _State)
             if state is None:
-                raise UserError(f"{place} has no state.json")
+                raise UserError(f"{split_folder} has no state.json")
             for entry in state["_data_files"]:
-                name = _plain(entry["filename"])
-                files.append(DataFile(place / name, one_line(f"{split} {name}")))
+                name = _plain_name(entry["filename"])
+                files.append(DataFile(split_folder / name, one_line(f"{split} {name}")))
     except UserError as error:
-        raise UserError(f"{folder} is not whole ({error}): save the data set with save_to_disk again") from error
+        raise UserError(f"{folder} is incomplete ({error}): save the data set with save_to_disk again") from error
     return files
 
 
-def _plain(name: str) -> str:
-    """The name of something in the folder itself. Raises `UserError` for a path that leads elsewhere."""
+def _plain_name(name: str) -> str:
+    """Return `name` if it is a plain name without a path. Raises `UserError` for any other."""
     if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
-        raise UserError(f"it names {one_line(name, 60)!r}, which is not a file of its own")
+        raise UserError(f"it names {one_line(name, 60)!r}, which is not a file of that folder")
     return name
 
 
@@ -109,32 +118,36 @@ def _plain(name: str) -> str:
 
 
 def open_data(file: DataFile, ledger: Ledger) -> io.BufferedReader:
-    """A regular file as bytes, unpacked if it is compressed. Raises `UserError` if it is missing, empty, or no file.
+    """Open a regular file for reading bytes, unpacked if it is gzip or zstd.
 
-    Compressed data that is damaged ends at the damage, which the ledger then says.
+    Damaged compressed data ends where the damage begins, and `ledger` records the loss. Raises
+    `UserError` if the file is missing, empty, unreadable or not a regular file.
     """
     try:
-        handle = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not keep us waiting
+        handle = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # never block on a pipe
     except FileNotFoundError:
         raise UserError(f"data file {file.path} does not exist: check the path, or use --data sharegpt") from None
     except OSError as error:
         raise UserError(f"data file {file.path} cannot be read ({error.strerror}): check its permissions") from error
     plain = _Plain(handle, file)
-    about = os.fstat(handle)
-    if not stat.S_ISREG(about.st_mode):
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
         plain.close()
-        raise UserError(f"data file {file.path} is a pipe, a device or a folder: give a regular file, it is read twice")
-    if about.st_size == 0:
+        raise UserError(
+            f"data file {file.path} is a pipe, a device or a folder: give a regular file, because it is read twice"
+        )
+    if status.st_size == 0:
         plain.close()
         raise UserError(f"data file {file.path} is empty: fetch or export it again")
     stream = io.BufferedReader(plain, _BUFFER)
     head = stream.peek(4)
+    # The first bytes decide, because names are often wrong.
     codec = next((codec for magic, codec in _CODECS.items() if head.startswith(magic)), None)
     return stream if codec is None else io.BufferedReader(_Unpacked(stream, codec, file, ledger), _BUFFER)
 
 
 class _Plain(io.FileIO):
-    """A file on a disk that may fail."""
+    """A file whose read errors (a failing disk, for example) become `UserError`."""
 
     def __init__(self, handle: int, file: DataFile):
         super().__init__(handle, "rb")
@@ -148,7 +161,7 @@ class _Plain(io.FileIO):
 
 
 class _Unpacked(io.RawIOBase):
-    """What is in a compressed file, in pieces of bounded size."""
+    """The content of a compressed file, unpacked in small pieces and limited in total size."""
 
     def __init__(self, packed: io.BufferedReader, codec: str, file: DataFile, ledger: Ledger):
         self._packed, self._codec, self._file, self._ledger = packed, codec, file, ledger

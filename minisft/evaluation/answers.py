@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.chat.mistral import MistralTemplate
+from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.data.conversations import Conversation, Message
 from minisft.evaluation.eval_set import load_template, prompt_ids
@@ -43,7 +43,7 @@ def generate(
 
 
 def answer_loss(
-    model: Any, conversations: Sequence[Conversation], template: MistralTemplate, tokenizer: HuggingFaceTokenizer
+    model: Any, conversations: Sequence[Conversation], template: ChatTemplate, tokenizer: HuggingFaceTokenizer
 ) -> tuple[float, int]:
     """Teacher-forced loss in nats: the mean over all trained tokens of all rows; and how many those are."""
     import torch

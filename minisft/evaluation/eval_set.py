@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.chat.mistral import MistralTemplate
+from minisft.chat.registry import template_for
+from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.checksums import Digests, code_digest
 from minisft.data.conversations import Conversation, one_per_answer
@@ -107,7 +108,7 @@ def questions_of(conversation: Conversation, answers: str) -> list[Conversation]
     return found[-1:] if answers == "last" else found
 
 
-def prompt_ids(conversation: Conversation, template: MistralTemplate, tokenizer: HuggingFaceTokenizer) -> list[int]:
+def prompt_ids(conversation: Conversation, template: ChatTemplate, tokenizer: HuggingFaceTokenizer) -> list[int]:
     """The ids before the last answer: the very ids that training put in front of it."""
     return encode_segments(template.prompt_segments(conversation), tokenizer)
 
@@ -144,10 +145,10 @@ def read_cache(file: Path, shape: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=2)  # loading takes a second, and every checkpoint of a run asks
-def load_template(folder: Path, version: str) -> tuple[HuggingFaceTokenizer, MistralTemplate]:
+def load_template(folder: Path, version: str) -> tuple[HuggingFaceTokenizer, ChatTemplate]:
     """The tokenizer in a model folder, and the template of that version for it."""
     tokenizer = HuggingFaceTokenizer(folder, version)
-    return tokenizer, MistralTemplate.for_tokenizer(tokenizer, version)
+    return tokenizer, template_for(tokenizer, version)
 
 
 def fingerprint(value: Any) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from minisft.chat.mistral import MistralTemplate
 from minisft.chat.mistral_reference import reference
+from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation, one_per_answer, only_last_answer
 from minisft.data.download import Say
@@ -83,7 +83,7 @@ class CheckReport:
 
 def check_conversations(
     conversations: Iterable[Conversation],
-    template: MistralTemplate,
+    template: ChatTemplate,
     tokenizer: Tokenizer,
     max_length: int = 2048,
     truncation: str = "token",
@@ -141,7 +141,7 @@ def _expected(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[in
     if not tokenizer.name.startswith("mistral:"):
         return None
     try:
-        return reference(conversation, tokenizer.version)
+        return reference(conversation, tokenizer.template_name)
     except UserError:  # an empty answer: mistral-common has no ids for it
         return None
 
@@ -169,7 +169,7 @@ def _differences(
 
 def check_tokenized(
     rows: Iterable[RawRow],
-    template: MistralTemplate,
+    template: ChatTemplate,
     tokenizer: Tokenizer,
     *,
     max_length: int | None = None,
@@ -225,7 +225,7 @@ def _against(
     name: str,
     raw: RawRow,
     conversation: Conversation | None,
-    template: MistralTemplate,
+    template: ChatTemplate,
     tokenizer: Tokenizer,
     max_length: int,
     truncation: str,

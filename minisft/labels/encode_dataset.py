@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
-from minisft.chat.mistral import MistralTemplate
+from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation, one_per_answer, only_last_answer
 from minisft.data.ledger import Ledger
@@ -23,7 +23,7 @@ TRAIN_ON = ("all", "last", "each")
 
 def encode_stream(
     conversations: Iterable[Conversation],
-    template: MistralTemplate,
+    template: ChatTemplate,
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -55,7 +55,7 @@ def require_max_length(max_length: int) -> None:
 
 def _encode(
     conversations: Iterable[Conversation],
-    template: MistralTemplate,
+    template: ChatTemplate,
     tokenizer: Tokenizer,
     max_length: int,
     ledger: Ledger,
@@ -78,7 +78,7 @@ def _encode(
 
 
 def _prepared(
-    conversations: Iterable[Conversation], template: MistralTemplate, ledger: Ledger, train_on: str
+    conversations: Iterable[Conversation], template: ChatTemplate, ledger: Ledger, train_on: str
 ) -> Iterator[Conversation]:
     for conversation in conversations:
         if train_on == "each":
@@ -88,7 +88,7 @@ def _prepared(
             conversation = only_last_answer(conversation)
         elif not template.same_at_every_turn(conversation):
             ledger.repair(
-                f"system prompt not where inference has it ({template.version}): train on each answer to mend",
+                f"system prompt not where inference has it ({template.name}): train on each answer to mend",
                 conversation.id,
             )
         yield conversation

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from minisft.chat.mistral import MistralTemplate, Segment
+from minisft.chat.mistral import Segment
+from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation
 from minisft.errors import UserError
@@ -37,7 +38,7 @@ class Row:
 
 def encode(
     conversation: Conversation,
-    template: MistralTemplate,
+    template: ChatTemplate,
     tokenizer: Tokenizer,
     max_length: int,
     truncation: str = "token",
@@ -77,7 +78,7 @@ class Draft:
     def __init__(
         self,
         conversation: Conversation,
-        template: MistralTemplate,
+        template: ChatTemplate,
         tokenizer: Tokenizer,
         max_length: int,
         characters_per_token: float = 5,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from minisft.chat.mistral import MistralTemplate
+from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation, Message
 from minisft.labels.encode_row import IGNORE_INDEX, encode_segments
@@ -73,7 +73,7 @@ def check_row(
     row: str,
     input_ids: Any,
     labels: Any,
-    template: MistralTemplate,
+    template: ChatTemplate,
     tokenizer: Tokenizer,
     *,
     max_length: int | None = None,
@@ -107,10 +107,10 @@ def check_row(
         note(iter([("max length", max_length, f"{len(input_ids)} tokens, and {max_length} are allowed")]))
     if conversation:
         note(_as_encoded(labelled, conversation, template, max_length, truncation))
-    elif template.version == "v1":
+    elif template.markers_are_text:
         note(by_text(labelled, controls))
     else:
-        note(by_control_tokens(labelled, template.version, controls))
+        note(by_control_tokens(labelled, template, controls))
     return list(found.values())
 
 
@@ -173,7 +173,7 @@ def _bos(row: ParsedRow) -> Found:
 
 
 def _as_encoded(
-    row: ParsedRow, conversation: Conversation, template: MistralTemplate, max_length: int | None, truncation: str
+    row: ParsedRow, conversation: Conversation, template: ChatTemplate, max_length: int | None, truncation: str
 ) -> Found:
     """Against the conversation's segments, each encoded alone and whole."""
     tokenizer = row.tokenizer
@@ -217,10 +217,8 @@ def _mask(row: ParsedRow, mask: list[bool]) -> Found:
             yield "eos" if goes_on else "whole", i, f"{row.piece(i)} of an answer is not trained"
 
 
-def _answers(row: ParsedRow, template: MistralTemplate, conversation: Conversation, whole: bool) -> Found:
-    answers = [m.content for m in template.normalized(conversation.messages) if _is_trained(m)]
-    if template.version != "v1":
-        answers = [answer.rstrip(" ") for answer in answers]
+def _answers(row: ParsedRow, template: ChatTemplate, conversation: Conversation, whole: bool) -> Found:
+    answers = [template.trained_text(m.content) for m in template.normalized(conversation.messages) if _is_trained(m)]
     spans = _trained_spans(row)
     for (start, end), answer in zip(spans, answers, strict=False):
         complete = row.ids[end - 1] == row.tokenizer.eos_id

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minisft.chat.mistral import CONTROL_TOKENS
+from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import Tokenizer
 from minisft.labels.encode_row import IGNORE_INDEX
 
@@ -47,12 +47,12 @@ def describe(token_id: int, tokenizer: Tokenizer) -> str:
     return f"id {token_id} ({tokenizer.piece(token_id)})"
 
 
-def by_control_tokens(row: ParsedRow, version: str, controls: list[int]) -> Found:
+def by_control_tokens(row: ParsedRow, template: ChatTemplate, controls: list[int]) -> Found:
     """`[INST] … [/INST]` and `[SYSTEM_PROMPT] … [/SYSTEM_PROMPT]` are prompts; what follows, up to EOS, is an answer.
 
     `controls` are the positions of all control tokens.
     """
-    names = [row.tokenizer.control_id(name) for name in CONTROL_TOKENS[version]]
+    names = [row.tokenizer.control_id(name) for name in template.control_tokens]
     closing_of = dict(zip(names[::2], names[1::2], strict=True))
     eos, bos = row.tokenizer.eos_id, row.tokenizer.bos_id
     begin, closing, asked = row.start, None, False  # the current stretch, and what ends it if it is a prompt

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from minisft.chat.mistral import CONTROL_TOKENS
+from minisft.chat.registry import template_named
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.data.model_folder import not_finite_reason, quiet, unreadable_reason, weight_files, weights_mismatch
 from minisft.errors import UserError
@@ -70,7 +70,7 @@ def _start_from_their_text(model: Any, tokenizer: HuggingFaceTokenizer, had: int
     for table in tables:
         with torch.no_grad(), _whole(table):
             table[had:] = table[:had].mean(dim=0)
-            for name in CONTROL_TOKENS[tokenizer.version]:
+            for name in template_named(tokenizer.template_name).control_tokens:
                 token_id = tokenizer.control_id(name)
                 if token_id >= had:
                     table[token_id] = table[tokenizer.encode(name, after="text")].mean(dim=0)

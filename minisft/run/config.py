@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 
 from typing_extensions import TypedDict
 
-from minisft.chat.mistral import VERSIONS
+from minisft.chat.registry import DEFAULT, TEMPLATES
 from minisft.errors import UserError
 from minisft.files import checked, read_text, user_path
 from minisft.labels.encode_dataset import TRAIN_ON
@@ -92,10 +92,10 @@ class RunConfig:
         "sharegpt", "sharegpt, a file or folder, or a hub id", "it can be had without a hub", flags=("--data", "-d")
     )
     template: str = setting(
-        "v1",
-        f"chat template: {', '.join(VERSIONS)}",
+        DEFAULT,
+        f"chat template: {', '.join(TEMPLATES)}",
         "its markers are plain text, so every token already has a trained embedding",
-        choices=VERSIONS,
+        choices=TEMPLATES,
         shapes_rows=True,
     )
     max_length: int = setting(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from minisft import checksums
-from minisft.chat.mistral import MistralTemplate
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import Tokenizer
 from minisft.checksums import Digests, code_digest, digest
 from minisft.data.conversations import Conversation
@@ -194,7 +194,7 @@ def _encoded(
 ) -> Iterator[Row]:
     return encode_stream(
         conversations,
-        MistralTemplate.for_tokenizer(tokenizer, config.template),
+        template_for(tokenizer, config.template),
         tokenizer,
         max_length=config.max_length,
         ledger=ledger,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from minisft import processes, system
+from minisft.chat.registry import template_for
 from minisft.errors import UserError
 from minisft.files import open_own, write_json
 from minisft.locks import open_lock, try_lock
@@ -189,7 +190,6 @@ def _start_from(run: Run, rank: int) -> Path | None:
 def make_trainer(
     run: Run, rank: int, world: int, on_gpu: bool, checkpoint: Path | None, pulse: Heartbeat
 ) -> RunTrainer:
-    from minisft.chat.mistral import MistralTemplate
     from minisft.chat.tokenizers import HuggingFaceTokenizer
     from minisft.model.configs import model_config
     from minisft.model.loading import load_model
@@ -203,7 +203,7 @@ def make_trainer(
     config = run.config
     trust = config.trust_remote_code
     tokenizer = HuggingFaceTokenizer(run.model_folder, config.template)
-    tokenizer.hf.chat_template = MistralTemplate.for_tokenizer(tokenizer, config.template).jinja()
+    tokenizer.hf.chat_template = template_for(tokenizer, config.template).jinja()
     # Before TrainingArguments exist: from then on every model that is made at stage 3 is split over the ranks.
     with_head = supports_loss_head(model_config(run.model_folder, trust), trust)
     arguments = _arguments(run, on_gpu)

@@ -14,6 +14,7 @@ from typing import Any
 from worker import Prepare, messages_in, serve
 
 from minisft.chat.mistral import MistralTemplate
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.data.conversations import Conversation, Message
 from minisft.data.ledger import Ledger
@@ -26,7 +27,7 @@ TEXTS_AT_ONCE = 4096  # enough to keep all cores busy; encodings are large objec
 
 def load(settings: dict[str, Any]) -> Prepare:
     tokenizer = HuggingFaceTokenizer(settings["model"])
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     conversations = [
         Conversation(row["id"], tuple(Message(**message) for message in row["messages"]))
         for row in messages_in(settings["data"])

@@ -11,8 +11,8 @@ import random
 import sys
 import time
 
-from minisft.chat.mistral import MistralTemplate
 from minisft.chat.mistral_reference import VERSIONS, reference
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import MistralCommonTokenizer
 from minisft.data.conversations import Conversation
 from minisft.data.download import find_data
@@ -26,7 +26,7 @@ WHOLE = 10**9
 def differences(version: str, conversations: list[Conversation]) -> tuple[str, int, list[str], list[str]]:
     """The version, the number of tokens, and the ids of the conversations whose ids, or whose mask, differ."""
     tokenizer = MistralCommonTokenizer(version)
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     tokens, other_ids, other_mask = 0, [], []
     for conversation in conversations:
         ids, mask = reference(conversation, version)

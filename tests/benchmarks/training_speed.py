@@ -45,7 +45,7 @@ import psutil
 import torch
 from encoding_speed import trl_environment
 
-from minisft.chat.mistral import MistralTemplate
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import load_tokenizer
 from minisft.data.download import find_data, find_model
 from minisft.data.ledger import Ledger
@@ -219,7 +219,7 @@ def memory_free() -> float:
 def write_rows(file: Path, batch: int, steps: int, max_length: int) -> int:
     """First a batch of short conversations, then `steps` batches of those as they come; returns the latter's tokens."""
     tokenizer = load_tokenizer("smollm2")
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     short, real = [], []
     for conversation in itertools.islice(read(find_data().path, Ledger()), 6000):
         row = encode(conversation, template, tokenizer, max_length)

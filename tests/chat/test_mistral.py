@@ -7,6 +7,7 @@ from samples import A, talk
 from tokenizer_kinds import KINDS, folder_of, tokenizer_of
 
 from minisft.chat.mistral import VERSIONS, MistralTemplate
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer, MistralCommonTokenizer
 from minisft.data.conversations import one_per_answer
 from minisft.errors import UserError
@@ -54,7 +55,7 @@ def mistral():
 def test_golden_ids(mistral, version, name):
     tokenizer = mistral[version]
     conversation = {"A": A, "B": B, "C": C}[name]
-    row = encode(conversation, MistralTemplate.for_tokenizer(tokenizer), tokenizer, WHOLE)
+    row = encode(conversation, template_for(tokenizer), tokenizer, WHOLE)
     assert row.input_ids == [int(i) for i in GOLDEN[version, name].split()]
 
 
@@ -78,10 +79,10 @@ def conversations_of(content):
 
 def check_row(conversation, tokenizer):
     """What must hold for every labelled row, on any tokenizer that loses nothing."""
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     row = encode(conversation, template, tokenizer, WHOLE)
     answers = [m.content for m in conversation.messages if m.role == "assistant"]
-    if template.version != "v1":
+    if not template.markers_are_text:
         answers = [answer.rstrip(" ") for answer in answers]
     assert row.input_ids.count(tokenizer.bos_id) == 1
     assert row.input_ids.count(tokenizer.eos_id) == len(answers)
@@ -97,7 +98,7 @@ def check_row(conversation, tokenizer):
             span = []
         else:
             span.append(label)
-    assert [s.removeprefix(" " * (template.version == "v1")) for s in spans] == answers
+    assert [s.removeprefix(" " * template.markers_are_text) for s in spans] == answers
     return row, template
 
 
@@ -153,7 +154,7 @@ def whole_of_inference(conversation, template, tokenizer):
 
 
 def check_parity(conversation, tokenizer):
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     row = encode(conversation, template, tokenizer, WHOLE)
     assert whole_of_inference(conversation, template, tokenizer) == row.input_ids
     trained = prompts_of_training(conversation, template, tokenizer)
@@ -214,7 +215,7 @@ def test_where_the_system_prompt_is_not_where_inference_has_it():
     expected = {"v1": {"late system"}, "v2": {"system, two turns"}, "v3": {"system, two turns"}, "v7": set()}
     for version, names in expected.items():
         tokenizer = tokenizer_of("byte level", version)
-        template = MistralTemplate.for_tokenizer(tokenizer)
+        template = template_for(tokenizer)
         for name, conversation in DIFFICULT.items():
             assert template.same_at_every_turn(conversation) == (name not in names)
             same = prompts_of_training(conversation, template, tokenizer) == prompts_of_inference(
@@ -230,7 +231,7 @@ def test_same_at_every_turn_is_exact(roles):
     conversation = talk(*((names[role], f"{role}{i}") for i, role in enumerate(roles.rstrip("s"))))
     for version in ("v1", "v3", "v7"):
         tokenizer = tokenizer_of("byte level", version)
-        template = MistralTemplate.for_tokenizer(tokenizer)
+        template = template_for(tokenizer)
         trained = prompts_of_training(conversation, template, tokenizer)
         inferred = prompts_of_inference(conversation, template, tokenizer)
         assert template.same_at_every_turn(conversation) == (trained == inferred)
@@ -238,7 +239,7 @@ def test_same_at_every_turn_is_exact(roles):
 
 def test_parity_ends_where_a_text_holds_a_control_token():
     tokenizer = tokenizer_of("byte level", "v3")
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     assert whole_of_inference(C, template, tokenizer) != encode(C, template, tokenizer, WHOLE).input_ids
 
 
@@ -251,7 +252,7 @@ def test_parity_ends_where_a_control_token_eats_the_space_beside_it(tmp_path):
     hf.add_special_tokens({"eos_token": AddedToken("<|end|>", lstrip=True, special=True)})
     hf.save_pretrained(tmp_path)
     tokenizer = HuggingFaceTokenizer(tmp_path)
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     for answer, same in (("ok", True), ("ok ", False)):
         conversation = talk(("user", "a"), ("assistant", answer))
         ids = encode(conversation, template, tokenizer, WHOLE).input_ids
@@ -271,7 +272,7 @@ def test_parity_ends_where_a_piece_reaches_from_the_marker_into_the_answer(tmp_p
     conversation = talk(("user", "a"), ("assistant", "ab"))
     for version, same in (("v1", False), ("v3", True)):
         tokenizer = HuggingFaceTokenizer(tmp_path, version)
-        template = MistralTemplate.for_tokenizer(tokenizer)
+        template = template_for(tokenizer)
         ids = encode(conversation, template, tokenizer, WHOLE).input_ids
         assert (whole_of_inference(conversation, template, tokenizer) == ids) == same
 
@@ -280,7 +281,7 @@ def test_the_prompt_is_the_row_up_to_the_last_answer(mistral):
     from minisft.evaluation.eval_set import prompt_ids
 
     for tokenizer in mistral.values():
-        template = MistralTemplate.for_tokenizer(tokenizer)
+        template = template_for(tokenizer)
         for conversation in (A, B, C):
             ids = prompt_ids(conversation, template, tokenizer)
             row = encode(conversation, template, tokenizer, 999)
@@ -304,5 +305,5 @@ def test_what_does_not_go_together_is_refused(mistral):
     with pytest.raises(UserError, match="mistral:v99"):
         MistralCommonTokenizer("v99")
     with pytest.raises(UserError, match="mistral:v3 is set up for template v3, not v7"):
-        MistralTemplate.for_tokenizer(mistral["v3"], "v7")
-    assert MistralTemplate.for_tokenizer(mistral["v3"], "v3").version == "v3"
+        template_for(mistral["v3"], "v7")
+    assert template_for(mistral["v3"], "v3").name == "v3"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from minisft.chat.mistral import MistralTemplate
 from minisft.chat.mistral_reference import VERSIONS, reference
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import MistralCommonTokenizer
 from minisft.data.conversations import Conversation, Message
 from minisft.data.download import find_data
@@ -38,7 +38,7 @@ def real_conversations():
 
 
 def ours(conversation, tokenizer):
-    row = encode(conversation, MistralTemplate.for_tokenizer(tokenizer), tokenizer, WHOLE)
+    row = encode(conversation, template_for(tokenizer), tokenizer, WHOLE)
     return row.input_ids, [label != IGNORE_INDEX for label in row.labels]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import KINDS, LOSSLESS, NEARLY_LOSSLESS, folder_of, tokenizer_of
 
-from minisft.chat.mistral import CONTROL_TOKENS, VERSIONS
+from minisft.chat.mistral import VERSIONS
 from minisft.chat.tokenizers import HuggingFaceTokenizer, MistralCommonTokenizer, load_tokenizer
 from minisft.errors import UserError
 
@@ -47,11 +47,11 @@ def test_no_text_makes_a_control_token_and_nothing_is_lost(tiny_model, text):
 def test_no_text_makes_a_control_token_of_any_kind_of_tokenizer(kind, version, text, after):
     tokenizer = tokenizer_of(kind, version)
     added = {name for name in tokenizer.hf.get_added_vocab() if not name.isspace()}
-    assert set(CONTROL_TOKENS[version]) < added
+    assert set(VERSIONS[version].control_tokens) < added
     for content in (text, "".join(added), f"a{text} ".join(added)):
         ids = tokenizer.encode(content, after)
         assert not tokenizer.control_ids.intersection(ids)
-        control = {tokenizer.control_id(name) for name in ("bos", "eos", *CONTROL_TOKENS[version])}
+        control = {tokenizer.control_id(name) for name in ("bos", "eos", *VERSIONS[version].control_tokens)}
         assert control <= tokenizer.control_ids
         if kind in LOSSLESS:
             assert tokenizer.decode(ids) == content
@@ -192,7 +192,7 @@ def test_control_tokens_are_added_once_and_only_where_they_lack(tmp_path):
     tokenizer.hf.save_pretrained(tmp_path)
     again = HuggingFaceTokenizer(tmp_path, "v7")
     assert len(again.hf) == size
-    names = CONTROL_TOKENS["v7"]
+    names = VERSIONS["v7"].control_tokens
     assert [again.control_id(name) for name in names] == [tokenizer.control_id(name) for name in names]
     assert len({again.control_id(name) for name in ("bos", "eos", *names)}) == 6
 

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 import minisft.course.figures.masks as mask_plots
-from minisft.chat.mistral import MistralTemplate
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.course.bug_museum import right_row, talk
 from minisft.course.figures.masks import bugs_on_rows, losses_before_and_after, truncation_bars
@@ -30,7 +30,7 @@ def titles(monkeypatch):
 
 def test_truncation_counts_whole_and_cut_answers(titles, tiny_model):
     tokenizer = HuggingFaceTokenizer(tiny_model)
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     talks = [talk("the cat", "sat on a mat", "and", "saw red rain")] * 3
     whole = [right_row(tokenizer, c) for c in talks]
     limit = len(whole[0].input_ids) - 2

@@ -4,7 +4,7 @@ import pytest
 from conftest import sharegpt_row
 from samples import size, texts_of
 
-from minisft.chat.mistral import MistralTemplate
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.course.figures.runs import before_and_after, comparison, loss_curves, memory_bars
 from minisft.course.figures.tokens import token_flow, token_lanes, token_strip
@@ -67,7 +67,7 @@ def test_a_token_strip_draws_dollar_signs_as_text(tiny_model):
     """Matplotlib would read `$…$` as a formula and fail on what is none."""
     tokenizer = HuggingFaceTokenizer(tiny_model)
     talk = clean(sharegpt_row("x", ("human", "$\\frac{ costs $5"), ("gpt", "ok $_{")), "here", Ledger())
-    row = encode(talk, MistralTemplate.for_tokenizer(tokenizer), tokenizer, 99)
+    row = encode(talk, template_for(tokenizer), tokenizer, 99)
     assert f"{row.trained} of them" in token_strip(talk, row, tokenizer).alt
 
 
@@ -80,7 +80,7 @@ def test_lanes_say_where_each_version_puts_the_system_prompt(tiny_model):
     lanes = {}
     for version in ("v1", "v3", "v7"):
         tokenizer = HuggingFaceTokenizer(tiny_model, version)
-        lanes[version] = (MistralTemplate.for_tokenizer(tokenizer).segments(pirate()), tokenizer)
+        lanes[version] = (template_for(tokenizer).segments(pirate()), tokenizer)
     picture = token_lanes(lanes, "Talk like a pirate.", "The system prompt moves")
     title, *told = picture.alt.removesuffix(".").split("; ")
     assert title == "The system prompt moves. Coloured tokens"
@@ -103,7 +103,7 @@ def test_lanes_mark_the_very_tokens_of_a_text(tiny_model):
 def test_long_lanes_and_titles_wrap_and_formulas_stay_text(tiny_model):
     tokenizer = HuggingFaceTokenizer(tiny_model)
     row = sharegpt_row("x", ("human", "$\\frac{ costs $5 " * 12), ("gpt", "ok $_{"))
-    segments = list(MistralTemplate.for_tokenizer(tokenizer).segments(clean(row, "here", Ledger())))
+    segments = list(template_for(tokenizer).segments(clean(row, "here", Ledger())))
     short = token_lanes({"a": (segments[-2:], tokenizer)}, "", "t")
     long = token_lanes({"a": (segments, tokenizer)}, "", "a title $_{ " * 20)
     assert size(long)[0] == size(short)[0]

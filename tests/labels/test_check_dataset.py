@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import minisft, sharegpt_row, write_sharegpt
 
+from minisft.chat.registry import template_for
 from minisft.errors import UserError
 from minisft.labels.pretokenized import Tokenized, is_tokenized
 
@@ -28,14 +29,13 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(data):
     """Thirty good rows, as `minisft encode` makes them."""
-    from minisft.chat.mistral import MistralTemplate
     from minisft.chat.tokenizers import load_tokenizer
     from minisft.data.ledger import Ledger
     from minisft.data.read_files import read
     from minisft.labels.encode_dataset import encode_stream
 
     tokenizer = load_tokenizer("mistral:v3")
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     made = encode_stream(read(data, Ledger()), template, tokenizer, max_length=40, ledger=Ledger())
     return [{"id": row.id, "input_ids": row.input_ids, "labels": row.labels} for row in made]
 

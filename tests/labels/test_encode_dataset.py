@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from samples import A, talk
 from tokenizer_kinds import KINDS, tokenizer_of
 
-from minisft.chat.mistral import MistralTemplate
 from minisft.chat.mistral_reference import reference
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import load_tokenizer
 from minisft.data.conversations import Conversation, Message, clean
 from minisft.data.ledger import Ledger
@@ -26,7 +26,7 @@ LONG_QUESTION = talk(("user", "word " * 200), ("assistant", "ok"))
 def encoded(conversations, version="v1", kind="byte level", **options):
     tokenizer = tokenizer_of(kind, version)
     ledger = Ledger()
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     rows = list(encode_stream(conversations, template, tokenizer, **({"max_length": 64} | options), ledger=ledger))
     adds_up(rows, ledger)
     return rows, ledger
@@ -132,7 +132,7 @@ def test_answers_of_different_weight_stay_apart_as_in_the_reference(version, wei
     answers = [{"role": "assistant", "content": f"Hello {i}.", "weight": weight} for i, weight in enumerate(weights)]
     turns = [{"role": "user", "content": "Hi"}, *answers, {"role": "user", "content": "Bye"}, answers[0]]
     tokenizer = load_tokenizer(f"mistral:{version}")
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     conversation = clean({"messages": turns}, "here", Ledger())
     (row,) = encode_stream([conversation], template, tokenizer, max_length=99, ledger=Ledger())
     ids, mask = reference(conversation, version)
@@ -150,7 +150,7 @@ def test_answers_of_different_weight_stay_apart_as_in_the_reference(version, wei
 @pytest.mark.attack("16")
 def test_two_answers_of_one_weight_without_a_question_are_still_violations():
     tokenizer = load_tokenizer("mistral:v3")
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     row = encode(A, template, tokenizer, 99)
     answer = tokenizer.encode("more", "control")
     for trained in (True, False):
@@ -200,14 +200,14 @@ def test_batches_do_not_show():
     """More conversations than are in flight at once: the same rows as one by one."""
     talks = [talk(("user", WORDS[i % 9] * (i % 40)), ("assistant", "ok " * (i % 50))) for i in range(2 * BATCH + 7)]
     tokenizer = tokenizer_of("byte level", "v3")
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     alone = [encode(c, template, tokenizer, 64) for c in talks]
     assert encoded(talks, "v3")[0] == [row for row in alone if row.trained]
 
 
 def test_nothing_is_encoded_before_a_row_is_asked_for_and_bad_settings_are_refused_at_once():
     tokenizer = tokenizer_of("byte level")
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
 
     def unread():
         raise AssertionError
@@ -225,7 +225,7 @@ def test_nothing_is_encoded_before_a_row_is_asked_for_and_bad_settings_are_refus
 
 def test_memory_does_not_grow_with_the_data():
     tokenizer = tokenizer_of("byte level")
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
 
     def peak(count):
         talks = (talk(("user", "the cat"), ("assistant", f"sat {i}")) for i in range(count))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from samples import A, talk
 from tokenizer_kinds import KINDS, tokenizer_of
 
-from minisft.chat.mistral import VERSIONS, MistralTemplate
+from minisft.chat.mistral import VERSIONS
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer, MistralCommonTokenizer, load_tokenizer
 from minisft.data.conversations import Conversation, Message
 from minisft.data.ledger import Ledger
@@ -42,7 +43,7 @@ def whole_row(conversation, template, tokenizer):
 
 
 def check_cuts(conversations, tokenizer, lengths):
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     whole = [whole_row(c, template, tokenizer) for c in conversations]
     for length in lengths:
         streamed = {
@@ -110,7 +111,7 @@ long_talks = st.lists(st.tuples(long_texts, long_texts), min_size=1, max_size=3)
 @given(conversation=long_talks, length=st.integers(2, 200), guess=st.sampled_from([0.01, 1, 5, 60]))
 def test_any_text_is_cut_exactly_however_wrong_the_guess(kind, version, conversation, length, guess):
     tokenizer = mistral(version) if kind == "mistral" else tokenizer_of(kind, version)
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     check_cuts([conversation], tokenizer, [length])
     ids, labels, _ = whole_row(conversation, template, tokenizer)
     draft = Draft(conversation, template, tokenizer, length, guess)
@@ -131,7 +132,7 @@ def mistral(version, known={}):  # noqa: B006 -- loading takes a second
 
 def test_a_long_text_is_not_encoded_to_its_end(monkeypatch):
     tokenizer = mistral("v3")
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     seen = []
     real = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text, after: seen.append(len(text)) or real(text))
@@ -142,7 +143,7 @@ def test_a_long_text_is_not_encoded_to_its_end(monkeypatch):
 def test_an_eos_after_text_that_was_shorter_than_guessed_is_there():
     """600 spaces are a handful of tokens: the row has room, and only the control token is left to take."""
     tokenizer = tokenizer_of("neox")
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     row = encode(talk(("user", "a"), ("assistant", " " * 600)), template, tokenizer, 60)
     assert not row.truncated
     assert row.input_ids[-1] == row.labels[-1] == tokenizer.eos_id
@@ -158,7 +159,7 @@ def test_texts_are_cut_before_a_space_between_two_words(text, characters, end):
 
 def test_a_cut_answer_has_no_eos_and_turn_keeps_whole_answers():
     tokenizer = tokenizer_of("byte level")
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     ids, _, (first, last) = whole_row(A, template, tokenizer)
     assert last == len(ids)
     for length in range(2, len(ids) + 2):
@@ -172,7 +173,7 @@ def test_a_cut_answer_has_no_eos_and_turn_keeps_whole_answers():
 def test_weights_0_are_not_trained_and_the_first_token_never_is():
     turns = (Message("user", "a"), Message("assistant", "b", False), Message("user", "c"), Message("assistant", "d"))
     tokenizer = tokenizer_of("byte level")
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     row = encode(Conversation("x", turns), template, tokenizer, 99)
     ends = [i for i, token in enumerate(row.input_ids) if token == tokenizer.eos_id]
     assert [row.labels[i] == tokenizer.eos_id for i in ends] == [False, True]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from minisft.chat.mistral import VERSIONS, MistralTemplate
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer, MistralCommonTokenizer
 from minisft.data.conversations import Conversation, Message, only_last_answer
 from minisft.errors import UserError
@@ -50,13 +51,13 @@ def tokenizer(request, tokenizers):
 
 
 def found(tokenizer, ids, labels, **options):
-    violations = check_row("c", ids, labels, MistralTemplate.for_tokenizer(tokenizer), tokenizer, **options)
+    violations = check_row("c", ids, labels, template_for(tokenizer), tokenizer, **options)
     assert all(v.row == "c" and v.invariant in INVARIANTS for v in violations)
     return {v.invariant: v for v in violations}
 
 
 def plain(tokenizer):
-    row = encode(PLAIN, MistralTemplate.for_tokenizer(tokenizer), tokenizer, 999)
+    row = encode(PLAIN, template_for(tokenizer), tokenizer, 999)
     ends = [i for i, token in enumerate(row.input_ids) if i and token == tokenizer.eos_id]
     starts = [i for i in range(1, len(row.labels)) if row.labels[i] != -100 and row.labels[i - 1] == -100]
     assert len(ends) == len(starts) == 2
@@ -68,7 +69,7 @@ def plain(tokenizer):
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_good_rows_break_nothing(tokenizer, conversation):
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     for length in (999, *range(2, 60, 7)):
         row = encode(conversation, template, tokenizer, length)
         for known in (None, conversation):
@@ -79,7 +80,7 @@ def test_good_rows_break_nothing(tokenizer, conversation):
 @pytest.mark.parametrize("truncation", ["token", "turn", "drop"])
 @pytest.mark.parametrize("train_on", ["all", "last", "each"])
 def test_good_data_sets_break_nothing(tokenizer, truncation, train_on):
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     given = [replace(c, id=f"row{i}") for i, c in enumerate(CONVERSATIONS * 50)]
     report = check_conversations(given, template, tokenizer, 45, truncation, train_on)
     assert report.ok
@@ -219,7 +220,7 @@ def test_another_conversation(tokenizer):
 def test_a_question_that_is_trained_in_place_of_its_answer(tokenizer):
     """What `text.find(answer)` does when the user said the same words first."""
     echo = talk(("user", "rain"), ("assistant", "rain"), ("user", "x"), ("assistant", "y"))
-    row = encode(echo, MistralTemplate.for_tokenizer(tokenizer), tokenizer, 999)
+    row = encode(echo, template_for(tokenizer), tokenizer, 999)
     start = next(i for i, label in enumerate(row.labels) if label != IGNORE_INDEX)
     wrong = [*row.labels[: start - 4], row.input_ids[start - 4], *row.labels[start - 3 :]]
     assert found(tokenizer, row.input_ids, wrong)
@@ -248,7 +249,7 @@ def test_a_row_that_lost_its_end(tokenizer):
 def test_rows_unlike_the_reference(tokenizers, version, monkeypatch):
     """A template that goes astray is found, even where package and template agree with each other."""
     tokenizer = tokenizers[f"mistral:{version}"]
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     honest = MistralTemplate.normalized
 
     def astray(self, messages):
@@ -268,7 +269,7 @@ def raw(row, **changes):
 
 
 def test_tokenized_rows_against_their_conversations(tokenizer):
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     given = [replace(c, id=f"row{i}") for i, c in enumerate(CONVERSATIONS)]
     rows = [encode(c, template, tokenizer, 999) for c in given]
     assert check_tokenized(map(raw, rows), template, tokenizer, against=given).ok
@@ -283,7 +284,7 @@ def test_tokenized_rows_against_their_conversations(tokenizer):
 
 
 def test_without_a_length_only_the_longest_row_may_be_cut(tokenizer):
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     whole = encode(PLAIN, template, tokenizer, 999)
     size = len(whole.input_ids)
     full, short = encode(PLAIN, template, tokenizer, size - 1), encode(PLAIN, template, tokenizer, size - 2)
@@ -317,6 +318,6 @@ def test_a_row_that_breaks_an_invariant_at_every_token_takes_seconds(control):
     token = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(control) or tokenizer.control_id(control)
     ids = [tokenizer.bos_id] + [token] * 200_000
     begin = time.monotonic()
-    found = check_row("x", ids, ids, MistralTemplate.for_tokenizer(tokenizer), tokenizer)
+    found = check_row("x", ids, ids, template_for(tokenizer), tokenizer)
     assert found
     assert time.monotonic() - begin < 20

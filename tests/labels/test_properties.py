@@ -9,8 +9,9 @@ from conftest import RHYME
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.chat.mistral import VERSIONS, MistralTemplate
+from minisft.chat.mistral import VERSIONS
 from minisft.chat.mistral_reference import reference
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer, MistralCommonTokenizer, load_tokenizer
 from minisft.data.conversations import Conversation, Message, clean
 from minisft.data.ledger import Ledger
@@ -70,7 +71,7 @@ def tokenizers(tiny_model):
 
 def check(conversation, tokenizer, length, truncation):
     """Encode, and let every check that there is look at the row."""
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     for message in conversation.messages:
         for after in ("nothing", "control", "text"):
             assert not tokenizer.control_ids.intersection(tokenizer.encode(message.content, after))
@@ -82,7 +83,7 @@ def check(conversation, tokenizer, length, truncation):
     options = {"max_length": length, "truncation": truncation}
     violations = check_row("c", row.input_ids, row.labels, template, tokenizer, conversation=conversation, **options)
     assert {v.invariant for v in violations} <= forgiven, violations
-    if template.version != "v1":  # where texts can look like marks
+    if not template.markers_are_text:  # where texts can look like marks
         violations = check_row("c", row.input_ids, row.labels, template, tokenizer, max_length=len(row.input_ids))
         assert {v.invariant for v in violations} <= forgiven, violations
     if not row.truncated:
@@ -90,7 +91,7 @@ def check(conversation, tokenizer, length, truncation):
         expected = [token for mark in marks if (token := tokenizer.control_id(mark)) is not None]
         assert [token for token in row.input_ids if token in tokenizer.control_ids] == expected
     if tokenizer.name.startswith("mistral"):
-        ids, mask = reference(conversation, template.version)
+        ids, mask = reference(conversation, template.name)
         assert row.input_ids == ids[: len(row.input_ids)]
         assert [label != IGNORE_INDEX for label in row.labels] == mask[: len(row.labels)]
         assert row.truncated or len(ids) == len(row.input_ids)
@@ -175,7 +176,7 @@ odd_messages = st.lists(
 @given(messages=odd_messages)
 def test_any_order_of_roles_is_encoded_as_mistral_does(tokenizers, version, messages):
     tokenizer, conversation = tokenizers[f"mistral:{version}"], Conversation("odd", tuple(messages))
-    template = MistralTemplate.for_tokenizer(tokenizer)
+    template = template_for(tokenizer)
     row = encode(conversation, template, tokenizer, 10**6)
     violations = check_row("odd", row.input_ids, row.labels, template, tokenizer, conversation=conversation)
     assert {v.invariant for v in violations} <= (set() if row.trained else {"targets"}), violations

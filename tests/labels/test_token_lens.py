@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from samples import BOS, EOS, Bytes
 
+from minisft.chat.registry import template_for
 from minisft.labels.encode_row import IGNORE_INDEX, Row
 from minisft.labels.token_lens import FOLD, KEPT, LONGEST, Lens, lens, visible
 
@@ -389,14 +390,13 @@ def test_the_figure_of_a_long_row_is_folded_too():
 
 
 def test_it_reads_what_the_package_encodes(tiny_model):
-    from minisft.chat.mistral import MistralTemplate
     from minisft.chat.tokenizers import HuggingFaceTokenizer
     from minisft.data.conversations import Conversation, Message
     from minisft.labels.encode_row import encode
 
     tokenizer = HuggingFaceTokenizer(tiny_model)
     talk = Conversation("c", (Message("user", "the cat 🤔?"), Message("assistant", "sat </s> é")))
-    row = encode(talk, MistralTemplate.for_tokenizer(tokenizer), tokenizer, 999)
+    row = encode(talk, template_for(tokenizer), tokenizer, 999)
     view = Lens(row, tokenizer)
     assert view.verdict == f"{row.trained} of {len(row.input_ids)} tokens trained; the answer ends in EOS"
     assert any("🤔" in box.text and box.stop - box.start > 1 for box in view.boxes)

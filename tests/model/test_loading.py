@@ -4,7 +4,8 @@ import pytest
 import torch
 from samples import A
 
-from minisft.chat.mistral import CONTROL_TOKENS, MistralTemplate
+from minisft.chat.mistral import VERSIONS
+from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.errors import UserError
 from minisft.labels.encode_row import encode
@@ -29,7 +30,7 @@ def test_new_rows_start_as_the_mean_of_their_text(folder, version):
     tokenizer = HuggingFaceTokenizer(folder, version)
     before = load_model(folder, HuggingFaceTokenizer(folder))
     model = load_model(folder, tokenizer)
-    names = CONTROL_TOKENS[version]
+    names = VERSIONS[version].control_tokens
     had = before.config.vocab_size
     assert new_rows(tokenizer, had) == len(names)
     assert model.config.vocab_size == len(tokenizer.hf) == had + len(names)
@@ -49,7 +50,7 @@ def test_new_rows_start_as_the_mean_of_their_text(folder, version):
 def test_the_grown_model_computes_with_the_new_rows_and_is_loaded_as_it_was_saved(folder, tmp_path):
     tokenizer = HuggingFaceTokenizer(folder, "v3")
     model = load_model(folder, tokenizer).eval()
-    row = encode(A, MistralTemplate.for_tokenizer(tokenizer), tokenizer, 99)
+    row = encode(A, template_for(tokenizer), tokenizer, 99)
     ids = torch.tensor([row.input_ids])
     assert ids.max() == len(tokenizer.hf) - 1
     logits = model(ids).logits
