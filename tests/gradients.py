@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from minisft.run.folder import Run
+from minisft.training.build_trainer import make_trainer
 from minisft.training.heartbeat import Heartbeat
-from minisft.training.worker import make_trainer
 
 
 class _Stop(Exception):
@@ -30,7 +30,7 @@ class _Take(TrainerCallback):
 
 def first_gradients(run: Run, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
     """What the optimizer would get in the first step: of the whole global batch, before clipping changes it."""
-    trainer = make_trainer(run, rank, world, on_gpu=False, checkpoint=None, pulse=Heartbeat(run.folder, rank))
+    trainer = make_trainer(run, rank, world, on_gpu=False, checkpoint=None, heartbeat=Heartbeat(run.folder, rank))
     taken = _Take()
     trainer.add_callback(taken)
     trainer._clip_grad_norm = lambda model: torch.tensor(0.0)

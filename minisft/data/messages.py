@@ -1,8 +1,8 @@
-"""Messages, and the keys of rows and turns that they are made of.
+"""Read messages from the turns of a row, and define every key of a row that is read.
 
-This module alone knows which keys of a row, of a turn and of a part of a turn are read; `shapes` makes messages of
-whole rows. A key that changes what a row means is honoured, or the row is dropped for a counted reason; every other key
-that has a value is counted by its name.
+Only this module knows which keys of a row, a turn or a part of a turn are read; `row_formats`
+assembles the messages of whole rows. A key that changes what a row means is applied, or the row is
+dropped for a counted reason. Every other key with a value is counted by name.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ ROLES = {
     "developer": "system",  # OpenAI's later name
 }
 LONGEST_ID = 200  # characters
-LONGEST_KEY = 60  # characters of a key that is counted
+LONGEST_KEY = 60  # characters shown of an unread key
 
-# Of several keys for one thing, the first that has a value is read.
+# Synonyms for one thing: the first key that has a value is read.
 TURNS = ("conversations", "messages", "conversation")
 QUESTION = ("instruction", "question", "prompt", "query")
-GIVEN = ("input", "context")  # what an instruction is about
+GIVEN = ("input", "context")  # the text that an instruction refers to
 ANSWER = ("output", "response", "completion", "answer")
-CHOSEN = ("chosen",)  # the preferred answer, beside `rejected`
+CHOSEN = ("chosen",)  # the preferred answer; `rejected` is not read
 SYSTEM = ("system", "system_prompt", "system_message")
 HISTORY = ("history",)  # earlier turns, as pairs of question and answer
 ROLE, TEXT = ("from", "role"), ("value", "content")
 WEIGHT = ("weight", "train")
-TRAINED = ("loss", "training")  # the same as a weight, where the value is true or false
-DESIRABLE = ("label", "kto_tag", "desirable")  # true, or false for an answer that nobody should learn
+TRAINED = ("loss", "training")  # equivalent to a weight if the value is a boolean
+DESIRABLE = ("label", "kto_tag", "desirable")  # false marks an answer that must not be learned
 
 IS_JSON = "JSON inside a string: parsed"  # a repair
-DROPPED = {  # a row that has one of these keys, in itself, in a turn or in a part of one -> why it is dropped
+# A key that drops the row (found in the row, a turn or a part of a turn) -> the reason.
+DROPPED = {
     **dict.fromkeys(("image", "images", "image_url", "image_urls", "image_path", "input_image"), "needs images"),
     **dict.fromkeys(("video", "videos", "video_url"), "needs videos"),
     **dict.fromkeys(("audio", "audios", "audio_url", "input_audio"), "needs audio"),
@@ -55,17 +56,18 @@ DROPPED = {  # a row that has one of these keys, in itself, in a turn or in a pa
     **dict.fromkeys(("train_detail", "training_detail"), "weights for parts of an answer"),
 }
 LEFT_OUT = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning left out: no template has it")
+# All keys of a row that are read. Other columns of a table need not be converted.
 KEYS = frozenset(
     ("id", *TURNS, *QUESTION, *GIVEN, *ANSWER, *CHOSEN, *SYSTEM, *HISTORY, *WEIGHT, *TRAINED, *DESIRABLE)
-) | frozenset((*DROPPED, *LEFT_OUT))  # whatever is read of a row; a table's other columns need not be
+) | frozenset((*DROPPED, *LEFT_OUT))
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn. `role` is `system`, `user` or `assistant`; `content` is untrusted text.
 
-    `trained` is the message's weight in the loss: only answers are ever trained, and of these all but the ones
-    that a data set marks with weight 0.
+    `trained` is the weight of the message in the loss. Only assistant messages are ever trained,
+    and all of them are, except those that the data set marks with weight 0.
     """
 
     role: str
@@ -74,12 +76,15 @@ class Message:
 
 
 class UnusableRow(ValueError):
-    """Why a raw row holds no conversation; the text becomes the ledger's reason."""
+    """Why a raw row yields no conversation; the message becomes a reason in the ledger."""
 
 
 @dataclass
 class ReadRow:
-    """The messages of a row; what was repaired to get them, and the keys that were not read. Both are ordered sets."""
+    """The messages of a row, the repairs made to read them, and the keys that were not read.
+
+    `repairs` and `unread` are ordered sets.
+    """
 
     messages: list[Message] = field(default_factory=list)
     repairs: dict[str, None] = field(default_factory=dict)
@@ -87,7 +92,7 @@ class ReadRow:
 
 
 def encodable(text: str) -> str:
-    """JSON may escape half a surrogate pair, which no tokenizer can encode: replace it by `?`."""
+    """Replace half a surrogate pair, which JSON can escape but no tokenizer can encode, by `?`."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
@@ -95,7 +100,7 @@ def encodable(text: str) -> str:
 
 
 class Keys:
-    """The keys of a row, a turn or a part; it knows which of them were read."""
+    """The keys of a row, a turn or a part of a turn, with a record of which ones were read."""
 
     __slots__ = ("_read", "row")
 
@@ -104,13 +109,17 @@ class Keys:
         self._read: set[str] = set()
 
     def look(self, names: Sequence[str]) -> tuple[str, Any]:
-        """The first of these keys that has a value, else the first that is there, and its value; or `("", None)`."""
-        there = [name for name in names if self.row.get(name) is not None]
-        name = next((name for name in there if not is_empty(self.row[name])), there[0] if there else "")
+        """The first of the keys `names` with a non-empty value, else the first that is not null.
+
+        Returns the key and its value, or `("", None)` if all of them are absent or null.
+        """
+        present = [name for name in names if self.row.get(name) is not None]
+        first = present[0] if present else ""
+        name = next((name for name in present if not is_empty(self.row[name])), first)
         return name, self.row.get(name)
 
     def take(self, names: Sequence[str]) -> Any:
-        """The value that `look` finds, which is read with this; so is the same text under another of the keys."""
+        """The value that `look` returns. Marks its key, and others with the same text, as read."""
         name, value = self.look(names)
         self._read.add(name)
         if isinstance(value, str):
@@ -118,42 +127,55 @@ class Keys:
         return value
 
     def unread(self) -> Iterator[str]:
-        """The names of all other keys that have a value, fit to be shown."""
+        """The names of all other keys with a value, safe to print."""
         for key, value in self.row.items():
             if key not in self._read and not is_empty(value):
                 yield one_line(str(key)[: 2 * LONGEST_KEY], LONGEST_KEY) or "''"
 
 
 def is_empty(value: Any, depth: int = 4) -> bool:
-    """Whether there is nothing in a value: null, `""`, `[]`, or a table's struct of nothing else."""
+    """Whether a value is null, `""`, `[]`, or a list or object of only such values.
+
+    Tables fill missing struct columns with the latter. `depth` limits how deep nested values are
+    examined; anything deeper counts as not empty.
+    """
     if value is None or value == "":
         return True
     if depth and isinstance(value, list | dict):
-        inner = value.values() if isinstance(value, dict) else value
-        return all(is_empty(one, depth - 1) for one in inner)
+        items = value.values() if isinstance(value, dict) else value
+        return all(is_empty(item, depth - 1) for item in items)
     return False
 
 
 def require_supported_keys(keys: Keys, found: ReadRow) -> None:
-    """Drop the row for a key that no text can stand for; note what is left out of it."""
+    """Check for keys that text cannot represent.
+
+    Raises `UnusableRow` for a key in `DROPPED` that has a value; records keys in `LEFT_OUT` as
+    repairs of the row `found`.
+    """
     for key, value in keys.row.items():
         if key in DROPPED:
-            if not _says_none(keys.take((key,))):
+            if not _is_none(keys.take((key,))):
                 raise UnusableRow(DROPPED[key])
         elif key in LEFT_OUT and isinstance(value, str | list | dict) and not is_empty(value):
             found.repairs[LEFT_OUT[key]] = None
 
 
-def _says_none(value: Any) -> bool:
-    """Nothing, false, or the JSON of nothing, as some tools write it."""
+def _is_none(value: Any) -> bool:
+    """Whether a value is empty, false, or empty JSON inside a string, as some tools write it."""
     return not value or is_empty(value) or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
 def weight(keys: Keys, names: Sequence[str], is_answer: bool = True) -> bool:
-    """Whether something is trained; weight 1 of what is never trained is not honoured, and stays unread."""
+    """Whether the keys `names` leave a row or turn trained.
+
+    Weight 1 on a turn that is never trained (`is_answer` is False) has no effect and stays unread.
+    Raises `UnusableRow` for a weight other than 0 or 1.
+    """
     trained = True
     for name in names:
         value = keys.row.get(name)
+        # A number under `loss` or `training` is a measurement, not a weight.
         if value is None or (name in TRAINED and not isinstance(value, bool)):
             continue
         if value not in (0, 1):
@@ -168,16 +190,20 @@ def weight(keys: Keys, names: Sequence[str], is_answer: bool = True) -> bool:
 
 
 def messages_of(value: Any, role: str, found: ReadRow) -> list[Message]:
-    """A text of this role, or one turn, or a list of turns."""
+    """The messages of a text with this role, of one turn, or of a list of turns.
+
+    Repairs and unread keys are added to `found`. Raises `UnusableRow`.
+    """
     if isinstance(value, list | dict):
         return [message_of(turn, found) for turn in (value if isinstance(value, list) else [value])]
     return [Message(role, text_of(value, role, found))]
 
 
 def message_of(turn: Any, found: ReadRow) -> Message:
+    """The message of one turn. Raises `UnusableRow` if it has no known role or no text."""
     if not isinstance(turn, dict):
         raise UnusableRow("a turn without role and text")
-    if len(turn) == 2:  # nearly every turn has a role and a text, and nothing else to look for
+    if len(turn) == 2:  # fast path: nearly every turn has a role, a text and no other key
         role, content = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content")
         if isinstance(role, str) and isinstance(content, str) and role in ROLES:
             return Message(ROLES[role], content)
@@ -186,19 +212,22 @@ def message_of(turn: Any, found: ReadRow) -> Message:
     role = keys.take(ROLE)
     if not isinstance(role, str):
         raise UnusableRow("a turn without role and text")
-    known = ROLES.get(role.strip().lower())
+    known_role = ROLES.get(role.strip().lower())
     content = keys.take(TEXT)
     is_null = content is None and not turn.keys().isdisjoint(TEXT)
-    content = "" if is_null else text_of(content, known, found)
-    if known is None:
+    content = "" if is_null else text_of(content, known_role, found)
+    if known_role is None:
         raise UnusableRow(f"unknown role {role[:20]!r}")
-    trained = weight(keys, (*WEIGHT, *TRAINED), known == "assistant")
+    trained = weight(keys, (*WEIGHT, *TRAINED), known_role == "assistant")
     found.unread |= {f"{name} (of a turn)": None for name in keys.unread()}
-    return Message(known, content, trained)
+    return Message(known_role, content, trained)
 
 
 def text_of(content: Any, role: str | None, found: ReadRow) -> str:
-    """The text of a turn: its parts joined, or an answer that is a bare number or true or false, as JSON writes it."""
+    """The text of a turn. Raises `UnusableRow` if it has none.
+
+    Text parts are joined by blank lines. An answer that is a number or a boolean becomes its JSON.
+    """
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -206,13 +235,14 @@ def text_of(content: Any, role: str | None, found: ReadRow) -> str:
     text = as_text(content) if role == "assistant" else None
     if text is None:
         raise UnusableRow("a turn without role and text")
-    found.repairs["number as an answer: made text"] = None
+    found.repairs["number as an answer: converted to text"] = None
     return text
 
 
 def as_text(value: Any) -> str | None:
-    """A number, true or false as JSON; None for what is none, not finite, or too long to mean anything."""
-    if not isinstance(value, int | float) or not abs(value) < 10**LONGEST_ID:  # which NaN is not, either
+    """A number or boolean as JSON; None for other values and for numbers not finite or too long."""
+    # Comparisons with NaN are false, so `not <` also rejects NaN.
+    if not isinstance(value, int | float) or not abs(value) < 10**LONGEST_ID:
         return None
     return json.dumps(value)
 

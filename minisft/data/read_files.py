@@ -1,7 +1,8 @@
-"""Reading conversations from dirty files, row by row: JSON lists, JSON lines, Parquet, Arrow, or a folder of them.
+"""Read conversations row by row from dirty JSON, JSON lines, Parquet and Arrow files or folders.
 
-Nothing is loaded whole but one object around all rows (`{"data": [row, …]}`). Damage is skipped where the next row
-can be found, and always has its line in the ledger. The work is linear in the size of a file, however it is damaged.
+Files are streamed; only a single object around all rows (`{"data": [row, …]}`) is loaded whole.
+Damage is skipped if the next row can be found, and is always recorded in the ledger. The work is
+linear in the size of a file, however it is damaged.
 """
 
 from __future__ import annotations
@@ -30,26 +31,28 @@ COMMA = "comma after a row: removed"
 BOM = b"\xef\xbb\xbf"
 CHUNK = 1 << 22  # bytes read at a time
 LONGEST_ROW = 1 << 28  # characters; only damage makes a row longer
-DEEPEST = 1 << 18  # open brackets, of which Python's parser takes a thousand; with more a row has no end
-PATIENCE = 1000  # rows without a single conversation before a file is refused
-SAMPLE = 1 << 22  # characters of its first rows, by which a file is judged
+# Open brackets after which a row is taken to have no end; Python's parser accepts about 1000.
+DEEPEST = 1 << 18
+PATIENCE = 1000  # rows without a usable conversation before a file is refused
+SAMPLE = 1 << 22  # characters of the first rows that decide whether a file is HTML-escaped
 
 
 def read(path: Path | str, ledger: Ledger) -> Iterator[Conversation]:
-    """Every usable conversation of a file (JSON, JSON lines, Parquet, Arrow) or of a folder of such, one at a time.
+    """Yield each usable conversation of a file (JSON, JSON lines, Parquet, Arrow) or folder.
 
-    Counts the stages raw and cleaned. Raises `UserError` if the path is missing, empty, no such file, or without a
-    single usable conversation.
+    Counts the stages raw and cleaned in `ledger`, and numbers repeated ids so that every id is
+    unique. Raises `UserError` if the path does not exist, is empty, has another format, or has no
+    usable conversation.
     """
     path = Path(path)
-    used: dict[str, int] = {}  # every id so far, and how often it came; with its number an id names one row
+    used: dict[str, int] = {}  # id -> the last number tried for a repetition of it
     rows = 0
     for where, row, escaped in _judged_rows(path, ledger):
         rows += 1
         ledger.count("raw", characters=sum(map(len, texts_of(row))))
         conversation = clean(row, where, ledger, escaped)
         if conversation is None:
-            if not used and rows >= PATIENCE:
+            if not used and rows >= PATIENCE:  # a large file of another format is refused early
                 break
             continue
         if conversation.id in used:
@@ -67,6 +70,7 @@ def read(path: Path | str, ledger: Ledger) -> Iterator[Conversation]:
 
 
 def _unused_id(name: str, used: dict[str, int]) -> str:
+    """The id with the next number that makes it unique: `a#2`, `a#3`, …"""
     while True:
         used[name] += 1
         if (numbered := f"{name}#{used[name]}") not in used:
@@ -74,16 +78,17 @@ def _unused_id(name: str, used: dict[str, int]) -> str:
 
 
 def rows_of(path: Path, ledger: Ledger) -> Iterator[tuple[str, Any]]:
-    """Every row of a file or folder as it stands, each with a name for it: `chats.json row 7`.
+    """Yield each raw row of a file or folder as a pair of its name (`chats.json row 7`) and value.
 
-    A row that cannot be read is an `UnusableRow`, the reason for it.
+    The value of a row that cannot be read is an `UnusableRow` with the reason. Raises `UserError`
+    as `read` does for the path and format.
     """
     for file in files_of(path, ledger):
         yield from _rows_of_file(file, ledger)
 
 
 def _judged_rows(path: Path, ledger: Ledger) -> Iterator[tuple[str, Any, bool]]:
-    """The same, and whether the row's file was HTML-escaped, which its first rows tell."""
+    """Like `rows_of`, plus whether the row's file was HTML-escaped, judged by its first rows."""
     for file in files_of(path, ledger):
         rows = _rows_of_file(file, ledger)
         sample: list[tuple[str, Any]] = []
@@ -95,13 +100,15 @@ def _judged_rows(path: Path, ledger: Ledger) -> Iterator[tuple[str, Any, bool]]:
                 break
         escaped = is_escaped(text for _, row in sample for text in texts_of(row))
         sample.reverse()
-        while sample:  # a row is not kept longer than it is used
-            yield *sample.pop(), escaped
+        while sample:  # pop, to free the memory of each row after its use
+            where, row = sample.pop()
+            yield where, row, escaped
         for where, row in rows:
             yield where, row, escaped
 
 
 def _rows_of_file(file: DataFile, ledger: Ledger) -> Iterator[tuple[str, Any]]:
+    """Choose the reader by the first bytes of the file, not by its name."""
     with open_data(file, ledger) as stream:
         head = stream.peek()
         if is_table(head):
@@ -118,41 +125,46 @@ def _rows_of_file(file: DataFile, ledger: Ledger) -> Iterator[tuple[str, Any]]:
             case b"":
                 raise UserError(f"data file {file.path} is empty: fetch or export it again")
             case _:
-                found = f"it starts with {head[:20]!r}"
-                raise UserError(f"data file {file.path} is not JSON, JSON lines or Parquet: {found}")
+                raise UserError(
+                    f"data file {file.path} is not JSON, JSON lines or Parquet: it starts with {head[:20]!r}"
+                )
 
 
 # --- JSON text ---------------------------------------------------------------------------------------------
 
 
 class _NoEndError(ValueError):
-    """The next value does not end in this file, or not within the longest row."""
+    """The next value does not end in this file or within `LONGEST_ROW` characters."""
 
 
 class _Text:
-    """JSON text of a file, read as it is needed.
+    """The JSON text of a file, read in chunks as needed.
 
-    Python's parser is fast, but an error costs it all text before, in which it counts the lines. So one error is
-    allowed for each piece that is read; until the next piece, values are then cut out first and parsed alone.
+    Python's parser is fast, but each error costs time proportional to all text before it, because
+    the error reports a line number. So only one error is allowed per chunk; after it, until the
+    next chunk, each value is cut out first and parsed by itself.
     """
 
     def __init__(self, stream: io.BufferedReader):
         self._stream = stream
-        # A byte that is no UTF-8 becomes a lone surrogate, which cleaning replaces and reports.
+        # A byte that is not UTF-8 becomes a lone surrogate, which `clean` replaces and reports.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._json = json.JSONDecoder(strict=False)  # raw line ends inside a string do no harm
+        self._json = json.JSONDecoder(strict=False)  # accept raw line ends inside strings
         self._buffer = ""
-        self._start = 0  # of what is not used yet
+        self._start = 0  # index in the buffer of the first unused character
         self._ended = False
-        self._had_error = False  # since the last piece was read
+        self._had_error = False  # whether the parser failed since the last chunk was read
 
     @property
     def next(self) -> str:
-        """The next character, or nothing at the end of the file."""
+        """The next character, or `""` at the end of the file."""
         return self._buffer[self._start : self._start + 1]
 
     def _more(self) -> bool:
-        """Read on: at least a chunk, and as much as there is already, so that long rows cost linear time."""
+        """Read the next chunk; False at the end of the file or if the row is too long.
+
+        A chunk is at least as long as the unused text, so that a long row costs linear time.
+        """
         if self._ended or len(self._buffer) - self._start > LONGEST_ROW:
             return False
         self._buffer = self._buffer[self._start :]
@@ -164,14 +176,14 @@ class _Text:
         return not self._ended
 
     def skip(self, mark: str = "") -> None:
-        """Skip white space, and one `mark` with the white space after it if it comes next."""
+        """Skip white space, then one `mark`, if it comes next, and the white space after it."""
         self._skip_all(_SPACE)
         if mark and self.next == mark:
             self._start += 1
             self._skip_all(_SPACE)
 
     def skip_commas(self) -> int:
-        """Skip white space and commas; returns how many commas there were."""
+        """Skip white space and commas; returns the number of commas."""
         return self._skip_all(_COMMAS)
 
     def _skip_all(self, characters: re.Pattern[str]) -> int:
@@ -183,7 +195,7 @@ class _Text:
                 return commas
 
     def take(self) -> Any:
-        """The next JSON value, or an `UnusableRow` in its place. Raises `_NoEndError`."""
+        """The next JSON value, or an `UnusableRow` if it is damaged. Raises `_NoEndError`."""
         if not self._had_error:
             try:
                 return self._parsed()
@@ -201,24 +213,29 @@ class _Text:
             try:
                 value, end = self._json.raw_decode(self._buffer, self._start)
             except json.JSONDecodeError as error:
+                # An error near the end of the buffer may only mean that the value continues. 16
+                # characters are longer than any literal or escape that can be split there.
                 unfinished = error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - 16
                 if not unfinished or not self._more():
                     raise
             else:
                 length = end - self._start
-                if end < len(self._buffer) or not self._more():  # else a number might go on
+                if end < len(self._buffer) or not self._more():  # a number at the end may have more digits
                     self._start += length
                     return value
 
     def _end_of_value(self) -> int:
-        """Where the next value ends, whatever it is: at the bracket that closes it, or at a comma outside brackets."""
+        """Index of the end of the next value, valid or not.
+
+        It ends at the bracket that closes it, or before a comma outside brackets.
+        """
         while True:
             closing = {"{": "}", "[": "]"}.get(self.next)
             depth = 0
             for match in _MARK.finditer(self._buffer, self._start):
                 mark = match[0]
                 if (match["open"] is not None) or (match["word"] and match.end() == len(self._buffer)):
-                    break  # it may have more to come
+                    break  # the string or word may continue in the next chunk
                 if closing is None:
                     return match.end()
                 if mark in ("{", "["):
@@ -238,15 +255,15 @@ def _unreadable(error: Exception) -> UnusableRow:
 
 
 _SPACE, _COMMAS = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*")
-_MARK = re.compile(  # a string, one without an end, a bracket or a comma, a word
-    r'"(?:[^"\\]++|\\.)*+(?:"|(?P<open>))|[\[\]{},]|(?P<word>[^ \t\r\n"\[\]{},]++)', re.DOTALL
-)
+# A complete string, a string without an end (`open`), a bracket or comma, or a word.
+_MARK = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|(?P<open>))|[\[\]{},]|(?P<word>[^ \t\r\n"\[\]{},]++)', re.DOTALL)
 
 
 # --- JSON files --------------------------------------------------------------------------------------------
 
 
 def _rows_of_list(file: DataFile, stream: io.BufferedReader, ledger: Ledger) -> Iterator[tuple[str, Any]]:
+    """The rows of `[row, …]`."""
     text = _Text(stream)
     text.skip("[")
     for number in itertools.count():
@@ -256,7 +273,7 @@ def _rows_of_list(file: DataFile, stream: io.BufferedReader, ledger: Ledger) -> 
         if text.next == "]":
             text.skip("]")
             if text.next:
-                ledger.lose(f"{file.name} goes on after its list of {number:,} rows; that was not read")
+                ledger.lose(f"{file.name} has more text after its list of {number:,} rows, which was not read")
             return
         try:
             row = text.take()
@@ -269,6 +286,7 @@ def _rows_of_list(file: DataFile, stream: io.BufferedReader, ledger: Ledger) -> 
 
 
 def _rows_of_lines(file: DataFile, stream: io.BufferedReader, ledger: Ledger) -> Iterator[tuple[str, Any]]:
+    """The rows of JSON lines, or of another file that also begins with `{` or `"`."""
     first = True
     for number, line in enumerate(iter(lambda: stream.readline(LONGEST_ROW), b""), 1):
         if line.isspace():
@@ -282,13 +300,16 @@ def _rows_of_lines(file: DataFile, stream: io.BufferedReader, ledger: Ledger) ->
         try:
             row = json.loads(text, strict=False)
         except (ValueError, RecursionError) as error:
-            if first and getattr(error, "msg", "") != "Extra data" and _goes_on(file, ledger):
+            # "Extra data": the line begins with a whole value, so it is a broken line and not the
+            # start of a longer object.
+            if first and getattr(error, "msg", "") != "Extra data" and _spans_lines(file, ledger):
                 yield from _rows_of_objects(file, ledger)
                 return
             row = _unreadable(error)
         else:
             if has_comma:
                 ledger.repair(COMMA, where)
+        # The only line of a file may be an object around all rows.
         if first and not stream.peek(1) and (rows := _wrapped(row, file)) is not None:
             yield from ((f"{file.name} row {i}", row) for i, row in enumerate(rows))
             return
@@ -296,8 +317,8 @@ def _rows_of_lines(file: DataFile, stream: io.BufferedReader, ledger: Ledger) ->
         yield where, row
 
 
-def _goes_on(file: DataFile, ledger: Ledger) -> bool:
-    """Whether the first value of a file, which is not on one line, is on several."""
+def _spans_lines(file: DataFile, ledger: Ledger) -> bool:
+    """Whether the first value of a file, invalid on one line, is valid over several lines."""
     with _reopened(file, ledger) as stream:
         text = _Text(stream)
         text.skip()
@@ -308,6 +329,7 @@ def _goes_on(file: DataFile, ledger: Ledger) -> bool:
 
 
 def _reopened(file: DataFile, ledger: Ledger) -> io.BufferedReader:
+    """The file from its beginning, without a byte-order mark (which is already in the ledger)."""
     stream = open_data(file, ledger)
     if stream.peek(len(BOM)).startswith(BOM):
         stream.read(len(BOM))
@@ -315,7 +337,7 @@ def _reopened(file: DataFile, ledger: Ledger) -> io.BufferedReader:
 
 
 def _rows_of_objects(file: DataFile, ledger: Ledger) -> Iterator[tuple[str, Any]]:
-    """Objects over many lines, one after another; or one object that has all rows under one key."""
+    """The rows of consecutive multi-line objects, or of one object with all rows under a key."""
     with _reopened(file, ledger) as stream:
         text = _Text(stream)
         text.skip()
@@ -336,12 +358,17 @@ def _rows_of_objects(file: DataFile, ledger: Ledger) -> Iterator[tuple[str, Any]
 
 
 def _wrapped(value: Any, file: DataFile) -> list[Any] | None:
-    """The rows of `{"data": [row, …]}`, under whatever key; None if `value` is a row itself."""
+    """The rows of `{"data": [row, …]}`, under any key; None if `value` is itself a row.
+
+    Raises `UserError` if several keys hold lists of rows.
+    """
     if not isinstance(value, dict) or has_known_shape(value):
         return None
     lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
     if len(lists) > 1:
         keys = ", ".join(one_line(key[:80], 40) for key in list(lists)[:8])
-        what = f"several lists of rows, under the keys {keys}"
-        raise UserError(f"data file {file.path} has {what}: write the one to be read into a file of its own")
+        raise UserError(
+            f"data file {file.path} has several lists of rows, under the keys {keys}: "
+            "save the list to be read as a separate file"
+        )
     return next(iter(lists.values()), None)

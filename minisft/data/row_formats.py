@@ -1,6 +1,6 @@
-"""Rows of all the shapes that people write, made into messages: turns, columns, preferences, earlier turns.
+"""Read the messages of rows in all common formats: turns, columns, preference pairs and history.
 
-Which keys are read, and what a key means, is `messages`' to know.
+`messages` defines which keys are read and what each of them means.
 """
 
 from __future__ import annotations
@@ -46,49 +46,53 @@ FLAGS = dict.fromkeys(("true", "1", "desirable"), True) | dict.fromkeys(
 
 
 def read_row(row: dict[str, Any]) -> ReadRow:
-    """The messages of one row, as they stand. Raises `UnusableRow` with the reason why there are none to be used.
+    """The messages of one row before cleaning. Raises `UnusableRow` with the reason if none.
 
-    System prompt and earlier turns come from the row's own columns where the conversation does not begin with them.
+    The system prompt and earlier turns are taken from columns of the row, unless the conversation
+    already begins with them.
     """
-    found = ReadRow()
+    parsed = ReadRow()
     keys = Keys(row)
     if own_id(row) is not None:
         keys.take(("id",))
-    require_supported_keys(keys, found)
+    require_supported_keys(keys, parsed)
     _require_wanted(keys)
-    messages = _after(_history(keys.take(HISTORY), found), _spoken(keys, found))
+    messages = _joined(_history(keys.take(HISTORY), parsed), _conversation_messages(keys, parsed))
     if not messages:
         raise UnusableRow("empty conversation")
-    own = messages[0].content if messages[0].role == "system" else ""
-    if not own.strip() or keys.look(SYSTEM)[1] == own:
-        messages = [*_system_prompt(keys.take(SYSTEM), own, found), *messages]
-    found.messages = messages
-    found.unread |= dict.fromkeys(keys.unread())
-    return found
+    first_prompt = messages[0].content if messages[0].role == "system" else ""
+    if not first_prompt.strip() or keys.look(SYSTEM)[1] == first_prompt:
+        messages = [*_system_prompt(keys.take(SYSTEM), first_prompt, parsed), *messages]
+    parsed.messages = messages
+    parsed.unread |= dict.fromkeys(keys.unread())
+    return parsed
 
 
 def as_object(row: Any) -> tuple[dict[str, Any], bool]:
-    """The row as an object, and whether it was JSON inside a JSON string. Raises `UnusableRow`."""
+    """The row as a dictionary, and whether it was JSON inside a JSON string.
+
+    Raises `UnusableRow` if it is not an object or a list of turns.
+    """
     if isinstance(row, UnusableRow):
         raise row
     value = _from_json(row) if isinstance(row, str) else row
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        value = {TURNS[0]: value}  # a conversation without a name
+        value = {TURNS[0]: value}  # a bare list of turns
     if not isinstance(value, dict):
         raise UnusableRow("row is not an object")
     return value, isinstance(row, str)
 
 
 def own_id(row: dict[str, Any]) -> str | None:
-    """The row's own id, if it is a name or a number as ids are."""
-    own = row.get("id")
-    if isinstance(own, int | float) and not isinstance(own, bool):
-        return as_text(own)
-    return encodable(own) if isinstance(own, str) and 0 < len(own) <= LONGEST_ID else None
+    """The id of the row as text, or None if it has none that is a number or a short text."""
+    value = row.get("id")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return as_text(value)
+    return encodable(value) if isinstance(value, str) and 0 < len(value) <= LONGEST_ID else None
 
 
 def has_known_shape(row: dict[str, Any]) -> bool:
-    """Whether the keys of an object are those of a row."""
+    """Whether an object has keys of a conversation row."""
     return _has_columns(row) or not row.keys().isdisjoint((*TURNS, *CHOSEN, "instruction"))
 
 
@@ -97,12 +101,12 @@ def _has_columns(row: dict[str, Any]) -> bool:
 
 
 def _answers(row: dict[str, Any]) -> tuple[str, ...]:
-    """The keys that an answer may be under; `chosen` can also be a mark, true or false."""
+    """The keys that may hold the answer. `chosen` is not one of them if it is a boolean mark."""
     return ANSWER if isinstance(row.get(CHOSEN[0]), bool) else (*ANSWER, *CHOSEN)
 
 
 def texts_of(row: Any) -> Iterator[str]:
-    """The texts in a raw row, whatever its shape and whatever becomes of it."""
+    """The texts in a raw row of any format, usable or not: for counts and HTML detection."""
     if isinstance(row, str):
         yield row
     if isinstance(row, list):
@@ -119,11 +123,11 @@ def texts_of(row: Any) -> Iterator[str]:
             yield text
 
 
-# --- whether a row is wanted -------------------------------------------------------------------------------
+# --- marks and weights -------------------------------------------------------------------------------------
 
 
 def _require_wanted(keys: Keys) -> None:
-    """Refuse a row whose answers are marked as bad, or as not to be trained."""
+    """Raise `UnusableRow` if a row is marked as undesirable or has weight 0."""
     for name in (*DESIRABLE, *CHOSEN):
         value = keys.row.get(name)
         is_mark = isinstance(value, bool) or (name in DESIRABLE and _flag(value) is not None)
@@ -137,7 +141,7 @@ def _require_wanted(keys: Keys) -> None:
 
 
 def _flag(value: Any) -> bool | None:
-    """Whether a mark says yes or no; None for what is no mark."""
+    """The boolean that a mark stands for; None if the value is not a mark."""
     if isinstance(value, str):
         return FLAGS.get(value.strip().lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
@@ -146,30 +150,33 @@ def _flag(value: Any) -> bool | None:
 # --- shapes ------------------------------------------------------------------------------------------------
 
 
-def _spoken(keys: Keys, found: ReadRow) -> list[Message]:
-    """The messages of the row's turns, or else of its columns."""
-    turns = _turns(keys, found)
+def _conversation_messages(keys: Keys, parsed: ReadRow) -> list[Message]:
+    """The messages of the row's turns, else of its columns, else of its preferred answer."""
+    turns = _turns(keys, parsed)
     chosen = keys.look(CHOSEN)[1]
     has_chosen = not is_empty(chosen) and not isinstance(chosen, bool)
     if turns:
-        messages = [message_of(turn, found) for turn in turns]
-        spoken = [message.role for message in messages if message.role != "system"]
-        if has_chosen and spoken[-1:] == ["user"]:
-            messages = _after(messages, messages_of(keys.take(CHOSEN), "assistant", found))
+        messages = [message_of(turn, parsed) for turn in turns]
+        roles = [message.role for message in messages if message.role != "system"]
+        if has_chosen and roles[-1:] == ["user"]:  # preference data: the turns are only the prompt
+            messages = _joined(messages, messages_of(keys.take(CHOSEN), "assistant", parsed))
         return messages
     if _has_columns(keys.row) and (turns is None or not is_empty(keys.look((*QUESTION, *GIVEN))[1])):
-        return _from_columns(keys, found)
+        return _from_columns(keys, parsed)
     if turns is not None:
         raise UnusableRow("empty conversation")
     if has_chosen:
-        return messages_of(keys.take(CHOSEN), "assistant", found)
+        return messages_of(keys.take(CHOSEN), "assistant", parsed)
     if not keys.row.keys().isdisjoint(ROLE) and not keys.row.keys().isdisjoint(TEXT):
         raise UnusableRow("a turn by itself: make a list of the turns of each conversation")
     raise UnusableRow("row of an unknown shape")
 
 
-def _turns(keys: Keys, found: ReadRow) -> list[Any] | None:
-    """The first list of turns that has any, else an empty one; None if there is none at all. It may be JSON itself."""
+def _turns(keys: Keys, parsed: ReadRow) -> list[Any] | None:
+    """The first non-empty list of turns, else an empty one; None if the row has no list of turns.
+
+    A list may also be JSON inside a string.
+    """
     empty = None
     not_json = False
     for key in TURNS:
@@ -180,7 +187,7 @@ def _turns(keys: Keys, found: ReadRow) -> list[Any] | None:
             except UnusableRow:
                 not_json = True
                 continue
-            found.repairs[IS_JSON] = None
+            parsed.repairs[IS_JSON] = None
         if isinstance(turns, list):
             keys.take((key,))
             if turns:
@@ -191,54 +198,58 @@ def _turns(keys: Keys, found: ReadRow) -> list[Any] | None:
     return empty
 
 
-def _from_columns(keys: Keys, found: ReadRow) -> list[Message]:
-    """One question and one answer, each a text or a list of turns."""
+def _from_columns(keys: Keys, parsed: ReadRow) -> list[Message]:
+    """The messages of a question and an answer column, each a text or a list of turns."""
     answers = _answers(keys.row)
     names = [keys.look(QUESTION)[0] or QUESTION[0], keys.look(answers)[0] or ANSWER[0]]
-    found.repairs["/".join(names) + ": converted"] = None
+    parsed.repairs["/".join(names) + ": converted"] = None
     question, answer = keys.take(QUESTION), keys.take(answers)
     if not isinstance(question, list | dict):
-        texts = ("" if text is None else text_of(text, "user", found) for text in (question, keys.take(GIVEN)))
+        texts = ("" if text is None else text_of(text, "user", parsed) for text in (question, keys.take(GIVEN)))
         question = "\n\n".join(text for text in texts if text.strip())
-    return _after(
-        messages_of(question, "user", found), messages_of("" if answer is None else answer, "assistant", found)
+    return _joined(
+        messages_of(question, "user", parsed), messages_of("" if answer is None else answer, "assistant", parsed)
     )
 
 
-def _after(earlier: list[Message], later: list[Message]) -> list[Message]:
-    """Two parts of a conversation; the later one may begin with the earlier one, as some preference data does."""
-    spoken = [message for message in later if message.role != "system"]
-    is_repeated = earlier and earlier in (later[: len(earlier)], spoken[: len(earlier)])
+def _joined(earlier: list[Message], later: list[Message]) -> list[Message]:
+    """Join two parts of a conversation.
+
+    If the later part repeats the earlier one, as in some preference data, it is returned alone.
+    """
+    without_system = [message for message in later if message.role != "system"]
+    is_repeated = earlier and earlier in (later[: len(earlier)], without_system[: len(earlier)])
     return later if is_repeated else [*earlier, *later]
 
 
-def _history(pairs: Any, found: ReadRow) -> list[Message]:
+def _history(pairs: Any, parsed: ReadRow) -> list[Message]:
+    """The messages of earlier turns: pairs of question and answer, or turns with a role."""
     if is_empty(pairs):
         return []
     messages = []
-    for pair in pairs if isinstance(pairs, list) else [None]:
+    for pair in pairs if isinstance(pairs, list) else [None]:  # anything but a list raises below
         if isinstance(pair, dict):
-            messages.append(message_of(pair, found))
+            messages.append(message_of(pair, parsed))
         elif isinstance(pair, list) and len(pair) == 2:
             if not is_empty(pair):
                 texts = zip(("user", "assistant"), pair, strict=True)
-                messages += [Message(role, text_of(text, role, found)) for role, text in texts]
+                messages += [Message(role, text_of(text, role, parsed)) for role, text in texts]
         else:
             raise UnusableRow("a history that is not pairs of question and answer")
     return messages
 
 
-def _system_prompt(value: Any, own: str, found: ReadRow) -> list[Message]:
-    """The prompt of a column, unless the conversation begins with the same one, its `own`."""
-    if is_empty(value) or value == own:
+def _system_prompt(value: Any, first_prompt: str, parsed: ReadRow) -> list[Message]:
+    """The system prompt of a column, unless the conversation begins with the same one."""
+    if is_empty(value) or value == first_prompt:
         return []
     if not isinstance(value, str | list):
         raise UnusableRow("a system prompt that is not text")
-    return [Message("system", text_of(value, "system", found))]
+    return [Message("system", text_of(value, "system", parsed))]
 
 
 def _from_json(text: str) -> Any:
-    """The value of JSON that stands in a text. Raises `UnusableRow`."""
+    """Parse JSON inside a string. Raises `UnusableRow` if it is not JSON."""
     try:
         return json.loads(text, strict=False)
     except (ValueError, RecursionError):

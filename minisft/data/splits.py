@@ -1,4 +1,7 @@
-"""Train and test: split by whole conversation before anything else is cut, and nothing of the test set is trained."""
+"""Split conversations into train and test so that no part of a test conversation is trained.
+
+The split is by whole conversation and comes before truncation and every other selection.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +14,36 @@ from dataclasses import dataclass
 from minisft.data.conversations import Conversation
 from minisft.data.ledger import Ledger
 
-FEW = 10  # rows that may share an origin whose name tells nothing
-_PART = re.compile(r"([A-Za-z0-9]{7})_\d+")  # ShareGPT's ids: a random name, and the number of the part
+FEW = 10  # rows up to which a name that is neither random nor a word counts as one conversation
+_PART = re.compile(r"([A-Za-z0-9]{7})_\d+")  # ShareGPT's ids: a random name and the number of the part
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _CHANGES = re.compile(r"(?<=[a-z])(?=[A-Z0-9])|(?<=[A-Z])(?=[a-z0-9])|(?<=[0-9])(?=[A-Za-z])")
 
 
 @dataclass(frozen=True)
 class Origins:
-    """Which ids are parts of one conversation: `names` that stand before a number, and ids that were `repeated`."""
+    """Which ids are parts of one conversation.
+
+    `names` are conversations whose parts have the ids `<name>_<number>`. `repeated` are ids that
+    occur a few times in the data, so that their numbered copies (`<id>#2`) are one conversation.
+    """
 
     names: frozenset[str] = frozenset()
     repeated: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, ids: Collection[str], wanted: int) -> Origins:
-        """Decide by all ids of the data, of which `wanted` rows are for testing.
+        """Decide from all ids of the data set. `wanted` is the number of rows for testing.
 
-        `QWJhYvA_7` is a part of a conversation; `example_7` is a row of its own, and so is `topic12_7` if there are
-        many. A name is taken for a conversation if it looks random, or if few rows have it. Where most names look
-        random all were drawn, those that happen to look like a word as well.
+        `QWJhYvA_7` is a part of a conversation; `example_7` is an independent row, and so is
+        `topic12_7` if there are many of them. A name counts as a conversation if it looks random or
+        if only a few rows have it. If most names look random, a name with up to `wanted` rows
+        counts as well, even if it happens to look like a word.
         """
-        known = set(ids)
-        copies = Counter(base for name in ids if (base := name.partition("#")[0]) != name and base in known)
-        repeated = frozenset(name for name, more in copies.items() if more < max(FEW, wanted))
+        all_ids = set(ids)
+        copies = Counter(base for name in ids if (base := name.partition("#")[0]) != name and base in all_ids)
+        # An id with very many copies says nothing, for example if every row has the same id.
+        repeated = frozenset(name for name, count in copies.items() if count < max(FEW, wanted))
         rows = Counter(match[1] for name in ids if (match := _PART.fullmatch(name.partition("#")[0])))
         random = {name for name in rows if _looks_random(name)}
         most = wanted if 2 * len(random) > len(rows) else 0
@@ -42,7 +51,7 @@ class Origins:
         return cls(frozenset(names), repeated)
 
     def origin(self, conversation_id: str) -> str:
-        """The conversation that a row was cut from; the row itself stands for it if it is whole."""
+        """The name of the conversation that a row was cut from; the row's own id if it is whole."""
         base, _, copy = conversation_id.partition("#")
         name = base if not copy or base in self.repeated else conversation_id
         match = _PART.fullmatch(name)
@@ -50,12 +59,15 @@ class Origins:
 
 
 def _looks_random(name: str) -> bool:
-    """Capitals, small letters and digits in a jumble: words have at most one capital, and digits at their end."""
+    """Whether a name mixes capitals, lowercase letters and digits.
+
+    Words have at most one capital, and digits only at the end: two changes of kind at most.
+    """
     return len(_CHANGES.findall(name)) > 2
 
 
 def _is_word(name: str) -> bool:
-    """Letters as in a word, with vowels and without long runs of consonants."""
+    """Whether a name looks like a word: it has vowels, but no long run of vowels or consonants."""
     letters = name.lower()
     return bool(_WORD.fullmatch(name) and re.search("[aeiouy]", letters)) and not re.search(
         "[^aeiouy]{5}|[aeiouy]{4}", letters
@@ -63,9 +75,10 @@ def _is_word(name: str) -> bool:
 
 
 def origin(conversation_id: str) -> str:
-    """The conversation that a ShareGPT part was cut from: `QWJhYvA_7` -> `QWJhYvA`; other ids stand for themselves.
+    """The conversation that a ShareGPT part was cut from: `QWJhYvA_7` -> `QWJhYvA`.
 
-    This looks at one id alone; `assign` looks at all of them, and groups fewer.
+    Other ids are returned unchanged. This function sees a single id; `assign` sees all of them and
+    groups fewer.
     """
     base = conversation_id.partition("#")[0]
     match = _PART.fullmatch(base)
@@ -77,14 +90,20 @@ def origin(conversation_id: str) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """Which conversations are for testing, by origin, and which questions the train side asks too."""
+    """The result of `assign`: origins on the test side and first questions on the train side.
+
+    `train_questions` are the fingerprints of `first_question`.
+    """
 
     test_origins: frozenset[str]
     train_questions: frozenset[bytes]
     origins: Origins = Origins()
 
     def side(self, conversation: Conversation) -> str:
-        """`train`, `test`, or `leaked`: on the test side by its id, but its first question is in train as well."""
+        """The side of a conversation: `train`, `test` or `leaked`.
+
+        `leaked` is on the test side by its id, but its first question is also in train.
+        """
         if self.origins.origin(conversation.id) not in self.test_origins:
             return "train"
         return "leaked" if first_question(conversation) in self.train_questions else "test"
@@ -93,54 +112,62 @@ class Split:
 def assign(
     conversations: Iterable[Conversation], test_fraction: float = 0.1, seed: int = 0, ledger: Ledger | None = None
 ) -> Split:
-    """Decide the sides, 9:1 by default, in one pass that keeps no text.
+    """Decide which conversations are for testing, in one pass that keeps no text.
 
-    ShareGPT V3 comes already cut into parts (`QWJhYvA_0`, `QWJhYvA_7`, …); parts of one conversation go to the
-    same side, else the test set would hold the continuation of what was trained. The order is a seeded hash of
-    the conversation's id, so the same conversation lands on the same side however the file is ordered. The ledger
-    gets a note if the test side is empty, or far from what was asked for.
+    ShareGPT V3 is already cut into parts (`QWJhYvA_0`, `QWJhYvA_7`, …). Parts of one conversation
+    go to the same side; otherwise the test set would contain the continuation of trained text.
+    Conversations are ordered by a hash of their id and `seed`, so a conversation lands on the same
+    side for any order of the file. `ledger` gets a note if the test side is empty or differs much
+    from `test_fraction`.
     """
-    known = [(c.id, first_question(c)) for c in conversations]
-    origins = Origins.of([name for name, _ in known], round(test_fraction * len(known)))
-    known = [(origins.origin(name), question) for name, question in known]
-    sizes = Counter(name for name, _ in known)
+    ids_and_questions = [(c.id, first_question(c)) for c in conversations]
+    origins = Origins.of([row_id for row_id, _ in ids_and_questions], round(test_fraction * len(ids_and_questions)))
+    rows = [(origins.origin(row_id), question) for row_id, question in ids_and_questions]
+    sizes = Counter(name for name, _ in rows)
     order = sorted(sizes, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    wanted = max(1, min(round(test_fraction * len(known)), len(known) - 1)) if len(sizes) > 1 else 0
+    # At least one row on each side, unless there is only one conversation.
+    wanted = max(1, min(round(test_fraction * len(rows)), len(rows) - 1)) if len(sizes) > 1 else 0
     test: set[str] = set()
     taken = 0
     for name in order:
         if taken + sizes[name] <= wanted:
             test.add(name)
             taken += sizes[name]
-    if wanted and not test:  # every conversation came in more parts than the test set may hold
+    if wanted and not test:  # every conversation has more parts than the test set has rows
         test.add(min(order, key=lambda name: sizes[name]))
-    found = Split(frozenset(test), frozenset(question for name, question in known if name not in test), origins)
-    if ledger is not None and (line := _surprise(found, known, test_fraction)):
-        ledger.note(line)
-    return found
+    decided = Split(frozenset(test), frozenset(question for name, question in rows if name not in test), origins)
+    if ledger is not None and (note := _size_note(decided, rows, test_fraction)):
+        ledger.note(note)
+    return decided
 
 
-def _surprise(split: Split, known: list[tuple[str, bytes]], test_fraction: float) -> str:
-    """What to know of a test side that is empty, or less than half or more than twice what was asked for."""
-    asked = [question for name, question in known if name in split.test_origins]
-    leaked = sum(question in split.train_questions for question in asked)
-    rows = len(asked) - leaked
-    wanted = test_fraction * len(known)
-    if not known or (rows and abs(rows - wanted) <= max(1, wanted / 2)):
+def _size_note(split: Split, rows: list[tuple[str, bytes]], test_fraction: float) -> str:
+    """A note if the test side is empty or off by more than half of the requested size; else `""`.
+
+    `rows` are pairs of origin and first question.
+    """
+    test_questions = [question for name, question in rows if name in split.test_origins]
+    leaked = sum(question in split.train_questions for question in test_questions)
+    test_rows = len(test_questions) - leaked
+    wanted = test_fraction * len(rows)
+    if not rows or (test_rows and abs(test_rows - wanted) <= max(1, wanted / 2)):
         return ""
-    reasons = [f"{leaked:,} more ask what is asked in train too"] if leaked else []
-    if (parts := len(known) - len({name for name, _ in known})) and len(asked) != round(wanted):
+    reasons = [f"{leaked:,} more have a first question that is in train too"] if leaked else []
+    if (parts := len(rows) - len({name for name, _ in rows})) and len(test_questions) != round(wanted):
         reasons.append(f"parts of one conversation stay together (by their ids; {parts:,} rows are further parts)")
-    elif len(known) == 1:
+    elif len(rows) == 1:
         reasons.append("a single conversation cannot be split")
     why = "".join(f"; {reason}" for reason in reasons)
-    return f"the test side has {rows:,} of {len(known):,} rows, where {test_fraction:.0%} was asked for{why}"
+    return f"the test side has {test_rows:,} of {len(rows):,} rows instead of {test_fraction:.0%}{why}"
 
 
 def split(
     conversations: Iterable[Conversation], test_fraction: float = 0.1, seed: int = 0, ledger: Ledger | None = None
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Train and test as two lists; a test conversation whose first question is in train is left out and counted."""
+    """Split into the lists train and test, as `assign` decides.
+
+    A test conversation whose first question is also in train is left out and counted in `ledger`.
+    """
     conversations = list(conversations)
     decided = assign(conversations, test_fraction, seed, ledger)
     sides: dict[str, list[Conversation]] = {"train": [], "test": [], "leaked": []}
@@ -153,7 +180,7 @@ def split(
 
 
 def count_side(side: str, conversation: Conversation, ledger: Ledger) -> None:
-    """Book one conversation on its side of the split."""
+    """Count one conversation in `ledger` on its side of the split."""
     if side == "leaked":
         ledger.drop("test: its first question is in train too", conversation.id)
     else:
@@ -161,7 +188,7 @@ def count_side(side: str, conversation: Conversation, ledger: Ledger) -> None:
 
 
 def first_question(conversation: Conversation) -> bytes:
-    """A fingerprint of the system prompt and first question, blind to case and white space."""
+    """A 12-byte hash of the system prompt and first question, without case and white space."""
     texts = []
     for message in conversation.messages:
         if message.role == "assistant":
@@ -177,14 +204,17 @@ def select(
     max_characters: int | None,
     max_rows: int | None,
 ) -> Iterator[Conversation]:
-    """The first `max_rows` conversations of at most `max_characters`; the rest is counted in the ledger."""
-    kept = 0
+    """Yield the first `max_rows` conversations of at most `max_characters` characters each.
+
+    `ledger` counts them under `stage`, and the others as dropped. None means no limit.
+    """
+    rows = 0
     for conversation in conversations:
         if max_characters is not None and conversation.characters > max_characters:
             ledger.drop(f"{stage}: longer than {max_characters} characters", conversation.id)
-        elif max_rows is not None and kept >= max_rows:
+        elif max_rows is not None and rows >= max_rows:
             ledger.drop(f"{stage}: beyond the first {max_rows} rows", conversation.id)
         else:
-            kept += 1
+            rows += 1
             ledger.count(stage, characters=conversation.characters)
             yield conversation

@@ -20,7 +20,7 @@ from minisft.processes import SAFE_PATH
 from minisft.run.config import RunConfig
 from minisft.run.folder import project_root
 from minisft.training.heartbeat import HOST, SUPERVISOR, SUPERVISOR_ELSEWHERE, VOICE
-from minisft.zero.strategies import zero_stage
+from minisft.zero.strategies import strategy_named
 
 SRUN = ["srun", "--nodes=1", "--ntasks=1", "--overlap"]
 HOSTFILE, ENVIRONMENT = "hostfile", "environment"  # of a run folder, where the run has several hosts
@@ -87,9 +87,10 @@ def commands(
     if place is not None:
         rest = ["--master_addr", place.master, "--master_port", port, "--module", *worker]
         return _on_hosts(folder, place, rest, environment_there(supervised))
-    if config.strategy == "vanilla":
+    strategy = strategy_named(config.strategy)
+    if strategy.is_one_process:
         return [Command(["python", "-P", "-m", *worker])]
-    if config.strategy == "ddp":
+    if strategy.is_ddp:
         words = ["torchrun", "--nproc_per_node", ranks, "--master_port", port, "--module", *worker]
         return [Command(words, SAFE_PATH)]
     # An explicit empty hostfile keeps DeepSpeed on this machine, whatever /job/hostfile may hold.
@@ -123,7 +124,7 @@ def _on_hosts(folder: Path, place: Place, rest: list[str], there: dict[str, str]
 
 def require_deepspeed(config: RunConfig) -> None:
     """Refuse a strategy that does not go beyond one machine. Raises `UserError`."""
-    if zero_stage(config.strategy) is None:
+    if strategy_named(config.strategy).stage is None:
         raise UserError(
             f"{config.strategy} runs on one machine: on several, use zero0 to zero3 (zero0 is DeepSpeed's ddp)"
         )

@@ -40,7 +40,7 @@ from minisft.training.dataset import (
     remember_rows,
     write_data,
 )
-from minisft.zero.strategies import deepspeed_config, offloads
+from minisft.zero.strategies import deepspeed_config, strategy_named
 
 Say = Callable[[str], None]
 HOSTS = "hosts.json"  # of a run folder: where it takes place
@@ -160,7 +160,7 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
     preflight.require_fit(config, architecture, rows)
     preflight.require_space(config, rows, parameters)
     preflight.warn_of_memory(config, architecture, precision, on_gpu, say)
-    if offloads(config.strategy) and not on_gpu:
+    if strategy_named(config.strategy).offloads and not on_gpu:
         say("Without a GPU everything is in main memory already: offloading works here, and saves nothing")
     about = {
         "config": config.to_dict(),

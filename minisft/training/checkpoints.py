@@ -21,7 +21,7 @@ from minisft.checksums import digest
 from minisft.errors import UserError
 from minisft.files import is_inside, read_json, read_text, remove_all, write_json, written_whole
 from minisft.run.folder import MANIFEST, Run, checkpoint_step, manifest_of
-from minisft.zero.strategies import zero_stage
+from minisft.zero.strategies import strategy_named
 
 SCRATCH = ".saving"
 HALVES = (f"{SCRATCH}/checkpoint-*", ".removed-checkpoint-*/*")  # of checkpoints that were being saved or removed
@@ -160,7 +160,7 @@ def _lacks(run: Run, folder: Path) -> str:
     wanted = [r"trainer_state\.json", r"scheduler\.pt"]
     if run.deepspeed is None:
         wanted += [r"optimizer\.pt"]
-    elif zero_stage(run.config.strategy):
+    elif strategy_named(run.config.strategy).stage:
         wanted += [rf"global_step\d+/.*_rank_{rank}_.*optim_states\.pt" for rank in range(ranks)]
     else:
         wanted += [r"global_step\d+/.*model_states\.pt"]

@@ -176,7 +176,7 @@ class SupervisorStatus:
             self.file.unlink(missing_ok=True)
 
 
-def end_with_supervisor(run_folder: Path, pulse: Heartbeat) -> None:
+def end_with_supervisor(run_folder: Path, heartbeat: Heartbeat) -> None:
     """End this process soon after the supervisor named in the environment is gone, however it went."""
     named = os.environ.get(SUPERVISOR)
     if not named:
@@ -199,7 +199,7 @@ def end_with_supervisor(run_folder: Path, pulse: Heartbeat) -> None:
     def wait() -> None:
         while not lost():
             time.sleep(BEAT)
-        pulse.stop("failed")
+        heartbeat.stop("failed")
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

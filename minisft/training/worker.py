@@ -19,10 +19,9 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from minisft import processes, system
-from minisft.chat.registry import template_for
 from minisft.errors import UserError
 from minisft.files import open_own, write_json
 from minisft.locks import open_lock, try_lock
@@ -41,7 +40,7 @@ from minisft.training.heartbeat import (
 )
 
 if TYPE_CHECKING:
-    from minisft.training.trainer import RunTrainer
+    pass
 
 
 def main() -> None:
@@ -55,23 +54,23 @@ def main() -> None:
     except UserError as error:
         note(error)
         sys.exit(2)
-    pulse = Heartbeat(run.folder, rank)
-    end_with_supervisor(run.folder, pulse)
+    heartbeat = Heartbeat(run.folder, rank)
+    end_with_supervisor(run.folder, heartbeat)
     try:
-        _train(run, rank, pulse)
+        _train(run, rank, heartbeat)
     except BaseException as error:
         # Indented, so that no text within it begins a line as what a rank says does.
         note(textwrap.indent(traceback.format_exc(), "  "))
         with suppress(OSError):
             checkpoints.discard_unfinished(run)
         reason = " ".join(str(error).split())[:500]
-        failure = {"rank": rank, "step": pulse.step, "reason": f"{type(error).__name__}: {reason}"}
+        failure = {"rank": rank, "step": heartbeat.step, "reason": f"{type(error).__name__}: {reason}"}
         write_failure(run.folder, failure)
-        pulse.stop("failed")
+        heartbeat.stop("failed")
         finish_log()
         # Not sys.exit: other ranks may be waiting inside a collective, and teardown would wait for them.
         os._exit(1)
-    pulse.stop("done")
+    heartbeat.stop("done")
     finish_log()
     # Nor here: all is written, and tearing down the threads of a process group now and then aborts the process.
     os._exit(0)
@@ -125,7 +124,7 @@ def _trains(sign: RankStatus, run: Run) -> bool:
     return False
 
 
-def _train(run: Run, rank: int, pulse: Heartbeat) -> None:
+def _train(run: Run, rank: int, heartbeat: Heartbeat) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local folder by now
     # DeepSpeed loads its checkpoints as pickles; so they are restricted to tensors and plain values.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -140,6 +139,7 @@ def _train(run: Run, rank: int, pulse: Heartbeat) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips DeepSpeed's probing for accelerators
     if run.deepspeed:
         import deepspeed
+    from minisft.training.build_trainer import make_trainer
     from minisft.training.metrics_log import speed
 
     if not on_gpu:
@@ -152,9 +152,9 @@ def _train(run: Run, rank: int, pulse: Heartbeat) -> None:
         deepspeed.init_distributed()
         _unlink_shared_memory(rank)
 
-    pulse.says("loading")
+    heartbeat.says("loading")
     checkpoint = _start_from(run, rank)
-    trainer = make_trainer(run, rank, world, on_gpu, checkpoint, pulse)
+    trainer = make_trainer(run, rank, world, on_gpu, checkpoint, heartbeat)
     if checkpoint is not None and checkpoints.is_trained(checkpoint):
         trainer.state.global_step = checkpoint_step(checkpoint)  # it was killed when only its end was missing
     else:
@@ -162,9 +162,10 @@ def _train(run: Run, rank: int, pulse: Heartbeat) -> None:
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
-        speeds = trainer.observer.finish() if trainer.observer else speed([])
+        logger = trainer.metrics.logger
+        speeds = logger.finish() if logger else speed([])
         done = {"steps": trainer.state.global_step, "run": run.identity, **speeds}
-        done |= {"observing_seconds": round(trainer.observed, 3)}
+        done |= {"observing_seconds": round(trainer.metrics.seconds + trainer.memory.seconds, 3)}
         write_json(run.folder / "DONE", done)
         (run.folder / "FAILED").unlink(missing_ok=True)  # an earlier try's
     if world > 1:
@@ -185,66 +186,6 @@ def _start_from(run: Run, rank: int) -> Path | None:
             checkpoints.verify(run, checkpoint)
             announce(f"going on from {checkpoint.name}")
     return checkpoint
-
-
-def make_trainer(
-    run: Run, rank: int, world: int, on_gpu: bool, checkpoint: Path | None, pulse: Heartbeat
-) -> RunTrainer:
-    from minisft.chat.tokenizers import HuggingFaceTokenizer
-    from minisft.model.configs import model_config
-    from minisft.model.loading import load_model
-    from minisft.model.loss import LossHead, supports_loss_head
-    from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
-    from minisft.training.batch_sampler import Packs, RankBatches
-    from minisft.training.collators import PaddingFree, PadRight, WithRows
-    from minisft.training.dataset import TEST_ROWS, load_rows, row_lengths
-    from minisft.training.trainer import RunTrainer
-
-    config = run.config
-    trust = config.trust_remote_code
-    tokenizer = HuggingFaceTokenizer(run.model_folder, config.template)
-    tokenizer.hf.chat_template = template_for(tokenizer, config.template).jinja()
-    # Before TrainingArguments exist: from then on every model that is made at stage 3 is split over the ranks.
-    with_head = supports_loss_head(model_config(run.model_folder, trust), trust)
-    arguments = _arguments(run, on_gpu)
-    model = load_model(run.model_folder, tokenizer, trust)
-    model.config.use_cache = False
-    model.generation_config.eos_token_id = tokenizer.eos_id
-    model.generation_config.pad_token_id = tokenizer.pad_id
-    padding_free = config.batching != "padded" and supports_padding_free(model)
-    if padding_free:
-        model.set_attn_implementation(PER_DOCUMENT)
-    elif config.batching in ("padding-free", "packed"):
-        raise UserError(f"this model's attention cannot keep the rows of a {config.batching} batch apart: use padded")
-
-    rows = load_rows(run.folder / "data")
-    lengths = row_lengths(rows)
-    if config.batching == "packed":
-        rows = Packs(rows, lengths, config.max_length)
-        lengths = rows.lengths
-    batches = RankBatches(
-        lengths, config.batch_size, config.accumulation, world, rank, config.seed, by_length=not padding_free
-    )
-    if not len(batches):
-        raise UserError(
-            f"{len(lengths)} rows do not fill one global batch of {config.global_batch}: "
-            "lower the batch size, the accumulation or the ranks, or give more data"
-        )
-    tests = load_rows(run.folder / "data", TEST_ROWS).to_list() if config.eval_rows else []
-    return RunTrainer(
-        run=run,
-        batches=batches,
-        head=LossHead(model.get_output_embeddings()) if with_head else None,
-        padding_free=padding_free,
-        start=checkpoint_step(checkpoint) if checkpoint else 0,
-        pulse=pulse,
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=tests,
-        data_collator=WithRows(PaddingFree() if padding_free else PadRight(tokenizer.pad_id)),
-        processing_class=tokenizer.hf,
-    )
 
 
 def _allow_deepspeed_states() -> None:
@@ -269,43 +210,6 @@ def _unlink_shared_memory(rank: int) -> None:
     torch.distributed.barrier()  # every rank has opened the buffers of all others by now
     place = "_".join((str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(rank)))
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}").unlink(missing_ok=True)  # noqa: S108
-
-
-def _arguments(run: Run, on_gpu: bool) -> Any:
-    from transformers import TrainingArguments
-
-    config = run.config
-    return TrainingArguments(
-        output_dir=str(run.folder),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=run.precision == "bf16",
-        fp16=run.precision == "fp16",
-        use_cpu=not on_gpu,
-        deepspeed=run.deepspeed,
-        save_strategy="steps" if config.save_steps else "epoch",
-        save_steps=config.save_steps or 500,
-        save_only_model=not config.resumable,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        seed=config.seed,
-        data_seed=config.seed,
-        remove_unused_columns=False,
-        activation_checkpointing=config.activation_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        dataloader_pin_memory=on_gpu,
-        report_to="none",
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-    )
 
 
 def _log_to(file: Path, and_terminal: bool) -> Callable[[], None]:

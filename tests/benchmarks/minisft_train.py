@@ -23,10 +23,10 @@ from minisft.run.config import RunConfig
 from minisft.run.folder import Run
 from minisft.system import cores
 from minisft.training.batch_sampler import RankBatches
+from minisft.training.build_trainer import make_trainer
 from minisft.training.dataset import TEST_ROWS, TRAIN, write_rows
 from minisft.training.heartbeat import Heartbeat
 from minisft.training.preflight import resolve_precision
-from minisft.training.worker import make_trainer
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 
@@ -89,7 +89,7 @@ def main() -> None:
         write_rows([Row(r["id"], r["input_ids"], r["labels"]) for r in rows], run.folder / "data" / TRAIN)
         write_rows([], run.folder / "data" / TEST_ROWS)
         torch.set_num_threads(cores())
-        trainer = make_trainer(run, rank=0, world=1, on_gpu=on_gpu, checkpoint=None, pulse=Heartbeat(run.folder, 0))
+        trainer = make_trainer(run, rank=0, world=1, on_gpu=on_gpu, checkpoint=None, heartbeat=Heartbeat(run.folder, 0))
         trainer.batches.__class__ = InOrder
         trainer.args.save_strategy = "no"
         clock = Clock()

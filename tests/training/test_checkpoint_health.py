@@ -98,10 +98,10 @@ BREAK = {
     "the file that is read first is spoilt": (hidden_by_a_sound_index, "are not finite"),
     "half of the layers are ignored": (
         lambda folder: edit_json(folder / "config.json", num_hidden_layers=1),
-        "and 8 more has no place in the model of its config.json",
+        "and 8 more are not part of the model in config.json",
     ),
-    "an index without files": (index_of({"weight_map": []}), "does not say in which file"),
-    "an index with numbers": (index_of({"weight_map": {"a": 5}}), "does not say in which file"),
+    "an index without files": (index_of({"weight_map": []}), "does not map each tensor to a file"),
+    "an index with numbers": (index_of({"weight_map": {"a": 5}}), "does not map each tensor to a file"),
     "an unknown activation": (
         lambda folder: edit_json(folder / "config.json", hidden_act="nonesuch"),
         "cannot be examined .*nonesuch",
@@ -126,15 +126,15 @@ BREAK = {
     "a tensor is missing": (weights(lambda w: w.pop(NAME)), f"the tensor {NAME} is missing"),
     "the embedding is missing": (
         weights(lambda w: w.pop("model.embed_tokens.weight")),
-        "the tensor lm_head.weight, and 1 more is missing",
+        "the tensor lm_head.weight and 1 more are missing",
     ),
-    "a tensor is empty": (weights(lambda w: w.update({NAME: torch.empty(0)})), f"{NAME} is empty, and its config.json"),
+    "a tensor is empty": (weights(lambda w: w.update({NAME: torch.empty(0)})), f"{NAME} is empty, but its config.json"),
     "a shape differs": (
         lambda folder: edit_json(folder / "config.json", intermediate_size=48),
-        r"has the shape \[32, 64\], and its config.json asks for \[32, 48\]",
+        r"has the shape \[32, 64\], but its config.json requires \[32, 48\]",
     ),
     "a value is not finite": (weights(poison), f"1 of the 2048 values of {NAME} are not finite"),
-    "tied weights are lost": (weights(untie), "differs from .*, and by its config.json they are one tensor"),
+    "tied weights are lost": (weights(untie), "differs from .*, but its config.json ties the two"),
     "the output layer is not there": (
         lambda folder: edit_json(folder / "config.json", tie_word_embeddings=False),
         "the tensor lm_head.weight is missing",
@@ -184,8 +184,8 @@ def test_several_files_are_read_and_a_missing_one_is_named(prepared, checkpoint,
 def test_a_reloaded_checkpoint_has_the_logits_of_the_live_model(tiny_model, small_data):
     """Bit for bit: vanilla in fp32, saved at its last step, beside the model that is still in memory."""
     from minisft.model.loading import load_model
+    from minisft.training.build_trainer import make_trainer
     from minisft.training.heartbeat import Heartbeat
-    from minisft.training.worker import make_trainer
 
     settings = {
         "max_steps": 2,
@@ -195,7 +195,7 @@ def test_a_reloaded_checkpoint_has_the_logits_of_the_live_model(tiny_model, smal
         "memory_timeline": False,
     }
     run = prepare(RunConfig.course(model=str(tiny_model), data=str(small_data), **settings), say=lambda _: None)
-    trainer = make_trainer(run, 0, 1, on_gpu=False, checkpoint=None, pulse=Heartbeat(run.folder, 0))
+    trainer = make_trainer(run, 0, 1, on_gpu=False, checkpoint=None, heartbeat=Heartbeat(run.folder, 0))
     trainer.train()
     (checkpoint,) = run.checkpoints
     assert checkpoint_problem(run, checkpoint) == ""
