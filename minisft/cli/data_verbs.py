@@ -36,7 +36,7 @@ def fetch(
     verify: Annotated[bool, typer.Option("--verify", help="read every cached file again and compare it")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put model and data into the cache; says from where, how large, and under which licence.
+    """Put model and data into the cache; says from where, how large, and under which license.
 
     What is in the cache and differs from its checksum is fetched again.
     """

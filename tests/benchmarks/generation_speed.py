@@ -6,7 +6,7 @@ SmolLM2-135M in fp32 answers the last questions of ShareGPT conversations, in th
 
 one by one   `model.generate` for each prompt alone, as the work that this course follows does
 generate     `model.generate` for batches of like length, padded on the left
-minisft      `minisft.evaluation.generate.replies`
+minisft      `minisft.evaluation.generate.generate_batched`
 
 All give every prompt exactly so many new tokens, which is the same work; with `--stop` answers end where the model ends
 them. Each runs in a process of its own, in every round once, in changing order; loading the model is not timed. The

@@ -227,7 +227,7 @@ class Blind:
         if name == "minisft.model.loading":
             sys.meta_path.remove(self)
             import minisft.data.model_folder
-            minisft.data.model_folder.not_finite = lambda files: ""
+            minisft.data.model_folder.not_finite_reason = lambda files: ""
 sys.meta_path.insert(0, Blind())
 """
 
