@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: launchers/run_tests.sh [pytest options]
 #
-# Runs all tests, after launchers/setup.sh where that is needed: style, the quick tests, the ones that start several
-# processes, and the notebooks, each executed from top to bottom. MINISFT_AT_LENGTH=1 in the environment adds more
+# Runs all tests, after launchers/setup.sh where that is needed: style, the direction of imports, types, the quick tests,
+# the ones that start several processes, and the notebooks, each executed from top to bottom. MINISFT_AT_LENGTH=1 in the environment adds more
 # combinations of what is tested once.
 #
 # With options, only pytest runs, with them: launchers/run_tests.sh -m "not distributed and not notebook" is the
@@ -23,6 +23,8 @@ if (($# > 0)); then
 fi
 ruff check .
 ruff format --check .
+lint-imports
+mypy
 failed=0
 # The quick ones side by side, with a thread each; those that start processes of their own one after the other.
 OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile -m "not distributed and not notebook" || failed=1
