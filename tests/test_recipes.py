@@ -1,0 +1,152 @@
+"""The recipes of CONTRIBUTING.md, each followed in a scratch copy of the package."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import minisft
+from minisft import processes
+
+PLAIN = '''
+"""Questions and answers on lines of their own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minisft.chat.template import Segment
+
+
+@dataclass(frozen=True)
+class LinesTemplate:
+    name: str = "lines"
+    control_tokens: tuple[str, ...] = ()
+    markers_are_text: bool = True
+
+    def fitted_to(self, tokenizer):
+        return self
+
+    def normalized(self, messages):
+        return [message for message in messages if message.role != "system"]
+
+    def trained_text(self, answer):
+        return answer
+
+    def segments(self, conversation) -> Iterator[Segment]:
+        yield Segment("template", 0, False, control="bos")
+        turn = 0
+        for message in self.normalized(conversation.messages):
+            if message.role == "user":
+                yield Segment("user", turn, False, text=f"Q: {message.content}\\nA: ")
+            else:
+                yield Segment("assistant", turn, message.trained, text=message.content, after="text")
+                yield Segment("assistant", turn, message.trained, control="eos")
+                turn += 1
+
+    def prompt_segments(self, conversation):
+        segments = list(self.segments(conversation))
+        return [s for s in segments if s.turn < segments[-1].turn or s.role != "assistant"]
+
+    def same_at_every_turn(self, conversation):
+        return True
+
+    def jinja(self):
+        return "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+'''
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    copy = tmp_path / "scratch" / "minisft"
+    shutil.copytree(Path(minisft.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1, (file, old)
+    file.write_text(text.replace(old, new))
+
+
+def run(package: Path, *words: object):
+    """`minisft`, or Python code, with the scratch copy."""
+    command = ["-m", "minisft.cli", *map(str, words)] if words[0] != "-c" else list(words)
+    return processes.run([sys.executable, "-P", *command], {"PYTHONPATH": str(package.parent)})
+
+
+def test_a_chat_template(package, tiny_model, small_data, tmp_path):
+    (package / "chat" / "lines.py").write_text(PLAIN)
+    registry = package / "chat" / "registry.py"
+    edit(
+        registry,
+        "from minisft.chat.mistral import",
+        "from minisft.chat.lines import LinesTemplate\nfrom minisft.chat.mistral import",
+    )
+    registry.write_text(registry.read_text() + '\nTEMPLATES["lines"] = LinesTemplate()\n')
+    out = tmp_path / "rows.jsonl"
+    done = run(package, "encode", small_data, "--tokenizer", tiny_model, "--template", "lines", "--out", out)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(out.read_text().splitlines()[0])
+    assert any(label != -100 for label in row["labels"]) and row["labels"][0] == -100
+    done = run(package, "check", small_data, "--tokenizer", tiny_model, "--template", "lines")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lines" in run(package, "launch", "--help").stdout
+
+
+def test_a_strategy(package):
+    strategies = package / "zero" / "strategies.py"
+    new = 'Strategy("zero1-offload", "deepspeed", stage=1, offloads_optimizer=True),'
+    edit(
+        strategies,
+        '        Strategy("zero2", "deepspeed", stage=2),\n',
+        f'        {new}\n        Strategy("zero2", "deepspeed", stage=2),\n',
+    )
+    code = (
+        "from minisft.run import RunConfig\nfrom minisft.zero.strategies import deepspeed_config\n"
+        "config = RunConfig(strategy='zero1-offload', ranks=2)\n"
+        "made = deepspeed_config('zero1-offload', micro_batch=1, accumulation=1, ranks=2, max_grad_norm=1.0, "
+        "precision='bf16', largest_tensor=1000, on_gpu=True)\n"
+        "print(made['zero_optimization']['stage'], made['zero_optimization']['offload_optimizer']['device'])\n"
+    )
+    done = run(package, "-c", code)
+    assert done.stdout.split() == ["1", "cpu"], done.stderr
+
+
+def test_a_setting(package, tiny_model, small_data, tmp_path):
+    edit(
+        package / "run" / "config.py",
+        "    warmup: float = setting(\n",
+        '    label_smoothing: float = setting(0.0, "share of the target spread over all tokens", limit=FRACTION)\n'
+        "    warmup: float = setting(\n",
+    )
+    assert "--label-smoothing" in run(package, "launch", "--help").stdout
+    file = tmp_path / "own.yaml"
+    file.write_text("label_smoothing: 0.1\nmax_steps: 1\n")
+    code = f"from minisft.run import RunConfig; print(RunConfig.from_file({str(file)!r}, ranks=1).label_smoothing)"
+    assert run(package, "-c", code).stdout.strip() == "0.1"
+    refused = run(package, "launch", "-s", "vanilla", "--label-smoothing", "2", "-m", tiny_model, "-d", small_data)
+    assert refused.returncode == 2 and "label smoothing is 2.0: give a fraction" in refused.stderr
+
+
+def test_a_metric(package):
+    metrics = package / "evaluation" / "metrics.py"
+    metrics.write_text(
+        metrics.read_text()
+        + "\n\ndef mean_words(outputs, references):\n    return sum(len(o.split()) for o in outputs) / len(outputs)\n"
+        + '\n\nMETRICS["mean words"] = mean_words\n'
+    )
+    code = (
+        "from minisft.evaluation.metrics import corpus_scores\n"
+        "print(corpus_scores(['a b', 'c'], ['a b', 'd'], resamples=0)['more']['mean words'])\n"
+    )
+    done = run(package, "-c", code)
+    assert done.stdout.strip() == "1.5", done.stderr
+
+
+def test_an_exercise():
+    from minisft.course import check
+
+    assert "Not attempted" in check(None, [1, 2])
+    assert "Not yet" in check([1, 3], [1, 2]) and "Right" in check([1, 2], [1, 2])
