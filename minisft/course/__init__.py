@@ -1,6 +1,6 @@
-"""What only the lessons need: exercises, the bug museum, figures, experiments, and the notebook runner.
+"""What only the notebooks need: exercises, the bug museum, figures, experiments and the notebook runner.
 
-Nothing else in the package imports this room.
+Only the command line imports this subpackage.
 """
 
 import lazy_loader
@@ -8,7 +8,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "bug_museum": ["BUGS", "logits_moved", "right_row", "talk"],
+        "bug_museum": ["BUGS", "logits_moved"],
+        "buggy_rows": ["right_row", "talk"],
         "exercises": ["check", "small_model"],
     },
 )

@@ -1,11 +1,11 @@
-"""The bug museum: ways in which fine-tuning data goes wrong in silence, each beside the right way and its detector.
+"""The bug museum: fine-tuning bugs that raise no error, each beside the right way and the check that detects it.
 
-    exhibit = BUGS["find_first"]
-    made = exhibit.wrong(tokenizer, *exhibit.example)
-    exhibit.caught(made, tokenizer, *exhibit.example)
+    bug = BUGS["find_first"]
+    result = bug.wrong(tokenizer, *bug.example)
+    bug.caught(result, tokenizer, *bug.example)
 
-Every wrong variant is written as people write it, for a tokenizer of transformers. None of them raises anything, and
-nothing else in the package uses them.
+The wrong ways are written as people write them, for a tokenizer of transformers. They raise no error, and nothing else
+in the package uses them. Bugs in a single row are in `buggy_rows`; bugs in batches and in splits are here.
 """
 
 from __future__ import annotations
@@ -15,134 +15,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer
-from minisft.data.conversations import Conversation, Message
-from minisft.data.ledger import Ledger
+from minisft.course.buggy_rows import (
+    broken_in_row,
+    cut_and_counted,
+    cut_blindly,
+    double_bos,
+    eos_masked,
+    eos_missing,
+    find_first,
+    forged_end,
+    marker_search,
+    mistyped_marks,
+    right_row,
+    talk,
+)
+from minisft.data.conversations import Conversation
 from minisft.data.splits import origin, split
-from minisft.labels.encode_dataset import encode_stream
-from minisft.labels.encode_row import IGNORE_INDEX, Row, encode
-from minisft.labels.invariants import Violation, check_row
+from minisft.labels.encode_row import Row
+from minisft.labels.invariants import Violation
 from minisft.training.collators import PaddingFree, PadRight
-
-LONGEST = 1 << 30  # tokens: no truncation
-SHORT = 24  # tokens: what the truncation exhibit has room for
-
-
-def talk(*contents: str, name: str = "talk") -> Conversation:
-    """A conversation from its texts: the user's, the assistant's, the user's, and so on."""
-    roles = ("user", "assistant")
-    return Conversation(name, tuple(Message(roles[i % 2], text) for i, text in enumerate(contents)))
-
-
-# --- rows ----------------------------------------------------------------------------------------------------
-
-
-def right_row(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
-    return encode(conversation, template_for(tokenizer), tokenizer, LONGEST)
-
-
-def find_first(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
-    """Write everything as one text, then search the answers in it."""
-    segments = list(template_for(tokenizer).segments(conversation))
-    names = {"bos": tokenizer.hf.bos_token or "", "eos": tokenizer.hf.eos_token}
-    text = "".join(s.text if s.control is None else names.get(s.control, s.control) for s in segments)
-    encoded = tokenizer.hf(text, add_special_tokens=False, return_offsets_mapping=True)
-    labels = [token_id if token_id == tokenizer.eos_id else IGNORE_INDEX for token_id in encoded.input_ids]
-    for answer in (s.text for s in segments if s.trained and s.text):
-        start = text.find(answer)  # the first occurrence, which may be the user's
-        for i, (a, b) in enumerate(encoded.offset_mapping):
-            if start <= a and b <= start + len(answer):
-                labels[i] = encoded.input_ids[i]
-    return Row(conversation.id, encoded.input_ids, labels)
-
-
-def marker_search(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
-    """Search the ids of `[/INST]` among the row's ids, and train what follows up to EOS."""
-    ids = right_row(tokenizer, conversation).input_ids
-    marker = tokenizer.hf.encode("[/INST]", add_special_tokens=False)  # in a row it follows a space: other ids
-    labels = [IGNORE_INDEX] * len(ids)
-    for i in range(len(ids)):
-        if ids[i : i + len(marker)] == marker:
-            start = i + len(marker)
-            end = ids.index(tokenizer.eos_id, start) + 1
-            labels[start:end] = ids[start:end]
-    return Row(conversation.id, ids, labels)
-
-
-def mistyped_marks(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
-    r"""Type the marks as text, and from memory: `<\s>` and `[\INST]` mean nothing to any tokenizer."""
-    typed = {"bos": "<s>", "eos": r"<\s>", "[/INST]": r"[\INST]"}
-    ids: list[int] = []
-    labels: list[int] = []
-    for s in template_for(tokenizer).segments(conversation):
-        text = s.text.replace("[/INST]", r"[\INST]") if s.control is None else typed.get(s.control, s.control)
-        part = tokenizer.hf.encode(text, add_special_tokens=False)
-        ids += part
-        labels += part if s.trained else [IGNORE_INDEX] * len(part)
-    return Row(conversation.id, ids, labels)
-
-
-def eos_masked(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
-    """Set `pad_token = eos_token`, as many tutorials do, and then mask the padding by its id."""
-    row = right_row(tokenizer, conversation)
-    pad_id = tokenizer.eos_id
-    return Row(row.id, row.input_ids, [IGNORE_INDEX if label == pad_id else label for label in row.labels])
-
-
-def eos_missing(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
-    """Forget that an answer has an end."""
-    row = right_row(tokenizer, conversation)
-    kept = [i for i, token_id in enumerate(row.input_ids) if token_id != tokenizer.eos_id]
-    return Row(row.id, [row.input_ids[i] for i in kept], [row.labels[i] for i in kept])
-
-
-def double_bos(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
-    """Let the template write BOS, and the tokenizer add one."""
-    row = right_row(tokenizer, conversation)
-    return Row(row.id, [tokenizer.bos_id, *row.input_ids], [IGNORE_INDEX, *row.labels])
-
-
-def forged_end(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
-    """Ask the tokenizer plainly: it parses control tokens out of what people wrote."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for s in template_for(tokenizer).segments(conversation):
-        if s.control is None:
-            part = tokenizer.hf.encode(s.text, add_special_tokens=False)
-        else:
-            part = [tokenizer.control_id(s.control)]
-        ids += part
-        labels += part if s.trained else [IGNORE_INDEX] * len(part)
-    return Row(conversation.id, ids, labels)
-
-
-def cut_blindly(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
-    """Cut at the maximum length and keep what is left, whatever that is."""
-    row = right_row(tokenizer, conversation)
-    return Row(row.id, row.input_ids[:SHORT], row.labels[:SHORT], len(row.input_ids) > SHORT)
-
-
-def cut_and_counted(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row | None:
-    """Cut likewise; a row without a trained token is dropped, with a line in the ledger."""
-    template = template_for(tokenizer)
-    rows = encode_stream([conversation], template, tokenizer, max_length=SHORT, ledger=Ledger())
-    return next(rows, None)
-
-
-def broken_in_row(row: Row | None, tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> list[Violation]:
-    if row is None:
-        return []
-    template = template_for(tokenizer)
-    most = SHORT if row.truncated else None
-    return check_row(row.id, row.input_ids, row.labels, template, tokenizer, max_length=most, conversation=conversation)
-
 
 # --- batches -------------------------------------------------------------------------------------------------
 
 
 def language_modelling(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> dict[str, Any]:
-    """The collator whose name sounds right. It makes labels of its own from the ids, and asks nobody."""
+    """Use the collator whose name sounds right: it ignores the labels it is given and copies the ids instead."""
     from transformers import DataCollatorForLanguageModeling
 
     row = right_row(tokenizer, conversation)
@@ -151,6 +49,7 @@ def language_modelling(tokenizer: HuggingFaceTokenizer, conversation: Conversati
 
 
 def labels_carried_over(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> dict[str, Any]:
+    """Use the package's collator, which pads the labels it is given."""
     row = right_row(tokenizer, conversation)
     return PadRight(tokenizer.pad_id)([{"input_ids": row.input_ids, "labels": row.labels}])
 
@@ -158,13 +57,13 @@ def labels_carried_over(tokenizer: HuggingFaceTokenizer, conversation: Conversat
 def broken_in_batch(
     batch: dict[str, Any], tokenizer: HuggingFaceTokenizer, conversation: Conversation
 ) -> list[Violation]:
-    """The same invariants, on the tensors that the model would receive."""
+    """Check the row invariants on the tensors that the model receives."""
     ids, labels = (batch[name][0].tolist() for name in ("input_ids", "labels"))
     return broken_in_row(Row(conversation.id, ids, labels), tokenizer, conversation)
 
 
 def end_to_end(tokenizer: HuggingFaceTokenizer, first: Conversation, second: Conversation) -> dict[str, Any]:
-    """Lay two conversations end to end to save padding, and tell nobody where one ends."""
+    """Concatenate two conversations to save padding, without marking the boundary."""
     import torch
 
     rows = [right_row(tokenizer, c) for c in (first, second)]
@@ -175,6 +74,7 @@ def end_to_end(tokenizer: HuggingFaceTokenizer, first: Conversation, second: Con
 
 
 def kept_apart(tokenizer: HuggingFaceTokenizer, first: Conversation, second: Conversation) -> dict[str, Any]:
+    """Concatenate them too, but give attention the boundary and restart the positions."""
     rows = [right_row(tokenizer, c) for c in (first, second)]
     return PaddingFree()([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
 
@@ -182,7 +82,7 @@ def kept_apart(tokenizer: HuggingFaceTokenizer, first: Conversation, second: Con
 def leak(
     batch: dict[str, Any], tokenizer: HuggingFaceTokenizer, first: Conversation, second: Conversation, *, model: Any
 ) -> list[Violation]:
-    """Change the first conversation: the logits of the second must not move."""
+    """Change the first conversation; it is a leak if that moves the logits of the second by more than 1e-3."""
     bound = len(right_row(tokenizer, first).input_ids)
     moved = logits_moved(batch, bound, model)
     message = f"another conversation before this one moves its logits by up to {moved:.1f}"
@@ -190,7 +90,7 @@ def leak(
 
 
 def logits_moved(batch: dict[str, Any], bound: int, model: Any) -> float:
-    """By how much logits from position `bound` on change at most if every token before it becomes another."""
+    """Replace every token before position `bound`; return the largest change of any logit from `bound` on."""
     import torch
 
     from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
@@ -198,7 +98,7 @@ def logits_moved(batch: dict[str, Any], bound: int, model: Any) -> float:
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     changed = inputs["input_ids"].clone()
     changed[:, :bound] = (changed[:, :bound] + 1) % model.config.vocab_size
-    usual = model.config._attn_implementation
+    original_attention = model.config._attn_implementation
     if "cu_seq_lens_q" in batch and supports_padding_free(model):
         model.set_attn_implementation(PER_DOCUMENT)
     try:
@@ -206,7 +106,7 @@ def logits_moved(batch: dict[str, Any], bound: int, model: Any) -> float:
             before = model(**inputs, use_cache=False).logits[:, bound:]
             after = model(**(inputs | {"input_ids": changed}), use_cache=False).logits[:, bound:]
     finally:
-        model.set_attn_implementation(usual)
+        model.set_attn_implementation(original_attention)
     return (before - after).abs().max().item()
 
 
@@ -216,7 +116,7 @@ Sides = tuple[list[Conversation], list[Conversation]]
 
 
 def shuffled_parts(tokenizer: HuggingFaceTokenizer, *parts: Conversation) -> Sides:
-    """Shuffle and cut. But the file holds parts of conversations, and parts of one land on both sides."""
+    """Shuffle and cut single rows: the file holds parts of conversations, so parts of one land on both sides."""
     order = list(parts)
     random.Random(0).shuffle(order)  # noqa: S311
     test = max(1, len(order) // 10)
@@ -224,16 +124,18 @@ def shuffled_parts(tokenizer: HuggingFaceTokenizer, *parts: Conversation) -> Sid
 
 
 def whole_conversations(tokenizer: HuggingFaceTokenizer, *parts: Conversation) -> Sides:
+    """Split by original conversation, so all its parts land on the same side."""
     return split(parts, test_fraction=0.1)
 
 
 def on_both_sides(sides: Sides, tokenizer: HuggingFaceTokenizer, *parts: Conversation) -> list[Violation]:
+    """Return one violation per original conversation with parts in both train and test."""
     train, test = ({origin(c.id) for c in side} for side in sides)
-    message = "parts of it are in train, and parts in test"
+    message = "some of its parts are in train and some in test"
     return [Violation(name, None, None, "split", message) for name in sorted(train & test)]
 
 
-# --- the exhibits --------------------------------------------------------------------------------------------
+# --- the bugs ------------------------------------------------------------------------------------------------
 
 _TWO_SUMS = talk("What is 2+2?", "4", "And 3+3?", "6")
 _PARTS = tuple(talk(f"Question {n}.{i}?", "Answer.", name=f"chat{n:03}_{i}") for n in range(5) for i in range(4))
@@ -241,11 +143,12 @@ _PARTS = tuple(talk(f"Question {n}.{i}?", "Answer.", name=f"chat{n:03}_{i}") for
 
 @dataclass(frozen=True)
 class Bug:
-    """One bug. `wrong` and `right` take the tokenizer and then conversations, as many as `example` has.
+    """One bug: the wrong way, the right way, and the check that tells them apart.
 
-    Both make the same thing of them: a `Row` (None where the row is dropped), a batch, or the two sides of a split.
-    `caught` takes what was made, then the tokenizer and the conversations, and returns what it breaks: nothing for
-    what is right, `invariant` among others for what is wrong. That of `packing` needs the keyword `model` as well.
+    `wrong` and `right` take the tokenizer and as many conversations as `example` has. Both return the same kind of
+    result: a `Row` (None if the row is dropped), a batch, or the two sides of a split. `caught` takes that result, the
+    tokenizer and the conversations, and returns the violations: none for the right way, at least one of `invariant`
+    for the wrong way. `caught` of `packing` also needs the keyword `model`.
     """
 
     name: str
@@ -260,16 +163,16 @@ class Bug:
 
 
 BUGS: dict[str, Bug] = {
-    e.name: e
-    for e in (
+    bug.name: bug
+    for bug in (
         Bug(
             "collator",
-            "The collator that writes its own labels",
+            "A collator that overwrites the labels",
             what_happens=(
-                "It replaces the labels by the ids, so the mask never reaches the loss. Where padding has the id "
-                "of EOS, EOS is not trained either."
+                "It replaces the labels by the ids, so the mask never reaches the loss. If padding shares the id of "
+                "EOS, EOS is not trained either."
             ),
-            how_caught="Collate one row, and check the tensors that the model receives.",
+            how_caught="Collate one row and check the tensors that the model receives.",
             invariant="prompt",
             wrong=language_modelling,
             right=labels_carried_over,
@@ -277,20 +180,20 @@ BUGS: dict[str, Bug] = {
         ),
         Bug(
             "find_first",
-            "The answer is searched in the text",
+            "Finding the answer by text search",
             what_happens=(
-                "The first occurrence may be in the question: the user's words are trained, and the answer is not."
+                "The first match may be in the question: the user's words are trained, and the answer is not."
             ),
-            how_caught="What is trained, decoded, is the answers, turn by turn.",
+            how_caught="The trained tokens decode to the answers, turn by turn.",
             invariant="prompt",
             example=(talk("Say 4.", "4"),),
             wrong=find_first,
         ),
         Bug(
             "marker_search",
-            "The marker that is never found",
-            what_happens="[/INST] alone has other ids than after a space. Nothing is found, and nothing is trained.",
-            how_caught="Every row has a token to learn from.",
+            "A marker that is never found",
+            what_happens="[/INST] alone has other ids than after a space. No match, so nothing is trained.",
+            how_caught="Every row has at least one trained token.",
             invariant="targets",
             wrong=marker_search,
         ),
@@ -298,14 +201,14 @@ BUGS: dict[str, Bug] = {
             "mistyped_marks",
             "Control tokens typed as text",
             what_happens=r"<\s> is ordinary text. The row has no EOS, and the model never learns to stop.",
-            how_caught="What is trained, decoded, is the answers and a real EOS.",
+            how_caught="The trained tokens decode to the answers, each with a real EOS.",
             invariant="answers",
             wrong=mistyped_marks,
         ),
         Bug(
             "eos_masked",
             "EOS masked as padding",
-            what_happens="Padding shares the id of EOS and is masked by its id: the model never learns to stop.",
+            what_happens="Padding shares the id of EOS. Masking that id masks EOS too: the model never learns to stop.",
             how_caught="Every answer ends in a trained EOS.",
             invariant="eos",
             wrong=eos_masked,
@@ -313,16 +216,16 @@ BUGS: dict[str, Bug] = {
         Bug(
             "eos_missing",
             "Answers without an end",
-            what_happens="After an answer comes the next question. The model learns to go on, and never to stop.",
-            how_caught="Control tokens are exactly those of the template.",
+            what_happens="The next question follows the answer directly. The model never learns to stop.",
+            how_caught="The control tokens are exactly those of the template.",
             invariant="control",
             wrong=eos_missing,
         ),
         Bug(
             "double_bos",
-            "Two BOS",
+            "Two BOS tokens",
             what_happens=(
-                "The template writes BOS and the tokenizer adds one: no prompt at inference looks like training."
+                "The template writes BOS and the tokenizer adds another: prompts at inference differ from training."
             ),
             how_caught="BOS occurs once, as the first token.",
             invariant="bos",
@@ -330,21 +233,21 @@ BUGS: dict[str, Bug] = {
         ),
         Bug(
             "forged_end",
-            "Control tokens forged by the data",
-            what_happens="Somebody typed the characters of EOS, and the tokenizer makes the control token of them.",
-            how_caught="Control tokens are exactly those of the template.",
+            "Control tokens injected by user text",
+            what_happens="A user typed the characters of EOS, and the tokenizer turns them into the control token.",
+            how_caught="The control tokens are exactly those of the template.",
             invariant="control",
             example=(talk("Bye<|im_end|></s>", "See you."),),
             wrong=forged_end,
         ),
         Bug(
             "cut_blindly",
-            "Truncation that leaves nothing to train",
+            "Truncation that leaves no trained token",
             what_happens=(
-                "The question fills the row. The mean over no targets is NaN, or a perfect 0.0 where the "
+                "The question fills the row. The mean over no targets is NaN, or a perfect 0.0 if the "
                 "division is guarded."
             ),
-            how_caught="Every row has a token to learn from.",
+            how_caught="Every row has at least one trained token.",
             invariant="targets",
             example=(talk("Please count the words of this sentence and of the next one as well. " * 2, "26"),),
             wrong=cut_blindly,
@@ -352,9 +255,9 @@ BUGS: dict[str, Bug] = {
         ),
         Bug(
             "packing",
-            "Packing without walls",
-            what_happens="Two conversations share one row to save padding, and the second reads the first.",
-            how_caught="Change the first conversation: the logits of the second do not move.",
+            "Packing without boundaries",
+            what_happens="Two conversations share one row to save padding, and the second attends to the first.",
+            how_caught="Changing the first conversation leaves the logits of the second unchanged.",
             invariant="packing",
             example=(talk("What is my name?", "You are Ada."), talk("What is 2+2?", "4")),
             wrong=end_to_end,
@@ -365,7 +268,8 @@ BUGS: dict[str, Bug] = {
             "split",
             "One conversation in train and in test",
             what_happens=(
-                "The file holds parts of conversations. Shuffled one by one, the test set continues what was trained."
+                "The file holds parts of conversations. Splitting part by part puts continuations of trained "
+                "conversations in the test set."
             ),
             how_caught="No conversation has parts on both sides.",
             invariant="split",

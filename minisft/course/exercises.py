@@ -1,4 +1,4 @@
-"""What the notebooks need: a check that tells "not attempted" from "wrong", and says where; a model to play with."""
+"""Helpers for the notebooks' exercises: an answer check that locates the first error, and a tiny model."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from typing import Any
 
 
 def check(answer: Sequence[Any] | None, expected: Sequence[Any], what: str = "position") -> str:
-    """Compare an exercise's answer with what the package computes; returns one sentence to show."""
+    """Compare an exercise's answer with what the package computes.
+
+    `what` names one entry of the answer. Returns one sentence to show: not attempted (None), wrong and where, or right.
+    """
     if answer is None:
         return "Not attempted yet: replace None and run this cell again."
     if len(answer) != len(expected):
         return f"Not yet: your answer has {len(answer)} entries, and {len(expected)} are expected."
-    for i, (mine, right) in enumerate(zip(answer, expected, strict=True)):
-        if mine != right:
-            return f"Not yet: look at {what} {i}, where you have {mine!r}."
+    for i, (given, right) in enumerate(zip(answer, expected, strict=True)):
+        if given != right:
+            return f"Not yet: look at {what} {i}, where you have {given!r}."
     return f"Right: all {len(expected)} agree."
 
 
 def small_model(folder: Path, like: Path) -> Path:
-    """A model that steps many times a second: one narrow layer of random weights, with the tokenizer of `like`.
+    """Write a model of one narrow layer with random weights and the tokenizer of `like`: many steps per second.
 
-    Both are model folders; returns `folder`.
+    `folder` and `like` are model folders; returns `folder`.
     """
     import torch
 
-    if not torch.cuda.is_available():  # DeepSpeed, which comes in with the model's class, would search, and say so
+    if not torch.cuda.is_available():  # else DeepSpeed, imported with the model class, probes for one and logs it
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar

@@ -1,8 +1,8 @@
-"""The HTML page of a notebook: it can be read offline, runs nothing and loads nothing.
+"""Convert a notebook to an HTML page that works offline, runs no script and loads no file.
 
-What a cell shows may be data from anywhere, and a cell that is skipped keeps outputs that were made elsewhere. So all
-of a page is treated alike, prose and outputs: only the elements, attributes and styles listed here reach it, and its
-Content-Security-Policy forbids the browser to run a script or to load a file. Formulas appear as they are written.
+Outputs may contain untrusted data, and a skipped cell keeps outputs that were made elsewhere. Prose and outputs are
+therefore sanitized alike: only the elements, attributes and styles listed here reach the page, and its
+Content-Security-Policy forbids scripts and external files. Formulas appear as their source text.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from urllib.parse import quote
 
 from minisft.text import one_line
 
-NO_ALT = "No description has been provided for this image"  # nbconvert's words where the author had none
-# Of the forms that an output has, the first of these is shown. All others, such as scripts and widgets, are not.
+NO_ALT = "No description has been provided for this image"  # nbconvert's placeholder for missing alt text
+# The first of these formats that an output has is shown. Others, such as scripts and widgets, are not.
 SHOWN = ("text/html", "text/markdown", "text/latex", "image/png", "image/jpeg", "text/plain")
 
 
@@ -31,9 +31,9 @@ ELEMENTS = _words(
     "h6 hr i img ins kbd li line ol p polyline pre s samp small span strong sub summary sup svg table tbody td text "
     "tfoot th thead tr u ul var wbr"
 )
-EMPTY = _words("br col hr img wbr")  # without an end tag
-UNREAD = _words("script style template title")  # their content is not for readers
-# Attributes that may have any value, and those with numbers, words and colours.
+EMPTY = _words("br col hr img wbr")  # void elements, which have no end tag
+UNREAD = _words("script style template title")  # their content is dropped too
+# Attributes that may have any value, and attributes whose value must match VALUE.
 TEXTS = _words(
     "alt aria-hidden aria-label aria-valuemax aria-valuemin aria-valuenow class dir id lang open role scope title"
 )
@@ -49,9 +49,9 @@ STYLES = _words(
 VALUE = re.compile(r"[\w#.,:%\s-]*(?:rgba?\([\d.,%\s]*\)[\w#.,%\s-]*)*")  # no other function: url() would load a file
 LINK = re.compile(r"(?:https?://|mailto:)[^\s\x00-\x1f]*|(?!//)[\w./%-]*(?:#[^\s\x00-\x1f]*)?")
 IMAGE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]*")
-DEEPEST, MOST = 100, 50_000  # elements in each other, and in one output; of further ones only the text stays
+DEEPEST, MOST = 100, 50_000  # nesting depth, and elements per output; beyond either, only the text is kept
 
-# nbconvert's own page loads scripts for formulas, diagrams and widgets, and has no place for alt text (7.17).
+# nbconvert's own template loads scripts for formulas, diagrams and widgets, and drops alt text (7.17).
 PAGE = """{% extends 'index.html.j2' %}
 {% block html_head_js %}<meta http-equiv="Content-Security-Policy"
 content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
@@ -75,14 +75,17 @@ quiet = logging.Logger("minisft.course.html_page", level=100)
 
 
 def page_of(nb: Any, folder: Path, title: str) -> str:
-    """The page of a notebook in `folder`: images are inside, and links to notebooks lead to their pages."""
+    """Return the HTML page of notebook `nb`, a file in `folder`.
+
+    Images are embedded, and links to notebooks become links to their pages.
+    """
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
     exporter = HTMLExporter(
         config=Config({"NbConvertBase": {"display_data_priority": list(SHOWN)}}),
         raw_template=PAGE,
-        extra_template_basedirs=[],  # else the current folder could replace a template, which is a program
+        extra_template_basedirs=[],  # else the current folder could override a template, and templates run code
         filters={"clean_html": safe_html},
         sanitize_html=True,
         embed_images=True,
@@ -93,7 +96,7 @@ def page_of(nb: Any, folder: Path, title: str) -> str:
 
 
 def _plain(nb: Any) -> Any:
-    """The notebook as a page needs it: metadata may have any shape, and of it only these are used."""
+    """Return a copy with only the metadata that a page uses, since metadata may have any shape."""
     from nbformat import from_dict
 
     nb = from_dict(nb)  # a copy
@@ -101,15 +104,15 @@ def _plain(nb: Any) -> Any:
     for cell in nb.cells:
         cell.metadata = from_dict({"tags": cell.metadata.get("tags", [])})
         for output in (output for output in cell.get("outputs", []) if "data" in output):
-            about = {kind: d for kind, d in output.metadata.items() if kind in SHOWN and isinstance(d, Mapping)}
-            output.metadata = from_dict({kind: {k: str(v) for k, v in d.items()} for kind, d in about.items()})
+            by_format = {kind: d for kind, d in output.metadata.items() if kind in SHOWN and isinstance(d, Mapping)}
+            output.metadata = from_dict({kind: {k: str(v) for k, v in d.items()} for kind, d in by_format.items()})
             if output.data and not output.data.keys() & set(SHOWN):
                 output.data["text/plain"] = f"({one_line(', '.join(output.data), 200)}: not shown on this page)"
     return nb
 
 
 def index_of(rows: list[tuple[str, str, str, float]]) -> str:
-    """The page that lists notebooks, each by its file's stem, title (empty without a page), status and seconds."""
+    """Return the index page; a row is (file stem, title or "" if there is no page, status, seconds)."""
     lines = ""
     for stem, title, status, seconds in rows:
         name = escape(one_line(stem))
@@ -121,9 +124,9 @@ def index_of(rows: list[tuple[str, str, str, float]]) -> str:
 
 
 def safe_html(text: str) -> str:
-    """The HTML with nothing in it but what may be read: listed elements and attributes, and text.
+    """Sanitize HTML: keep only text and the listed elements and attributes.
 
-    Parsed by libxml2, which takes time linear in the input, and written out by us, so that it can be read in one way.
+    libxml2 parses it, in time linear in the input, and it is serialized here, so browsers can parse it in one way only.
     """
     from lxml import etree
 
@@ -133,13 +136,13 @@ def safe_html(text: str) -> str:
 
 
 class _Reader:
-    """What lxml calls for each part of a document, in order; each start has its end, however broken the text is."""
+    """The parser target that lxml calls for each part of a document; starts and ends always match up."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
-        self.ends: list[str] = []  # of the open elements
-        self.unread = 0  # how many of them have content that is not shown
-        self.shown = 0  # elements
+        self.ends: list[str] = []  # end tags of the open elements
+        self.unread = 0  # number of open elements whose content is dropped
+        self.shown = 0  # number of elements written
 
     def start(self, tag: str, attributes: Mapping[str, str]) -> None:
         self.unread += tag in UNREAD
@@ -148,8 +151,8 @@ class _Reader:
             self.shown += 1
             self.parts.append(f"<{tag}")
             for name, value in attributes.items():
-                if (kept := _value(tag, name, value or "")) is not None:
-                    self.parts.append(f' {name}="{escape(kept)}"')
+                if (safe := _value(tag, name, value or "")) is not None:
+                    self.parts.append(f' {name}="{escape(safe)}"')
             self.parts.append(">")
         self.ends.append(f"</{tag}>" if is_shown and tag not in EMPTY else "")
 
@@ -166,7 +169,7 @@ class _Reader:
 
 
 def _value(tag: str, name: str, value: str) -> str | None:
-    """The value of an attribute as it may be written, or None."""
+    """Return the attribute value that may be written, or None to drop the attribute."""
     if name == "style":
         return _style(value)
     if name in TEXTS:
@@ -177,5 +180,5 @@ def _value(tag: str, name: str, value: str) -> str | None:
 
 def _style(text: str) -> str | None:
     pairs = (declaration.partition(":")[::2] for declaration in text.split(";"))
-    kept = [f"{n.strip()}:{v.strip()}" for n, v in pairs if n.strip().lower() in STYLES and VALUE.fullmatch(v)]
-    return ";".join(kept) or None
+    safe = [f"{n.strip()}:{v.strip()}" for n, v in pairs if n.strip().lower() in STYLES and VALUE.fullmatch(v)]
+    return ";".join(safe) or None

@@ -1,9 +1,9 @@
-"""Run the course's notebooks, each in a fresh kernel, and make an HTML book of them.
+"""Run the course's notebooks, each in a fresh kernel, and write an HTML page of each.
 
     minisft notebooks [--in-place] [--timeout S] [NOTEBOOK...]
 
-Whatever ends a notebook (the last cell, an error, its time limit, Ctrl-C), nothing that its cells started keeps
-running: training runs are processes of their own, and one that stays behind holds memory or a GPU.
+However a notebook ends (last cell, error, time limit, Ctrl-C), every process that its cells started is ended too:
+training runs are separate processes, and a leftover one holds memory or a GPU.
 """
 
 from __future__ import annotations
@@ -34,34 +34,36 @@ from minisft.text import one_line, say
 
 DEFAULT_TIMEOUT = 1800.0  # seconds per notebook
 MOST_SECONDS = 1e9
-HEARTBEAT = 30.0  # seconds between two signs of life of a long cell
-GRACE = 5.0  # seconds that an interrupted cell, or a terminated process, has to end by itself
-MARK = "MINISFT_NOTEBOOK_RUN"  # inherited by what a cell starts, so a process is found without its parent
-# Orders to a terminal: colours and the like, titles and links, and an ESC that begins neither.
+HEARTBEAT = 30.0  # seconds between progress lines of a long cell
+GRACE = 5.0  # seconds that an interrupted cell or a terminated process gets before it is killed
+MARK = "MINISFT_NOTEBOOK_RUN"  # environment variable that a cell's processes inherit; finds orphans too
+# Terminal escape sequences: CSI (colors), OSC (titles, links), and any other ESC.
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b\n]*(?:\x07|\x1b\\)|\x1b")
-CELL_FILE = re.compile(r"(?<![^\s\"'<>()])[^\s\"'<>()]*/ipykernel_\d+/\d+\.py")  # from its beginning only: linear
+CELL_FILE = re.compile(
+    r"(?<![^\s\"'<>()])[^\s\"'<>()]*/ipykernel_\d+/\d+\.py"
+)  # anchored at the path's start, so linear time
 
 
 @dataclass(frozen=True)
 class NotebookResult:
-    """How one notebook went."""
+    """The result of running one notebook."""
 
     notebook: Path
     ok: bool
     seconds: float
-    cell: int | None = None  # the n of the `In [n]` that failed, if a cell is to blame
+    cell: int | None = None  # number of the cell that failed, as in `In [n]`; None if no cell failed
     error_tail: str = ""  # the first line of that cell, then the last lines of its error
-    title: str = ""  # empty, as there is no page, where the file cannot be read
+    title: str = ""  # empty if the file is not a valid notebook, so has no page
     images_without_alt: int = 0
 
 
 def execute(root: Path, paths: list[Path] | None, in_place: bool = False, timeout: float | None = None) -> int:
-    """Runs and reports; returns the exit code: 0, 1 if a notebook failed, 130 if interrupted."""
+    """Run the notebooks and print a summary; returns the exit code: 0, 1 if one failed, 130 if interrupted."""
     out = user_path(os.environ.get("MINISFT_OUTPUTS") or root / "outputs").absolute() / "notebooks"
     try:
         results = run_notebooks(paths, root=root, out=out, in_place=in_place, timeout=timeout)
     except (KeyboardInterrupt, asyncio.CancelledError):
-        say("Interrupted: the kernel and all that its cells started were ended.")
+        say("Interrupted: the kernel and every process that its cells started have been ended.")
         return 130
     failed = [result.notebook.name for result in results if not result.ok]
     verdict = f"{len(failed)} failed ({', '.join(failed)})" if failed else "all ran"
@@ -72,22 +74,22 @@ def execute(root: Path, paths: list[Path] | None, in_place: bool = False, timeou
 def run_notebooks(
     paths: list[Path] | None, *, root: Path, out: Path, in_place: bool = False, timeout: float | None = None
 ) -> list[NotebookResult]:
-    """Runs `paths` (default: `notebooks/[0-9]*.ipynb` under `root`) one after the other, past failures too.
+    """Run `paths` (default: `notebooks/[0-9]*.ipynb` under `root`) one by one, continuing after failures.
 
-    Each has `metadata.minisft.timeout_seconds`, else `timeout`, else half an hour, as a whole. Writes to `out` the
-    executed copies, an HTML page of each, and `index.html`. With `in_place`, a notebook that ran without failure
-    also replaces its source. Raises UserError for a path that is no notebook.
+    The time limit of a whole notebook is `metadata.minisft.timeout_seconds`, else `timeout`, else half an hour. Writes
+    to `out` the executed copies, an HTML page of each, and `index.html`. With `in_place`, a notebook that succeeded
+    also replaces its source. Raises `UserError` for a path that is not a notebook.
     """
     root = root.resolve()
     named = paths or sorted((root / "notebooks").glob("[0-9]*.ipynb"))
     notebooks = [Path(os.path.realpath(user_path(path))) for path in named]
     if not notebooks:
-        raise UserError(f"{root / 'notebooks'} holds no numbered notebook: name the ones to run")
+        raise UserError(f"{root / 'notebooks'} contains no numbered notebook: name the ones to run")
     if timeout is not None and not timeout > 0:
         raise UserError(f"--timeout is {timeout:g}: give a positive number of seconds")
-    if wrong := [path for path in notebooks if path.suffix != ".ipynb" or not path.is_file()]:
-        raise UserError(f"{wrong[0]} is no notebook: give the path of a file that ends in .ipynb")
-    _require_places(notebooks, out, in_place)
+    if invalid := [path for path in notebooks if path.suffix != ".ipynb" or not path.is_file()]:
+        raise UserError(f"{invalid[0]} is not a notebook: give the path of a file that ends in .ipynb")
+    _require_distinct_outputs(notebooks, out, in_place)
     results: list[NotebookResult] = []
     for number, path in enumerate(notebooks, 1):
         say(f"[{number}/{len(notebooks)}] {path.name}")
@@ -102,13 +104,15 @@ def run_notebooks(
     return results
 
 
-def _require_places(notebooks: list[Path], out: Path, in_place: bool) -> None:
-    """Refuse notebooks whose copies or pages would replace a source, the index or one another. Raises `UserError`."""
-    twice = [stem for stem, count in Counter(path.stem for path in notebooks).items() if count > 1]
-    if twice or any(path.stem == "index" for path in notebooks):
-        raise UserError(f"the pages would have one name, {twice[0] if twice else 'index'}.html: rename a notebook")
-    if not in_place and (own := [path for path in notebooks if is_same_file(out / path.name, path)]):
-        raise UserError(f"{own[0]} would be replaced by its executed copy: move it elsewhere, or say --in-place")
+def _require_distinct_outputs(notebooks: list[Path], out: Path, in_place: bool) -> None:
+    """Raise `UserError` if an output would overwrite a source, the index or another output."""
+    duplicates = [stem for stem, count in Counter(path.stem for path in notebooks).items() if count > 1]
+    if duplicates or any(path.stem == "index" for path in notebooks):
+        raise UserError(
+            f"two pages would have one name, {duplicates[0] if duplicates else 'index'}.html: rename a notebook"
+        )
+    if not in_place and (overwritten := [path for path in notebooks if is_same_file(out / path.name, path)]):
+        raise UserError(f"{overwritten[0]} would be replaced by its executed copy: move it, or give --in-place")
 
 
 def _row(result: NotebookResult) -> tuple[str, str, str, float]:
@@ -117,7 +121,7 @@ def _row(result: NotebookResult) -> tuple[str, str, str, float]:
 
 
 def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | None) -> NotebookResult:
-    """One notebook, from its source to its page."""
+    """Run one notebook and write its executed copy and its page to `out`."""
     import nbformat
 
     try:
@@ -145,7 +149,7 @@ def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | Non
 
 @with_config(ConfigDict(extra="allow"))
 class RawNotebook(TypedDict):
-    """What must be there before nbformat looks at the rest."""
+    """The keys checked before nbformat validates the rest."""
 
     nbformat: Literal[4]
     nbformat_minor: int
@@ -153,21 +157,22 @@ class RawNotebook(TypedDict):
 
 
 def _parsed(source: str, path: Path) -> Any:
-    """The notebook; a cell without an id gets one from its place, the same on every run, for small diffs."""
+    """Parse the notebook; a cell without an id gets one from its position, so reruns give small diffs."""
     import nbformat
 
     raw = parse_json(source, path, RawNotebook)
     raw["nbformat_minor"] = max(5, raw["nbformat_minor"])
-    for place, cell in enumerate(raw["cells"]):
-        cell.setdefault("id", f"cell-{place:02d}")
+    for position, cell in enumerate(raw["cells"]):
+        cell.setdefault("id", f"cell-{position:02d}")
     try:
-        nbformat.validate(raw)  # first: reading takes the shape for granted
+        nbformat.validate(raw)  # before reads(), which assumes a valid shape
     except nbformat.ValidationError as error:
         raise UserError(f"{path} does not have the expected content ({one_line(error, 200)})") from error
     return nbformat.reads(json.dumps(raw), as_version=4)
 
 
 def _time_limit(nb: Any, timeout: float | None) -> float:
+    """Seconds that the whole notebook may take. Raises `UserError` for invalid metadata."""
     settings = nb.metadata.get("minisft") or {}
     if not isinstance(settings, dict):
         raise UserError(f"metadata.minisft is {one_line(repr(settings), 80)}: it must be an object")
@@ -178,76 +183,81 @@ def _time_limit(nb: Any, timeout: float | None) -> float:
 
 
 async def _execute(nb: Any, folder: Path, limit: float) -> tuple[int | None, str]:
-    """Runs `nb` in a fresh kernel, of which nothing is left; the number of the failed cell and its error, or ""."""
+    """Run `nb` in a fresh kernel and end all its processes; returns (failed cell, error), or (None, "")."""
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
     from nbclient import NotebookClient
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # clean up after these as after Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):  # handle these like Ctrl-C, with cleanup
         if signal.getsignal(number) != signal.SIG_IGN:
             with suppress(RuntimeError, ValueError):  # not in the main thread
                 asyncio.get_running_loop().add_signal_handler(number, asyncio.current_task().cancel)
-    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # the cell of an interrupted notebook
+    asyncio.get_running_loop().set_exception_handler(
+        lambda *_: None
+    )  # silence the cell task of an interrupted notebook
     deadline, mark, children = time.monotonic() + limit, f"{os.getpid()}-{time.time_ns()}", set()
-    # A shell's MPLBACKEND would keep the figures out of the notebook; in JupyterLab they are drawn inline.
+    # An inherited MPLBACKEND would disable inline figures.
     env = {key: value for key, value in environment().items() if key != "MPLBACKEND"} | {MARK: mark}
-    # With no folder to search for kernelspecs, what is left is this very interpreter.
+    # With no kernelspec folders to search, the kernel is always this interpreter.
     manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), log=quiet)
     client = NotebookClient(nb, manager, record_timing=False, log=quiet, extra_arguments=["--log-level=ERROR"])
     cells = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code" and cell.source.strip()]
     cells = [i for i in cells if client.skip_cells_with_tag not in nb.cells[i].metadata.get("tags", [])]
-    for index in cells:  # below a failure, outputs of an earlier run would mislead
+    for index in cells:  # clear old outputs, so none remain below a failed cell
         nb.cells[index].update(outputs=[], execution_count=None)
     number = None
     try:
         await client.async_start_new_kernel(cwd=str(folder), env=env)
         await client.async_start_new_kernel_client()
         for number, index in enumerate(cells, 1):
-            at = f"  cell {number:>{len(str(len(cells)))}}/{len(cells)}"
-            if problem := await _run_cell(client, index, deadline, limit, at):
+            prefix = f"  cell {number:>{len(str(len(cells)))}}/{len(cells)}"
+            if problem := await _run_cell(client, index, deadline, limit, prefix):
                 return number, f"{nb.cells[index].source.strip().splitlines()[0]}\n{problem}"
         return None, ""
-    except Exception as error:  # the kernel's own messages name the cause
+    except Exception as error:  # any startup failure; the error names the cause
         return number, f"the kernel did not start: {error}"
     finally:
-        with suppress(psutil.Error, AttributeError):  # the kernel is gone, or never was
+        with suppress(psutil.Error, AttributeError):  # the kernel exited or never started
             children.update(psutil.Process(manager.provisioner.pid).children(recursive=True))
         try:
-            with suppress(Exception):  # the kernel is dead already
-                await manager.shutdown_kernel(now=sys.exc_info()[0] is not None)  # at once if interrupted
+            with suppress(Exception):  # the kernel may be dead already
+                await manager.shutdown_kernel(now=sys.exc_info()[0] is not None)  # immediately if interrupted
                 client.kc.stop_channels()
-        finally:  # also where a second signal cuts the shutdown short
+        finally:  # even if a second signal interrupts the shutdown
             _end_processes(mark, children)
 
 
-async def _run_cell(client: Any, index: int, deadline: float, limit: float, at: str) -> str:
-    """Runs one cell; returns the last lines of what went wrong, or ""."""
+async def _run_cell(client: Any, index: int, deadline: float, limit: float, prefix: str) -> str:
+    """Run one cell; returns the last 15 lines of its error, or "" if it succeeded.
+
+    `deadline` is a `time.monotonic()` value; `limit` is the notebook's time limit in seconds, for the message.
+    """
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from nbformat.v4 import new_output
 
-    cell, why, started = client.nb.cells[index], "", time.monotonic()
+    cell, reason, started = client.nb.cells[index], "", time.monotonic()
     task = asyncio.ensure_future(client.async_execute_cell(cell, index))
-    while not task.done() and (left := deadline - time.monotonic()) > 0:
-        await asyncio.wait({task}, timeout=min(HEARTBEAT, left))
+    while not task.done() and (seconds_left := deadline - time.monotonic()) > 0:
+        await asyncio.wait({task}, timeout=min(HEARTBEAT, seconds_left))
         if not task.done() and time.monotonic() < deadline:
-            say(f"{at} still running, {time.monotonic() - started:.0f} s")
+            say(f"{prefix} still running, {time.monotonic() - started:.0f} s")
     if not task.done():
-        why = f"The time limit of this notebook, {limit:g} s, is used up."
+        reason = f"The time limit of this notebook, {limit:g} s, has expired."
         await client.km.interrupt_kernel()  # the traceback then shows where the cell was
         await asyncio.wait({task}, timeout=GRACE)
         task.cancel()
     error = (await asyncio.gather(task, return_exceptions=True))[0]
     above = client.nb.cells[max(0, index - 1)]
     headings = re.findall("(?m)^#{1,6} +(.+)", above.source) if above.cell_type == "markdown" else []
-    first = next((line for line in cell.source.splitlines() if line.strip() and not line.startswith("%%")), "")
-    say(f"{at} {time.monotonic() - started:6.1f} s  {(headings or [first])[0][:60]}")
-    if isinstance(error, DeadKernelError) and not why:
+    first_line = next((line for line in cell.source.splitlines() if line.strip() and not line.startswith("%%")), "")
+    say(f"{prefix} {time.monotonic() - started:6.1f} s  {(headings or [first_line])[0][:60]}")
+    if isinstance(error, DeadKernelError) and not reason:
         code = client.km.provisioner.process.poll()
-        why = f"The kernel died: {f'exit code {code}' if code >= 0 else f'signal {-code}'}."
+        reason = f"The kernel died: {f'exit code {code}' if code >= 0 else f'signal {-code}'}."
     elif isinstance(error, BaseException) and not isinstance(error, CellExecutionError):
-        why = why or f"{type(error).__name__}: {error}"
-    if why:  # readers of the executed copy should see it too
-        cell.outputs.append(new_output("error", ename="Stopped", evalue=why, traceback=[why]))
+        reason = reason or f"{type(error).__name__}: {error}"
+    if reason:  # show it in the executed copy too
+        cell.outputs.append(new_output("error", ename="Stopped", evalue=reason, traceback=[reason]))
     elif not isinstance(error, CellExecutionError):
         return ""
     lines = "\n".join(part for output in cell.outputs for part in output.get("traceback", [])).splitlines()
@@ -255,34 +265,38 @@ async def _run_cell(client: Any, index: int, deadline: float, limit: float, at: 
 
 
 def _end_processes(mark: str, known: set[psutil.Process]) -> None:
-    """Ends `known` and all that carry `mark`: some clear their environment, others have lost their parent."""
+    """End `known` and every process with `mark` in its environment.
 
-    def left() -> list[psutil.Process]:
-        living = (p for p in psutil.process_iter(["environ", "status"]) if p.info["status"] != "zombie")
-        return [p for p in living if p in known or (p.info["environ"] or {}).get(MARK) == mark]
+    Both are needed: a child may clear its environment, and an orphan is no longer among the kernel's children.
+    """
+
+    def survivors() -> list[psutil.Process]:
+        alive = (p for p in psutil.process_iter(["environ", "status"]) if p.info["status"] != "zombie")
+        return [p for p in alive if p in known or (p.info["environ"] or {}).get(MARK) == mark]
 
     for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
-        for process in left():
+        for process in survivors():
             with suppress(psutil.Error):
                 end(process)
-        patience = time.monotonic() + GRACE
-        while left() and time.monotonic() < patience:
+        grace_end = time.monotonic() + GRACE
+        while survivors() and time.monotonic() < grace_end:
             time.sleep(0.05)
 
 
 def _neutral(text: str, root: Path) -> str:
-    """`text` without colour codes and without what differs from one machine, or one run, to the next."""
+    """Remove escape sequences, and replace paths and addresses that differ between machines or runs."""
     text = ANSI.sub("", text)
-    places = {str(root): ".", str(Path.home()): "~", sys.prefix: "~/env"}
-    for place in sorted(places.keys() - {"/"}, key=len, reverse=True):  # the environment may lie in the project
-        text = re.sub(rf"(?<![\w.~-]){re.escape(place)}(?![\w-])", places[place], text)
+    replacements = {str(root): ".", str(Path.home()): "~", sys.prefix: "~/env"}
+    # Longest path first: the environment may be inside the project.
+    for path in sorted(replacements.keys() - {"/"}, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.~-]){re.escape(path)}(?![\w-])", replacements[path], text)
     text = CELL_FILE.sub("cell.py", text)
     return re.sub(r" at 0x[0-9a-f]{6,}", " at 0x…", text)
 
 
 def _clean(nb: Any, root: Path) -> None:
-    """Takes out of `nb` what a second run, or another machine, would change."""
-    nb.metadata.pop("widgets", None)  # random ids, and nothing to show without a live kernel
+    """Remove from `nb` whatever would change on a second run or another machine."""
+    nb.metadata.pop("widgets", None)  # random ids, and useless without a live kernel
     nb.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     nb.metadata.language_info = {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"}
     for cell in (cell for cell in nb.cells if cell.cell_type == "code"):
@@ -298,7 +312,7 @@ def _clean(nb: Any, root: Path) -> None:
 
 
 def _in_order(outputs: list[Any]) -> list[Any]:
-    """Outputs as every run has them: how stdout and stderr interleave is chance, so all of stdout comes first."""
+    """Merge consecutive streams, stdout first, because stdout and stderr interleave differently on every run."""
     from nbformat.v4 import new_output
 
     ordered = []
@@ -315,11 +329,12 @@ def _in_order(outputs: list[Any]) -> list[Any]:
 
 
 def _overwritten(text: str) -> str:
-    """The text after its carriage returns: of a progress bar, the last state stays."""
+    """Apply carriage returns line by line, so only a progress bar's last state remains."""
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
 
 
 def _write(path: Path, text: str) -> None:
+    """Write the file atomically, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as stream:
         stream.write(text)

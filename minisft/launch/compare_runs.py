@@ -1,4 +1,4 @@
-"""Several runs side by side: losses, speed, memory, communication; as rows, as tables, and in a sentence."""
+"""Compares several runs by loss, speed, memory and communication: as rows, as tables, and in a sentence."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from minisft.zero.state_memory import MOMENTS
 if TYPE_CHECKING:
     import pandas
 
-NEAR = 0.05  # runs whose speed differs by less are said to be equally fast: repeating one moves it by as much
+NEAR = 0.05  # relative difference below which two speeds count as equal: repeating a run varies by as much
 
 
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One row per run: first and last loss, median tokens per second after warm-up, bytes per rank."""
+    """Return one row per run: first and last loss, tokens per second after the warm-up, bytes per rank."""
     rows = []
     for run in runs:
         metrics, memory = run.metrics, run.memory
@@ -42,44 +42,47 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def comparison_frames(runs: Sequence[Run]) -> dict[str, pandas.DataFrame]:
-    """All that the runs have written down, tidy: one observation per line, the run's name in the first column.
+    """Return everything that the runs recorded as tidy tables: one observation per row, `run` is the first column.
 
-    metrics        a line per step: step, epoch, loss, lr, grad_norm, tokens, trained_tokens, seconds, warm_up, and
-                   `bytes`, the most that a rank held in memory
-    memory         a line per rank, moment (`at rest`, `after backward`) and owner: bytes
-    communication  a line per rank and operation: the bytes of one step
-    checkpoints    a line per checkpoint: step, test_loss, bytes, best, folder
-    logs           a line per log file: name, lines, and the last line
+    metrics        a row per step: step, epoch, loss, lr, grad_norm, tokens, trained_tokens, seconds,
+                   warm_up, and `bytes`, the maximum over the ranks of the memory held
+    memory         a row per rank, moment (`at rest`, `after backward`) and owner: bytes
+    communication  a row per rank and operation: the bytes of one step
+    checkpoints    a row per checkpoint: step, test_loss, bytes, best, folder
+    logs           a row per log file: log (its name), lines (how many), and last (the last line)
     """
     import pandas
 
-    found: dict[str, list[dict[str, Any]]] = {
+    tables: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("metrics", "memory", "communication", "checkpoints", "logs")
     }
     for run in runs:
         name = {"run": run.name}
-        found["metrics"] += [name | line | {"bytes": max(line.get("bytes", [0]))} for line in run.metrics]
+        tables["metrics"] += [name | line | {"bytes": max(line.get("bytes", [0]))} for line in run.metrics]
         for rank in run.memory:
-            about = name | {"rank": rank["rank"]}
+            rank_key = name | {"rank": rank["rank"]}
             for moment in MOMENTS:
                 for owner, size in rank.get(moment, {}).items():
-                    found["memory"].append(about | {"moment": moment, "owner": owner, "bytes": size})
+                    tables["memory"].append(rank_key | {"moment": moment, "owner": owner, "bytes": size})
             for operation, size in rank.get("communication", {}).items():
-                found["communication"].append(about | {"operation": operation, "bytes": size})
+                tables["communication"].append(rank_key | {"operation": operation, "bytes": size})
         losses, best = run.test_losses, run.best_checkpoint
         for folder in run.checkpoints:
             step = checkpoint_step(folder)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            about = {"step": step, "test_loss": losses.get(step), "bytes": size, "best": folder == best}
-            found["checkpoints"].append(name | about | {"folder": str(folder)})
+            checkpoint = {"step": step, "test_loss": losses.get(step), "bytes": size, "best": folder == best}
+            tables["checkpoints"].append(name | checkpoint | {"folder": str(folder)})
         for file in sorted((run.folder / "logs").glob("*.log")):
             lines = file.read_text(errors="replace").splitlines()
-            found["logs"].append(name | {"log": file.name, "lines": len(lines), "last": lines[-1] if lines else ""})
-    return {name: pandas.DataFrame(lines) for name, lines in found.items()}
+            tables["logs"].append(name | {"log": file.name, "lines": len(lines), "last": lines[-1] if lines else ""})
+    return {name: pandas.DataFrame(lines) for name, lines in tables.items()}
 
 
 def verdict(runs: Sequence[Run]) -> str:
-    """Which of the runs was fastest and which leanest here, and how far that carries. Empty without two to compare."""
+    """Say which run was fastest, which held the least state memory, and what limits the comparison.
+
+    Returns "" if fewer than two runs have a speed and measured memory.
+    """
     rows = [row | {"run": one_line(row["run"])} for row in summary_rows(runs)]
     rows = [row for row in rows if row["tokens_per_second"] and row["model_state_bytes"]]
     if len(rows) < 2:
@@ -90,24 +93,24 @@ def verdict(runs: Sequence[Run]) -> str:
     states = {row["run"]: row["model_state_bytes"] for row in rows}
     heaviest = max(states, key=states.__getitem__)
     share = min(states.values()) / states[heaviest]
-    said = [
+    sentences = [
         f"Fastest here: {join_names(fastest)}, with {most:,.0f} tokens/s; the slowest made {least / most:.0%} of that.",
         f"Leanest: {join_names(least_state_memory(rows))}, with {share:.0%} of {heaviest}'s states per rank.",
     ]
     if any(run.on_gpu for run in runs):
-        said.append("Between other GPUs, or over a network, communication takes another share of each step.")
+        sentences.append("With other GPUs, or over a network, communication takes a different share of each step.")
     else:
         ranks = max(row["ranks"] for row in rows)
-        said.append(
-            f"That is about this machine: up to {ranks} ranks share its cores, so more ranks compute no faster, and "
-            "they talk through its main memory. On GPUs each rank brings its own compute and memory, and the links "
-            "between them decide."
+        sentences.append(
+            f"This holds for this machine only: up to {ranks} ranks share its cores, so more ranks compute no faster, "
+            "and they communicate through its main memory. On GPUs each rank brings its own compute and memory, and "
+            "the links between the GPUs decide."
         )
-    return " ".join(said)
+    return " ".join(sentences)
 
 
 def least_state_memory(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The runs of these rows that hold the fewest states per rank, those within a hundredth of it included."""
+    """Return the names of the runs with the least model-state memory per rank, and of those within 1% of it."""
     states = {row["run"]: row["model_state_bytes"] for row in rows if row["model_state_bytes"]}
     return [name for name, size in states.items() if size < 1.01 * min(states.values())]
 
@@ -117,12 +120,15 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def model_states(rank: dict[str, Any]) -> int:
-    """Bytes that one rank, an entry of `memory.json`, holds between two steps, but for batches and the like."""
+    """Return the bytes that one rank, an entry of `memory.json`, holds between two steps.
+
+    Only model states count: batches and other tensors without an owner are left out.
+    """
     return sum(held for owner, held in rank.get("at rest", {}).items() if owner != OTHER)
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as plain text."""
+    """Format the rows of `summary_rows` as a plain-text table."""
     if not rows:
         return "no runs yet: train one with ./launchers/run_zero.sh vanilla"
     lines = [

@@ -1,12 +1,14 @@
-"""The small C++ operator through which DeepSpeed's CPU ranks talk: built once per environment, locked by nobody dead.
+"""Builds the C++ operator through which DeepSpeed's CPU ranks communicate, once per environment.
 
     python -m minisft.launch.cpu_comm_op
 
-PyTorch builds such an operator at its first use, into one folder for all environments of a user, though paths and
-tools of an environment are part of the build: two environments in turn would build it anew each time, for half a
-minute or more. So it lies inside the environment here. While a process builds or loads, a lock file keeps others
-waiting; one that is killed leaves it behind, and everybody after would wait forever. `remove_stale_locks` takes away
-what no living process holds open.
+PyTorch builds such an operator at its first use, into one folder for all environments of a user. The
+build contains the paths and tools of one environment, so two environments used in turn would rebuild
+it each time, for half a minute or more. Here each environment has its own folder.
+
+While a process builds or loads the operator, a lock file makes other processes wait. A process that is
+killed leaves the file behind, and every later process would wait forever: `remove_stale_locks` removes
+the lock files that no living process holds open.
 """
 
 from __future__ import annotations
@@ -19,25 +21,28 @@ from pathlib import Path
 
 from minisft.text import one_line
 
-FOLDER = "TORCH_EXTENSIONS_DIR"  # the variable by which PyTorch finds it
+FOLDER = "TORCH_EXTENSIONS_DIR"  # environment variable that tells PyTorch the folder
 
 
 def extensions_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Where operators are built: as the variable says, else inside this environment; None where that is read-only."""
-    if named := environment.get(FOLDER):
-        return Path(named)
+    """Return the folder for operators: that of the variable, else one inside this environment.
+
+    Returns None if the variable is not set and the environment is read-only.
+    """
+    if variable := environment.get(FOLDER):
+        return Path(variable)
     return Path(sys.prefix) / "torch_extensions" if os.access(sys.prefix, os.W_OK) else None
 
 
 def build_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that a process needs to build in the right place, with this environment's ninja."""
+    """Return the variables with which a process builds in that folder, with this environment's ninja."""
     folder = extensions_folder(environment)
     path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     return {"PATH": path} | ({FOLDER: str(folder)} if folder else {})
 
 
 def remove_stale_locks(folder: Path | None) -> list[Path]:
-    """Remove the lock files in `folder` that nobody holds any more; returns them."""
+    """Remove the lock files in `folder` that no process holds open; return their paths."""
     locks = list(folder.glob("*/lock")) if folder else []
     stale = [lock for lock in locks if not _is_open(lock)] if locks else []
     for lock in stale:
@@ -46,7 +51,7 @@ def remove_stale_locks(folder: Path | None) -> list[Path]:
 
 
 def _is_open(file: Path) -> bool:
-    """Whether any process that may be looked at has `file` open; yes, where nobody can tell."""
+    """Return whether a process that this user may inspect has `file` open; True where `/proc` is missing."""
     import psutil
 
     if not Path("/proc/self/fd").exists():
@@ -59,14 +64,14 @@ def _is_open(file: Path) -> bool:
         with suppress(psutil.Error, OSError):
             for handle in Path(f"/proc/{process.pid}/fd").iterdir():
                 with suppress(OSError):
-                    found = handle.stat()
-                    if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    opened = handle.stat()
+                    if (opened.st_dev, opened.st_ino) == (wanted.st_dev, wanted.st_ino):
                         return True
     return False
 
 
 def main() -> None:
-    """Build it now, so that no first run has to wait for it; without a compiler runs do without."""
+    """Build the operator now, so that the first run need not wait; without a compiler, runs do without it."""
     os.environ.update(build_environment())
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     remove_stale_locks(extensions_folder())

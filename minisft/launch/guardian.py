@@ -1,8 +1,10 @@
-"""The process that outlives a run's supervisor by a moment, and ends every process of the run when it is gone.
+"""The guardian: a process that outlives a run's supervisor briefly, and ends every process of the run.
 
-A supervisor can be killed or stopped, and so can the ranks: then none of them can end the others. The guardian is a
-fork of the supervisor that only waits for the end of two pipes, the supervisor's and the starter's. No signal to the
-run's process group reaches it, and it finds what to end by a mark in the environment, whoever the parent is.
+The supervisor can be killed or stopped, and so can the ranks; then none of them can end the others.
+The guardian is a fork of the supervisor that only waits for two pipes to close: the supervisor's, and
+that of the starter, the process that started the supervisor. It has its own session, so signals to the
+run's process group do not reach it. It finds the processes to end by a mark in their environment,
+whatever their parents are.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ import psutil
 from minisft.processes import marked
 from minisft.training.heartbeat import MARK, write_failure
 
-HANDOVER = 10.0  # seconds that the supervisor has to end everything after its starter is gone
+HANDOVER = 10.0  # seconds that the supervisor has to end the run after its starter is gone
 
 
 class Guardian:
-    """The supervisor's side: made before any thread is started; `dismiss` it when every process of the run is gone."""
+    """The supervisor's handle on its guardian.
+
+    Create it before any thread starts, since it forks; `dismiss` it when all processes of the run are
+    gone.
+    """
 
     def __init__(self, run_folder: Path, mark: str):
         reading, self._writing = os.pipe()
@@ -37,7 +43,7 @@ class Guardian:
         os.close(reading)
 
     def dismiss(self) -> None:
-        """Let the guardian go, and wait until it is gone."""
+        """Tell the guardian to exit, and wait until it has."""
         with suppress(OSError):
             os.write(self._writing, b".")
         os.close(self._writing)
@@ -46,7 +52,7 @@ class Guardian:
                 if os.waitpid(self.pid, os.WNOHANG)[0]:
                     return
                 time.sleep(0.05)
-            os.kill(self.pid, signal.SIGKILL)  # it is stopped
+            os.kill(self.pid, signal.SIGKILL)  # it is stopped (SIGSTOP)
             os.waitpid(self.pid, 0)
 
 
@@ -56,18 +62,18 @@ def _guard(run_folder: Path, mark: str, supervisor_pipe: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_RDWR)
-    for output in (1, 2):  # else whoever reads the supervisor's output would wait for the guardian, too
+    for output in (1, 2):  # otherwise the reader of the supervisor's output would wait for the guardian
         os.dup2(null, output)
     ends = select.poll()
     ends.register(supervisor_pipe, select.POLLIN)
-    ends.register(0, 0)  # the starter's: only its end counts, what it says is the supervisor's to read
+    ends.register(0, 0)  # the starter's pipe: watch only for its closing, the supervisor reads from it
     ready = dict(ends.poll())
-    if supervisor_pipe not in ready:  # the starter is gone, which the supervisor, unless it is stopped, sees to
+    if supervisor_pipe not in ready:  # the starter is gone: unless stopped, the supervisor ends the run
         ends.unregister(0)
         ready = dict(ends.poll(HANDOVER * 1000))
     if supervisor_pipe not in ready:
-        os.kill(supervisor, signal.SIGKILL)  # it holds the pipe open, so the number is still its own
-    elif os.read(supervisor_pipe, 1):
+        os.kill(supervisor, signal.SIGKILL)  # it still holds the pipe open, so the pid has not been reused
+    elif os.read(supervisor_pipe, 1):  # a byte means `dismiss`; a closed pipe, a dead supervisor
         return
     end_marked(mark)
     if not (run_folder / "DONE").exists():
@@ -75,11 +81,11 @@ def _guard(run_folder: Path, mark: str, supervisor_pipe: int) -> None:
 
 
 def end_marked(mark: str) -> None:
-    """Kill every process of this machine that carries `mark`, and those that they start meanwhile."""
+    """Kill every process of this machine that carries `mark`, and those they start in the meantime."""
     for _ in range(20):
-        if not (found := marked(MARK, mark)):
+        if not (run_processes := marked(MARK, mark)):
             return
-        for process in found:
+        for process in run_processes:
             with suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(found, timeout=0.5)
+        psutil.wait_procs(run_processes, timeout=0.5)

@@ -1,10 +1,10 @@
-"""The machines of a run: a hostfile in DeepSpeed's form, read and checked before any process starts.
+"""Reads and checks the machines of a run, from a hostfile in DeepSpeed's format, before any process starts.
 
-    # one line per machine: its name or address, and how many ranks it takes
+    # one line per machine: its name or address, and the number of ranks it takes
     worker-1 slots=8
     worker-2 slots=8
 
-DeepSpeed takes a missing hostfile for "this machine alone", and says no more than a warning; here it is an error.
+If the hostfile is missing, DeepSpeed only warns and uses this machine alone; here it is an error.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from minisft.system import is_here, is_loopback
 MOST_BYTES = 10_000_000  # of a hostfile
 LAUNCHERS = ("ssh", "pdsh", "srun", "none")
 LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[0-9]{1,9})\s*(#.*)?")
-# No host may look like an option, or be more than a name to a shell.
+# A name must not look like an option, nor contain a character that is special to a shell.
 NAME = re.compile(r"[A-Za-z0-9:]([A-Za-z0-9.:_-]*[A-Za-z0-9])?")
-# Settings of the launching machine that the others need as well. Only these: a command line is public on its machine,
-# and so is a command that is shown or kept.
+# Variables of the launching machine that the other machines need. Only these are passed on: every user
+# of a machine can read its command lines, and the command is also displayed and saved.
 TRAVELS = frozenset(
     {
         *("CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_LAUNCH_BLOCKING", "DS_ACCELERATOR"),
@@ -37,7 +37,7 @@ TRAVELS = frozenset(
         *("TRANSFORMERS_OFFLINE", "TRITON_CACHE_DIR"),
     }
 )
-# Families of switches for networks and threads, too many to list.
+# Settings of networks and threads, too many to list one by one.
 FAMILIES = re.compile(r"(NCCL|TORCH_NCCL|GLOO|UCX|OMP|MKL)_[A-Z0-9_]+")
 SECRET = re.compile(r"PASS|PWD|TOKEN|KEY|SECRET|CRED|AUTH")
 URL_WITH_LOGIN = re.compile(r"://[^/\s]*@")
@@ -45,7 +45,7 @@ URL_WITH_LOGIN = re.compile(r"://[^/\s]*@")
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and how many ranks it takes. Raises `UserError` for what cannot be, wherever it was read from."""
+    """A machine and the number of ranks it takes. Raises `UserError` for an invalid name or no slots."""
 
     name: str
     slots: int
@@ -63,12 +63,12 @@ class Host:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run takes place: its hosts, each with the ranks it takes, and what starts them there.
+    """Where a run executes: its hosts, each with its number of ranks, and the program that starts them.
 
-    `ssh`   one ssh connection for each host; a host that is this very machine needs none
-    `pdsh`  DeepSpeed's own way: one pdsh for all
-    `srun`  one SLURM job step for each host, from inside an allocation
-    `none`  nobody: each host's command is started there, by hand or by a cluster's scheduler
+    `ssh`   one ssh connection per host; this machine needs none
+    `pdsh`  DeepSpeed's own way: one pdsh for all hosts
+    `srun`  one SLURM job step per host, from inside an allocation
+    `none`  no program: the user or a cluster's scheduler starts each host's command on that host
     """
 
     hosts: tuple[Host, ...]
@@ -76,7 +76,7 @@ class Place:
 
     @property
     def master(self) -> str:
-        """The host of rank 0, through which all find each other."""
+        """The host of rank 0, where all ranks connect."""
         return self.hosts[0].name
 
     @property
@@ -88,12 +88,12 @@ class Place:
 
     @classmethod
     def of_hostfile(cls, file: Path | str, ranks: int, launcher: str = "ssh") -> Place:
-        """`ranks` ranks on the hosts of a hostfile, all of it checked. Raises `UserError`."""
+        """Place `ranks` ranks on the hosts of a hostfile. Raises `UserError` if that cannot work."""
         return cls.of_hosts(read_hostfile(file), ranks, launcher)
 
     @classmethod
     def of_hosts(cls, hosts: Sequence[Host], ranks: int, launcher: str = "ssh") -> Place:
-        """`ranks` ranks on these hosts, filled in their order. Raises `UserError` if that cannot work."""
+        """Place `ranks` ranks on these hosts, filled in order. Raises `UserError` if that cannot work."""
         if launcher not in LAUNCHERS:
             raise UserError(f"unknown launcher {launcher!r}: use one of {', '.join(LAUNCHERS)}")
         hosts = share_out(hosts, ranks)
@@ -105,7 +105,7 @@ class Place:
 
 
 def read_hostfile(file: Path | str) -> list[Host]:
-    """The hosts of a hostfile, in its order. Raises `UserError`, with the line, for what DeepSpeed could not use."""
+    """Return the hosts of a hostfile, in order. Raises `UserError`, with the line, for an invalid file."""
     file = user_path(file)
     if file.exists() and not file.is_file():
         raise UserError(f"hostfile {file} is not a regular file: give a text file")
@@ -114,7 +114,7 @@ def read_hostfile(file: Path | str) -> list[Host]:
         raise UserError(f"there is no hostfile {file}: give one with a line 'name slots=N' for each machine")
     lines = text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}").splitlines()
     hosts: list[Host] = []
-    at: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         text = line.strip()
         if not text or text.startswith("#"):
@@ -123,15 +123,16 @@ def read_hostfile(file: Path | str) -> list[Host]:
         match = LINE.fullmatch(text)
         if match is None:
             raise UserError(
-                f"{where}: {text[:80]!r} is no host: write its name and its ranks, as in 'worker-1 slots=8'"
+                f"{where}: {text[:80]!r} is not a host: write its name and its ranks, as in 'worker-1 slots=8'"
             )
         try:
             host = Host(match["name"], int(match["slots"]))
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        if host.name in at:
-            raise UserError(f"{where}: {host.name} is in line {at[host.name]} already: add its slots up in one line")
-        at[host.name] = number
+        if host.name in line_of:
+            first = line_of[host.name]
+            raise UserError(f"{where}: {host.name} is in line {first} already: add its slots up in one line")
+        line_of[host.name] = number
         hosts.append(host)
     if not hosts:
         raise UserError(f"hostfile {file} names no host: write a line 'name slots=N' for each machine")
@@ -139,11 +140,11 @@ def read_hostfile(file: Path | str) -> list[Host]:
 
 
 def require_names(hosts: Sequence[Host]) -> None:
-    """Refuse a host whose name means nothing here. Raises `UserError`."""
+    """Raise `UserError` if this machine cannot resolve a host's name."""
     for host in hosts:
         try:
             socket.getaddrinfo(host.name, None)
-        except (OSError, UnicodeError) as error:  # the latter where a part of the name is empty or too long
+        except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is empty or too long
             why = getattr(error, "strerror", None) or error
             raise UserError(
                 f"host {host.name} cannot be found ({why}): correct its name in the hostfile, or give its address"
@@ -151,17 +152,17 @@ def require_names(hosts: Sequence[Host]) -> None:
 
 
 def require_reachable(hosts: Sequence[Host]) -> None:
-    """Refuse a loopback address as the first host, where all others would look for it. Raises `UserError`."""
+    """Raise `UserError` if the first host is a loopback address and others would have to connect to it."""
     first = hosts[0].name
     if is_loopback(first) and not all(is_loopback(host.name) for host in hosts):
         raise UserError(f"the other hosts cannot reach {first}: give this machine's own name or address instead")
 
 
 def share_out(hosts: Sequence[Host], ranks: int) -> list[Host]:
-    """The hosts that `ranks` ranks take, filled one after the other. Raises `UserError` if there are too few slots."""
+    """Fill the hosts with `ranks` ranks in order; return those used. Raises `UserError` if slots are too few."""
     slots = sum(host.slots for host in hosts)
     if ranks > slots:
-        raise UserError(f"{ranks} ranks were asked for, but the hosts have {slots} slots: lower --ranks, or add hosts")
+        raise UserError(f"{ranks} ranks do not fit the {slots} slots of the hosts: lower --ranks, or add hosts")
     taken = []
     for host in hosts:
         if count := min(host.slots, ranks):
@@ -175,7 +176,7 @@ def hostfile_text(hosts: Sequence[Host]) -> str:
 
 
 def travelling(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that must be the same on every machine of a run: those of a list, and none that holds a secret."""
+    """Return the variables that every machine of a run needs: only known ones, and none that holds a secret."""
 
     def travels(name: str) -> bool:
         value = environment[name]

@@ -1,9 +1,9 @@
-"""From a prepared run folder to a finished run.
+"""Turns a prepared run folder into a finished run.
 
     run = launch(prepare(RunConfig.course("zero2")))
 
-A supervisor runs the command of the folder (`minisft.launch.supervisor`); this side follows it, and stops it when
-asked.
+A supervisor runs the folder's command (`minisft.launch.supervisor`); this module starts the supervisor,
+passes on its output, and stops it on a signal.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from minisft.training.heartbeat import HEARTBEAT_TIMEOUT, PROGRESS_TIMEOUT, clea
 from minisft.zero.lint_config import lint
 
 __all__ = ["RunFailed", "launch", "prepare"]
-TICK = 0.25  # seconds between two looks for an interrupt
+TICK = 0.25  # seconds between two checks for an interrupt
 
 
 class RunFailed(RuntimeError):
-    """A run that started and did not finish. The message names the rank, the reason and the log."""
+    """A run that started but did not finish; the message names the rank, the reason and the log."""
 
 
 def launch(
@@ -55,14 +55,18 @@ def launch(
     heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
     progress_timeout: float = PROGRESS_TIMEOUT,
 ) -> Run:
-    """Run the prepared command to its end, on other hosts if `place` names some; returns when it is done.
+    """Run the prepared command to its end, on the hosts of `place` if given, and return the finished run.
 
-    What the run says goes to `say`; without one, a live view in a notebook, printed lines elsewhere.
+    `say` receives the run's output line by line; the default is a live view in a notebook, and printed
+    lines elsewhere.
 
-    The processes live in a session of their own, under a supervisor (`minisft.launch.supervisor`) that ends them all
-    if this process is interrupted or gone, if a rank dies, gives no sign of life for `heartbeat_timeout` seconds, or
-    if none moves for `progress_timeout` seconds. Success is exit code 0, the `DONE` marker, and every rank's word.
-    Raises `RunFailed` or `KeyboardInterrupt`, once all processes are gone, or `UserError` if the run is live.
+    The processes have a session to themselves, under a supervisor (`minisft.launch.supervisor`). It ends
+    all of them if this process is interrupted or gone, if a rank dies or gives no sign of life for
+    `heartbeat_timeout` seconds, or if no rank makes progress for `progress_timeout` seconds. A run
+    succeeded if its exit code is 0, the `DONE` marker exists, and every rank reported `done`.
+
+    Raises `RunFailed` or `KeyboardInterrupt` once all processes are gone, and `UserError` if the run
+    cannot be started, for example because it is being trained already.
     """
     with only_one(run.folder) as locks:
         if run.prepared and run.prepared != run.identity:
@@ -76,15 +80,15 @@ def launch(
         _require_startable(run, place, say)
         run = run.as_it_is()
         mark = f"{os.getpid()}-{secrets.token_hex(8)}"
-        started = write_commands(run, run.folder, place, mark)
-        _require_programs(started)
+        host_commands = write_commands(run, run.folder, place, mark)
+        _require_programs(host_commands)
         _clear_earlier_try(run)
         (run.folder / "logs").mkdir(exist_ok=True)
         for line in run.command.splitlines():
             say(line)
         task = Task(
             folder=str(run.folder),
-            commands=started,
+            commands=host_commands,
             working_directory=str(project_root()),
             ranks=run.config.ranks,
             heartbeat_timeout=heartbeat_timeout,
@@ -101,26 +105,26 @@ def launch(
     if run.status == "done":
         return run
     if interrupted:
-        raise KeyboardInterrupt(f"{run.name} was stopped: {_goes_on(run)}")
-    raise RunFailed(_why(run))
+        raise KeyboardInterrupt(f"{run.name} was stopped: {_resume_advice(run)}")
+    raise RunFailed(_failure_message(run))
 
 
 def _require_startable(run: Run, place: Place | None, say: Say) -> None:
-    """Refuse what the run folder cannot decide by itself, or what could only fail later. Raises `UserError`."""
+    """Raise `UserError` for a run that lacks the user's consent or hosts, or that could only fail later."""
     if run.written_config.trust_remote_code and not run.trust_remote_code:
         raise UserError(
             f"{display_path(run.folder)} asks to run code that comes with its model: read that code, and give "
             "--trust-remote-code if you trust it"
         )
-    asked = read_json(run.folder / HOSTS, HostsRecord)
-    if "none" in (place and place.launcher, asked and asked["launcher"]):
+    recorded = read_json(run.folder / HOSTS, HostsRecord)
+    if "none" in (place and place.launcher, recorded and recorded["launcher"]):
         lines = display_path(run.folder / "command.txt")
-        raise UserError(f"{run.name} waits to be started on its hosts: give each its line of {lines}")
-    if place is None and asked is not None:
-        hosts = one_line(", ".join(asked["hosts"]), 100)
+        raise UserError(f"{run.name} waits to be started on its hosts: run on each host its line of {lines}")
+    if place is None and recorded is not None:
+        hosts = one_line(", ".join(recorded["hosts"]), 100)
         raise UserError(
-            f"{run.name} was prepared for the hosts {hosts}, and a run folder does not decide where commands run: name "
-            "them again with --hostfile"
+            f"{run.name} was prepared for the hosts {hosts}, but a run folder must not decide where commands run: name "
+            "the hosts again with --hostfile"
         )
     require_place(run.config, place)
     require_own_files(run)
@@ -132,8 +136,8 @@ def _require_startable(run: Run, place: Place | None, say: Say) -> None:
         preflight.warn_of_cores(run.config, say)
 
 
-def _goes_on(run: Run) -> str:
-    """What the same command will do with an interrupted run."""
+def _resume_advice(run: Run) -> str:
+    """Say what the same command will do with an interrupted run."""
     try:
         checkpoint = resume_point(run)
     except UserError as error:
@@ -143,8 +147,9 @@ def _goes_on(run: Run) -> str:
     return f"the same command resumes from {checkpoint.name}"
 
 
-def _why(run: Run) -> str:
+def _failure_message(run: Run) -> str:
     failure = run.failure
+    assert failure is not None  # a run that is not done has `FAILED` by now
     rank = failure["rank"]
     where = "" if rank is None else f" on rank {rank}, step {failure['step']}"
     log = run.folder / "logs" / ("launcher.log" if rank is None else f"rank{rank}.log")
@@ -152,31 +157,31 @@ def _why(run: Run) -> str:
 
 
 def _require_sound_deepspeed(run: Run, say: Say) -> None:
-    """Refuse a `deepspeed.json`, which may have been edited, that would fail or not do what it says."""
+    """Raise `UserError` if `deepspeed.json`, which may have been edited, has errors; say its warnings."""
     if (config := run.deepspeed) is None:
         return
     findings = lint(config, ranks=run.config.ranks)
     if errors := [finding for finding in findings if finding.severity == "error"]:
-        said = "; ".join(f"{finding.key} {finding.message}" for finding in errors)
-        raise UserError(f"{display_path(run.folder / 'deepspeed.json')} cannot be trained with: {said}")
+        messages = "; ".join(f"{finding.key} {finding.message}" for finding in errors)
+        raise UserError(f"{display_path(run.folder / 'deepspeed.json')} cannot be trained with: {messages}")
     require_harmless_deepspeed(run)
     for finding in findings:
         say(f"deepspeed.json: {finding}")
 
 
-def _require_programs(started: Sequence[Command]) -> None:
-    """Refuse to start a program that is not there. Raises `UserError`."""
-    for program in {command.words[0] for command in started}:
+def _require_programs(host_commands: Sequence[Command]) -> None:
+    """Raise `UserError` if a program to be started is not installed."""
+    for program in {command.words[0] for command in host_commands}:
         if shutil.which(program, path=cpu_comm_op.build_environment()["PATH"]) is None:
             raise UserError(f"there is no {program} in this environment: launchers/setup.sh installs what is missing")
 
 
 def _clear_earlier_try(run: Run) -> None:
-    """What an unfinished run left must not be taken for the new one's; with a checkpoint to resume from, all stays."""
+    """Remove the earlier try's signs of life and, without a checkpoint to resume from, its results."""
     (run.folder / "FAILED").unlink(missing_ok=True)
     clear(run.folder)
     for scratch in run.folder.glob(".minisft-*"):
-        if scratch.is_file():  # what was being written when it was killed; a folder is somebody's own
+        if scratch.is_file():  # half-written when the earlier try was killed; a folder is the user's
             scratch.unlink()
     if resume_point(run):
         return
@@ -187,20 +192,21 @@ def _clear_earlier_try(run: Run) -> None:
 
 
 def _follow(task: Task, say: Say, locks: list[int]) -> bool:
-    """Let a supervisor run `task`, and pass on what it says, until it is gone; returns whether SIGINT stopped it.
+    """Let a supervisor run `task`, pass its output to `say`, and return whether SIGINT stopped it.
 
-    It holds `locks` (file descriptors) as well, so that nothing can replace the folder under a live run.
+    The supervisor inherits `locks` (file descriptors), so that nothing can replace the folder of a live
+    run, even if this process dies.
     """
     cpu_comm_op.remove_stale_locks(cpu_comm_op.extensions_folder())
     stop: list[int] = []
-    old = {}
+    old_handlers = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-                old[number] = signal.signal(number, lambda number, _: stop.append(number))
+            if signal.getsignal(number) is not signal.SIG_IGN:  # a signal ignored by nohup stays ignored
+                old_handlers[number] = signal.signal(number, lambda number, _: stop.append(number))
     supervisor = subprocess.Popen(
         processes.python("-m", "minisft.launch.supervisor", task.folder),
-        # The environment of this interpreter, even if nobody activated it.
+        # The programs of this interpreter's environment, even if it was not activated.
         env=processes.environment() | cpu_comm_op.build_environment(),
         pass_fds=locks,
         stdin=subprocess.PIPE,
@@ -209,14 +215,15 @@ def _follow(task: Task, say: Say, locks: list[int]) -> bool:
         errors="replace",
         start_new_session=True,
     )
-    with suppress(OSError):  # one that ended at once has said why
-        # Not as an argument: those are public, and of limited length.
+    assert supervisor.stdin is not None
+    with suppress(OSError):  # a supervisor that ended at once has already reported why
+        # Not as an argument: arguments are public and limited in length.
         supervisor.stdin.write(task.to_json() + "\n")
         supervisor.stdin.flush()
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read_lines, args=(supervisor.stdout, lines), daemon=True).start()
     parent = os.getppid() if _ends_with_parent() else None
-    asked = False
+    stop_sent = False
     try:
         while True:
             with suppress(queue.Empty):
@@ -225,26 +232,26 @@ def _follow(task: Task, say: Say, locks: list[int]) -> bool:
                 say(line)
             if isinstance(say, LiveView):
                 say.tick()
-            if not asked and (stop or parent not in (None, os.getppid())):
+            if not stop_sent and (stop or parent not in (None, os.getppid())):
                 why = f"stopped by {signal.Signals(stop[0]).name}" if stop else "stopped because its parent is gone"
                 with suppress(OSError):
                     supervisor.stdin.write(f"{why}\n")
                     supervisor.stdin.flush()
-                asked = True
+                stop_sent = True
         supervisor.wait()
     finally:
         with suppress(OSError):
-            supervisor.stdin.close()  # whatever happened here: it ends everything now
-        for number, handler in old.items():
+            supervisor.stdin.close()  # whatever happened here, the supervisor now ends the run
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
     return stop[:1] == [signal.SIGINT]
 
 
 def _ends_with_parent() -> bool:
-    """Whether nobody else would stop this process when the one that started it is gone, such as a notebook's kernel.
+    """Return whether this process must stop by itself when its parent, such as a notebook kernel, is gone.
 
-    A terminal says SIGHUP, unless told otherwise (`disown`); `nohup` ignores it, and who leads a session (`setsid`)
-    means to stay.
+    A terminal sends SIGHUP when it closes, unless `disown` prevents it, so its processes need no such
+    check. A process that ignores SIGHUP (`nohup`) or leads a session (`setsid`) is meant to keep running.
     """
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or os.getsid(0) == os.getpid():
         return False
@@ -262,14 +269,15 @@ def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
 
 
 def _wait_for_ranks(run: Run) -> None:
-    """The ranks notice by themselves that their supervisor is gone; see to it that they do."""
+    """Give the ranks 3 s to notice that their supervisor is gone, then kill those that remain."""
     import psutil
 
-    here = [sign.pid for sign in read_heartbeats(run.folder) if is_here(sign.host)]
+    local_pids = [sign.pid for sign in read_heartbeats(run.folder) if is_here(sign.host)]
     ranks = []
-    for pid in here:
+    for pid in local_pids:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
+            # A pid may have been reused: only a process whose command names this folder is a rank.
             if str(run.folder) in process.cmdline() or display_path(run.folder) in process.cmdline():
                 ranks.append(process)
     for process in psutil.wait_procs(ranks, timeout=3)[1]:

@@ -1,11 +1,12 @@
-"""A run as it goes, in a notebook's cell: how far it is, the loss so far, what every rank does, and the last log lines.
+"""Shows a running run in a notebook cell: its progress, the loss, what every rank does, the last log lines.
 
-All of it is read from the run folder, so that looking costs the training next to nothing. Everything that comes from
-there is escaped. Where HTML is not shown, the same is a few lines of text.
+All of it is read from the run folder, so the view costs the training next to nothing. Everything read
+from there is escaped. Where HTML cannot be shown, the view is a few lines of text.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from contextlib import suppress
@@ -20,16 +21,16 @@ from minisft.files import last_lines, parse_json
 from minisft.run.folder import Run
 from minisft.training.heartbeat import read_heartbeats
 
-REFRESH = 1.0  # seconds between two pictures
+REFRESH = 1.0  # seconds between two updates of the display
 LOG_LINES = 6
-POINTS = 240  # of the curve
-WIDTH, HEIGHT = 440, 120  # of the curve, in pixels
+POINTS = 240  # at most, on the loss curve
+WIDTH, HEIGHT = 440, 120  # of the loss curve, in pixels
 COLOURS = {"done": "#009E73", "failed": "#D55E00"}
 STEP = re.compile(r"step +(\d{1,12})/(\d{1,12}) +(.*)")
 
 
 def in_notebook() -> bool:
-    """Whether this code runs in a Jupyter kernel."""
+    """Return whether this code runs in a Jupyter kernel."""
     try:
         from IPython import get_ipython
     except ImportError:
@@ -38,33 +39,33 @@ def in_notebook() -> bool:
 
 
 class Point(TypedDict):
-    """What the curve needs of a line of `metrics.jsonl`."""
+    """The part of a line of `metrics.jsonl` that the loss curve needs."""
 
     step: int
     loss: float
 
 
 class LiveView:
-    """One display that renews itself: call it with what the run says, `tick` it often, `close` it at the end."""
+    """A display that updates itself: call it with each line of the run's output, `tick` it often, `close` it last."""
 
     def __init__(self, run: Run):
         self.run = run
         self.metrics = _Tail(run.folder / "metrics.jsonl")
         self.losses: list[tuple[int, float]] = []
-        self.notes: list[str] = []  # what the run said that is not a step
-        self.step, self.steps, self.said = 0, 0, ""
+        self.notes: list[str] = []  # lines of the run's output that are not steps
+        self.step, self.steps, self.step_details = 0, 0, ""
         self.began = time.monotonic()
         self._drawn = 0.0
         self._handle: Any = None
 
     def __call__(self, line: str) -> None:
         if match := STEP.match(line):
-            self.step, self.steps, self.said = int(match[1]), int(match[2]), match[3]
+            self.step, self.steps, self.step_details = int(match[1]), int(match[2]), match[3]
         else:
             self.notes.append(line)
 
     def tick(self) -> None:
-        """Show what is new, at most once a second."""
+        """Update the display, at most once a second."""
         if time.monotonic() - self._drawn > REFRESH:
             self._show()
 
@@ -86,23 +87,23 @@ class LiveView:
         for line in self.metrics.new_lines():
             with suppress(UserError):
                 point = parse_json(line, self.metrics.file, Point)
-                while self.losses and self.losses[-1][0] >= point["step"]:  # repeated after a resume
+                while self.losses and self.losses[-1][0] >= point["step"]:  # a resume repeats steps
                     self.losses.pop()
                 self.losses.append((point["step"], point["loss"]))
 
     @property
     def headline(self) -> str:
         status = self.run.status
-        if status == "failed":
-            return f"{self.run.name} failed: {self.run.failure['reason']}"
+        if status == "failed" and (failure := self.run.failure) is not None:
+            return f"{self.run.name} failed: {failure['reason']}"
         if status == "done":
             return f"{self.run.name} is done, {time.monotonic() - self.began:.0f} s after its start"
         if not self.steps:
             return f"{self.run.name} is starting ({time.monotonic() - self.began:.0f} s so far)"
-        return f"{self.run.name}: step {self.step} of {self.steps}  {self.said}"
+        return f"{self.run.name}: step {self.step} of {self.steps}  {self.step_details}"
 
     def ranks(self) -> list[dict[str, str]]:
-        """A row per rank that has spoken; with its host, where there are several."""
+        """Return one row per rank that has reported; with its host if there are several."""
         signs = read_heartbeats(self.run.folder)
         several = len({sign.host for sign in signs}) > 1
         return [
@@ -111,10 +112,10 @@ class LiveView:
         ]
 
     def log_lines(self) -> list[str]:
-        """The last lines of the log: of rank 0, or of the launcher before there is one."""
+        """Return the last lines of rank 0's log, or of the launcher's as long as rank 0 has none."""
         logs = self.run.folder / "logs"
-        found = next((lines for name in ("rank0.log", "launcher.log") if (lines := last_lines(logs / name))), [])
-        return [line[:200] for line in found[-LOG_LINES:]]
+        log = next((lines for name in ("rank0.log", "launcher.log") if (lines := last_lines(logs / name))), [])
+        return [line[:200] for line in log[-LOG_LINES:]]
 
     def text(self) -> str:
         share = self.step / self.steps if self.steps else 0
@@ -132,7 +133,7 @@ class LiveView:
             body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in r.values()) + "</tr>" for r in rows)
             table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         log = ""
-        if self.run.status != "done":  # then nobody needs it
+        if self.run.status != "done":  # a finished run needs no log
             lines = escape("\n".join(self.log_lines()))
             log = f'<details><summary>log</summary><pre style="font-size:85%">{lines}</pre></details>'
         notes = "".join(f"<div>{escape(note)}</div>" for note in self.notes)
@@ -146,11 +147,11 @@ class LiveView:
 
 
 def curve(points: list[tuple[int, float]]) -> str:
-    """The loss against the step, as SVG; nothing for fewer than two finite points."""
-    points = [(step, loss) for step, loss in points if loss - loss == 0]
+    """Draw the loss against the step as SVG; "" for fewer than two finite points."""
+    points = [(step, loss) for step, loss in points if math.isfinite(loss)]
     if len(points) < 2:
         return ""
-    every = -(-len(points) // POINTS)
+    every = -(-len(points) // POINTS)  # rounded up
     points = [*points[:-1:every], points[-1]]
     steps, losses = zip(*points, strict=True)
     low, high = min(losses), max(losses)
@@ -176,20 +177,20 @@ def curve(points: list[tuple[int, float]]) -> str:
 
 
 class _Tail:
-    """The whole lines that were added to a file since one last looked."""
+    """Reads the complete lines that were added to a file since the last read."""
 
     def __init__(self, file: Path):
-        self.file, self.place = file, 0
+        self.file, self.offset = file, 0  # in bytes
 
     def new_lines(self) -> list[str]:
         try:
             with self.file.open("rb") as stream:
-                if stream.seek(0, 2) < self.place:  # cut when the run went on from a checkpoint
-                    self.place = 0
-                stream.seek(self.place)
+                if stream.seek(0, 2) < self.offset:  # truncated when the run resumed from a checkpoint
+                    self.offset = 0
+                stream.seek(self.offset)
                 data = stream.read()
         except OSError:
             return []
         whole = data[: data.rfind(b"\n") + 1]
-        self.place += len(whole)
+        self.offset += len(whole)
         return whole.decode(errors="replace").splitlines()

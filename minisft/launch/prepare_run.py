@@ -1,8 +1,8 @@
-"""From a `RunConfig` to a prepared run folder and one exact command.
+"""Turns a `RunConfig` into a prepared run folder and one exact command.
 
     run = prepare(RunConfig.course("zero2"))
 
-Everything that can be wrong with the input is found here, before any process starts.
+All errors in the input are found here, before any process starts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from minisft.training.dataset import (
 from minisft.zero.strategies import deepspeed_config, strategy_named
 
 Say = Callable[[str], None]
-HOSTS = "hosts.json"  # of a run folder: where it takes place
+HOSTS = "hosts.json"  # file of a run folder: the hosts of the run and their launcher
 
 
 def prepare(
@@ -54,21 +54,24 @@ def prepare(
     restart: bool = False,
     say: Say = say,
 ) -> Run:
-    """Make the run folder: data split and encoded, the DeepSpeed configuration, and the command.
+    """Make the run folder: the data, split and encoded, the DeepSpeed configuration, and the command.
 
-    A finished run with the same settings is returned as it is, and so is an unfinished one that can be resumed from a
-    checkpoint; one that holds no weights is prepared from the beginning. Any other run of this name is only replaced
-    with `overwrite`, or with `restart` if it is unfinished, has the same settings and cannot be resumed: nothing that
-    may hold weights is removed without either. The folder appears whole, by one rename; all of this is decided while
-    its lock is held. `place` are the hosts to run on, if not this machine alone; they may differ when a run is resumed.
-    Paths among the settings become absolute: `rows.json` elsewhere is another file. Raises `UserError`.
+    A run with the same settings is returned as it is if it is finished, or can be resumed from a
+    checkpoint; an unfinished run without weights is prepared from the beginning. Any other run of this
+    name is only replaced with `overwrite`, or with `restart` if it is unfinished, has the same settings
+    and cannot be resumed: without one of the two, nothing that may hold weights is removed.
+
+    The folder appears complete, by one rename, and all of this is decided while its lock is held.
+    `place` names the hosts to run on, if not this machine alone; a resumed run may use other hosts.
+    Paths in the settings become absolute, because `rows.json` in another folder is another file.
+    Raises `UserError` for settings, data, a model or a place that cannot be trained with.
     """
     require_place(config, place)
     config = _settled(config)
     folder = outputs_root() / "model" / config.name
     if folder.is_symlink() and not folder.exists():
         raise UserError(
-            f"{display_path(folder)} is a link to {folder.readlink()}, which is not there: correct or remove it"
+            f"{display_path(folder)} is a link to {folder.readlink()}, which does not exist: correct or remove it"
         )
     with only_one(folder):
         _put_back(folder, say)
@@ -84,7 +87,7 @@ def prepare(
 
 
 def _existing(config: RunConfig, folder: Path, place: Place | None, restart: bool, say: Say) -> Run | None:
-    """The run in `folder` if it is done or can be resumed; None if a new one may take its place."""
+    """Return the run in `folder` if it is done or can be resumed; None if a new run may replace it."""
     if not (folder / "run.json").exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
@@ -119,12 +122,12 @@ def _mention_other_code(run: Run, say: Say) -> None:
     if not made_by_this_code(run.folder):
         say(
             f"{run.name} keeps the rows that it was prepared with: the code or the libraries that make rows have "
-            "changed since; --overwrite prepares it anew"
+            "changed since; --overwrite prepares it again"
         )
 
 
 def _require_replaceable(folder: Path) -> None:
-    """Refuse to replace, through a link, what is not a run. Raises `UserError`."""
+    """Raise `UserError` if `folder` is a link to a folder that is neither a run nor empty."""
     if folder.is_symlink() and not (folder / "run.json").is_file() and not _is_empty(folder):
         raise UserError(
             f"{display_path(folder)} is a link to {folder.readlink()}, which is not a run folder: remove the link, "
@@ -140,7 +143,7 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
     model = download.find_model(config.model, say)
     source = download.find_data(config.data, say).path
     if source.is_dir() and is_inside(folder, source):
-        raise UserError(f"{folder} would lie in the data folder {source}, and be read as data: set MINISFT_OUTPUTS")
+        raise UserError(f"{folder} would lie in the data folder {source} and be read as data: set MINISFT_OUTPUTS")
     for what, path in (("model", model.path), ("data", source)):
         if folder.exists() and is_inside(path, folder):
             raise UserError(
@@ -161,8 +164,8 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
     preflight.require_space(config, rows, parameters)
     preflight.warn_of_memory(config, architecture, precision, on_gpu, say)
     if strategy_named(config.strategy).offloads and not on_gpu:
-        say("Without a GPU everything is in main memory already: offloading works here, and saves nothing")
-    about = {
+        say("Without a GPU everything is in main memory already: offloading works here but saves nothing")
+    record = {
         "config": config.to_dict(),
         "model_folder": str(model.path.absolute()),
         "model_source": model.source,
@@ -171,7 +174,7 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
         "model_files": model_files(model.path, Digests()),
         "versions": _versions(),
     }
-    write_json(scratch / "run.json", about)
+    write_json(scratch / "run.json", record)
     deepspeed = deepspeed_config(
         config.strategy,
         micro_batch=config.batch_size,
@@ -190,26 +193,26 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
 
 
 def _beside(folder: Path, what: str) -> Path:
-    """A hidden folder on the same disk as a run's, which may be a link to another."""
+    """Return a hidden folder on the same disk as the run folder, which may be a link to another disk."""
     real = folder.resolve()
     return real.with_name(f".{real.name}.{what}")
 
 
 def _put_back(folder: Path, say: Say) -> None:
-    """Undo a replacement that was killed half-way: the run that it would have replaced gets its name again."""
+    """Undo a replacement that was killed halfway: give the earlier run its name again."""
     if not os.path.lexists(folder) and (old := _beside(folder, "removed")).is_dir():
         old.rename(folder)
         say(f"replacing {folder.name} was interrupted: the earlier run is back")
 
 
 def _replace(folder: Path, new: Path) -> None:
-    """Put `new` in the place of `folder`, by renaming alone: whatever ends this, there is never half of one."""
+    """Replace `folder` by `new` using renames only, so that an interruption never leaves half a folder."""
     real, old, discarded = folder.resolve(), _beside(folder, "removed"), _beside(folder, "discarded")
 
     def discard_old() -> None:
         remove_all(discarded)
         if os.path.lexists(old):
-            old.rename(discarded)  # what `_put_back` finds after a kill is never half removed
+            old.rename(discarded)  # renamed first, so that `_put_back` never finds it half removed
             remove_all(discarded)
 
     discard_old()
@@ -222,17 +225,19 @@ def _replace(folder: Path, new: Path) -> None:
 def _rows(
     config: RunConfig, source: Path, model: Path, tokenizer: HuggingFaceTokenizer, scratch: Path, say: Say
 ) -> int:
-    """Write the data and its ledger into `scratch`, or copy them from a run that has the same; returns how many rows.
+    """Write the data and its ledger into `scratch`, or copy them from a run with the same; return the row count.
 
-    Reading ShareGPT takes seconds, and the strategies that are compared want the same of it.
+    Reading ShareGPT takes seconds, and all strategies of a comparison need the same rows.
     """
     wanted = describe_rows(config, source, model, Digests())
     rows = copy_known_rows(wanted, [run.folder for run in all_runs()], scratch / "data")
     if rows is None:
         ledger = Ledger()
         rows = write_data(config, source, tokenizer, scratch / "data", ledger)
-        for line in (*(f"lost: {what}" for what in ledger.lost), *ledger.notes):
-            say(line)
+        for problem in ledger.lost:
+            say(f"lost: {problem}")
+        for note in ledger.notes:
+            say(note)
         write_json(scratch / "ledger.json", ledger.to_dict())
         remember_rows(wanted, rows, scratch / "data")
     return rows
@@ -243,24 +248,28 @@ def _settled(config: RunConfig) -> RunConfig:
 
 
 def require_place(config: RunConfig, place: Place | None) -> None:
+    """Raise `UserError` if the run cannot use several hosts, or their ranks differ from the settings."""
     if place is None:
         return
     require_deepspeed(config)
     if place.ranks != config.ranks:
-        raise UserError(f"the hosts take {place.ranks} ranks, but {config.ranks} were asked for: make them equal")
+        raise UserError(f"the hosts take {place.ranks} ranks, but the settings have {config.ranks}: make them equal")
 
 
 def write_commands(run: Run, folder: Path, place: Place | None, supervised: str = "") -> list[Command]:
-    """Write what starts `run`, which lies, or will lie, in `folder`: command.txt, and what several hosts need."""
-    found = commands(run.config, folder, place, supervised, run.prepared)
+    """Write `command.txt` and, for several hosts, the files that they need; return the commands.
+
+    `folder` is the run's final folder, which is not yet `run.folder` while the run is being prepared.
+    """
+    host_commands = commands(run.config, folder, place, supervised, run.prepared)
     with written_whole(run.folder / "command.txt", private=True) as stream:
-        stream.writelines(f"{command}\n" for command in found)
+        stream.writelines(f"{command}\n" for command in host_commands)
     if place is None:
         (run.folder / HOSTS).unlink(missing_ok=True)
     else:
         write_json(run.folder / HOSTS, place.to_dict())
         write_place(run.folder, place, supervised)
-    return found
+    return host_commands
 
 
 def _why_not_resumed(old: RunConfig, new: RunConfig) -> str:
@@ -268,7 +277,7 @@ def _why_not_resumed(old: RunConfig, new: RunConfig) -> str:
         return ""
     return (
         f"its checkpoints hold the optimizer states as {old.strategy} lays them out over {old.ranks} rank(s), which no "
-        "other strategy or number of ranks reads; go on with the old ones, start from its weights (--model "
+        "other strategy or number of ranks can read; keep the old ones, start from its weights (--model "
         "outputs/model/<run>/checkpoint-N), "
     )
 
@@ -285,9 +294,12 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[list[int]]:
-    """Hold a run for this process; the kernel lets go of the lock however the process ends."""
+    """Lock a run for this process and yield the locks' file descriptors; raises `UserError` if it is locked.
+
+    The kernel releases the locks however the process ends.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open_lock(lock_file(folder)) as lock, locked_folder(folder) as itself:
-        if itself is False or not try_lock(lock):
+    with open_lock(lock_file(folder)) as lock, locked_folder(folder) as folder_lock:
+        if folder_lock is False or not try_lock(lock):
             raise UserError(f"{folder.name} is being trained right now: wait for it, or give another --name")
-        yield [lock.fileno(), *([] if itself is None else [itself])]
+        yield [lock.fileno(), *([] if folder_lock is None else [folder_lock])]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from minisft.chat.tokenizers import HuggingFaceTokenizer, load_tokenizer
-from minisft.course.bug_museum import BUGS, SHORT, language_modelling, logits_moved, right_row, talk
+from minisft.course.bug_museum import BUGS, language_modelling, logits_moved
+from minisft.course.buggy_rows import SHORT, right_row, talk
 from minisft.labels.encode_row import IGNORE_INDEX, Row
 from minisft.model.packed_attention import PER_DOCUMENT
 

@@ -6,7 +6,7 @@ from PIL import Image
 import minisft.course.figures.masks as mask_plots
 from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer
-from minisft.course.bug_museum import right_row, talk
+from minisft.course.buggy_rows import right_row, talk
 from minisft.course.figures.masks import bugs_on_rows, losses_before_and_after, truncation_bars
 from minisft.labels.encode_row import TRUNCATIONS, Row, encode
 
@@ -65,4 +65,4 @@ def test_losses_are_drawn_for_the_trained_tokens_alone(titles, tiny_model, tmp_p
 def test_an_answer_without_an_end_has_no_stripe(titles, tiny_model):
     tokenizer = HuggingFaceTokenizer(tiny_model)
     losses_before_and_after(Row("r", [5, 6, 7], [-100, 6, 7]), tokenizer, [None, 1.0, 2.0], [None, 1.0, 1.0])
-    assert titles == ["A target costs 1.00 nats instead of 1.50"]
+    assert titles == ["A trained token costs 1.00 nats instead of 1.50"]

@@ -83,7 +83,7 @@ def test_lanes_say_where_each_version_puts_the_system_prompt(tiny_model):
         lanes[version] = (template_for(tokenizer).segments(pirate()), tokenizer)
     picture = token_lanes(lanes, "Talk like a pirate.", "The system prompt moves")
     title, *told = picture.alt.removesuffix(".").split("; ")
-    assert title == "The system prompt moves. Coloured tokens"
+    assert title == "The system prompt moves. Colored tokens"
     assert [one.rpartition("in turn ")[2] for one in told] == ["1", "2", "1"]
     assert size(picture)[0] > 900
 

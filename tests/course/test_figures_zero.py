@@ -53,8 +53,8 @@ def test_a_plan_names_the_chosen_one_and_what_does_not_fit(made):
 
 def test_the_map_counts_straddlers_and_padding(made):
     picture = zero.partition_map(SHAPES, 2)
-    assert made == ["Stages 1 and 2 ignore tensors: 2 of 3 lie over a border between ranks"]
-    assert picture.alt.endswith("2 tensors lie over a border, 3 elements are padding.")
+    assert made == ["Stages 1 and 2 ignore tensors: 2 of 3 cross a border between ranks"]
+    assert picture.alt.endswith("2 tensors cross a border, 3 elements are padding.")
 
 
 @at_length  # notebook 03 runs the same, and shows it

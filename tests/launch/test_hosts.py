@@ -43,9 +43,9 @@ def test_deepspeed_reads_the_same(tmp_path_factory, pairs):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a slots=2\nb\n", "line 2: 'b' is no host"),
-        ("a slots=two\n", "line 1: 'a slots=two' is no host"),
-        ("a slots=2 slots=3\n", "line 1: .* is no host"),
+        ("a slots=2\nb\n", "line 2: 'b' is not a host"),
+        ("a slots=two\n", "line 1: 'a slots=two' is not a host"),
+        ("a slots=2 slots=3\n", "line 1: .* is not a host"),
         ("# x\n-oProxyCommand=sh slots=2\n", "line 2: '-oProxyCommand=sh' cannot be a host's name"),
         ("a;reboot slots=2\n", "line 1: 'a;reboot' cannot be a host's name"),
         ("$(id) slots=2\n", "cannot be a host's name"),

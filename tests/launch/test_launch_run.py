@@ -314,14 +314,14 @@ def test_a_run_ends_with_its_parent_unless_it_was_told_to_stay(before, ends):
 def test_what_is_said_of_an_interrupted_run_is_what_will_happen(config):
     run = prepare(config("vanilla"))
     said = "the same command starts it from the beginning (--resumable lets a run resume)"
-    assert launching._goes_on(run) == said
+    assert launching._resume_advice(run) == said
     (run.folder / "checkpoint-4").mkdir()
     (run.folder / "checkpoint-4" / "manifest.json").write_text('{"resumable": true}')
-    assert launching._goes_on(run) == "the same command resumes from checkpoint-4"
+    assert launching._resume_advice(run) == "the same command resumes from checkpoint-4"
     (run.folder / "checkpoint-8").mkdir()
     (run.folder / "checkpoint-8" / "manifest.json").write_text("")  # a damaged file is a reason to stop
-    assert "checkpoint-8/manifest.json is not valid JSON" in launching._goes_on(run)
-    assert "move" in launching._goes_on(run)
+    assert "checkpoint-8/manifest.json is not valid JSON" in launching._resume_advice(run)
+    assert "move" in launching._resume_advice(run)
     assert run.test_losses == {}
 
 

@@ -1,4 +1,4 @@
-"""Experiments that a notebook runs and prints: each starts real processes or trains a real model."""
+"""Experiments that a notebook runs: each starts real processes or trains a real model."""
 
 import lazy_loader
 

@@ -1,13 +1,12 @@
-"""The resume matrix: what becomes of a DeepSpeed checkpoint that another stage or another number of ranks takes up.
+"""The resume matrix: what happens when another ZeRO stage or number of ranks resumes a DeepSpeed checkpoint.
 
     python -m minisft.course.experiments.resharding [--markdown]
 
-Nothing here is looked up. Two ranks train a tiny Llama for three steps at each stage, save, and train three more,
-which is the truth to compare with. Then every stage on two ranks and on one takes up every one of those checkpoints,
-as it is and converted to DeepSpeed's universal format, and trains the same three steps. As with transformers' Trainer
-the optimizer has two param groups, with and without weight decay. Where loading gives both groups the same decay, or
-all parameters one and the same step counter (each then counts the steps of the others, too), the attempt is made once
-more, with both set right after loading.
+Every result is measured. Two ranks train a tiny Llama for three steps at each stage, save, and train three more steps,
+which are the reference. Then every stage, on two ranks and on one, loads each of those checkpoints, as it is and
+converted to DeepSpeed's universal format, and trains the same three steps. As in transformers' Trainer, the optimizer
+has two param groups, with and without weight decay. If loading gives both groups the same decay, or all parameters one
+shared step counter (which every parameter then increments), the attempt is repeated with both repaired after loading.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,21 @@ from minisft.text import note, say
 
 STAGES = (0, 1, 2, 3)
 SAVED_BY = 2  # ranks
-ROWS = 6  # of a step, shared among the ranks
+ROWS = 6  # per step, divided among the ranks
 STEPS = 3  # before the checkpoint, and again after it
-DECAYS = (0.5, 0.0)  # of the two param groups; strong, so that a parameter that is decayed by mistake shows at once
-SAME = 1e-6  # of a weight: rounding, where ranks add gradients in another order
+DECAYS = (0.5, 0.0)  # of the two param groups; large, so decaying the wrong parameter shows at once
+SAME = 1e-6  # largest weight difference that rounding explains (gradients summed in another order)
 AS_IT_IS, UNIVERSAL, MENDED = WAYS = ("as it is", "universal", "universal, mended")
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """One attempt. `difference` is the largest of any weight after three more steps, None where loading was refused.
+    """One attempt to resume a checkpoint, and how it compares with the uninterrupted run.
 
-    `moved` is how far those steps moved the weight that they moved most, for comparison; `decays` the weight decay of
-    each param group after loading; `one_counter` whether parameters share a step counter that each of them moves on;
-    `refusal` DeepSpeed's own words.
+    `difference` is the largest difference of any weight after three more steps, or None if loading failed; `moved` is
+    the largest change of any weight in those steps, for comparison; `decays` is the weight decay of each param group
+    after loading; `one_counter` is True if parameters share a step counter that each of them increments; `refusal` is
+    DeepSpeed's error message.
     """
 
     saved_stage: int
@@ -58,44 +58,50 @@ class Resumed:
 
     @property
     def verdict(self) -> str:
+        """ "exact", "wrong" (no error, but other weights) or "refused"."""
         if self.difference is None:
             return "refused"
         return "exact" if self.difference <= SAME else "wrong"
 
     @property
     def why(self) -> str:
-        """What is known of an attempt that is not exact, in a few words."""
+        """The known causes of a verdict that is not "exact"; empty otherwise."""
         if self.difference is None:
             return self.refusal
         if self.difference <= SAME:
             return ""
         causes = [f"weight decay {self.decays[0]:g} for both param groups"] if len(set(self.decays)) == 1 else []
-        causes += ["one step counter for all parameters, which each of them moves on"] if self.one_counter else []
-        off = f"a weight is off by {self.difference:.1g}, where the steps move weights by up to {self.moved:.1g}"
+        causes += ["one shared step counter that every parameter increments"] if self.one_counter else []
+        off = f"a weight is off by {self.difference:.1g}; the steps change weights by up to {self.moved:.1g}"
         return "; ".join([*causes, off])
 
 
 def resume_matrix(ranks: Sequence[int] = (SAVED_BY, 1), say: Callable[[str], None] = say) -> list[Resumed]:
-    """Every attempt, by real processes on this machine; about a minute on two cores. Raises `RuntimeError`."""
+    """Run every attempt in real processes on this machine, in about a minute on two cores.
+
+    `ranks` are the numbers of ranks that resume. Raises `RuntimeError` if a process fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         say(f"saving at stages 0 to 3 on {SAVED_BY} ranks")
         _start(SAVED_BY, folder)
-        found = []
+        attempts = []
         for count in ranks:
-            say(f"taking them up on {count} rank{'s' if count > 1 else ''}")
+            say(f"resuming on {count} rank{'s' if count > 1 else ''}")
             _start(count, folder, "--load")
             rows = json.loads((Path(folder) / f"loaded-{count}.json").read_text())
-            found += [Resumed(**row | {"decays": tuple(row["decays"])}) for row in rows]
-    return found
+            for row in rows:
+                row["decays"] = tuple(row["decays"])
+                attempts.append(Resumed(**row))
+    return attempts
 
 
 def as_table(attempts: Sequence[Resumed], markdown: bool = False) -> str:
-    """One line per checkpoint and way, one column for those that took it up: "3 on 2" is stage 3 on two ranks.
+    """Format one line per checkpoint and way, one column per resuming setup: "3 on 2" is stage 3 on two ranks.
 
-    "wrong" is an attempt that runs without a word and computes something else.
+    "wrong" means that the attempt raises no error but computes different weights.
     """
     targets = list(dict.fromkeys((a.ranks, a.stage) for a in attempts))
-    head = ["saved at", "taken up", *(f"{stage} on {ranks}" for ranks, stage in targets)]
+    head = ["saved at", "loaded", *(f"{stage} on {ranks}" for ranks, stage in targets)]
     rows = []
     for saved in dict.fromkeys(a.saved_stage for a in attempts):
         for way in WAYS:
@@ -112,6 +118,7 @@ def as_table(attempts: Sequence[Resumed], markdown: bool = False) -> str:
 
 
 def _start(ranks: int, folder: str, *options: str) -> None:
+    """Run this module as a worker on `ranks` ranks. Raises `RuntimeError` if it fails."""
     command = processes.python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
     command += ["--module", "minisft.course.experiments.resharding", "--worker", folder, *options]
     done = processes.run(command, {"OMP_NUM_THREADS": "1"})
@@ -124,7 +131,7 @@ def _start(ranks: int, folder: str, *options: str) -> None:
 
 @contextlib.contextmanager
 def _engine(stage: int, ranks: int, universal: bool = False) -> Iterator[Any]:
-    """A fresh DeepSpeed engine of the tiny model, the same each time."""
+    """Build a DeepSpeed engine of the tiny model, with the same initial weights every time."""
     import torch
 
     from minisft.course.experiments.shards import live_engine
@@ -139,6 +146,7 @@ def _engine(stage: int, ranks: int, universal: bool = False) -> Iterator[Any]:
 
 
 def _two_groups(model: Any) -> Any:
+    """AdamW with one param group per entry of `DECAYS`, divided as transformers' Trainer does."""
     import torch
 
     from minisft.zero.state_memory import decayed_names
@@ -151,7 +159,7 @@ def _two_groups(model: Any) -> Any:
 
 
 def _train(engine: Any, first: int, rank: int, ranks: int) -> None:
-    """Steps `first` to `first` + 2; the rows of a step depend on its number alone."""
+    """Train steps `first` to `first` + 2; a step's rows depend only on its number."""
     import torch
 
     for step in range(first, first + STEPS):
@@ -161,7 +169,7 @@ def _train(engine: Any, first: int, rank: int, ranks: int) -> None:
 
 
 def _weights(engine: Any, stage: int) -> list[Any]:
-    """Every weight, whole and in fp32, on each rank."""
+    """Return every full weight in fp32, on each rank."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     parameters = engine.module.parameters()
@@ -169,15 +177,17 @@ def _weights(engine: Any, stage: int) -> list[Any]:
 
 
 def _adamw(engine: Any) -> Any:
-    """PyTorch's optimizer, inside whatever ZeRO wraps around it."""
+    """Return the PyTorch optimizer inside ZeRO's wrapper, if there is one."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def _largest(a: Sequence[Any], b: Sequence[Any]) -> float:
+    """Return the largest absolute difference between two lists of tensors."""
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
 
 
 def _save_all(folder: Path, rank: int, ranks: int) -> None:
+    """Save a checkpoint, its universal conversion and the reference weights for each stage."""
     import torch
     from deepspeed.checkpoint import ds_to_universal
 
@@ -190,65 +200,69 @@ def _save_all(folder: Path, rank: int, ranks: int) -> None:
             after = _weights(engine, stage)
         if rank == 0:
             torch.save({"after": after, "moved": _largest(before, after)}, folder / f"truth{stage}.pt")
-            said = ""
-            place = folder / f"stage{stage}"
+            failure = ""
+            checkpoint = folder / f"stage{stage}"
             options = {"keep_temp_folder": False, "num_extract_workers": 1, "num_merge_workers": 1, "strict": True}
-            about = {"input_folder": str(place / "saved"), "output_folder": str(place / "universal")}
-            try:  # stages 1 and 2 lack an entry that the conversion wants, and it can be told to do without
-                ds_to_universal.main(argparse.Namespace(**about, **options, inject_missing_state=stage < 3))
-            except Exception as error:  # whatever it raises is the answer
-                said = _first_line(error, folder)
-            (place / "conversion.txt").write_text(said)
+            paths = {"input_folder": str(checkpoint / "saved"), "output_folder": str(checkpoint / "universal")}
+            try:  # checkpoints of stages 0 to 2 lack an entry that the conversion expects unless it is injected
+                ds_to_universal.main(argparse.Namespace(**paths, **options, inject_missing_state=stage < 3))
+            except Exception as error:  # any exception is a result
+                failure = _first_line(error, folder)
+            (checkpoint / "conversion.txt").write_text(failure)
         torch.distributed.barrier()
 
 
 def _load_all(folder: Path, rank: int, ranks: int) -> list[Resumed]:
-    found = []
+    """Resume every checkpoint at every stage on these ranks."""
+    attempts = []
     for saved, stage in itertools.product(STAGES, STAGES):
         for way in (AS_IT_IS, UNIVERSAL):
-            found.append(_load(folder, saved, stage, way, rank, ranks))
-        if len(set(found[-1].decays)) == 1 or found[-1].one_counter:
-            found.append(_load(folder, saved, stage, MENDED, rank, ranks))
-    return found
+            attempts.append(_load(folder, saved, stage, way, rank, ranks))
+        if len(set(attempts[-1].decays)) == 1 or attempts[-1].one_counter:
+            attempts.append(_load(folder, saved, stage, MENDED, rank, ranks))
+    return attempts
 
 
 def _load(folder: Path, saved: int, stage: int, way: str, rank: int, ranks: int) -> Resumed:
+    """Resume one checkpoint, train the same steps as the reference, and compare the weights."""
     import torch
 
-    about, place = (saved, SAVED_BY, stage, ranks, way), folder / f"stage{saved}"
+    attempt = Resumed(saved, SAVED_BY, stage, ranks, way)
+    checkpoint = folder / f"stage{saved}"
     tag = "saved" if way == AS_IT_IS else "universal"
-    if tag == "universal" and (refusal := (place / "conversion.txt").read_text()):
-        return Resumed(*about, refusal=f"not converted: {refusal}")
+    if tag == "universal" and (refusal := (checkpoint / "conversion.txt").read_text()):
+        return replace(attempt, refusal=f"not converted: {refusal}")
     with _engine(stage, ranks, tag == "universal") as engine:
         try:
-            refusal = "" if engine.load_checkpoint(str(place), tag=tag)[0] else "nothing was loaded"
-        except Exception as error:  # whatever it raises is the answer
+            refusal = "" if engine.load_checkpoint(str(checkpoint), tag=tag)[0] else "nothing was loaded"
+        except Exception as error:  # any exception is a result
             refusal = _first_line(error, folder)
-        said: list[Any] = [None] * ranks
-        torch.distributed.all_gather_object(said, refusal)
-        if any(said):
-            return Resumed(*about, refusal=next(filter(None, said)))
+        refusals: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(refusals, refusal)
+        if any(refusals):  # every rank must return, or the others would wait for it in training
+            return replace(attempt, refusal=next(filter(None, refusals)))
         states = [state for state in _adamw(engine).state.values() if "step" in state]
         if way == MENDED:
             for group, decay in zip(engine.optimizer.param_groups, DECAYS, strict=True):
                 group["weight_decay"] = decay
             for state in states:
-                state["step"] = state["step"].clone()
+                state["step"] = state["step"].clone()  # one counter per parameter again
         decays = tuple(group["weight_decay"] for group in engine.optimizer.param_groups)
         one_counter = len({id(state["step"]) for state in states}) < len(states)
         _train(engine, STEPS, rank, ranks)
         truth = torch.load(folder / f"truth{saved}.pt", weights_only=True)
-        off = _largest(_weights(engine, stage), truth["after"])
-        return Resumed(*about, off, truth["moved"], decays, one_counter)
+        difference = _largest(_weights(engine, stage), truth["after"])
+        return replace(attempt, difference=difference, moved=truth["moved"], decays=decays, one_counter=one_counter)
 
 
 def _first_line(error: Exception, folder: Path) -> str:
-    """What it says, without the temporary folder's name and what follows its first sentence."""
+    """Return the error's type and first sentence, without the temporary folder's path."""
     message = str(error).strip().replace(str(folder), "").split("\n")[0].split(". ")[0]
-    return f"{type(error).__name__}: {message}" if message else f"{type(error).__name__} without a word"
+    return f"{type(error).__name__}: {message}" if message else f"{type(error).__name__} without a message"
 
 
 def _work(folder: Path, load: bool) -> None:
+    """Run one rank of a worker process; does not return."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import torch
@@ -258,16 +272,17 @@ def _work(folder: Path, load: bool) -> None:
         deepspeed.init_distributed()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if load:
-        found = _load_all(folder, rank, ranks)
+        attempts = _load_all(folder, rank, ranks)
         if rank == 0:
-            (folder / f"loaded-{ranks}.json").write_text(json.dumps([asdict(row) for row in found]))
+            (folder / f"loaded-{ranks}.json").write_text(json.dumps([asdict(row) for row in attempts]))
     else:
         _save_all(folder, rank, ranks)
     torch.distributed.barrier()
-    os._exit(0)  # tearing down the threads of a process group now and then aborts the process
+    os._exit(0)  # skip teardown: destroying a process group's threads sometimes aborts the process
 
 
 def main() -> None:
+    """Print the table, and below it each reason with the cases it applies to."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--worker", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""What becomes of small updates in bf16 weights: the experiment behind "fp32 masters always".
+"""Measure how many small updates bf16 weights lose to rounding: the experiment behind "fp32 masters always".
 
 A bf16 number has 8 significant bits, so near 0.05 the next number is 0.0002 away. Adam's first updates are about as
 large as the learning rate, and an update below half that distance rounds back to the old weight.
@@ -13,37 +13,38 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Moved:
-    """`share` of the weights that had a gradient and now differ; the `losses` of the steps that should move them."""
+    """`share`: of the weights with a gradient, the fraction that changed; `losses`: one per step, in nats."""
 
     share: float
     losses: list[float]
 
 
 def move(model: Any, batch: dict[str, Any], dtype: Any, learning_rate: float = 8e-6, steps: int = 3) -> Moved:
-    """Train a copy of `model` on one padded batch, its weights, gradients and Adam's states kept in `dtype`.
+    """Train a copy of `model` on one padded batch, storing weights, gradients and Adam's states in `dtype`.
 
-    All products are made in fp32, from the weights as they are kept, so nothing but the keeping differs. `batch` is
-    what `minisft.training.collators.PadRight` returns.
+    Forward and backward run in fp32 on the stored weights, so only the storage differs between dtypes. `batch` is what
+    `minisft.training.collators.PadRight` returns.
     """
     import torch
 
     copy = deepcopy(model).train()
-    kept = [torch.nn.Parameter(p.detach().to(dtype)) for p in copy.parameters()]
-    before = [p.detach().clone() for p in kept]
-    optimizer = torch.optim.AdamW(kept, lr=learning_rate, weight_decay=0.0)
+    stored = [torch.nn.Parameter(p.detach().to(dtype)) for p in copy.parameters()]
+    before = [p.detach().clone() for p in stored]
+    optimizer = torch.optim.AdamW(stored, lr=learning_rate, weight_decay=0.0)
     losses = []
     for _ in range(steps):
         copy.zero_grad()
-        for parameter, weight in zip(copy.parameters(), kept, strict=True):
+        for parameter, weight in zip(copy.parameters(), stored, strict=True):
             parameter.data.copy_(weight.data)
         loss = copy(**batch, use_cache=False).loss
         loss.backward()
-        for parameter, weight in zip(copy.parameters(), kept, strict=True):
+        for parameter, weight in zip(copy.parameters(), stored, strict=True):
             weight.grad = parameter.grad.to(dtype)
         optimizer.step()
         losses.append(loss.item())
     touched = moved = 0
-    for weight, start in zip(kept, before, strict=True):
+    for weight, start in zip(stored, before, strict=True):
+        # The gradient is the last step's: a weight without one cannot be expected to move.
         has_gradient = weight.grad != 0
         touched += int(has_gradient.sum())
         moved += int(((weight != start) & has_gradient).sum())
@@ -51,8 +52,8 @@ def move(model: Any, batch: dict[str, Any], dtype: Any, learning_rate: float = 8
 
 
 def distance_to_next(value: float) -> float:
-    """How far the next larger bf16 number is from the one nearest to `value`, which must be positive."""
+    """Return the gap between the bf16 number nearest to `value` (positive) and the next larger one."""
     import torch
 
-    here = torch.tensor(value, dtype=torch.bfloat16)
-    return (torch.nextafter(here, torch.tensor(float("inf"), dtype=torch.bfloat16)) - here).item()
+    nearest = torch.tensor(value, dtype=torch.bfloat16)
+    return (torch.nextafter(nearest, torch.tensor(float("inf"), dtype=torch.bfloat16)) - nearest).item()

@@ -1,10 +1,10 @@
-"""Two real processes that say which part of a small model each of them owns.
+"""Print which part of a small model each of two real processes owns.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 --module minisft.course.experiments.shards --stage 1
 
-A live DeepSpeed engine at stage 1, 2 or 3 on a tiny Llama, asked rank by rank. Nothing is written. With `--set`, one
-engine per JSON object, each with those keys of `zero_optimization` switched, trains two steps and says what rank 0
-holds: between steps by owner, and at the worst moment of a step.
+The partition is read from a live DeepSpeed engine at stage 1, 2 or 3 on a tiny Llama; no file is written. With
+`--set`, one engine per JSON object, with those keys of `zero_optimization` changed, trains two steps and prints the
+bytes that rank 0 holds: between steps by owner, and at the peak of a step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from minisft.text import say
 
 
 def main() -> None:
+    """Run on every rank; rank 0 prints."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=1)
     parser.add_argument("--set", nargs="+", metavar="JSON", help="e.g. {} '{\"reduce_bucket_size\": 500000}'")
@@ -42,22 +43,22 @@ def main() -> None:
                 say("\n".join(lines))
         torch.distributed.barrier()
         os._exit(0)
-    said: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(said, owned(stage, ranks))
+    lines_by_rank: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(lines_by_rank, owned(stage, ranks))
     if rank == 0:
-        for other, lines in enumerate(said):
+        for other, lines in enumerate(lines_by_rank):
             say("\n".join([f"rank {other} owns", *(f"  {line}" for line in lines)]))
     torch.distributed.barrier()
-    os._exit(0)  # tearing down the threads of a process group now and then aborts the process
+    os._exit(0)  # skip teardown: destroying a process group's threads sometimes aborts the process
 
 
 def _label(changes: str) -> str:
-    said = [f"{key.removeprefix('stage3_')} = {value}" for key, value in json.loads(changes).items()]
-    return ", ".join(said) or "as minisft sets it"
+    settings = [f"{key.removeprefix('stage3_')} = {value}" for key, value in json.loads(changes).items()]
+    return ", ".join(settings) or "minisft's defaults"
 
 
 def tiny_config() -> Any:
-    """A Llama of four thousand parameters with odd sizes, so that the cuts fall inside tensors."""
+    """Return the config of a Llama with 4,000 parameters, sized so that partition borders fall inside tensors."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -79,9 +80,10 @@ def live_engine(
     optimizer_of: Callable[[Any], Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """A DeepSpeed engine of the tiny model in fp32, `changes` in its `zero_optimization`, `settings` beside that.
+    """Build a DeepSpeed engine of the tiny model in fp32, on every rank.
 
-    `optimizer_of` makes the model's optimizer; AdamW with one param group, if not given.
+    `changes` override keys of `zero_optimization`, `settings` override top-level keys. `optimizer_of` makes the model's
+    optimizer; the default is AdamW with one param group.
     """
     import deepspeed
     import torch
@@ -100,7 +102,7 @@ def live_engine(
 
 
 def switched(stage: int, ranks: int, changes: dict[str, Any]) -> dict[str, int]:
-    """Bytes that a live engine with `changes` holds on this rank at rest, and what a step adds at its worst moment."""
+    """Return the bytes that an engine with `changes` holds on this rank between steps, and what a step's peak adds."""
     import torch
 
     from minisft.zero.measured_memory import live_tensors, measure
@@ -108,26 +110,26 @@ def switched(stage: int, ranks: int, changes: dict[str, Any]) -> dict[str, int]:
 
     engine = live_engine(stage, ranks, changes)
     ids = torch.arange(24).view(1, -1)
-    following = TensorTracker()
+    tracker = TensorTracker()
     for step in range(2):
         if step:
             for tensor in live_tensors():
-                following.see(tensor, "before")
-            base = following.peak.total
-            following.__enter__()
+                tracker.see(tensor, "before")
+            base = tracker.peak.total
+            tracker.__enter__()
         engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
         engine.step()
-    following.__exit__(None, None, None)
+    tracker.__exit__(None, None, None)
     gc.collect()
     held = measure(engine.module, engine.optimizer, "cpu")
     engine.destroy()
     states = sum(size for owner, size in held.items() if owner != "other tensors")
-    some = {"buckets": held["buckets"], "persistent": held["persistent parameters"]}
-    return some | {"all states": states, "step adds": following.peak.total - base}
+    columns = {"buckets": held["buckets"], "persistent": held["persistent parameters"]}
+    return columns | {"all states": states, "step adds": tracker.peak.total - base}
 
 
 def owned(stage: int, ranks: int) -> list[str]:
-    """What this rank owns, a line per tensor: its name, and which of its elements, counted from 0."""
+    """Return one line per tensor of which this rank owns a part: its name and its first-last element, from 0."""
     import torch
 
     engine = live_engine(stage, ranks)
@@ -140,15 +142,15 @@ def owned(stage: int, ranks: int) -> list[str]:
     # The flat fp32 master is this rank's slice of the group; its bounds come from the live partition.
     begin = rank * int(zero.partition_size[0])
     end = begin + zero.single_partition_of_fp32_groups[0].numel()
-    lines, at = [], 0
+    lines, offset = [], 0  # offset: where the tensor starts in the flat group
     for name, p in named:
-        first, last = max(begin - at, 0), min(end - at, p.numel())
+        first, last = max(begin - offset, 0), min(end - offset, p.numel())
         if first < last:
             part = "all" if (first, last) == (0, p.numel()) else f"{first}-{last - 1}"
             lines.append(f"{name:<46} {part:>9} of {p.numel()}")
-        at += p.numel()
-    if end > at:
-        lines.append(f"{'(padding)':<46} {end - max(at, begin):>9}")
+        offset += p.numel()
+    if end > offset:
+        lines.append(f"{'(padding)':<46} {end - max(offset, begin):>9}")
     return lines
 
 

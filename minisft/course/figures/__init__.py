@@ -1,4 +1,4 @@
-"""The figures of the notebooks. Each returns a `Picture` with alt text, and says its message in its title."""
+"""The figures of the notebooks: each function returns a `Picture` with alt text, and its title states the message."""
 
 import lazy_loader
 
@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "evaluation": ["interval_widths", "scores_over_steps"],
         "masks": ["bugs_on_rows", "losses_before_and_after", "truncation_bars"],
         "runs": ["before_and_after", "comparison", "loss_curves", "memory_bars"],
+        "step_memory": ["step_timeline"],
         "tokens": ["token_flow", "token_lanes"],
         "zero": [
             "against_ranks",
@@ -16,7 +17,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "partition_map",
             "plan_bars",
             "predicted_bars",
-            "step_timeline",
         ],
     },
 )

@@ -1,4 +1,4 @@
-"""What evaluations found, as figures."""
+"""Figures of evaluation results: scores over training, and the width of BLEU's interval."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ NAMES = {"BLEU": "bleu", "chrF": "chrf", "loss": "loss"}
 
 
 def draw(runs: Sequence[Run]) -> Path | None:
-    """Write the figure of these runs' last evaluations, `outputs/evaluation/scores.png`, if there is any."""
+    """Write `outputs/evaluation/scores.png` from these runs' last evaluations.
+
+    Returns its path, or None if no run has been evaluated. Raises `UserError` for a damaged `summary.json`.
+    """
     folder = outputs_root() / "evaluation"
-    found = [summary for run in runs if (summary := read_json(folder / run.name / "summary.json", Summary))]
-    if not found:
+    summaries = [summary for run in runs if (summary := read_json(folder / run.name / "summary.json", Summary))]
+    if not summaries:
         return None
     import matplotlib
 
-    matplotlib.rcdefaults()  # the current folder's matplotlibrc is no part of this
-    scores_over_steps(found).save(folder / "scores.png")
+    matplotlib.rcdefaults()  # ignore a matplotlibrc in the current folder
+    scores_over_steps(summaries).save(folder / "scores.png")
     return folder / "scores.png"
 
 
 def scores_over_steps(summaries: Sequence[Summary]) -> Picture:
-    """BLEU, chrF and the loss of every checkpoint of several runs, the first two with their 95% intervals."""
+    """Draw BLEU, chrF and loss of every checkpoint of several runs; BLEU and chrF with 95% intervals."""
     figure, axes = figure_of(10, 3.8, ncols=3)
     for i, summary in enumerate(summaries):
         steps = [c["step"] for c in summary["checkpoints"]]
-        # Side by side, since runs that agree would hide each other's intervals.
+        # Shift each run slightly: runs with equal scores would hide each other's intervals.
         spread = 0.012 * max(steps) * (i - (len(summaries) - 1) / 2)
         for panel, key in zip(axes, NAMES.values(), strict=True):
             values = [c[key] for c in summary["checkpoints"]]
@@ -66,7 +69,7 @@ def _from_to(summary: Summary, key: str) -> str:
 
 
 def _message(summaries: Sequence[Summary]) -> str:
-    """Whether BLEU moves by more than its intervals; and the loss."""
+    """Return the title: whether the first run's BLEU intervals overlap, and whether its loss falls."""
     first, last = summaries[0]["checkpoints"][0], summaries[0]["checkpoints"][-1]
     fell = "the loss falls" if last["loss"] < first["loss"] else "the loss does not fall"
     rows = summaries[0]["rows"]
@@ -80,35 +83,38 @@ def _message(summaries: Sequence[Summary]) -> str:
 
 
 def interval_widths(answers: Sequence[Mapping[str, Any]], draws: int = 8, seed: int = 0) -> Picture:
-    """How wide BLEU's 95% interval is for fewer of these answers, and for how many more it would be 2 points wide.
+    """Draw how wide BLEU's 95% interval is for fewer answers, and how many answers 2 points would need.
 
-    `answers` are those of one result. Each size is drawn `draws` times without putting back; sacreBLEU's bootstrap
-    gives the width of each draw. The line falls with the root of the number, from the mean of all answers' width.
+    `answers` are those of one evaluation, with keys `output` and `reference`. Each size is sampled `draws` times
+    without replacement; sacreBLEU's bootstrap gives each sample's width. The line falls with the square root of the
+    number of answers, starting from the width for all of them.
     """
-    chance = random.Random(seed)  # noqa: S311 (draws answers, guards nothing)
+    chance = random.Random(seed)  # noqa: S311 (samples answers; not a security use)
     sizes = [n for n in (4, 8, 16, 32, 64, 128, 256) if n < len(answers)]
     tokenize = tokenizer_for([a["reference"] for a in answers])
-    found: list[tuple[int, float]] = []
+    widths: list[tuple[int, float]] = []  # (number of answers, width in BLEU points)
     for size in [*sizes, len(answers)]:
         for _ in range(draws if size < len(answers) else 1):
-            part = chance.sample(list(answers), size)
-            scores = corpus_scores([a["output"] for a in part], [a["reference"] for a in part], 300, tokenize)
+            sample = chance.sample(list(answers), size)
+            scores = corpus_scores([a["output"] for a in sample], [a["reference"] for a in sample], 300, tokenize)
             low, high = scores["bleu_interval"]
-            found.append((size, high - low))
-    all_of_them = found[-1][1]
-    needed = round(len(answers) * (all_of_them / 2) ** 2)
+            widths.append((size, high - low))
+    full_width = widths[-1][1]
+    # The width falls with the square root of the number of answers.
+    needed = round(len(answers) * (full_width / 2) ** 2)
     figure, axes = figure_of(7.6, 3.4)
-    axes.plot(*zip(*found, strict=True), "o", color=PALETTE[0], alpha=0.6, label="drawn from the answers (measured)")
+    sizes_drawn, measured = zip(*widths, strict=True)
+    axes.plot(sizes_drawn, measured, "o", color=PALETTE[0], alpha=0.6, label="samples of the answers (measured)")
     line = [max(1, sizes[0] if sizes else 1), max(needed, len(answers))]
-    roots = [all_of_them * (len(answers) / n) ** 0.5 for n in line]
-    title = f"{len(answers)} answers leave BLEU open by {all_of_them:.0f} points; 2 points would need about {needed:,}"
-    if all_of_them > 0:
-        axes.plot(line, roots, color=PALETTE[1], linestyle="--", label="falling with the root of the number")
+    roots = [full_width * (len(answers) / n) ** 0.5 for n in line]
+    title = f"{len(answers)} answers leave BLEU open by {full_width:.0f} points; 2 points would need about {needed:,}"
+    if full_width > 0:
+        axes.plot(line, roots, color=PALETTE[1], linestyle="--", label="falling with the square root of the number")
         axes.set(yscale="log")
     elif scores["bleu"]:
-        title = f"BLEU is {scores['bleu']:.0f} whichever of these {len(answers)} answers are drawn"
+        title = f"BLEU is {scores['bleu']:.0f} for every sample of these {len(answers)} answers"
     else:
-        title = f"Not one of {len(answers)} answers shares enough to be scored: no run of words is in its reference"
+        title = f"None of {len(answers)} answers can be scored: no run of words matches its reference"
     axes.set(xscale="log", xlabel="answers", ylabel="width of the 95% interval, BLEU", title=title)
     axes.legend(frameon=False)
     return picture_of(figure, f"Width of BLEU's 95% interval against the number of answers: {title}.")

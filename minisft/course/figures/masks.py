@@ -1,4 +1,4 @@
-"""The figures about labels: what truncation leaves, which rows a bug strikes, and the loss token by token."""
+"""Figures of labels: what truncation keeps, how many rows each bug affects, and the loss per token."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ BLUE, ORANGE = PALETTE[0], PALETTE[1]
 
 
 def truncation_bars(kept: Mapping[str, Sequence[Row]], whole: Sequence[Row], eos_id: int) -> Picture:
-    """Trained tokens that each way of truncation keeps, of those in the `whole` rows: in whole answers and in cut ones.
+    """Draw the share of trained tokens each truncation mode keeps, split into complete and cut answers.
 
-    `kept` maps the way's name to the rows that it leaves.
+    `kept` maps a mode's name to the rows it leaves; `whole` are the rows without truncation.
     """
     everything = sum(row.trained for row in whole)
     counts = {name: _whole_and_cut(rows, eos_id) for name, rows in kept.items()}
@@ -31,7 +31,7 @@ def truncation_bars(kept: Mapping[str, Sequence[Row]], whole: Sequence[Row], eos
     most = max(counts, key=lambda name: sum(counts[name]))
     cut = 100 * counts[most][1] / max(1, sum(counts[most]))
     share = 100 * sum(counts[most]) / everything
-    title = f"'{most}' keeps {share:.0f} % of what is to learn, {cut:.0f} % of that without its end"
+    title = f"'{most}' keeps {share:.0f} % of the trained tokens, {cut:.0f} % of that without its end"
     axes.set(xlabel="% of the trained tokens of all rows", xlim=(0, 100), title=title)
     each = "; ".join(
         f"{name} leaves {len(kept[name])} rows, with {a:.0f} % in whole answers and {b:.0f} % in answers cut off"
@@ -41,7 +41,7 @@ def truncation_bars(kept: Mapping[str, Sequence[Row]], whole: Sequence[Row], eos
 
 
 def _whole_and_cut(rows: Sequence[Row], eos_id: int) -> tuple[int, int]:
-    """Trained tokens up to a row's last trained EOS, and after it."""
+    """Count the trained tokens up to each row's last trained EOS, and those after it."""
     complete = total = 0
     for row in rows:
         last = max((i for i, label in enumerate(row.labels) if label == eos_id), default=-1)
@@ -51,7 +51,10 @@ def _whole_and_cut(rows: Sequence[Row], eos_id: int) -> tuple[int, int]:
 
 
 def bugs_on_rows(struck: Mapping[str, int], rows: int) -> Picture:
-    """In how many of `rows` real rows each bug breaks something, the rarest last."""
+    """Draw in how many of `rows` real rows each bug violates an invariant, the rarest last.
+
+    `struck` maps a bug's name to its number of rows.
+    """
     order = sorted(struck, key=struck.__getitem__, reverse=True)
     shares = [100 * struck[name] / rows for name in order]
     rare = [name for name in order if struck[name] < rows / 2]
@@ -60,43 +63,46 @@ def bugs_on_rows(struck: Mapping[str, int], rows: int) -> Picture:
     for y, name in enumerate(order):
         axes.text(shares[y] + 1, y, f"{struck[name]} of {rows}", va="center")
     axes.invert_yaxis()
-    title = f"{len(order) - len(rare)} bugs in {len(order)} strike most rows, {len(rare)} hide in a few or wait for one"
-    axes.set(xlabel="% of real rows in which an invariant is broken", xlim=(0, 118), title=title)
+    title = f"{len(order) - len(rare)} bugs in {len(order)} strike most rows, {len(rare)} hide in few or none"
+    axes.set(xlabel="% of real rows that violate an invariant", xlim=(0, 118), title=title)
     axes.set_xticks(range(0, 101, 20))
     each = ", ".join(f"{name} in {struck[name]}" for name in order)
-    return picture_of(figure, f"Of {rows} real rows, an invariant is broken by {each}.")
+    return picture_of(figure, f"Of {rows} real rows, the number that violate an invariant: {each}.")
 
 
 def losses_before_and_after(
     row: Row, tokenizer: Tokenizer, before: Sequence[float | None], after: Sequence[float | None]
 ) -> Picture:
-    """The loss of each trained token of a row under two models; `before` and `after` have one loss for each token."""
-    places = [i for i, label in enumerate(row.labels) if i and label != IGNORE_INDEX]
-    x = range(len(places))
+    """Draw the loss of each trained token of a row under two models.
+
+    `before` and `after` hold one loss per token of the row, in nats; None where there is none.
+    """
+    positions = [i for i, label in enumerate(row.labels) if i and label != IGNORE_INDEX]
+    x = range(len(positions))
     figure, axes = figure_of(8.2, 3.7)
-    for losses, shift, colour, name in ((before, -0.2, "#9aa5b1", "before"), (after, 0.2, ORANGE, "after training")):
-        axes.bar([i + shift for i in x], [losses[p] for p in places], width=0.4, color=colour, label=name)
-    ends = [n for n, p in enumerate(places) if row.input_ids[p] == tokenizer.eos_id]
+    for losses, shift, color, name in ((before, -0.2, "#9aa5b1", "before"), (after, 0.2, ORANGE, "after training")):
+        axes.bar([i + shift for i in x], [losses[p] for p in positions], width=0.4, color=color, label=name)
+    ends = [n for n, p in enumerate(positions) if row.input_ids[p] == tokenizer.eos_id]
     for n in ends:
         axes.axvspan(n - 0.5, n + 0.5, color="#0072B2", alpha=0.12, linewidth=0, zorder=0)
-    names = [drawable(tokenizer.piece(row.input_ids[p])) for p in places]
+    names = [drawable(tokenizer.piece(row.input_ids[p])) for p in positions]
     axes.set_xticks(list(x), ["EOS" if n in ends else name for n, name in enumerate(names)], rotation=60, ha="right")
     for label in axes.get_xticklabels():
         label.set(parse_math=False, rotation_mode="anchor", family="DejaVu Sans Mono", fontsize=9)
-    means = [_mean(losses, places) for losses in (before, after)]
-    title = f"A target costs {means[1]:.2f} nats instead of {means[0]:.2f}"
+    means = [_mean(losses, positions) for losses in (before, after)]
+    title = f"A trained token costs {means[1]:.2f} nats instead of {means[0]:.2f}"
     if ends:
-        stops = [_mean(losses, [places[n] for n in ends]) for losses in (before, after)]
+        stops = [_mean(losses, [positions[n] for n in ends]) for losses in (before, after)]
         title += f", an EOS {stops[1]:.2f} instead of {stops[0]:.2f}"
     axes.set(ylabel="loss (nats)", title=title)
     axes.margins(x=0.01)
     axes.legend(frameon=False, ncols=2)
     each = "; ".join(
         f"{'EOS' if n in ends else name} {before[p]:.2f} and {after[p]:.2f}"
-        for n, (name, p) in enumerate(zip(names, places, strict=True))
+        for n, (name, p) in enumerate(zip(names, positions, strict=True))
     )
     return picture_of(figure, f"Loss of each trained token before and after training, in nats: {each}.")
 
 
-def _mean(losses: Sequence[float | None], places: Sequence[int]) -> float:
-    return sum(losses[p] for p in places) / len(places)
+def _mean(losses: Sequence[float | None], positions: Sequence[int]) -> float:
+    return sum(losses[p] for p in positions) / len(positions)

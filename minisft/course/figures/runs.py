@@ -23,21 +23,21 @@ OWNER_COLOURS = {
 
 
 def loss_curves(runs: Sequence[Run]) -> Picture:
-    """Loss against steps, all runs on one axis, and below it how far each lies from the first run."""
+    """Draw the loss of all runs against steps, and below it each run's relative distance from the first."""
     curves = {run.name: [m["loss"] for m in run.metrics] for run in runs}
     steps = min(map(len, curves.values()))
     first = next(iter(curves.values()))[:steps]
-    away = {n: [abs(a - b) / max(abs(b), 1e-9) for a, b in zip(c, first, strict=False)] for n, c in curves.items()}
-    worst = max(max(a) for a in away.values())
+    distances = {n: [abs(a - b) / max(abs(b), 1e-9) for a, b in zip(c, first, strict=False)] for n, c in curves.items()}
+    worst = max(max(a) for a in distances.values())
     verdict = "lie on each other" if worst < 1e-3 else "differ"
     figure, (top, bottom) = figure_of(7.6, 5.0, nrows=2, sharex=True, height_ratios=[2.2, 1])
-    # Widths shrink in drawing order, so that curves which coincide still all show.
+    # Later curves are thinner, so curves that coincide all stay visible.
     for i, (name, curve) in enumerate(curves.items()):
         width = 9 - 7.5 * i / max(1, len(curves) - 1)
         x = range(1, len(curve) + 1)
         top.plot(x, curve, color=PALETTE[i % 7], linewidth=width, label=in_figure(name), solid_capstyle="round")
         if i:
-            bottom.plot(x[:steps], [max(a, 1e-9) for a in away[name]], color=PALETTE[i % 7], marker="o")
+            bottom.plot(x[:steps], [max(a, 1e-9) for a in distances[name]], color=PALETTE[i % 7], marker="o")
     base = next(iter(curves))
     top.set(ylabel="loss (nats per trained token)", title=f"{len(runs)} strategies, one loss: the curves {verdict}")
     top.legend(frameon=False)
@@ -53,18 +53,18 @@ def loss_curves(runs: Sequence[Run]) -> Picture:
 
 
 def comparison(runs: Sequence[Run]) -> Picture:
-    """Runs side by side: loss against steps and against time, tokens per second, memory and communication per rank."""
+    """Draw runs side by side: loss by step and by time, tokens per second, and memory and traffic per rank."""
     rows = {row["run"]: row for row in summary_rows(runs)}
-    colours = {run.name: PALETTE[i % 7] for i, run in enumerate(runs)}
+    colors = {run.name: PALETTE[i % 7] for i, run in enumerate(runs)}
     figure, axes = figure_of(10, 6, nrows=2, ncols=3)
     (by_step, by_time, speeds), (states, peaks, traffic) = axes
     for i, run in enumerate(runs):
         losses = [m["loss"] for m in run.metrics]
         seconds = [sum(m["seconds"] for m in run.metrics[: n + 1]) for n in range(len(losses))]
         width = 7 - 5.5 * i / max(1, len(runs) - 1)
-        style = {"color": colours[run.name], "linewidth": width, "label": in_figure(run.name)}
+        style = {"color": colors[run.name], "linewidth": width, "label": in_figure(run.name)}
         by_step.plot([m["step"] for m in run.metrics], losses, **style)
-        by_time.plot(seconds, losses, color=colours[run.name], linewidth=1.8)
+        by_time.plot(seconds, losses, color=colors[run.name], linewidth=1.8)
     by_step.set(xlabel="optimizer step", ylabel="loss (nats per trained token)")
     by_time.set(xlabel="seconds of training", ylabel="loss")
     panels = (
@@ -75,7 +75,7 @@ def comparison(runs: Sequence[Run]) -> Picture:
     )
     for panel, key, size, label in panels:
         values = [(row[key] or 0) / size for row in rows.values()]
-        panel.barh(list(map(in_figure, rows)), values, color=list(colours.values()))
+        panel.barh(list(map(in_figure, rows)), values, color=list(colors.values()))
         panel.set(xlabel=label, xlim=(0, 1.25 * max(*values, 1e-9)))
         panel.invert_yaxis()
         panel.tick_params(axis="y", labelsize=8)
@@ -99,16 +99,16 @@ def _gigabytes(size: float | None) -> str:
 
 
 def memory_bars(runs: Sequence[Run]) -> Picture:
-    """Measured bytes of one rank between two steps, by owner, one bar per run."""
+    """Draw the measured bytes of each run's fullest rank between two steps, by owner."""
     figure, axes = figure_of(7.6, 0.9 + 0.55 * len(runs))
     drawn = [in_figure(run.name) for run in runs]
     names = [f"{name} ({r.config.ranks} rank{'s' * (r.config.ranks > 1)})" for name, r in zip(drawn, runs, strict=True)]
     ranks = [max(run.memory, key=model_states, default={}) for run in runs]
     left = [0.0] * len(runs)
-    for owner, colour in OWNER_COLOURS.items():
+    for owner, color in OWNER_COLOURS.items():
         sizes = [rank.get("at rest", {}).get(owner, 0) / 1e9 for rank in ranks]
         if any(sizes):
-            axes.barh(names, sizes, left=left, color=colour, label=owner, edgecolor="white")
+            axes.barh(names, sizes, left=left, color=color, label=owner, edgecolor="white")
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     least = min(left)
     lightest = " and ".join(name for name, total in zip(drawn, left, strict=True) if total < 1.01 * least)
@@ -118,14 +118,14 @@ def memory_bars(runs: Sequence[Run]) -> Picture:
     axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.28))
     others = [rank.get("at rest", {}).get(OTHER, 0) for rank in ranks]
     each = "; ".join(
-        f"{run.name} {model_states(rank) / 1e9:.2f} GB of model states and {other / 1e9:.2f} GB else"
+        f"{run.name} {model_states(rank) / 1e9:.2f} GB of model states and {other / 1e9:.2f} GB of other tensors"
         for run, rank, other in zip(runs, ranks, others, strict=True)
     )
     return picture_of(figure, f"Memory of one rank, measured: {each}.")
 
 
 def before_and_after(summaries: Sequence[dict[str, Any]]) -> Picture:
-    """Loss on the test answers, and the share of answers that stop, against steps; `summary.json` of several runs."""
+    """Draw the test loss and the share of answers that stop against steps, from runs' `summary.json`."""
     figure, (left, right) = figure_of(8.2, 3.4, ncols=2)
     for i, summary in enumerate(summaries):
         steps = [c["step"] for c in summary["checkpoints"]]
@@ -135,10 +135,10 @@ def before_and_after(summaries: Sequence[dict[str, Any]]) -> Picture:
             style = {"color": PALETTE[i % 7], "linewidth": width, "label": in_figure(summary["run"])}
             axes.plot(steps, values, marker="o", **style)
     first, last = summaries[0]["checkpoints"][0], summaries[0]["checkpoints"][-1]
-    moved = "falls" if last["loss"] < first["loss"] else "does not fall"
+    verdict = "falls" if last["loss"] < first["loss"] else "does not fall"
     change = 100 * (last["stopped"] - first["stopped"])
-    left.set(xlabel="optimizer step", ylabel="loss on test answers", title=f"The test loss {moved}")
-    learns = "The model learns to stop" if change > 0 else "Stopping is not learned"
+    left.set(xlabel="optimizer step", ylabel="loss on test answers", title=f"The test loss {verdict}")
+    learns = "The model learns to stop" if change > 0 else "The model does not learn to stop"
     right.set(xlabel="optimizer step", ylabel="answers that stop by themselves, %", ylim=(-3, 103), title=learns)
     left.legend(frameon=False)
     return picture_of(

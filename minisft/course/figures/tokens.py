@@ -1,4 +1,4 @@
-"""Figures of conversations and tokens: the templates beside each other, and where the tokens of a data set go."""
+"""Figures of tokens: the chat templates compared, and how many tokens each stage of the data leaves."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LANE_COLOURS = {
     "framed: one control id": "#ffffff",
 }
 WHY_LESS = {
-    "cleaned": "left out in cleaning",
-    "truncated": "did not fit the row",
-    "trained": "prompts: read, not learned",
+    "cleaned": "dropped in cleaning",
+    "truncated": "did not fit in the row",
+    "trained": "prompts: read, not trained",
 }
 
 
 def token_strip(conversation: Conversation, row: Row, tokenizer: Tokenizer, width: float = 660) -> Picture:
-    """One encoded conversation as coloured tokens: what is read, and what is learned. `width` is in points."""
+    """Draw one encoded conversation as colored tokens, trained ones in orange; `width` is in points."""
     from minisft.labels.token_lens import Lens
 
     title = f"{conversation_turns(conversation)} become {len(row.input_ids)} tokens; "
@@ -35,18 +35,18 @@ def token_strip(conversation: Conversation, row: Row, tokenizer: Tokenizer, widt
 
 
 def token_lanes(lanes: Mapping[str, tuple[Iterable[Segment], Tokenizer]], marked: str, title: str) -> Picture:
-    """Several encodings below each other: who speaks by colour, control ids framed, one line per turn.
+    """Draw several encodings below each other: colors show the speaker, frames the control ids.
 
-    `lanes` maps a label to segments and the tokenizer that encodes them. The tokens of the text `marked`, the system
-    prompt for one, have a colour of their own, so that one sees where each encoding puts it.
+    `lanes` maps a label to segments and the tokenizer that encodes them. Tokens of the text `marked` (for example the
+    system prompt) have a separate color, to show where each encoding puts it. Each turn starts a new line.
     """
     from textwrap import wrap
 
-    character, gap, left, width, pitch = 5.42, 8.0, 74.0, 640.0, 21.0  # points; of DejaVu Sans Mono at 9 points
+    character, gap, left, width, pitch = 5.42, 8.0, 74.0, 640.0, 21.0  # points, for DejaVu Sans Mono at 9 points
     heading = wrap(title, 86)
     tiles: list[tuple[float, float, str, str, bool]] = []  # x, y from the top, text, kind, framed
     heads: list[tuple[float, str, int]] = []
-    told = []
+    descriptions = []
     y = 30.0 + 16 * len(heading)
     for label, (segments, tokenizer) in lanes.items():
         x, top, turn, count, trained, turns = left, y, 0, 0, 0, []
@@ -65,7 +65,9 @@ def token_lanes(lanes: Mapping[str, tuple[Iterable[Segment], Tokenizer]], marked
                 tiles.append((x, y, text, kind, segment.control is not None))
                 x += character * len(text) + gap
         heads.append((top, label, count))
-        told.append(f"{label}: {count} tokens, {trained} trained" + "".join(f", {marked!r} in {at}" for at in turns))
+        descriptions.append(
+            f"{label}: {count} tokens, {trained} trained" + "".join(f", {marked!r} in {at}" for at in turns)
+        )
         y = max(y + pitch, top + 1.5 * pitch) + 12
     figure, axes = figure_of(width / 72, (y + 16) / 72)
     figure.set_layout_engine("none")
@@ -85,7 +87,7 @@ def token_lanes(lanes: Mapping[str, tuple[Iterable[Segment], Tokenizer]], marked
         if any(kind == tile[3] for tile in tiles):
             axes.text(x, y + 2, kind, bbox=_tile(kind, kind.startswith("framed")), va="center", fontsize=8.5)
             x += 4.7 * len(kind) + 24
-    return picture_of(figure, f"{title}. Coloured tokens; {'; '.join(told)}.")
+    return picture_of(figure, f"{title}. Colored tokens; {'; '.join(descriptions)}.")
 
 
 def _lane_kind(segment: Segment) -> str:
@@ -100,7 +102,7 @@ def _tile(kind: str, framed: bool) -> dict[str, Any]:
 
 
 def _tokens_of(text: str, ids: list[int], tokenizer: Tokenizer) -> list[bool]:
-    """Which of `ids` hold a part of `text`, at its first place."""
+    """Mark which of `ids` overlap the first occurrence of `text`, compared as bytes."""
     pieces = [tokenizer.token_bytes(token_id) for token_id in ids]
     start = b"".join(pieces).find(text.encode()) if text else -1
     stop = start + len(text.encode())
@@ -112,7 +114,7 @@ def _tokens_of(text: str, ids: list[int], tokenizer: Tokenizer) -> list[bool]:
 
 
 def token_flow(ledger: Ledger) -> Picture:
-    """Rows and tokens through the ledger's stages, and what each stage left out."""
+    """Draw the rows and tokens left after each of the ledger's stages, and what each stage dropped."""
     stages = list(ledger.stages)
     tokens = [(ledger.tokens(stage) or 0) / 1e6 for stage in stages]
     rows = [ledger.stages[stage].rows for stage in stages]
@@ -121,8 +123,8 @@ def token_flow(ledger: Ledger) -> Picture:
     full = max(tokens) or 1.0
     for i, (before, now) in enumerate(zip([tokens[0], *tokens], tokens, strict=False)):
         inside = now > 0.2 * full
-        colour = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": "black"}
-        axes.text(now - 0.01 * full if inside else now, i, f"{now:.1f} M", va="center", fontweight="bold", **colour)
+        text_style = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": "black"}
+        axes.text(now - 0.01 * full if inside else now, i, f"{now:.1f} M", va="center", fontweight="bold", **text_style)
         if before - now > 0.005 * full:
             style = {"color": "#dde3ea", "edgecolor": "#8a94a0", "hatch": "////", "linewidth": 0.5}
             axes.barh(i, before - now, left=now, height=0.62, **style)
@@ -135,13 +137,14 @@ def token_flow(ledger: Ledger) -> Picture:
     axes.tick_params(axis="y", length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.invert_yaxis()
-    share, kept = tokens[-1] / full, rows[-1] / max(rows[0], 1)
-    title = f"{kept:.0%} of the rows are trained on, but only {share:.0%} of the tokens"
+    token_share, row_share = tokens[-1] / full, rows[-1] / max(rows[0], 1)
+    title = f"{row_share:.0%} of the rows are trained on, but only {token_share:.0%} of the tokens"
     axes.set_title(title)
-    told = "; ".join(f"{s} {r:,} rows, {t:.1f} million tokens" for s, r, t in zip(stages, rows, tokens, strict=True))
-    return picture_of(figure, f"{title}: {told}.")
+    counts = "; ".join(f"{s} {r:,} rows, {t:.1f} million tokens" for s, r, t in zip(stages, rows, tokens, strict=True))
+    return picture_of(figure, f"{title}: {counts}.")
 
 
 def conversation_turns(conversation: Conversation) -> str:
+    """Describe the number of turns, for example "2 questions and answers"."""
     questions = sum(m.role == "user" for m in conversation.messages)
     return f"{questions} question{'s' if questions > 1 else ''} and answer{'s' if questions > 1 else ''}"

@@ -1,17 +1,14 @@
-"""The figures on ZeRO's memory: each from numbers that `zero_memory` predicts or a run has measured."""
+"""Figures of ZeRO's memory and communication, from predictions of `minisft.zero` and from measured runs."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from minisft.course.figures.runs import OWNER_COLOURS
 from minisft.drawing import PALETTE, Picture, figure_of, in_figure, picture_of
 from minisft.run.folder import Run
-from minisft.zero.activation_trace import ACTIVATIONS, BACKWARD, LOGITS
 from minisft.zero.communication import OPERATIONS, bytes_sent, predict_traffic
-from minisft.zero.peak_memory import STEP_OWNER
 from minisft.zero.planner import RESERVED, Plan
 from minisft.zero.state_memory import (
     MOMENTS,
@@ -24,12 +21,11 @@ from minisft.zero.state_memory import (
 )
 
 STAGES = ("nothing split", "ZeRO-1: optimizer states", "ZeRO-2: and gradients", "ZeRO-3: and parameters")
-STEP_COLOURS = OWNER_COLOURS | {ACTIVATIONS: "#7A5195", LOGITS: "#B7A1D6", BACKWARD: "#444444", STEP_OWNER: "#888888"}
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def unit_for(largest: float) -> tuple[float, str]:
-    """A unit in which `largest` bytes are a number people read: (bytes, name)."""
+    """Return (bytes per unit, name) of the largest unit that is not larger than `largest` bytes."""
     return next(((size, name) for size, name in UNITS if largest >= size), (1.0, "bytes"))
 
 
@@ -40,9 +36,10 @@ def predicted_bars(
     moment: str = "after backward",
     runs: Sequence[Run] = (),
 ) -> Picture:
-    """Predicted bytes of the fullest rank, one bar per strategy (given with its ranks), by owner.
+    """Draw the predicted bytes of the fullest rank, one bar per strategy, by owner.
 
-    A tick marks what a run of that strategy and number of ranks, if one is among `runs`, has measured.
+    `strategies` maps a strategy to its number of ranks. A tick marks what a run in `runs` with the same strategy and
+    number of ranks measured.
     """
     assert moment in MOMENTS
     bars = {}
@@ -89,16 +86,19 @@ def _same(run: Run, strategy: str, ranks: int) -> bool:
 
 
 def _measured(strategies: Mapping[str, int], runs: Sequence[Run], moment: str) -> dict[str, int]:
-    found = {}
+    measured = {}
     for strategy, ranks in strategies.items():
         for run in runs:
             if _same(run, strategy, ranks) and run.memory:
-                found[strategy] = max(sum(rank[moment].get(owner, 0) for owner in OWNERS) for rank in run.memory)
-    return found
+                measured[strategy] = max(sum(rank[moment].get(owner, 0) for owner in OWNERS) for rank in run.memory)
+    return measured
 
 
 def paper_bars(parameters: float = 7.5e9, ranks: int = 64) -> Picture:
-    """Figure 1 of Rajbhandari et al. 2020: model states per rank for each stage, by the paper's formula."""
+    """Draw figure 1 of Rajbhandari et al. 2020 (ZeRO): model states per rank for each stage, in bytes.
+
+    The paper's formula counts 2 bytes per weight, 2 per gradient and 12 per Adam state with its fp32 master.
+    """
     parts = {"parameters": 2.0, "gradients": 2.0, "optimizer states": 12.0}
     figure, axes = figure_of(7.6, 2.6)
     size, unit = unit_for(paper_formula(parameters, ranks, 0))
@@ -123,7 +123,7 @@ def paper_bars(parameters: float = 7.5e9, ranks: int = 64) -> Picture:
 
 
 def against_ranks(shapes: Shapes, precision: str, most_ranks: int = 64) -> Picture:
-    """Predicted states of the fullest rank after backward, against the number of ranks, one curve per strategy."""
+    """Draw the predicted states of the fullest rank after backward against the number of ranks."""
     counts = [1]
     while counts[-1] * 2 <= most_ranks:
         counts.append(counts[-1] * 2)
@@ -138,7 +138,7 @@ def against_ranks(shapes: Shapes, precision: str, most_ranks: int = 64) -> Pictu
     }
     size, unit = unit_for(max(map(max, curves.values())))
     for i, (strategy, curve) in enumerate(curves.items()):
-        style = "--" if strategy == "zero2" else "-"  # at rest and after backward it holds what zero1 does
+        style = "--" if strategy == "zero2" else "-"  # dashed, since its curve coincides with zero1's
         axes.plot(counts, [held / size for held in curve], style, marker="o", color=PALETTE[i], label=strategy)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(n) for n in counts])
@@ -151,10 +151,10 @@ def against_ranks(shapes: Shapes, precision: str, most_ranks: int = 64) -> Pictu
 
 
 def partition_map(shapes: Shapes, ranks: int) -> Picture:
-    """Which rank owns which slice of which parameter at stages 1 and 2, one lane per param group.
+    """Draw which rank owns which slice of each parameter at stages 1 and 2, one lane per param group.
 
-    Boxes are parameters in the optimizer's order, colours are owners, and what lies over a border (its whole gradient
-    is kept by both sides) is hatched; padding is grey.
+    Boxes are parameters in the optimizer's order and colors are owners. A parameter that crosses a border between ranks
+    is hatched (both ranks keep its whole gradient); padding is gray.
     """
     from matplotlib.patches import Patch
 
@@ -164,9 +164,9 @@ def partition_map(shapes: Shapes, ranks: int) -> Picture:
         elements = sum(n for _, n in group)
         part = partition_size(elements, ranks)
         whole = part * ranks
-        at = 0
+        offset = 0
         for _, n in group:
-            cuts = [at, *(b for b in range(part, whole, part) if at < b < at + n), at + n]
+            cuts = [offset, *(b for b in range(part, whole, part) if offset < b < offset + n), offset + n]
             straddlers += len(cuts) > 2
             for a, b in itertools.pairwise(cuts):
                 axes.barh(
@@ -179,7 +179,7 @@ def partition_map(shapes: Shapes, ranks: int) -> Picture:
                     linewidth=0.6,
                     hatch="////" if len(cuts) > 2 else None,
                 )
-            at += n
+            offset += n
         if whole > elements:
             padded += whole - elements
             axes.barh(lane, (whole - elements) / whole, left=elements / whole, height=0.6, color="#BBBBBB")
@@ -189,77 +189,25 @@ def partition_map(shapes: Shapes, ranks: int) -> Picture:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="share of the group's elements, in the optimizer's order")
-    axes.set_title(f"Stages 1 and 2 ignore tensors: {straddlers} of {shapes.tensors} lie over a border between ranks")
+    axes.set_title(f"Stages 1 and 2 ignore tensors: {straddlers} of {shapes.tensors} cross a border between ranks")
     keys = [Patch(color=PALETTE[r % len(PALETTE)], label=f"rank {r}") for r in range(min(ranks, len(PALETTE)))]
-    keys.append(Patch(facecolor="white", edgecolor="black", hatch="////", label="over a border"))
+    keys.append(Patch(facecolor="white", edgecolor="black", hatch="////", label="crosses a border"))
     axes.legend(
         handles=keys, frameon=False, ncols=len(keys), fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.3)
     )
     return picture_of(
         figure,
         f"{shapes.tensors} tensors in {len(shapes.groups)} param groups cut into {ranks} equal slices each: "
-        f"{straddlers} tensors lie over a border, {padded} elements are padding.",
-    )
-
-
-def step_timeline(memory: Mapping[str, Any], name: str) -> Picture:
-    """Tensors alive through one step of a rank, and who holds them at the worst moment.
-
-    `memory` is an entry of the memory of a run that was made with `memory_timeline`.
-    """
-    step = memory["step"]
-    begin = next(i for i, (_, held) in enumerate(step["timeline"]) if held == step["before"])
-    totals = [(phase, held + step["unseen"]) for phase, held in step["timeline"][begin:]]
-    size, unit = unit_for(max(held for _, held in totals))
-    figure, (axes, column) = figure_of(9.4, 3.6, ncols=2, width_ratios=(4, 1))
-    colours = {"forward": PALETTE[0], "backward": PALETTE[1], "step": PALETTE[2]}
-    begin = 0
-    before = step["before"] + step["unseen"]
-    for i in range(1, len(totals) + 1):
-        if i == len(totals) or totals[i][0] != totals[begin][0]:
-            phase = totals[begin][0]
-            known = {line.get_label() for line in axes.lines}
-            label = phase if phase not in known else None
-            values = [held / size for _, held in totals[max(0, begin - 1) : i]]
-            x = range(max(0, begin - 1), i)
-            axes.plot(x, values, color=colours.get(phase, PALETTE[6]), linewidth=1.2, label=label)
-            begin = i
-    peak, phase = step["peak"]["total"] + step["unseen"], step["peak"]["phase"]
-    where = max(range(len(totals)), key=lambda i: totals[i][1])
-    axes.plot(where, peak / size, "v", color="black")
-    axes.axhline(before / size, color="#888888", linestyle=":", linewidth=1)
-    axes.set(xlabel="tensors made and freed, in order", ylabel=f"{unit} of tensors", ylim=(0, 1.1 * peak / size))
-    axes.legend(frameon=False)
-    owners = dict(sorted(step["peak"]["held"].items(), key=lambda item: -item[1]))
-    if step["unseen"]:
-        owners["buckets"] = owners.get("buckets", 0) + step["unseen"]
-    bottom = 0.0
-    for owner, held in owners.items():
-        colour = STEP_COLOURS.get(owner, "#BBBBBB")
-        column.bar(0, held / size, bottom=bottom, width=0.8, color=colour, edgecolor="white")
-        if held > 0.03 * peak:
-            text = f"{in_figure(owner)}  {held / size:.2f}"
-            column.text(0.5, bottom + held / size / 2, text, va="center", fontsize=8)
-        bottom += held / size
-    column.set(xlim=(-0.5, 3.2), ylim=axes.get_ylim(), xticks=[0], xticklabels=["at the peak"], yticks=[])
-    column.spines[["left", "bottom"]].set_visible(False)
-    most = next(iter(owners))
-    figure.suptitle(
-        f"{in_figure(name)} holds the most in {_phase(phase)}, {peak / before:.1f} times what is there between steps: "
-        f"{owners[most] / peak:.0%} of it are {in_figure(most)}",
-        fontsize=11,
-    )
-    each = ", ".join(f"{held / size:.2f} {unit} {owner}" for owner, held in owners.items())
-    return picture_of(
-        figure,
-        f"Bytes of tensors through one step of {name}: {before / size:.2f} {unit} before it, at most "
-        f"{peak / size:.2f} {unit}, in {_phase(phase)}: {each}.",
+        f"{straddlers} tensors cross a border, {padded} elements are padding.",
     )
 
 
 def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulation: int = 8) -> Picture:
-    """Bytes that each rank sends per optimizer step: predicted bars by operation with measured ticks, one per run that
-    has several ranks; beside it, how they grow with the micro-batches per step, up to `accumulation`."""
+    """Draw the bytes that each rank sends per optimizer step.
+
+    Left: predicted bars by operation with measured ticks, for each run with several ranks. Right: how the bytes grow
+    with the number of micro-batches per step, up to `accumulation`.
+    """
     runs = [run for run in runs if run.config.ranks > 1]
     figure, (left, right) = figure_of(9.4, 1.9 + 0.4 * len(runs), ncols=2)
     predicted = {run.name: _predicted_traffic(shapes, run) for run in runs}
@@ -318,26 +266,29 @@ def _predicted_traffic(shapes: Shapes, run: Run) -> dict[str, int]:
 
 
 def plan_bars(found: Plan, gpu_bytes: float) -> Picture:
-    """What each strategy of a plan needs of a GPU, against what the GPU has; the chosen one stands out."""
+    """Draw the GPU memory that each strategy of a plan needs against what the GPU has; highlight the best.
+
+    `gpu_bytes` is the GPU's memory in bytes; the dashed line is that less `RESERVED`.
+    """
     figure, axes = figure_of(7.6, 1.0 + 0.45 * len(found.options))
     size, unit = unit_for(gpu_bytes)
     names = [option.strategy for option in found.options]
     chosen = found.best.strategy if found.best else None
-    edge = 2 * gpu_bytes / size  # what needs more than two GPUs is cut off there, and marked
+    edge = 2 * gpu_bytes / size  # longer bars (over two GPUs) are cut there and marked with a gap
     shown = [min(option.total / size, edge) for option in found.options]
     widest = max(*shown, edge / 2)
     axes.axvline((gpu_bytes - RESERVED) / size, color="black", linestyle="--", linewidth=1)
     for i, (option, end) in enumerate(zip(found.options, shown, strict=True)):
-        colour = PALETTE[2] if option.strategy == chosen else PALETTE[0] if option.fits else "#BBBBBB"
-        axes.barh(i, end, color=colour, edgecolor="white")
+        color = PALETTE[2] if option.strategy == chosen else PALETTE[0] if option.fits else "#BBBBBB"
+        axes.barh(i, end, color=color, edgecolor="white")
         if option.total / size > edge:
             axes.barh(i, widest / 120, left=edge * 0.95, color="white")
         verdict = f"{option.left / size:,.1f} {unit} left" if option.fits else "does not fit"
-        words = f"{option.total / size:,.1f} {unit}: {verdict}"
-        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.text(end + widest / 60, i, words, va="center", fontsize=8, bbox=behind)
+        text = f"{option.total / size:,.1f} {unit}: {verdict}"
+        background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(end + widest / 60, i, text, va="center", fontsize=8, bbox=background)
     title = f"{chosen} is the cheapest that fits" if chosen else "Nothing fits"
-    dashed = f"{unit} of one GPU (dashed: what it can give)"
+    dashed = f"{unit} of one GPU (dashed: usable)"
     if any(option.total / size > edge for option in found.options):
         dashed += f"; bars with a gap are longer than {edge:,.0f} {unit}"
     axes.set(xlim=(0, 1.5 * widest), xlabel=dashed, title=title)
@@ -347,7 +298,3 @@ def plan_bars(found: Plan, gpu_bytes: float) -> Picture:
         f"{o.strategy} {o.total / size:,.1f} {unit}" + ("" if o.fits else ", too much") for o in found.options
     )
     return picture_of(figure, f"Memory that each strategy needs of a GPU of {gpu_bytes / size:,.0f} {unit}: {each}.")
-
-
-def _phase(phase: str) -> str:
-    return {"step": "the optimizer's step"}.get(phase, phase)
