@@ -28,7 +28,9 @@ def unused(package: Path, extra: str = "") -> list[str]:
     finder.scan(extra, filename="notebooks")
     found = finder.get_unused_code(min_confidence=60)
     # Fields of records are read by their names in a file; an interface's are there for whoever implements it.
-    return [f"{item.filename}: {item.name}" for item in found if item.typ != "variable" and item.filename != "notebooks"]
+    return [
+        f"{item.filename}: {item.name}" for item in found if item.typ != "variable" and item.filename != "notebooks"
+    ]
 
 
 def code_of_notebooks() -> str:

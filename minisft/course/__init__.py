@@ -1,4 +1,4 @@
-"""What only the notebooks need: exercises, the bug museum, figures, experiments and the notebook runner.
+"""Notebook-only code: exercises, example bugs, figures, experiments and the notebook runner.
 
 Only the command line imports this subpackage.
 """

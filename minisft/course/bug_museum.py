@@ -1,11 +1,12 @@
-"""The bug museum: fine-tuning bugs that raise no error, each beside the right way and the check that detects it.
+"""Fine-tuning bugs that raise no error, each beside the right way and the check that finds it.
 
     bug = BUGS["find_first"]
     result = bug.wrong(tokenizer, *bug.example)
     bug.caught(result, tokenizer, *bug.example)
 
-The wrong ways are written as people write them, for a tokenizer of transformers. They raise no error, and nothing else
-in the package uses them. Bugs in a single row are in `buggy_rows`; bugs in batches and in splits are here.
+The wrong ways are written as people write them, for a tokenizer of transformers. They raise no
+error, and nothing else in the package uses them. Bugs in a single row are in `buggy_rows`; bugs in
+batches and in splits are here.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ from minisft.training.collators import PaddingFree, PadRight
 
 
 def language_modelling(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> dict[str, Any]:
-    """Use the collator whose name sounds right: it ignores the labels it is given and copies the ids instead."""
+    """Use the collator whose name sounds right: it ignores the labels it is given and copies the
+    ids instead.
+    """
     from transformers import DataCollatorForLanguageModeling
 
     row = right_row(tokenizer, conversation)
@@ -82,7 +85,9 @@ def kept_apart(tokenizer: HuggingFaceTokenizer, first: Conversation, second: Con
 def leak(
     batch: dict[str, Any], tokenizer: HuggingFaceTokenizer, first: Conversation, second: Conversation, *, model: Any
 ) -> list[Violation]:
-    """Change the first conversation; it is a leak if that moves the logits of the second by more than 1e-3."""
+    """Change the first conversation; it is a leak if that moves the logits of the second by more
+    than 1e-3.
+    """
     bound = len(right_row(tokenizer, first).input_ids)
     moved = logits_moved(batch, bound, model)
     message = f"another conversation before this one moves its logits by up to {moved:.1f}"
@@ -90,7 +95,9 @@ def leak(
 
 
 def logits_moved(batch: dict[str, Any], bound: int, model: Any) -> float:
-    """Replace every token before position `bound`; return the largest change of any logit from `bound` on."""
+    """Replace every token before position `bound`; return the largest change of any logit from
+    `bound` on.
+    """
     import torch
 
     from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
@@ -116,7 +123,9 @@ Sides = tuple[list[Conversation], list[Conversation]]
 
 
 def shuffled_parts(tokenizer: HuggingFaceTokenizer, *parts: Conversation) -> Sides:
-    """Shuffle and cut single rows: the file holds parts of conversations, so parts of one land on both sides."""
+    """Shuffle and cut single rows: the file holds parts of conversations, so parts of one land on
+    both sides.
+    """
     order = list(parts)
     random.Random(0).shuffle(order)  # noqa: S311
     test = max(1, len(order) // 10)
@@ -145,10 +154,11 @@ _PARTS = tuple(talk(f"Question {n}.{i}?", "Answer.", name=f"chat{n:03}_{i}") for
 class Bug:
     """One bug: the wrong way, the right way, and the check that tells them apart.
 
-    `wrong` and `right` take the tokenizer and as many conversations as `example` has. Both return the same kind of
-    result: a `Row` (None if the row is dropped), a batch, or the two sides of a split. `caught` takes that result, the
-    tokenizer and the conversations, and returns the violations: none for the right way, at least one of `invariant`
-    for the wrong way. `caught` of `packing` also needs the keyword `model`.
+    `wrong` and `right` take the tokenizer and as many conversations as `example` has. Both return
+    the same kind of result: a `Row` (None if the row is dropped), a batch, or the two sides of a
+    split. `caught` takes that result, the tokenizer and the conversations, and returns the
+    violations: none for the right way, at least one of `invariant` for the wrong way. `caught` of
+    `packing` also needs the keyword `model`.
     """
 
     name: str

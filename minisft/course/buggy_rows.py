@@ -1,7 +1,8 @@
 """Rows encoded the right way, and the usual wrong ways: one function per bug.
 
-Each takes a tokenizer of transformers and a conversation and returns a `Row`, or None where the row is dropped. The
-wrong ways are written as people write them: none raises an error, and only `bug_museum` uses them.
+Each takes a tokenizer of transformers and a conversation and returns a `Row`, or None where the row
+is dropped. The wrong ways are written as people write them: none raises an error, and only
+`bug_museum` uses them.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def marker_search(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -
 
 
 def mistyped_marks(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
-    r"""Type the control tokens as text, and misremember them: to a tokenizer `<\s>` and `[\INST]` are plain text."""
+    r"""Type the control tokens as text, and misremember them: to a tokenizer `<\s>` and `[\INST]`
+    are plain text.
+    """
     typed = {"bos": "<s>", "eos": r"<\s>", "[/INST]": r"[\INST]"}
     ids: list[int] = []
     labels: list[int] = []
@@ -71,7 +74,9 @@ def mistyped_marks(tokenizer: HuggingFaceTokenizer, conversation: Conversation) 
 
 
 def eos_masked(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> Row:
-    """Set `pad_token = eos_token`, as many tutorials do, then mask padding by its id, which masks EOS too."""
+    """Set `pad_token = eos_token`, as many tutorials do, then mask padding by its id, which masks
+    EOS too.
+    """
     row = right_row(tokenizer, conversation)
     pad_id = tokenizer.eos_id
     return Row(row.id, row.input_ids, [IGNORE_INDEX if label == pad_id else label for label in row.labels])

@@ -1,4 +1,4 @@
-"""Helpers for the notebooks' exercises: an answer check that locates the first error, and a tiny model."""
+"""Helpers for exercises: an answer check that locates the first error, and a tiny model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 def check(answer: Sequence[Any] | None, expected: Sequence[Any], what: str = "position") -> str:
     """Compare an exercise's answer with what the package computes.
 
-    `what` names one entry of the answer. Returns one sentence to show: not attempted (None), wrong and where, or right.
+    `what` names one entry of the answer. Returns one sentence to show: not attempted (None), wrong
+    and where, or right.
     """
     if answer is None:
         return "Not attempted yet: replace None and run this cell again."
@@ -24,7 +25,8 @@ def check(answer: Sequence[Any] | None, expected: Sequence[Any], what: str = "po
 
 
 def small_model(folder: Path, like: Path) -> Path:
-    """Write a model of one narrow layer with random weights and the tokenizer of `like`: many steps per second.
+    """Write a model of one narrow layer with random weights and the tokenizer of `like`: many steps
+    per second.
 
     `folder` and `like` are model folders; returns `folder`.
     """

@@ -1,8 +1,9 @@
 """Convert a notebook to an HTML page that works offline, runs no script and loads no file.
 
-Outputs may contain untrusted data, and a skipped cell keeps outputs that were made elsewhere. Prose and outputs are
-therefore sanitized alike: only the elements, attributes and styles listed here reach the page, and its
-Content-Security-Policy forbids scripts and external files. Formulas appear as their source text.
+Outputs may contain untrusted data, and a skipped cell keeps outputs that were made elsewhere. Prose
+and outputs are therefore sanitized alike: only the elements, attributes and styles listed here
+reach the page, and its Content-Security-Policy forbids scripts and external files. Formulas appear
+as their source text.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ def _plain(nb: Any) -> Any:
 
 
 def index_of(rows: list[tuple[str, str, str, float]]) -> str:
-    """Return the index page; a row is (file stem, title or "" if there is no page, status, seconds)."""
+    """Return the index page; a row is (file stem, title or "" if there is no page, status,
+    seconds).
+    """
     lines = ""
     for stem, title, status, seconds in rows:
         name = escape(one_line(stem))
@@ -126,7 +129,8 @@ def index_of(rows: list[tuple[str, str, str, float]]) -> str:
 def safe_html(text: str) -> str:
     """Sanitize HTML: keep only text and the listed elements and attributes.
 
-    libxml2 parses it, in time linear in the input, and it is serialized here, so browsers can parse it in one way only.
+    libxml2 parses it, in time linear in the input, and it is serialized here, so browsers can parse
+    it in one way only.
     """
     from lxml import etree
 
@@ -136,7 +140,9 @@ def safe_html(text: str) -> str:
 
 
 class _Reader:
-    """The parser target that lxml calls for each part of a document; starts and ends always match up."""
+    """The parser target that lxml calls for each part of a document; starts and ends always match
+    up.
+    """
 
     def __init__(self) -> None:
         self.parts: list[str] = []

@@ -2,8 +2,8 @@
 
     minisft notebooks [--in-place] [--timeout S] [NOTEBOOK...]
 
-However a notebook ends (last cell, error, time limit, Ctrl-C), every process that its cells started is ended too:
-training runs are separate processes, and a leftover one holds memory or a GPU.
+However a notebook ends (last cell, error, time limit, Ctrl-C), every process that its cells started
+is ended too: training runs are separate processes, and a leftover one holds memory or a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from minisft.course.html_page import NO_ALT, index_of, page_of, quiet
+from minisft.course.notebook_cleanup import clean_notebook, neutral_text
 from minisft.errors import UserError
 from minisft.files import is_same_file, parse_json, read_text, user_path, written_whole
 from minisft.processes import environment
@@ -37,11 +37,6 @@ MOST_SECONDS = 1e9
 HEARTBEAT = 30.0  # seconds between progress lines of a long cell
 GRACE = 5.0  # seconds that an interrupted cell or a terminated process gets before it is killed
 MARK = "MINISFT_NOTEBOOK_RUN"  # environment variable that a cell's processes inherit; finds orphans too
-# Terminal escape sequences: CSI (colors), OSC (titles, links), and any other ESC.
-ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b\n]*(?:\x07|\x1b\\)|\x1b")
-CELL_FILE = re.compile(
-    r"(?<![^\s\"'<>()])[^\s\"'<>()]*/ipykernel_\d+/\d+\.py"
-)  # anchored at the path's start, so linear time
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,9 @@ class NotebookResult:
 
 
 def execute(root: Path, paths: list[Path] | None, in_place: bool = False, timeout: float | None = None) -> int:
-    """Run the notebooks and print a summary; returns the exit code: 0, 1 if one failed, 130 if interrupted."""
+    """Run the notebooks and print a summary; returns the exit code: 0, 1 if one failed, 130 if
+    interrupted.
+    """
     out = user_path(os.environ.get("MINISFT_OUTPUTS") or root / "outputs").absolute() / "notebooks"
     try:
         results = run_notebooks(paths, root=root, out=out, in_place=in_place, timeout=timeout)
@@ -74,11 +71,13 @@ def execute(root: Path, paths: list[Path] | None, in_place: bool = False, timeou
 def run_notebooks(
     paths: list[Path] | None, *, root: Path, out: Path, in_place: bool = False, timeout: float | None = None
 ) -> list[NotebookResult]:
-    """Run `paths` (default: `notebooks/[0-9]*.ipynb` under `root`) one by one, continuing after failures.
+    """Run `paths` (default: `notebooks/[0-9]*.ipynb` under `root`) one by one, continuing after
+    failures.
 
-    The time limit of a whole notebook is `metadata.minisft.timeout_seconds`, else `timeout`, else half an hour. Writes
-    to `out` the executed copies, an HTML page of each, and `index.html`. With `in_place`, a notebook that succeeded
-    also replaces its source. Raises `UserError` for a path that is not a notebook.
+    The time limit of a whole notebook is `metadata.minisft.timeout_seconds`, else `timeout`, else
+    half an hour. Writes to `out` the executed copies, an HTML page of each, and `index.html`. With
+    `in_place`, a notebook that succeeded also replaces its source. Raises `UserError` for a path
+    that is not a notebook.
     """
     root = root.resolve()
     named = paths or sorted((root / "notebooks").glob("[0-9]*.ipynb"))
@@ -133,7 +132,7 @@ def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | Non
     started = time.monotonic()
     cell, tail = asyncio.run(_execute(nb, path.parent, limit))
     seconds = time.monotonic() - started
-    _clean(nb, root)
+    clean_notebook(nb, root)
     text = nbformat.writes(nb).rstrip("\n") + "\n"
     if in_place and not tail and read_text(path) != source:
         tail = "the file changed while it ran, so it was not replaced"
@@ -144,7 +143,7 @@ def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | Non
     page = page_of(nb, path.parent, title)
     _write(out / path.name, text)
     _write(out / f"{path.stem}.html", page)
-    return NotebookResult(path, not tail, seconds, cell, _neutral(tail, root), title, page.count(f'alt="{NO_ALT}"'))
+    return NotebookResult(path, not tail, seconds, cell, neutral_text(tail, root), title, page.count(f'alt="{NO_ALT}"'))
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -157,7 +156,9 @@ class RawNotebook(TypedDict):
 
 
 def _parsed(source: str, path: Path) -> Any:
-    """Parse the notebook; a cell without an id gets one from its position, so reruns give small diffs."""
+    """Parse the notebook; a cell without an id gets one from its position, so reruns give small
+    diffs.
+    """
     import nbformat
 
     raw = parse_json(source, path, RawNotebook)
@@ -183,7 +184,9 @@ def _time_limit(nb: Any, timeout: float | None) -> float:
 
 
 async def _execute(nb: Any, folder: Path, limit: float) -> tuple[int | None, str]:
-    """Run `nb` in a fresh kernel and end all its processes; returns (failed cell, error), or (None, "")."""
+    """Run `nb` in a fresh kernel and end all its processes; returns (failed cell, error), or (None,
+    "").
+    """
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
     from nbclient import NotebookClient
@@ -230,7 +233,8 @@ async def _execute(nb: Any, folder: Path, limit: float) -> tuple[int | None, str
 async def _run_cell(client: Any, index: int, deadline: float, limit: float, prefix: str) -> str:
     """Run one cell; returns the last 15 lines of its error, or "" if it succeeded.
 
-    `deadline` is a `time.monotonic()` value; `limit` is the notebook's time limit in seconds, for the message.
+    `deadline` is a `time.monotonic()` value; `limit` is the notebook's time limit in seconds, for
+    the message.
     """
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from nbformat.v4 import new_output
@@ -267,7 +271,8 @@ async def _run_cell(client: Any, index: int, deadline: float, limit: float, pref
 def _end_processes(mark: str, known: set[psutil.Process]) -> None:
     """End `known` and every process with `mark` in its environment.
 
-    Both are needed: a child may clear its environment, and an orphan is no longer among the kernel's children.
+    Both are needed: a child may clear its environment, and an orphan is no longer among the
+    kernel's children.
     """
 
     def survivors() -> list[psutil.Process]:
@@ -281,56 +286,6 @@ def _end_processes(mark: str, known: set[psutil.Process]) -> None:
         grace_end = time.monotonic() + GRACE
         while survivors() and time.monotonic() < grace_end:
             time.sleep(0.05)
-
-
-def _neutral(text: str, root: Path) -> str:
-    """Remove escape sequences, and replace paths and addresses that differ between machines or runs."""
-    text = ANSI.sub("", text)
-    replacements = {str(root): ".", str(Path.home()): "~", sys.prefix: "~/env"}
-    # Longest path first: the environment may be inside the project.
-    for path in sorted(replacements.keys() - {"/"}, key=len, reverse=True):
-        text = re.sub(rf"(?<![\w.~-]){re.escape(path)}(?![\w-])", replacements[path], text)
-    text = CELL_FILE.sub("cell.py", text)
-    return re.sub(r" at 0x[0-9a-f]{6,}", " at 0x…", text)
-
-
-def _clean(nb: Any, root: Path) -> None:
-    """Remove from `nb` whatever would change on a second run or another machine."""
-    nb.metadata.pop("widgets", None)  # random ids, and useless without a live kernel
-    nb.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-    nb.metadata.language_info = {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"}
-    for cell in (cell for cell in nb.cells if cell.cell_type == "code"):
-        cell.metadata.pop("execution", None)
-        cell.outputs = _in_order(cell.outputs)
-        for output in cell.outputs:
-            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-            for part in (output, output.get("data", {})):
-                for key in [key for key in part if key in ("text", "evalue") or key.startswith("text/")]:
-                    part[key] = _neutral(str(part[key]), root).replace("\r", "")
-            if "traceback" in output:
-                output.traceback = [_neutral(part, root) for part in output.traceback]
-
-
-def _in_order(outputs: list[Any]) -> list[Any]:
-    """Merge consecutive streams, stdout first, because stdout and stderr interleave differently on every run."""
-    from nbformat.v4 import new_output
-
-    ordered = []
-    for is_stream, run in groupby(outputs, lambda output: output.output_type == "stream"):
-        if not is_stream:
-            ordered += run
-            continue
-        texts: dict[str, list[str]] = {}
-        for output in run:
-            texts.setdefault(output.name, []).append(output.text)
-        for name in sorted(texts, key=lambda name: (name != "stdout", name)):
-            ordered.append(new_output("stream", name=name, text=_overwritten("".join(texts[name]))))
-    return ordered
-
-
-def _overwritten(text: str) -> str:
-    """Apply carriage returns line by line, so only a progress bar's last state remains."""
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
 
 
 def _write(path: Path, text: str) -> None:

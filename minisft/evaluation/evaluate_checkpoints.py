@@ -64,11 +64,7 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
     were not touched since; with `verify` every file is read again. A run without test rows counts as one that cannot be
     used beside others; alone it raises `UserError`, as do runs without checkpoints and two runs of one name.
     """
-    for run in runs:
-        if not run.checkpoints:
-            raise UserError(f"{run.name} has no checkpoint to evaluate (it is {run.status}): train it to its end first")
-    if twice := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
-        raise UserError(f"two of the runs are called {twice[0]}, and their results have one place: give one at a time")
+    _require_evaluable(runs)
     known: dict[str, CheckpointResult] = {}
     broken: list[str] = []
     digests = Digests(verify)
@@ -120,6 +116,15 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
             is_broken(str(error))
     say(f"results belong to the content of the files: {digests.how}")
     return broken
+
+
+def _require_evaluable(runs: Sequence[Run]) -> None:
+    """Raises `UserError` if a run has no checkpoint, or if two runs have the same name."""
+    for run in runs:
+        if not run.checkpoints:
+            raise UserError(f"{run.name} has no checkpoint to evaluate (it is {run.status}): train it to its end first")
+    if twice := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
+        raise UserError(f"two of the runs are called {twice[0]}, and their results have one place: give one at a time")
 
 
 def _lost(error: OSError) -> str:

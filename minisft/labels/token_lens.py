@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from codecs import getincrementaldecoder
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -16,30 +16,21 @@ from typing import Any
 
 from minisft.chat.tokenizers import Tokenizer
 from minisft.labels.encode_row import IGNORE_INDEX, Row
+from minisft.labels.token_lens_html import (  # noqa: F401
+    FOLD,
+    KEPT,
+    KINDS,
+    LONGEST,
+    MOST_LOSS,
+    bar_height,
+    box_html,
+    count_of,
+    folded,
+    loss_bar,
+    marks_of,
+)
 from minisft.text import visible
 
-FOLD, KEPT = 400, 200  # of more boxes or lines than FOLD, only KEPT at either end stay open
-LONGEST = 2000  # of more rows in the table or boxes within the fold, only KEPT at either end are there at all
-MOST_LOSS = 8.0  # nats: a bar grows no higher
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a kind of token looks: each has a mark and a shape besides its colour, and suits a light and a dark page."""
-
-    mark: str
-    meaning: str
-    style: str
-
-
-KINDS = {
-    "prompt": Kind("", "only read", "border-bottom:2px dotted #888;background:rgba(128,128,128,.15)"),
-    "target": Kind("●", "trained", "border-bottom:3px solid #8a5a00;background:#f5b22e;color:#000;font-weight:bold"),
-    "control": Kind("◆", "structure, not text", "border:3px double #2b87c8;border-radius:9px"),
-    "padding": Kind("×", "not attended to", "border:1px dashed #888;font-style:italic"),
-    "cut off": Kind("✂", "the row did not fit", "border:2px dashed #fff;background:#a3171f;color:#fff"),
-    "folded": Kind("…", "", ""),
-}
 _WIDTHS = {"position": 8, "id": 7, "label": 7, "predicts": 8, "loss": 6}  # in a terminal
 
 
@@ -134,7 +125,7 @@ class Lens:
             "label": f"{self.row.labels[i]}",
             "predicts": f"{self.row.labels[i + 1]}" if predicts else "-",
             **({} if self.losses is None else {"loss": "-" if loss is None else f"{loss:.2f}"}),
-            "kind": f"{_marks(kinds)} {', '.join(kinds)}".strip(),
+            "kind": f"{marks_of(kinds)} {', '.join(kinds)}".strip(),
             "token": text if size == 1 else f"{text} ({i - box.start + 1} of {size} tokens of {box.text})",
         }
 
@@ -146,15 +137,15 @@ class Lens:
         ids, labels = self.row.input_ids, self.row.labels
         trained = [i for i in range(len(ids)) if self.is_trained(i)]
         padding = [i for i in range(len(ids)) if self.is_padding(i)]
-        said = [f"{len(trained)} of {_count(len(ids), 'token')} trained" if trained else "no token is trained"]
+        said = [f"{len(trained)} of {count_of(len(ids), 'token')} trained" if trained else "no token is trained"]
         if trained:
             said.append(self._how_answers_end())
         if self.row.truncated and "cut off" not in said[-1]:
             said.append("the row was cut off")
         if padding:
-            said.append(f"{_count(len(padding), 'token')} of padding")
+            said.append(f"{count_of(len(padding), 'token')} of padding")
         if wrong := sum(map(self.is_trained, padding)):
-            said.append(f"padding trained by mistake: {_count(wrong, 'token')}")
+            said.append(f"padding trained by mistake: {count_of(wrong, 'token')}")
         if wrong := sum(labels[i] != ids[i] for i in trained):
             said.append(f"labels that are not their token's id: {wrong}")
         return "; ".join(said)
@@ -190,7 +181,7 @@ class Lens:
         known = [loss for i in range(len(self.row.labels)) if self.is_trained(i) and (loss := self.loss(i)) is not None]
         if not known:
             return ""
-        return f"mean loss over the {_count(len(known), 'trained token')}: {math.fsum(known) / len(known):.3f} nats"
+        return f"mean loss over the {count_of(len(known), 'trained token')}: {math.fsum(known) / len(known):.3f} nats"
 
     # --- how it is shown -----------------------------------------------------------------------------------
 
@@ -198,7 +189,7 @@ class Lens:
         self, items: Sequence[Any], show: Callable[[Any], Any], note: Callable[[str, str], Any], fold: int
     ) -> list:
         """Each of `items` shown, boxes or tokens, with notes where the row was cut off or a long middle is left out."""
-        head, middle, tail = _folded(items, fold)
+        head, middle, tail = folded(items, fold)
         shown = []
         for n, item in enumerate([*head, *tail], 1):
             shown.append(show(item))
@@ -215,7 +206,7 @@ class Lens:
         padding = sum(self.is_padding(i) and not self.is_trained(i) for i in tokens)
         counts = {"prompt": len(tokens) - trained - padding, "trained": trained, "padding": padding}
         kinds = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
-        return f"{_count(len(tokens), 'more token')} ({kinds})"
+        return f"{count_of(len(tokens), 'more token')} ({kinds})"
 
     @property
     def _tokens(self) -> list[range]:
@@ -246,12 +237,12 @@ class Lens:
 
         def tile(box: Box) -> tuple[str, tuple[str, ...], list[float]]:
             losses = [loss for i in range(box.start, box.stop) if (loss := self.loss(i)) is not None]
-            return f"{_marks(box.kinds)} {box.text}".strip(), box.kinds, list(map(_height, losses))
+            return f"{marks_of(box.kinds)} {box.text}".strip(), box.kinds, list(map(bar_height, losses))
 
         tiles = self._walk(self.boxes, tile, lambda kind, text: (f"{KINDS[kind].mark} {text}", (kind,), []), FOLD)
         legend = [f"{KINDS[kind].mark} {kind}: {KINDS[kind].meaning}".strip() for kind in self._present]
         legend = "     ".join([*legend, *filter(None, [self.loss_line])])
-        alt = f"A row as {_count(len(self.row.input_ids), 'token')}; {self.row.trained} of them are trained, marked ●"
+        alt = f"A row as {count_of(len(self.row.input_ids), 'token')}; {self.row.trained} of them are trained, marked ●"
         alt = ". ".join(filter(None, (alt, self.verdict, self.loss_line)))
         return draw_tokens(tiles, title or self.verdict, legend, alt, width)
 
@@ -262,10 +253,10 @@ class Lens:
         return [kind for kind in KINDS if kind in found]
 
     def _repr_html_(self) -> str:
-        folded = _folded(self.boxes, FOLD)
-        head, middle, tail = map(self._strip, folded)
+        parts = folded(self.boxes, FOLD)
+        head, middle, tail = map(self._strip, parts)
         if middle:
-            middle = f'<details><summary style="cursor:pointer">{self._more(folded[1])}</summary>{middle}</details>'
+            middle = f'<details><summary style="cursor:pointer">{self._more(parts[1])}</summary>{middle}</details>'
         loss = f"<div>{self.loss_line}</div>" if self.loss_line else ""
         return (
             f'<div dir="ltr" class="mathjax_ignore" style="text-align:left"><div><strong>{self.verdict}</strong></div>'
@@ -274,7 +265,7 @@ class Lens:
 
     def _strip(self, boxes: Sequence[Box]) -> str:
         """Boxes for the eye; for the ear there is the table."""
-        shown = self._walk(boxes, self._box_html, lambda kind, text: _html((kind,), text), LONGEST)
+        shown = self._walk(boxes, self._box_html, lambda kind, text: box_html((kind,), text), LONGEST)
         style = "font-family:monospace;line-height:1.6;margin:6px 0;word-break:break-all"
         return f'<div aria-hidden="true" style="{style}">{"".join(shown)}</div>' if shown else ""
 
@@ -284,17 +275,19 @@ class Lens:
             titles.append(", ".join(f"{name} {fact}" for name, fact in self.facts(i).items() if name in _WIDTHS))
         below = f'<sup dir="ltr">{len(tokens)}</sup>' if len(tokens) > 1 else ""
         if self.losses is not None:
-            bars = "".join(_bar(loss, self.is_trained(i)) for i in tokens if (loss := self.loss(i)) is not None)
+            bars = "".join(loss_bar(loss, self.is_trained(i)) for i in tokens if (loss := self.loss(i)) is not None)
             below += f'<span style="display:block;line-height:1">{bars}</span>'
-        return _html(box.kinds, box.text, "\n".join(titles), below, "top" if self.losses is not None else "baseline")
+        return box_html(box.kinds, box.text, "\n".join(titles), below, "top" if self.losses is not None else "baseline")
 
     def _legend(self) -> str:
-        entries = [f"{_html((kind,), kind)} {KINDS[kind].meaning}" for kind in self._present]
+        entries = [f"{box_html((kind,), kind)} {KINDS[kind].meaning}" for kind in self._present]
         if len(self.boxes) < len(self.row.input_ids):
             entries.append("<sup>2</sup> two tokens that only together make characters")
         if self.losses is not None:
-            entries.append(f"{_bar(2, True)} loss of 2 nats, {_bar(MOST_LOSS, True)} of {MOST_LOSS:.0f} or more")
-            entries.append(f"{_bar(4, False)} not counted")
+            entries.append(
+                f"{loss_bar(2, True)} loss of 2 nats, {loss_bar(MOST_LOSS, True)} of {MOST_LOSS:.0f} or more"
+            )
+            entries.append(f"{loss_bar(4, False)} not counted")
         spans = (f'<span style="display:inline-block;margin-right:18px">{entry}</span>' for entry in entries)
         return f'<div style="font-size:85%;line-height:2">{"".join(spans)}</div>'
 
@@ -339,42 +332,3 @@ def token_losses(model: Any, input_ids: list[int]) -> list[float | None]:
         for module, training in modes.items():
             module.training = training
     return [None, *losses.tolist()]
-
-
-# --- parts of what is shown --------------------------------------------------------------------------------
-
-
-def _folded(items: Sequence[Any], limit: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-    if len(items) <= limit:
-        return items, items[:0], items[:0]
-    return items[:KEPT], items[KEPT:-KEPT], items[-KEPT:]
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
-def _marks(kinds: Iterable[str]) -> str:
-    return "".join(KINDS[kind].mark for kind in kinds)
-
-
-def _html(kinds: tuple[str, ...], text: str, title: str = "", below: str = "", align: str = "baseline") -> str:
-    """One box. A `bdi` keeps its text's direction to itself even where a page drops all styles."""
-    style = ";".join(KINDS[kind].style for kind in reversed(kinds))
-    mark = f"<small>{_marks(kinds)}</small>&nbsp;" if _marks(kinds) else ""
-    title = f' title="{escape(title)}"' if title else ""
-    return (
-        f'<bdi dir="ltr"{title} style="display:inline-block;vertical-align:{align};padding:0 4px;'
-        f'margin:2px 1px;border-radius:3px;{style}">{mark}{escape(text)}{below}</bdi>'
-    )
-
-
-def _height(loss: float) -> float:
-    """How high a bar stands, in nats: never quite gone, never above MOST_LOSS; there stands what is no number, too."""
-    return MOST_LOSS if math.isnan(loss) else max(0.5, min(loss, MOST_LOSS))
-
-
-def _bar(loss: float, trained: bool) -> str:
-    height = round(2 * _height(loss))
-    style = f"display:inline-block;width:7px;margin:0 1px;padding-top:{round(2 * MOST_LOSS) - height}px"
-    return f'<i style="{style};border-bottom:{height}px solid{"" if trained else ";opacity:.4"}"></i>'

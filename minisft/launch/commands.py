@@ -50,7 +50,10 @@ MEANINGS = {
     "srun": (6, "one step of this SLURM job, on that node only"),
     "ssh": (6, "starts the processes on that machine: log in by key, never ask for a password"),
     "--num_accelerators": (2, PER_DEVICE),
-    "--master_port": (2, "the port where all ranks connect; chosen among the free ones, so that two runs never share it"),
+    "--master_port": (
+        2,
+        "the port where all ranks connect; chosen among the free ones, so that two runs never share it",
+    ),
     "--module": (1, MODULE),
     "minisft.training.worker": (1, "the worker, the program of every rank"),
     "-P": (1, "import no module from the current folder"),
@@ -104,9 +107,7 @@ def commands(
     return [Command([*local, "--master_port", port, "--module", *worker], SAFE_PATH)]
 
 
-def _on_hosts(
-    folder: Path, place: Place, worker_words: list[str], remote_environment: dict[str, str]
-) -> list[Command]:
+def _on_hosts(folder: Path, place: Place, worker_words: list[str], remote_environment: dict[str, str]) -> list[Command]:
     hostfile = ["deepspeed", "--hostfile", display_path(folder / HOSTFILE)]
     if place.launcher == "pdsh":
         unsafe = [text for text in (str(folder), str(project_root()), sys.executable) if not PLAIN.fullmatch(text)]

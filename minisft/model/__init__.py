@@ -1,6 +1,6 @@
-"""The model: its config, loading it safely, attention without padding, and the loss at the trained positions.
+"""The model: reading its config, safe loading, attention without padding, and the loss.
 
-`zero` predicts the memory of what is computed here, and `training` runs it.
+`minisft.zero` predicts the memory of these computations, and `minisft.training` runs them.
 """
 
 import lazy_loader

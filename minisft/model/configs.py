@@ -1,4 +1,4 @@
-"""The transformers config of a model folder: read, checked, and refused where no language model can have it."""
+"""Read a model's transformers config; reject all but text-only causal language models."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from minisft.data.model_folder import (
 from minisft.errors import UserError
 from minisft.text import one_line
 
-SENSE = re.compile("vision|visual|image|audio|speech|video")  # a part beside the language model
+SENSE = re.compile("vision|visual|image|audio|speech|video")  # config keys of an encoder beside the language model
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 def require_positions(model: Any, length: int) -> None:
-    """Raise `UserError` where rows of `length` tokens have more positions than the model of a transformers config."""
+    """Raise `UserError` if `length` tokens exceed the positions of a model. `model` is its
+    transformers config.
+    """
     positions = positions_of(model)
     if positions and length > positions:
         raise UserError(
@@ -30,9 +32,11 @@ def require_positions(model: Any, length: int) -> None:
 
 
 def model_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The transformers config of the language model in `folder`, which may be its `config.json` itself.
+    """Read the transformers config of the language model in `folder`, which may also be the path of
+    a `config.json`.
 
-    Raises `UserError` if transformers knows none such.
+    Raises `UserError` if transformers cannot read it or it is not a text-only causal language
+    model.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
@@ -42,46 +46,52 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # each kind of damage raises an error of its own
+    except Exception as error:  # different damage raises different exceptions
         reason = " ".join(str(error).split())[:200]
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{folder} brings code of its own: read it, and give --trust-remote-code if you trust it"
+                f"{folder} contains code of its own: read it, and give --trust-remote-code if you trust it"
             ) from error
-        raise UserError(f"{file} is of no model that transformers knows ({reason})") from error
+        raise UserError(f"{file} has a model_type that transformers does not know, or is damaged ({reason})") from error
     require_language_model(config, file)
-    _require_sense(config, file)
+    _require_valid_values(config, file)
     text = config.get_text_config()
     if not isinstance(text, PreTrainedConfig):
-        raise UserError(f"{file} has a key text_config, which a {config.model_type} model has not: remove it")
-    _require_sense(text, file)
+        raise UserError(f"{file} has the key text_config, which a {config.model_type} model does not have: remove it")
+    _require_valid_values(text, file)
     return config
 
 
 def require_plain_text_model(config: dict[str, Any], file: Path) -> None:
-    """Refuse a `config.json` of quantized weights, or of a model that also sees or hears. Raises `UserError`."""
+    """Raise `UserError` for the `config.json` of quantized weights, or of a model with image, audio
+    or video input.
+    """
     if is_quantized(config):
         raise UserError(
-            f"{file} is of quantized weights (quantization_config), which cannot be trained as they are: take the "
-            "model whose weights are plain numbers"
+            f"{file} is of quantized weights (quantization_config), which cannot be trained: use the model's "
+            "unquantized weights"
         )
-    senses = [key for key, value in config.items() if value and key.endswith("_config") and SENSE.search(key)]
-    if senses:
+    modalities = [key for key, value in config.items() if value and key.endswith("_config") and SENSE.search(key)]
+    if modalities:
         raise UserError(
-            f"{file} is of a model that takes more than text ({one_line(senses[0], 60)}), and only language models of "
-            "text alone are trained here: take one"
+            f"{file} is of a model that takes more than text ({one_line(modalities[0], 60)}), which cannot be trained "
+            "here: use a text-only language model"
         )
 
 
-def _require_sense(config: Any, file: Path) -> None:
-    """Raise `UserError` for what transformers takes over from a `config.json` and no model can have."""
+def _require_valid_values(config: Any, file: Path) -> None:
+    """Raise `UserError` for values that transformers accepts from a `config.json` but no model can
+    have.
+    """
     for name in vars(config):
         if callable(getattr(type(config), name, None)):
-            raise UserError(f"{file} has the key {name}, in the place of a function of transformers: remove it")
+            raise UserError(
+                f"{file} has the key {name}, which would replace a method of the transformers config: remove it"
+            )
     for name in SIZES:
         value = getattr(config, name, None)
         if isinstance(value, int) and value < 1:
-            raise UserError(f"{file} says that {name} is {value}: give at least 1")
+            raise UserError(f"{file} sets {name} to {value}: give at least 1")
 
 
 def require_language_model(config: Any, source: str | Path) -> None:
@@ -93,21 +103,21 @@ def require_language_model(config: Any, source: str | Path) -> None:
     if not known and not own_code:
         raise UserError(
             f"{source} is of a {config.model_type} model, which does not predict the next token from those before it: "
-            "take a causal language model"
+            "use a causal language model"
         )
 
 
 def positions_of(config: Any) -> int | None:
-    """How many positions the model of a transformers config has; None where it sets no limit."""
+    """Return the number of positions of a transformers config's model, or None if it sets no limit."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions if positions is None or positions > 0 else None  # some write -1
+    return positions if positions is None or positions > 0 else None  # some configs use -1 for no limit
 
 
 def with_layers(config: Any, layers: int) -> Any:
-    """A copy of a transformers config, with so many layers."""
-    config, had = deepcopy(config), config.num_hidden_layers
+    """Return a copy of a transformers config with only the first `layers` layers."""
+    config, old_layers = deepcopy(config), config.num_hidden_layers
     for key, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == had:  # one entry for each layer, as `layer_types`
+        if isinstance(value, list) and len(value) == old_layers:  # one entry per layer, such as `layer_types`
             setattr(config, key, value[:layers])
     config.num_hidden_layers = layers
     return config

@@ -1,4 +1,4 @@
-"""Loading a model for a tokenizer that may have more tokens than it."""
+"""Load a model safely, and add embeddings for tokens that only the tokenizer has."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from minisft.text import one_line
 
 
 def load_model(folder: Path, tokenizer: HuggingFaceTokenizer, trust_remote_code: bool = False) -> Any:
-    """The model in fp32, with an embedding for every token of `tokenizer`. Raises `UserError`.
+    """Load a model in fp32, with an embedding for every token of `tokenizer`.
 
-    Nothing but safetensors is read, and a model that lacks a tensor, or has one too many, or a value that is not a
-    number, is refused. Code that comes with a model runs only where `trust_remote_code` says so.
+    Only safetensors are read. Raises `UserError` if a tensor is missing or unexpected, or a value
+    is not finite. The model folder's own code runs only with `trust_remote_code`.
 
-    A control token that a template adds (v2, v3, v7) starts as the mean of the tokens of its own text, `[INST]` say:
-    near what the model knows, and the same on every rank. The output layer grows alike.
+    The embedding of a control token that a template adds (v2, v3, v7) starts as the mean of the
+    embeddings of its text, for example `[INST]`: close to what the model knows, and the same on
+    every rank. The output layer grows likewise.
     """
-    model, wrong = _loaded(folder, trust_remote_code)
-    if wrong:
-        raise UserError(f"{folder} is no checkpoint that transformers can load ({wrong})")
-    had = model.config.get_text_config().vocab_size
-    if len(tokenizer.hf) > had:
+    model, problem = _loaded(folder, trust_remote_code)
+    if problem:
+        raise UserError(f"{folder} is not a checkpoint that transformers can load ({problem})")
+    old_size = model.config.get_text_config().vocab_size
+    if len(tokenizer.hf) > old_size:
         model.resize_token_embeddings(len(tokenizer.hf), mean_resizing=False)
-        _start_from_their_text(model, tokenizer, had)
+        _initialize_new_rows(model, tokenizer, old_size)
     return model
 
 
 def _loaded(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
-    """The model in `folder`, and what is wrong with it: empty if nothing is."""
+    """Load the model; returns (model, ""), or (anything, reason) if it cannot be used."""
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
-        if wrong := unreadable_reason(folder, trust_remote_code):
-            return None, wrong
+        if problem := unreadable_reason(folder, trust_remote_code):
+            return None, problem
         with quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, loading_info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -50,34 +51,37 @@ def _loaded(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
                 trust_remote_code=trust_remote_code,
             )
         files = weight_files(folder)
-        return model, weights_mismatch(model, found, files) or not_finite_reason(files)
-    except Exception as error:  # each library that reads a file has errors of its own
+        return model, weights_mismatch(model, loading_info, files) or not_finite_reason(files)
+    except Exception as error:  # each library that reads a file raises different exceptions
         return None, one_line(error, 200)
 
 
 def new_rows(tokenizer: HuggingFaceTokenizer, vocabulary: int) -> int:
-    """How many embeddings a model of `vocabulary` tokens lacks."""
+    """Return how many embeddings a model with `vocabulary` tokens lacks for this tokenizer."""
     return max(0, len(tokenizer.hf) - vocabulary)
 
 
-def _start_from_their_text(model: Any, tokenizer: HuggingFaceTokenizer, had: int) -> None:
+def _initialize_new_rows(model: Any, tokenizer: HuggingFaceTokenizer, old_size: int) -> None:
+    """Set each new control token's row to the mean of its text's rows, and other new rows to the
+    overall mean.
+    """
     import torch
 
     tables = [model.get_input_embeddings().weight]
     output = model.get_output_embeddings()
     if output is not None and output.weight is not tables[0]:
-        tables.append(output.weight)
+        tables.append(output.weight)  # untied output layer
     for table in tables:
-        with torch.no_grad(), _whole(table):
-            table[had:] = table[:had].mean(dim=0)
+        with torch.no_grad(), _gathered(table):
+            table[old_size:] = table[:old_size].mean(dim=0)
             for name in template_named(tokenizer.template_name).control_tokens:
                 token_id = tokenizer.control_id(name)
-                if token_id >= had:
+                if token_id >= old_size:
                     table[token_id] = table[tokenizer.encode(name, after="text")].mean(dim=0)
 
 
-def _whole(parameter: Any) -> Any:
-    """At ZeRO stage 3 every rank holds a part of a parameter: gather it, and hand the changed parts back."""
+def _gathered(parameter: Any) -> Any:
+    """Gather a parameter that ZeRO stage 3 partitioned, and scatter rank 0's changes on exit."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed

@@ -1,9 +1,10 @@
-"""The loss of supervised fine-tuning, at the trained positions alone and without ever holding the full logits.
+"""Compute the fine-tuning loss at the trained positions only, without ever holding the full logits.
 
-Logits are what a small model with a large vocabulary spends its memory on: 8 rows of 512 tokens and 49,152 entries
-are 0.8 GB in fp32, and as much again for their gradient. Here the output layer takes the trained positions a chunk
-at a time, and each chunk's gradients are made while its logits are at hand, so that nothing of it is kept.
-The idea is that of Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989), in plain PyTorch.
+Logits dominate the memory of a small model with a large vocabulary: for 8 rows of 512 tokens and
+49,152 entries they take 0.8 GB in fp32, and their gradient as much again. Here the output layer
+processes the trained positions in chunks, and computes each chunk's gradients while its logits are
+in memory, so no logits are kept for the backward pass. The idea is Liger Kernel's fused linear
+cross-entropy (Hsu et al. 2024, arXiv:2410.10989), here in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ import torch
 from minisft.labels.encode_row import IGNORE_INDEX
 from minisft.model.configs import with_layers
 
-CHUNK_BYTES = 32 * 1024 * 1024  # of fp32 logits at a time: large enough for matrix products to be fast
+CHUNK_BYTES = 32 * 1024 * 1024  # of fp32 logits per chunk; large enough for fast matrix products
 
 
 class LossHead:
-    """Stands in for the forward pass of a model's output layer: with targets at hand it returns their loss.
+    """Replace the forward function of a model's output layer: with targets set, it returns their
+    loss.
 
-    The layer remains the module it was, with its parameters and whatever hooks DDP or ZeRO hang on it; at ZeRO
-    stage 3 those gather its weight around this very call. Without targets it returns logits as before.
+    The layer stays the same module, with its parameters and the hooks of DDP or ZeRO; at ZeRO stage
+    3 these hooks gather its weight around this call. Without targets it returns logits as before.
     """
 
     def __init__(self, layer: torch.nn.Linear):
         self.layer, self.wanted = layer, None
-        self.most_chunks: int | None = None  # for those who count bytes and need no loss: one chunk is like another
+        self.most_chunks: int | None = None  # set by the memory trace, which needs the shape of one chunk only
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered for each call
         layer.forward = self
 
@@ -40,11 +42,13 @@ class LossHead:
                 return torch.nn.functional.linear(hidden, self.layer.weight, self.layer.bias)
             positions, targets = self.wanted
             chosen = hidden.flatten(0, -2)[positions]
-            options = {"most_chunks": self.most_chunks}
-            return linear_cross_entropy(chosen, self.layer.weight, targets, self.layer.bias, **options)
+            weight, bias = self.layer.weight, self.layer.bias
+            return linear_cross_entropy(chosen, weight, targets, bias, most_chunks=self.most_chunks)
 
     def loss(self, model: Any, inputs: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The sum of -log p of `targets`, int64 [n], at `positions`, int64 [n], which count through the whole batch."""
+        """Return the sum of -log p of `targets`, int64 [n], at `positions`, int64 [n], of the
+        flattened batch.
+        """
         self.wanted = positions, targets
         try:
             return model(**inputs).logits
@@ -62,8 +66,9 @@ def summed_loss(
 ) -> torch.Tensor:
     """The sum of the loss over the trained tokens of one micro-batch, a scalar in fp32.
 
-    `positions` and `targets` are those of `trained_positions`. Without a `head` the model makes the logits itself: at
-    the trained positions alone where the batch is `padding_free`, else at all of them.
+    `positions` and `targets` are those of `trained_positions`. Without a `head` the model makes the
+    logits itself: at the trained positions alone where the batch is `padding_free`, else at all of
+    them.
     """
     if head is not None:
         return head.loss(model, inputs, positions, targets)
@@ -75,9 +80,11 @@ def summed_loss(
 
 
 def trained_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a model predicts a trained token, and which: (positions, targets), int64 [n] each.
+    """Return the positions that predict a trained token and those tokens: (positions, targets),
+    int64 [n] each.
 
-    `labels` is [rows, tokens]; positions count through all rows. The token at `i` is predicted at `i - 1`.
+    `labels` is [rows, tokens]; positions index the flattened batch. The token at `i` is predicted
+    at `i - 1`.
     """
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     positions = (shifted != IGNORE_INDEX).nonzero()[:, 0]
@@ -85,25 +92,28 @@ def trained_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def supports_loss_head(config: Any, trust_remote_code: bool = False) -> bool:
-    """Whether the logits of a model of this `config` are its output layer's very output, not scaled or capped after.
+    """Return whether a model of this `config` returns its output layer's result unchanged, not
+    scaled or capped.
 
-    Found out by running a model without weights (on PyTorch's meta device) and with few layers, which have no
-    part in it.
+    Tested by running a model without weights (on PyTorch's meta device) and with at most two
+    layers, since the decoder layers do not matter here.
     """
     from transformers import AutoModelForCausalLM
 
     layers = getattr(config, "num_hidden_layers", None)
-    few = with_layers(config, min(layers, 2)) if isinstance(layers, int) else deepcopy(config)
+    shallow = with_layers(config, min(layers, 2)) if isinstance(layers, int) else deepcopy(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(few, attn_implementation="eager", trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            shallow, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
         layer = model.get_output_embeddings()
         if type(layer) is not torch.nn.Linear:
             return False
-        mark = torch.empty(1, 1, 1)
-        layer.forward = lambda hidden: mark
+        marker = torch.empty(1, 1, 1)
+        layer.forward = lambda hidden: marker
         ids = torch.ones(1, 2, dtype=torch.int64)
         try:
-            return model(ids, attention_mask=ids, use_cache=False).logits is mark
+            return model(ids, attention_mask=ids, use_cache=False).logits is marker
         except (TypeError, ValueError, RuntimeError, NotImplementedError):
             return False
 
@@ -116,11 +126,13 @@ def linear_cross_entropy(
     chunk_bytes: int = CHUNK_BYTES,
     most_chunks: int | None = None,
 ) -> torch.Tensor:
-    """`cross_entropy(hidden @ weight.T + bias, targets, reduction="sum")`, with at most `chunk_bytes` of logits alive.
+    """`cross_entropy(hidden @ weight.T + bias, targets, reduction="sum")`, with at most
+    `chunk_bytes` of logits in memory.
 
-    `hidden` is [n, size], `weight` [vocabulary, size], `targets` int64 [n]. Products run in the dtype of autocast or
-    of `hidden`; softmax, sum and the weight's gradient in fp32 or wider. Returns a scalar. With `most_chunks` only the
-    first chunks are computed: used by the memory trace, which needs the shape of one chunk only.
+    `hidden` is [n, size], `weight` [vocabulary, size], `targets` int64 [n]. Products run in the
+    dtype of autocast, or of `hidden` without autocast; softmax, sum and the weight's gradient in
+    fp32 or wider. Returns a scalar. With `most_chunks` only the first chunks are computed, which is
+    used by the memory trace, which needs the shape of one chunk only.
     """
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
@@ -129,6 +141,8 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients during the forward pass; the backward pass only scales them."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -149,19 +163,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight = torch.zeros(w.shape, dtype=exact, device=h.device) if needs[1] else None
             d_bias = torch.zeros(bias.shape, dtype=exact, device=h.device) if needs[2] else None
             rows = max(1, chunk_bytes // (len(w) * exact.itemsize))
-            for a in range(0, len(h), rows)[:most_chunks]:
-                part = slice(a, a + rows)
-                wanted = targets[part, None]
+            for start in range(0, len(h), rows)[:most_chunks]:
+                part = slice(start, start + rows)
+                target_ids = targets[part, None]
                 logits = h[part] @ w.T
                 if bias is not None:
                     logits += bias.to(dtype)
                 logits = logits.to(exact)
                 normalizer = logits.logsumexp(dim=1, keepdim=True)
-                total += (normalizer - logits.gather(1, wanted)).sum()
+                total += (normalizer - logits.gather(1, target_ids)).sum()
                 if not any(needs):
                     continue
-                slope = logits.sub_(normalizer).exp_()  # the softmax, less one at the target: d loss / d logits
-                slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1))
+                slope = logits.sub_(normalizer).exp_()  # d loss / d logits: the softmax, minus 1 at the target
+                slope.scatter_add_(1, target_ids, slope.new_full(target_ids.shape, -1))
                 if d_bias is not None:
                     d_bias += slope.sum(dim=0)
                 slope = slope.to(dtype)
@@ -179,8 +193,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        found = [
+        gradients = [
             None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
-        ctx.gradients = None  # they have been scaled in place: a second backward must fail, not be wrong
-        return *found, None, None, None, None
+        ctx.gradients = None  # scaled in place, so a second backward must fail rather than be wrong
+        return *gradients, None, None, None, None

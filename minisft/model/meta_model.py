@@ -1,6 +1,7 @@
-"""A model of a transformers config without its weights: on PyTorch's meta device, where tensors have shapes alone.
+"""Build a model without weights, on PyTorch's meta device, where tensors have only shapes.
 
-What a config asks for costs nothing there but the modules themselves, so these are counted as they are made.
+The only cost of a large config there is its modules, so they are counted during construction and
+limited.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from minisft.data.model_folder import quiet
 from minisft.errors import UserError
 
 MOST_MODULES = 100_000  # DeepSeek-V3's 61 layers with a module for each of their 256 experts are 75,000
-MOST_PARAMETERS = 10**15  # beyond, sums of bytes leave 64 bits
+MOST_PARAMETERS = 10**15  # more would overflow 64-bit sums of bytes
 PLAIN = (bool, int, float, str, type(None))
 
 LayerKind = tuple[Any, ...]  # equal for layers that compute the same on tensors of the same shapes
 
 
 def meta_model(config: Any, trust_remote_code: bool = False) -> Any:
-    """The torch module of a config. Raises `UserError` if none can be built, or only an absurdly large one."""
+    """Build the torch module of a config. Raises `UserError` if it cannot be built or is absurdly
+    large.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -30,10 +33,10 @@ def meta_model(config: Any, trust_remote_code: bool = False) -> Any:
         with quiet(), warnings.catch_warnings(), _bounded(), torch.device("meta"), no_init_weights():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            model.tie_weights()  # which comes with initializing them
+            model.tie_weights()  # skipped with the initialization
     except UserError:
         raise
-    except Exception as error:  # each model's code raises its own
+    except Exception as error:  # each model's code raises different exceptions
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"no {config.model_type} model can be built from this config ({reason}): correct it") from error
     if (parameters := sum(p.numel() for p in model.parameters())) > MOST_PARAMETERS:
@@ -43,15 +46,15 @@ def meta_model(config: Any, trust_remote_code: bool = False) -> Any:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Let no model be built that has more than `MOST_MODULES`."""
+    """Raise `UserError` inside this context once more than `MOST_MODULES` modules exist."""
     from torch.nn.modules.module import register_module_module_registration_hook
 
-    made = 0
+    module_count = 0
 
     def count(*module: Any) -> None:
-        nonlocal made
-        made += 1
-        if made > MOST_MODULES:
+        nonlocal module_count
+        module_count += 1
+        if module_count > MOST_MODULES:
             raise UserError(f"the model of this config has more than {MOST_MODULES:,} modules: correct its sizes")
 
     hook = register_module_module_registration_hook(count)
@@ -62,26 +65,31 @@ def _bounded() -> Iterator[None]:
 
 
 def layers_of(model: Any) -> list[tuple[Any, ...]]:
-    """The modules of each decoder layer, in order; nothing if they are not kept in lists of that length."""
+    """Return the modules of each decoder layer, in order; empty if no `ModuleList` has one entry
+    per layer.
+    """
     from torch.nn import ModuleList
 
     length = getattr(model.config, "num_hidden_layers", None)
-    lists, inside = [], set()
+    lists, nested = [], set()  # nested: name prefixes of modules inside a list that was taken
     for name, module in model.named_modules():
-        if isinstance(module, ModuleList) and len(module) == length and not name.startswith(tuple(inside)):
+        if isinstance(module, ModuleList) and len(module) == length and not name.startswith(tuple(nested)):
             lists.append(module)
-            inside.add(f"{name}.")
+            nested.add(f"{name}.")
     return list(zip(*lists, strict=True))
 
 
 def layer_kinds(model: Any) -> list[LayerKind]:
-    """For each decoder layer what it consists of: classes, shapes, and settings that are plain values.
+    """Describe each decoder layer by its classes, shapes and plain attribute values; equal layers
+    get the same object.
 
-    Attributes that only say which layer it is do not count. What a config lists layer by layer counts.
+    Attributes that only hold the layer's index are ignored. Per-layer lists in the config are
+    included.
     """
     layers = layers_of(model)
     named = [[(f"{i}.{n}", m) for i, part in enumerate(layer) for n, m in part.named_modules()] for layer in layers]
-    numbers, others = set(), set()  # names of whole numbers that are everywhere the layer's position, and the rest
+    # Names of int attributes that equal the layer's position in some layer, and that differ from it in some layer.
+    numbers, others = set(), set()
     for position, modules in enumerate(named):
         for key, value in ((key, value) for _, m in modules for key, value in vars(m).items() if type(value) is int):
             (numbers if value == position else others).add(key)
@@ -96,7 +104,9 @@ def layer_kinds(model: Any) -> list[LayerKind]:
 
 
 def _plain(module: Any, positions: set[str]) -> Iterator[tuple[str, str]]:
-    """What tells a module from others of its class: its own tensors' shapes, and its plain attributes."""
+    """Yield what distinguishes a module from others of its class: tensor shapes and plain
+    attributes.
+    """
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         yield name, f"{tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
     for key, value in sorted(vars(module).items()):
@@ -106,15 +116,17 @@ def _plain(module: Any, positions: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def repetition(kinds: Sequence[LayerKind]) -> tuple[int, int]:
-    """(start, period): from layer `start` on, up to the last, each layer is like the one `period` later.
+    """Return (start, period): from layer `start` on, each layer equals the one `period` later, if
+    there is one.
 
-    The pair with which the fewest layers have to be traced: `shallow` says how many.
+    Of all such pairs, this one needs the fewest traced layers, as counted by `shallow`.
     """
-    found = [(_first_of_tail(kinds, period), period) for period in range(1, len(kinds) // 2 + 1)]
-    return min(found, key=lambda pair: shallow(len(kinds), *pair) + pair[1], default=(len(kinds), 1))
+    pairs = [(_first_of_tail(kinds, period), period) for period in range(1, len(kinds) // 2 + 1)]
+    return min(pairs, key=lambda pair: shallow(len(kinds), *pair) + pair[1], default=(len(kinds), 1))
 
 
 def _first_of_tail(kinds: Sequence[LayerKind], period: int) -> int:
+    """Return the first layer from which on the layers repeat with this period."""
     start = len(kinds) - period
     while start > 0 and kinds[start - 1] is kinds[start - 1 + period]:
         start -= 1
@@ -122,5 +134,7 @@ def _first_of_tail(kinds: Sequence[LayerKind], period: int) -> int:
 
 
 def shallow(layers: int, start: int, period: int) -> int:
-    """How many of the first layers stand for all: those before `start`, and two or more periods up to where it ends."""
+    """Return how many layers to trace instead of all: those before `start`, at least two periods,
+    and the remainder.
+    """
     return start + max(2, -(-3 // period)) * period + (layers - start) % period

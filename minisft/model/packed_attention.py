@@ -1,6 +1,6 @@
-"""Attention for padding-free batches: rows laid end to end, each attending to itself alone.
+"""Attention for padding-free batches: rows are concatenated, and each attends only to itself.
 
-Registered with transformers' attention interface, so the model's own code stays as it is.
+It is registered with transformers' attention interface, so the model's code is unchanged.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ PER_DOCUMENT = "minisft_per_document"
 
 
 def supports_padding_free(model: Any) -> bool:
-    """Whether this model takes its attention from the interface and makes logits at chosen positions only.
+    """Return whether this model uses the attention interface and can compute logits at chosen
+    positions only.
 
-    Models with a sliding window, or with another attention per layer, do not count: their masks are more than bounds.
+    Also registers the attention if so. False for models with a sliding window or several kinds of
+    layers: row boundaries alone do not describe their masks.
     """
     import inspect
 
@@ -33,7 +35,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(PER_DOCUMENT, per_document_attention)
-    AttentionMaskInterface.register(PER_DOCUMENT, lambda *args, **kwargs: None)  # rows need no mask, only bounds
+    AttentionMaskInterface.register(PER_DOCUMENT, lambda *args, **kwargs: None)  # row bounds replace the mask
 
 
 def per_document_attention(
@@ -45,32 +47,47 @@ def per_document_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Any = None,
-    max_length_q: int | None = None,
+    max_length_q: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, None]:
     """Causal scaled-dot-product attention within each row of a padding-free batch.
 
-    `query` is [1, heads, tokens, head size], `key` and `value` the same with as many or fewer heads;
-    `cu_seq_lens_q`, int32 [rows + 1], holds the rows' bounds and `max_length_q` the longest row. Returns
-    [1, tokens, heads, head size]. On CUDA in bf16 or fp16 one variable-length kernel takes all rows
-    (`torch.nn.attention.varlen`, FlashAttention); elsewhere each row is a call of its own.
+    `query` is [1, heads, tokens, head size], `key` and `value` the same with as many or fewer
+    heads; `cu_seq_lens_q`, int32 [rows + 1], holds the rows' bounds and `max_length_q` the length
+    of the longest row. Returns ([1, tokens, heads, head size], None). On CUDA in bf16 or fp16
+    without dropout, one variable-length kernel computes all rows (`torch.nn.attention.varlen`,
+    FlashAttention); otherwise each row is a separate call. Raises `UserError` for a sliding window
+    or a softcap.
     """
     import torch
 
     if kwargs.get("sliding_window") or kwargs.get("softcap"):
-        raise UserError("this model's attention has a window or a cap: train it with --batching padded")
+        raise UserError("this model's attention has a sliding window or a softcap: train it with --batching padded")
     dropout = dropout if module.training else 0.0
     grouped = query.shape[1] != key.shape[1]
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # rotary embeddings come out of it in fp32, values in half
+    if torch.is_autocast_enabled(
+        device
+    ):  # under autocast, rotary embeddings make query and key fp32 but value stays half
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     dtype = query.dtype
     if device == "cuda" and dtype in (torch.bfloat16, torch.float16) and not dropout:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [tokens, heads, head size]
-        bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        return varlen_attn(q, k, v, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)[None], None
+        output: Any = varlen_attn(
+            q,
+            k,
+            v,
+            cu_seq_q=cu_seq_lens_q,
+            cu_seq_k=cu_seq_lens_q,
+            max_q=max_length_q,
+            max_k=max_length_q,
+            scale=scaling,
+            window_size=(-1, 0),  # causal
+            enable_gqa=grouped,
+        )
+        return output[None], None
 
     rows = [
         torch.nn.functional.scaled_dot_product_attention(

@@ -1,7 +1,7 @@
-"""Which rows make up each global batch, and which rank gets which of them when: decided once, for every strategy alike.
+"""Decides which rows make up each global batch, and which rank gets which of them, for every strategy alike.
 
-The rows of a global batch depend on the seed and the epoch alone. Ranks, micro-batches and accumulation only share
-them out, so one process and eight GPUs see the same rows at every step.
+The rows of a global batch depend on the seed and the epoch only. Ranks, micro-batches and accumulation
+just divide them, so one process and eight GPUs see the same rows at every step.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-WINDOW = 32  # global batches whose rows are sorted by length together, where batches are padded
+WINDOW = 32  # global batches per window; rows of padded batches are sorted by length within a window
 
 
 @dataclass
 class RankBatches:
-    """The micro-batches of one rank in order, each a list of row indices; a batch sampler for torch's DataLoader.
+    """The micro-batches of one rank in order, each a list of row indices: a batch sampler for torch's DataLoader.
 
-    `lengths` holds the tokens of every row. A global batch is `batch_size * accumulation * ranks` rows; those that are
-    left at an epoch's end, fewer than that, wait for the next shuffle. With `by_length`, which padded batches want,
-    rows of like length come into the same global batch, and the global batches come in random order.
+    `lengths` holds the number of tokens of every row. A global batch has `batch_size * accumulation *
+    ranks` rows; an incomplete one at the end of an epoch is dropped, and the next epoch shuffles all rows
+    again. With `by_length`, for padded batches, rows of similar length share a global batch, and the
+    global batches come in random order.
     """
 
     lengths: Sequence[int]
@@ -36,7 +37,7 @@ class RankBatches:
 
     @property
     def batch_sampler(self) -> RankBatches:
-        """What Trainer looks for, to tell the epoch to."""
+        """This object again: Trainer calls `set_epoch` on the loader's `batch_sampler.batch_sampler`."""
         return self
 
     @property
@@ -51,11 +52,11 @@ class RankBatches:
             yield from self.shares(rows)[self.rank]
 
     def global_batches(self) -> list[list[int]]:
-        """This epoch's global batches, as row indices: the same for every rank."""
+        """Return this epoch's global batches, as row indices; they are the same on every rank."""
         import torch
 
-        chance = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=chance).tolist()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
         size = self.global_batch
         order = order[: len(order) // size * size]
         if self.by_length:
@@ -64,33 +65,34 @@ class RankBatches:
             order = [row for w in windows for row in sorted(w, key=self.lengths.__getitem__)]
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         if self.by_length:
-            batches = [batches[i] for i in torch.randperm(len(batches), generator=chance).tolist()]
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         return batches
 
     def shares(self, rows: list[int]) -> list[list[list[int]]]:
-        """A global batch shared out: for each rank its micro-batches.
+        """Divide a global batch: return, for each rank, its micro-batches.
 
-        The ranks' micro-batches of one moment have rows of like length and nearly equal sums of tokens: nobody waits
-        long for the others, and little is padded.
+        The micro-batches that the ranks compute at the same time have rows of similar length and nearly
+        equal token counts, so that no rank waits long for the others and padding is short.
         """
         order = sorted(rows, key=lambda row: (-self.lengths[row], row))
         at_once = self.batch_size * self.ranks
-        shared: list[list[list[int]]] = [[] for _ in range(self.ranks)]
+        by_rank: list[list[list[int]]] = [[] for _ in range(self.ranks)]
         for start in range(0, len(order), at_once):
-            hands: list[list[int]] = [[] for _ in range(self.ranks)]
-            for row in order[start : start + at_once]:  # longest first, each to the rank that has least so far
-                open_hands = [hand for hand in hands if len(hand) < self.batch_size]
-                min(open_hands, key=lambda hand: sum(self.lengths[r] for r in hand)).append(row)
-            for rank, hand in enumerate(hands):
-                shared[rank].append(hand)
-        return shared
+            micro_batches: list[list[int]] = [[] for _ in range(self.ranks)]
+            for row in order[start : start + at_once]:  # longest first, each to the rank with the fewest tokens
+                not_full = [batch for batch in micro_batches if len(batch) < self.batch_size]
+                min(not_full, key=lambda batch: sum(self.lengths[r] for r in batch)).append(row)
+            for rank, batch in enumerate(micro_batches):
+                by_rank[rank].append(batch)
+        return by_rank
 
 
 class Packs:
-    """Rows packed into entries of at most `max_length` tokens, as a dataset whose items are lists of rows.
+    """A dataset of packs: each item is a list of rows with at most `max_length` tokens in total.
 
-    First-fit decreasing: the longest row first, each into the first pack that has room. Attention and position ids
-    keep the rows of a pack apart; a pack is only a way to give every micro-batch about the same number of tokens.
+    First-fit decreasing: the longest row first, each into the first pack that has room. Attention and
+    position ids keep the rows of a pack apart; packing only gives every micro-batch about the same number
+    of tokens.
     """
 
     def __init__(self, rows: Any, lengths: Sequence[int], max_length: int):
@@ -99,14 +101,14 @@ class Packs:
         room: list[int] = []
         first_open = 0
         for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-            place = next((i for i in range(first_open, len(room)) if room[i] >= lengths[row]), None)
-            if place is None:
-                place = len(room)
+            pack = next((i for i in range(first_open, len(room)) if room[i] >= lengths[row]), None)
+            if pack is None:
+                pack = len(room)
                 self.members.append([])
                 room.append(max_length)
-            self.members[place].append(row)
-            room[place] -= lengths[row]
-            shortest = 2  # no row has fewer tokens: BOS and one more
+            self.members[pack].append(row)
+            room[pack] -= lengths[row]
+            shortest = 2  # every row has at least BOS and one more token
             while first_open < len(room) and room[first_open] < shortest:
                 first_open += 1
         self.lengths = [sum(lengths[i] for i in members) for members in self.members]

@@ -1,11 +1,13 @@
-"""Whether a model folder or a checkpoint can be used, found out without keeping a model of it.
+"""Checks whether a model folder or a checkpoint can be used, without keeping a model in memory.
 
-Each is examined before it is trained, evaluated or talked to: its files' headers before their values. Which tensors a
-model wants, and under which names they are saved, transformers itself says, by loading them without their values.
+Each folder is checked before it is trained, evaluated or used for chat: first the headers of its files,
+then their values. transformers itself tells which tensors a model needs and under which names they are
+saved: it loads the model on the meta device, without values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,62 +29,66 @@ from minisft.training.dataset import changed_model
 
 
 def model_problem(folder: Path, *, trust_remote_code: bool = False, values: bool = True) -> str:
-    """Why the model in `folder` cannot be used, in one sentence without its name; empty if it can.
+    """Say why the model in `folder` cannot be used, in one sentence without its name; "" if it can be used.
 
-    Looks at config, files, headers, tensors that are missing, unexpected or of another shape, and tied weights; with
-    `values` also at every number, once for each content. The tokenizer is examined where it is loaded.
+    Checks the config, the files, their headers, tied weights, and tensors that are missing, unexpected or
+    of another shape; with `values` also that every number is finite, once per file content. The
+    tokenizer is checked where it is loaded.
     """
-    return _said(lambda: _flaw(folder, trust_remote_code, values))
+    return _sentence(lambda: _model_problem(folder, trust_remote_code, values))
 
 
 def require_sound(folder: Path, *, trust_remote_code: bool = False) -> None:
     """Raise `UserError` if `model_problem` finds something."""
-    if wrong := model_problem(folder, trust_remote_code=trust_remote_code):
-        raise UserError(f"the model in {folder} cannot be used: {wrong}")
+    if problem := model_problem(folder, trust_remote_code=trust_remote_code):
+        raise UserError(f"the model in {folder} cannot be used: {problem}")
 
 
 def checkpoint_problem(run: Run, folder: Path) -> str:
-    """Why the checkpoint `folder` of `run` cannot be used, in one sentence without its name; empty if it can.
+    """Say why the checkpoint `folder` of `run` cannot be used, in one sentence without its name; "" if it can be.
 
-    The model before training may be given as well; it needs no chat template.
+    `folder` may also be the model before training, which needs no chat template.
     """
-    return _said(lambda: _ailment(run, folder))
+    return _sentence(lambda: _checkpoint_problem(run, folder))
 
 
-def _said(examine: Any) -> str:
+def _sentence(find_problem: Callable[[], str]) -> str:
     try:
-        return one_line(examine())
+        return one_line(find_problem())
     except UserError as error:
         return one_line(error)
-    except Exception as error:  # whatever a library raises on files that somebody has damaged
+    except Exception as error:  # libraries raise all kinds of errors for damaged files
         return f"it cannot be examined ({type(error).__name__}: {one_line(error, 150)})"
 
 
-def _flaw(folder: Path, trust_remote_code: bool, values: bool) -> str:
-    if wrong := unreadable_reason(folder, trust_remote_code):
-        return wrong
+def _model_problem(folder: Path, trust_remote_code: bool, values: bool) -> str:
+    if reason := unreadable_reason(folder, trust_remote_code):
+        return reason
     model_config(folder, trust_remote_code)
     files = weight_files(folder)
-    model, found = _without_values(folder, trust_remote_code)
-    return weights_mismatch(model, found, files) or (not_finite_reason(files) if values else "")
+    model, loading_info = _without_values(folder, trust_remote_code)
+    return weights_mismatch(model, loading_info, files) or (not_finite_reason(files) if values else "")
 
 
-def _ailment(run: Run, folder: Path) -> str:
+def _checkpoint_problem(run: Run, folder: Path) -> str:
     trust = run.trust_remote_code
     if not (folder / "config.json").is_file():
         return "it has no config.json"
     config, own = model_config(folder, trust), model_config(run.model_folder, trust)
     if config.model_type != own.model_type:
-        return f"it is of another architecture: a {config.model_type} model, and the run's is {own.model_type}"
+        return f"it has another architecture: a {config.model_type} model, and the run's is {own.model_type}"
     return (
-        _flaw(folder, trust, values=True)
-        or _not_as_written(run, folder)
-        or _no_words(run, folder, config.get_text_config().vocab_size)
+        _model_problem(folder, trust, values=True)
+        or _difference_to_written(run, folder)
+        or _tokenizer_problem(run, folder, config.get_text_config().vocab_size)
     )
 
 
-def _not_as_written(run: Run, folder: Path) -> str:
-    """How a checkpoint differs from what its run wrote, its optimizer states aside; the start model, from then."""
+def _difference_to_written(run: Run, folder: Path) -> str:
+    """Say how a checkpoint, optimizer states aside, differs from what its run wrote.
+
+    The start model is compared with its state when the run was prepared.
+    """
     if folder == run.model_folder:
         return changed_model(run)
     manifest = manifest_of(folder) or {}
@@ -95,11 +101,11 @@ def _not_as_written(run: Run, folder: Path) -> str:
 
 
 def _without_values(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
-    """The model on PyTorch's meta device, and what transformers says of how its tensors and the files' agree."""
+    """Return the model on PyTorch's meta device, and how its tensors match the files, as transformers reports it."""
     from transformers import AutoModelForCausalLM
 
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             device_map="meta",
             output_loading_info=True,
@@ -108,14 +114,15 @@ def _without_values(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[st
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
+    return loaded  # a pair, because of `output_loading_info`
 
 
-def _no_words(run: Run, folder: Path, vocabulary: int) -> str:
+def _tokenizer_problem(run: Run, folder: Path, vocabulary: int) -> str:
     if folder == run.model_folder:
-        return ""  # that it has a tokenizer was seen when the run was made, and its template is the run's
+        return ""  # `prepare` has loaded its tokenizer, and the template is that of the run
     if not (folder / "tokenizer.json").exists():
         return "it has no tokenizer.json"
     tokenizer = HuggingFaceTokenizer(folder)
     if len(tokenizer.hf) > vocabulary:
-        return f"its tokenizer has {len(tokenizer.hf)} tokens, and its model embeddings for {vocabulary}"
+        return f"its tokenizer has {len(tokenizer.hf)} tokens, but its model has embeddings for {vocabulary}"
     return "" if tokenizer.hf.chat_template else "its tokenizer has no chat template"

@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or not there, checked before they are trusted, and few enough to fit the disk.
+"""Writes checkpoints atomically, verifies them before they are used, and removes those no longer needed.
 
-A checkpoint is written into `.saving/` and gets its name, by one rename, when all of it is on the disk; its
-`manifest.json` names every file with size and checksum. So whatever kills a run, `checkpoint-N` is never half a one.
+A checkpoint is written into `.saving/` and gets its name, by one rename, when all of it is on disk; its
+`manifest.json` lists every file with size and checksum. So, whatever kills a run, a folder
+`checkpoint-N` is always complete.
 """
 
 from __future__ import annotations
@@ -24,30 +25,35 @@ from minisft.run.folder import MANIFEST, Run, checkpoint_step, manifest_of
 from minisft.zero.strategies import strategy_named
 
 SCRATCH = ".saving"
-HALVES = (f"{SCRATCH}/checkpoint-*", ".removed-checkpoint-*/*")  # of checkpoints that were being saved or removed
-MADE_AGAIN = (  # of a run folder: what preparing and starting write
+# Incomplete checkpoints: their saving or removal was interrupted.
+HALVES = (f"{SCRATCH}/checkpoint-*", ".removed-checkpoint-*/*")
+MADE_AGAIN = (  # the files of a run folder that preparing and starting write again
     *("run.json", "deepspeed.json", "command.txt", "hosts.json", "hostfile", "environment", "job.sbatch"),
     *("slurm-hostfile", "ledger.json", "metrics.jsonl", "memory.json", "DONE", "FAILED", ".minisft-*"),
     *("data/made_of.json", "data/*.arrow", "data/test.jsonl", "logs/*.log", "ranks/*.json", "ranks/.minisft-*"),
     "tensorboard/events.*",
 )
-UNSAFE = ("training_args.bin",)  # a pickle that nobody needs: run.json says the same
+UNSAFE = ("training_args.bin",)  # a pickle, and not needed: run.json has the same settings
 
 
 def scratch_folder(run: Run) -> Path:
-    """Where a checkpoint is while it is being written."""
+    """Return the folder in which checkpoints are written."""
     return run.folder / SCRATCH
 
 
 def discard_unfinished(run: Run) -> None:
-    """Remove what an interrupted save or removal left; it also frees the space that a full disk lacks."""
+    """Remove what an interrupted save or removal left; this also frees space on a full disk."""
     remove_all(scratch_folder(run))
     for folder in run.folder.glob(".removed-checkpoint-*"):
         remove_all(folder)
 
 
 def seal(run: Run, folder: Path, about: dict[str, Any]) -> Path:
-    """Write the manifest of a checkpoint in `.saving/` and give it its place in the run; returns that place."""
+    """Write the manifest of a checkpoint in `.saving/`, move it into the run, and return its new path.
+
+    `about` is added to the manifest. Everything is flushed to disk before the rename. Raises `UserError`
+    if the run already has this checkpoint.
+    """
     for name in UNSAFE:
         (folder / name).unlink(missing_ok=True)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -55,28 +61,31 @@ def seal(run: Run, folder: Path, about: dict[str, Any]) -> Path:
     write_json(folder / MANIFEST, {**about, "files": digests})
     _sync(folder / MANIFEST)
     _sync(folder)
-    place = run.folder / folder.name
-    if place.exists():
-        raise UserError(f"{place} exists already: move it away and start the run again")
-    folder.rename(place)
+    checkpoint = run.folder / folder.name
+    if checkpoint.exists():
+        raise UserError(f"{checkpoint} exists already: move it away and start the run again")
+    folder.rename(checkpoint)
     folder.parent.rmdir()
     _sync(run.folder)
-    return place
+    return checkpoint
 
 
 def rotate(run: Run, keep: int | None) -> None:
-    """Remove all checkpoints but the last `keep`, the best (lowest test loss), and those without a sound manifest."""
+    """Remove all checkpoints except the last `keep`, the best one (lowest test loss), and those without a manifest.
+
+    `None` keeps all.
+    """
     if keep is None:
         return
-    kept = {*run.checkpoints[-keep:], run.best_checkpoint}
-    for folder in set(run.checkpoints) - kept:
-        with suppress(UserError):  # a damaged one may be the best
+    needed = {*run.checkpoints[-keep:], run.best_checkpoint}
+    for folder in set(run.checkpoints) - needed:
+        with suppress(UserError):  # a damaged manifest: this checkpoint may be the best
             if manifest_of(folder) is not None:
                 remove(folder)
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint so that nobody sees half of it."""
+    """Remove a checkpoint; it is renamed first, so that no half-removed `checkpoint-N` is ever visible."""
     if folder.exists():
         doomed = folder.with_name(f".removed-{folder.name}")
         remove_all(doomed)
@@ -85,8 +94,11 @@ def remove(folder: Path) -> None:
 
 
 def latest_resumable(run: Run) -> Path | None:
-    """The last checkpoint that has optimizer states, or None. Raises `UserError` if any checkpoint is damaged."""
-    found = None
+    """Return the last checkpoint that has optimizer states, or None.
+
+    Raises `UserError` if a manifest is damaged, or if a later checkpoint exists that cannot be resumed.
+    """
+    latest = None
     advice = "rerun the same command to resume from what is left, or replace the run with --overwrite"
     for checkpoint in run.checkpoints:
         try:
@@ -94,22 +106,24 @@ def latest_resumable(run: Run) -> Path | None:
         except UserError as error:
             raise UserError(f"{error}; move {checkpoint} away and {advice}") from error
         if is_resumable:
-            found = checkpoint
-        elif found is not None and any(checkpoint.iterdir()):  # training would write another one in its place
-            raise UserError(f"{checkpoint} is later than {found.name} and cannot be resumed: move it away and {advice}")
-    return found
+            latest = checkpoint
+        elif latest is not None and any(checkpoint.iterdir()):  # training would write a checkpoint of this name
+            raise UserError(
+                f"{checkpoint} is later than {latest.name} and cannot be resumed: move it away and {advice}"
+            )
+    return latest
 
 
 def resume_point(run: Run) -> Path | None:
-    """The checkpoint to resume from; None if the folder holds nothing to lose, so that the run can start anywhere.
+    """Return the checkpoint to resume from; None if the run starts from the beginning and loses nothing.
 
-    Raises `UserError` where it holds something and no checkpoint to resume from: only `--overwrite` removes that.
+    Raises `UserError` if there is no such checkpoint, but a file that may hold weights.
     """
     if (checkpoint := latest_resumable(run)) is not None:
         return checkpoint
-    if (kept := something_to_lose(run.folder)) is not None:
+    if (valuable := something_to_lose(run.folder)) is not None:
         raise UserError(
-            f"{run.folder} holds {kept.relative_to(run.folder)}, which may be weights, and no checkpoint to "
+            f"{run.folder} holds {valuable.relative_to(run.folder)}, which may be weights, and no checkpoint to "
             "resume from: start it from the beginning with --restart (or --overwrite), give this run another --name, "
             "or start from its weights with --model"
         )
@@ -117,23 +131,26 @@ def resume_point(run: Run) -> Path | None:
 
 
 def something_to_lose(folder: Path) -> Path | None:
-    """The first file in a run folder that preparing would not make again: of a checkpoint, or somebody's own."""
+    """Return the first file of a run folder that preparing would not write again, or None.
+
+    It belongs to a checkpoint or to the user. Raises `UserError` for a folder that cannot be read.
+    """
 
     def unreadable(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}), and may hold weights: make it readable")
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}) and may hold weights: make it readable")
 
-    for place, folders, names in os.walk(folder, onerror=unreadable):
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
         folders.sort()
-        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
         for name in sorted([*names, *links]):
-            file = Path(place) / name
+            file = Path(parent) / name
             if not is_made_again(file.relative_to(folder)):
                 return file
     return None
 
 
 def is_made_again(file: Path) -> bool:
-    """Whether a file of a run folder, by its path in there, is one that preparing or starting makes again."""
+    """Return whether preparing or starting writes this file again; `file` is relative to the run folder."""
     if any(fnmatchcase(str(file), half) for half in HALVES):
         return True
     patterns = (pattern.split("/") for pattern in MADE_AGAIN)
@@ -141,19 +158,22 @@ def is_made_again(file: Path) -> bool:
 
 
 def verify(run: Run, folder: Path) -> None:
-    """Raise `UserError` unless the checkpoint is as it was written, with all that a resume needs."""
-    if wrong := checkpoint_damage(folder) or _lacks(run, folder):
+    """Raise `UserError` unless the checkpoint is unchanged and has every file that a resume needs."""
+    if problem := checkpoint_damage(folder) or _resume_problem(run, folder):
         earlier = [c for c in run.checkpoints if checkpoint_step(c) < checkpoint_step(folder)]
-        then = f"it then goes on from {earlier[-1].name}" if earlier else "it then starts from the beginning"
-        raise UserError(f"{folder.name} is damaged: {wrong}; remove {folder} and start the run again, {then}")
+        then = f"it then resumes from {earlier[-1].name}" if earlier else "it then starts from the beginning"
+        raise UserError(f"{folder.name} is damaged: {problem}; remove {folder} and start the run again, {then}")
 
 
-def _lacks(run: Run, folder: Path) -> str:
-    """What a resumable checkpoint lacks, or has too much; transformers passes over states that are not there."""
-    named = set((manifest_of(folder) or {}).get("files", ()))
-    here = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
-    if unnamed := sorted(here - named):
-        return f"{MANIFEST} does not name {unnamed[0]}"
+def _resume_problem(run: Run, folder: Path) -> str:
+    """Say which file of a resumable checkpoint is missing, or is one too many; "" if all is well.
+
+    transformers silently skips states that are missing, so they are checked here.
+    """
+    listed = set((manifest_of(folder) or {}).get("files", ()))
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    if unlisted := sorted(present - listed):
+        return f"{MANIFEST} does not name {unlisted[0]}"
     if not run.wrote(manifest_of(folder) or {}):
         return "it was written by another run"
     ranks = run.config.ranks
@@ -166,29 +186,29 @@ def _lacks(run: Run, folder: Path) -> str:
         wanted += [r"global_step\d+/.*model_states\.pt"]
     wanted += [r"rng_state\.pth"] if ranks == 1 else [rf"rng_state_{rank}\.pth" for rank in range(ranks)]
     for pattern in wanted:
-        if not any(re.fullmatch(pattern, name) for name in here):
-            return f"a file of its optimizer's, scheduler's or random states is missing ({pattern})"
+        if not any(re.fullmatch(pattern, name) for name in present):
+            return f"a file of its optimizer, scheduler or random states is missing ({pattern})"
     if (state := read_json(folder / "trainer_state.json", TrainerState)).global_step != checkpoint_step(folder):
-        return f"its trainer_state.json is of step {state.global_step}"
+        return f"its trainer_state.json is from step {state.global_step}"
     return ""
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Of transformers' `trainer_state.json`: the step, and how many there are to be."""
+    """The part of transformers' `trainer_state.json` that is needed: the step, and the number of steps in all."""
 
     global_step: int
     max_steps: int
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether the checkpoint is that of the last step, so that only the end of the run is to be written."""
+    """Return whether the checkpoint is from the last step, so that only `DONE` is missing."""
     state = read_json(folder / "trainer_state.json", TrainerState)
     return state is not None and state.global_step >= state.max_steps
 
 
 def checkpoint_damage(folder: Path, only: Collection[str] | None = None) -> str:
-    """How the first file that differs from the manifest differs from it; empty if all, or all of `only`, are whole."""
+    """Describe the first file that differs from the manifest; "" if none does. `only` limits the check to these names."""
     try:
         manifest = manifest_of(folder)
     except UserError as error:
@@ -213,17 +233,17 @@ def checkpoint_damage(folder: Path, only: Collection[str] | None = None) -> str:
 
 
 def cut_metrics(file: Path, step: int) -> None:
-    """Keep the lines of `metrics.jsonl` up to `step`, so that a resumed run doubles none."""
-    kept = []
+    """Cut `metrics.jsonl` after `step`, so that a resumed run does not write a step twice."""
+    lines = []
     for line in (read_text(file) or "").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # the line that was being written when the run was killed
+                lines.append(line + "\n")
+        except (ValueError, KeyError, TypeError):  # a line that was half-written when the run was killed
             break
-    if kept or file.exists():
+    if lines or file.exists():
         with written_whole(file) as stream:
-            stream.writelines(kept)
+            stream.writelines(lines)
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Collation: what the model really receives."""
+"""Collates rows into the tensors that the model receives."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ Row = Mapping[str, Any]  # id, input_ids, labels
 class PadRight:
     """Pads a micro-batch to its longest row, not to the maximum length.
 
-    Returns `input_ids`, `attention_mask` and `labels`, int64 tensors of shape [rows, longest]. The labels are
-    carried over, never rebuilt from the ids: that is the bug of `DataCollatorForLanguageModeling(mlm=False)`.
-    Padding is found by length, so a pad id that equals EOS hides no EOS.
+    Returns `input_ids`, `attention_mask` and `labels`, int64 tensors of shape [rows, longest]. The labels
+    are copied, never rebuilt from the ids, which is the bug of
+    `DataCollatorForLanguageModeling(mlm=False)`. The attention mask follows from the row's length, so an
+    EOS stays visible even if the pad id equals EOS.
     """
 
     pad_id: int
@@ -40,22 +41,23 @@ class PadRight:
 
 @dataclass(frozen=True)
 class PaddingFree:
-    """Lays the rows of a micro-batch end to end, without one token of padding.
+    """Concatenates the rows of a micro-batch, without any padding.
 
-    Returns `input_ids`, `position_ids` (restarting with each row) and `labels`, int64 tensors of shape [1, tokens],
-    and by transformers' own names `cu_seq_lens_q`, int32 of shape [rows + 1], where each row begins, and
-    `max_length_q`, the longest row. A row may also be a pack, a list of rows (`minisft.training.batch_sampler.Packs`).
-    It needs an attention that keeps the rows apart, `minisft.model.packed_attention.PER_DOCUMENT`.
+    Returns `input_ids`, `position_ids` (restarting at 0 in each row) and `labels`, int64 tensors of shape
+    [1, tokens]. Under transformers' own names it adds `cu_seq_lens_q`, int32 of shape [rows + 1], the
+    offset of each row, and `max_length_q`, the length of the longest row. A row may also be a pack, a list
+    of rows (`minisft.training.batch_sampler.Packs`). The model needs an attention that keeps the rows
+    apart, `minisft.model.packed_attention.PER_DOCUMENT`.
     """
 
-    def __call__(self, rows: Sequence[Row | Sequence[Row]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Row | list[Row]]) -> dict[str, Any]:
         import torch
 
         flat = unpacked(rows)
         lengths = [len(row["input_ids"]) for row in flat]
         labels: list[int] = []
         for row in flat:
-            # A row's first token has nothing before it: it must not be predicted from the end of the row before.
+            # A row's first token must not be predicted from the end of the previous row.
             labels += [IGNORE_INDEX, *row["labels"][1:]]
         return {
             "input_ids": torch.tensor([[i for row in flat for i in row["input_ids"]]]),
@@ -67,41 +69,44 @@ class PaddingFree:
 
 
 def portions(lengths: Sequence[int], most: int) -> Iterator[slice]:
-    """Rows of these `lengths` in order, in slices of at most `most` tokens, and of at least one row."""
-    start, held = 0, 0
+    """Split rows of these `lengths`, in order, into slices of at most `most` tokens, but at least one row."""
+    start, tokens = 0, 0
     for i, length in enumerate(lengths):
-        if i > start and held + length > most:
+        if i > start and tokens + length > most:
             yield slice(start, i)
-            start, held = i, 0
-        held += length
+            start, tokens = i, 0
+        tokens += length
     if lengths:
         yield slice(start, len(lengths))
 
 
-def unpacked(rows: Sequence[Row | Sequence[Row]]) -> list[Row]:
-    """The rows themselves, where some may be packs of rows."""
+def unpacked(rows: Sequence[Row | list[Row]]) -> list[Row]:
+    """Return all rows, with packs replaced by their rows."""
     return [row for entry in rows for row in (entry if isinstance(entry, list) else [entry])]
 
 
 @dataclass(frozen=True)
 class WithRows:
-    """What a collator returns and, as `rows`, for each row its id, its tokens and its trained tokens.
+    """Adds `rows` to what another collator returns: (id, tokens, trained tokens) of each row.
 
-    For counting without asking the device, and for naming the rows of a batch that goes wrong.
+    With it, tokens are counted without reading from the device, and an error can name the rows of its batch.
     """
 
     collate: Callable[[Sequence[Any]], dict[str, Any]]
 
-    def __call__(self, rows: Sequence[Row | Sequence[Row]]) -> dict[str, Any]:
-        about = [
+    def __call__(self, rows: Sequence[Row | list[Row]]) -> dict[str, Any]:
+        counts = [
             (row["id"], len(row["input_ids"]), sum(label != IGNORE_INDEX for label in row["labels"][1:]))
             for row in unpacked(rows)
         ]
-        return self.collate(rows) | {"rows": about}
+        return self.collate(rows) | {"rows": counts}
 
 
 def pad_left(rows: Sequence[list[int]], pad_id: int) -> dict[str, Any]:
-    """Prompts for generation, int64 [rows, longest]: padded on the left, so that all answers start together."""
+    """Pad prompts for generation on the left, so that all answers start at the same position.
+
+    Returns `input_ids` and `attention_mask`, int64 tensors of shape [rows, longest].
+    """
     import torch
 
     longest = max(map(len, rows))

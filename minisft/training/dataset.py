@@ -1,9 +1,9 @@
-"""What a run trains and is tested on: read, split, chosen, encoded and written, one conversation at a time.
+"""Makes the training and test rows of a run: reads, splits, selects, encodes and writes conversations one by one.
 
 data/train.arrow   id, input_ids, labels; `datasets.Dataset.from_file` maps it into memory
-data/test.jsonl    the test conversations, cleaned, in ShareGPT's shape
-data/test.arrow    the first `eval_rows` of them that fit, as rows: the test loss of each checkpoint is theirs
-data/made_of.json  from what they were made, with the checksums of the three files
+data/test.jsonl    the test conversations, cleaned, in ShareGPT's format
+data/test.arrow    the first `eval_rows` of them that fit, as rows: the test loss is computed on these
+data/made_of.json  what the rows were made from, with the checksums of the three files
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ if TYPE_CHECKING:
     from minisft.run.config import RunConfig
     from minisft.run.folder import Run
 
-LEDGER = "ledger.json"  # beside the folder
+LEDGER = "ledger.json"  # beside the data folder
 TRAIN, TEST, TEST_ROWS = FILES = "train.arrow", "test.jsonl", "test.arrow"
 MADE_OF = "made_of.json"
-CODE = ("data", "chat", "labels", "training/dataset")  # what decides the rows, apart from settings and data
+CODE = ("data", "chat", "labels", "training/dataset")  # the code that decides the rows, besides settings and data
 ROWS_AT_ONCE = 256
-MOST_REMEMBERED = 200  # sets of rows that are recognized when another run wants them
+MOST_REMEMBERED = 200  # row sets in the cache, which later runs with the same settings can copy
 
 
 def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Path, ledger: Ledger) -> int:
-    """Write the three files into `folder`; returns how many rows there are to train.
+    """Write the three files into `folder`; return the number of training rows.
 
-    The file is read twice: once to decide the split, which needs every id, and once to encode. So its size does
-    not matter for the memory. Raises `UserError`.
+    The source is read twice, once to decide the split, which needs every id, and once to encode, so that
+    memory does not grow with its size. Raises `UserError` if the source cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     split = assign(read(source, ledger), config.test_fraction, config.seed, ledger)
     for stage in ("train side of the split", "test side of the split", "test", "train"):
-        ledger.count(stage, rows=0)  # in the order in which they are read best
+        ledger.count(stage, rows=0)  # fixes the order in which the ledger shows them
     with (folder / TEST).open("w", encoding="utf-8") as test:
 
         def train_side() -> Iterator[Conversation]:
-            for conversation in read(source, Ledger()):  # cleaning is booked already
+            for conversation in read(source, Ledger()):  # the first pass has recorded the cleaning
                 side = split.side(conversation)
                 count_side(side, conversation, ledger)
                 if side == "train":
@@ -67,33 +67,34 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
                 elif side == "test":
                     _write_test(test, conversation, config, ledger)
 
-        chosen = select(train_side(), "train", ledger, config.max_characters, config.max_rows)
-        rows = _encoded(chosen, config, tokenizer, ledger)
+        selected = select(train_side(), "train", ledger, config.max_characters, config.max_rows)
+        rows = _encoded(selected, config, tokenizer, ledger)
         written = write_rows(rows, folder / TRAIN)
     write_rows(_test_rows(config, tokenizer, folder / TEST), folder / TEST_ROWS)
     return written
 
 
 def describe_rows(config: RunConfig, source: Path, model: Path, digests: Digests) -> dict[str, Any]:
-    """What the rows depend on: settings, the content of the data, and the tokenizer in the folder `model`."""
+    """Return what the rows depend on: code, settings, the data's content, and the tokenizer in the folder `model`."""
     sources = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
     tokenizer = [file for file in (*sorted(model.glob("*token*")), model / "config.json") if file.is_file()]
-    # Rows name the file that they came from, so its name matters as well; where it lies does not.
-    about = [[file.name, digests.of(file)] for file in (*sources, *tokenizer)]
-    return {"code": code_digest(*CODE), "files": about, **config.values_that_shape_rows()}
+    # Row ids contain the name of their file, so the name matters as well; its folder does not.
+    files = [[file.name, digests.of(file)] for file in (*sources, *tokenizer)]
+    return {"code": code_digest(*CODE), "files": files, **config.values_that_shape_rows()}
 
 
 def copy_known_rows(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) -> int | None:
-    """Copy into `folder` the rows, and the ledger beside it, of the first run folder of `runs` that has the same.
+    """Copy the rows described by `wanted`, and their ledger, from the first run folder in `runs` that has them.
 
-    Returns how many rows there are to train, or None if none has. What belongs to `wanted` is known from this machine's
-    own cache, not from a run folder, which may come from somebody else: only files of the same content are taken.
+    Returns the number of training rows, or None if no run has them. The checksums that belong to `wanted`
+    come from this machine's own cache, not from a run folder, which may come from somebody else: only
+    files with the same content are copied.
     """
     known = _known_rows().get(_key(wanted))
     if known is None:
         return None
     for run in runs:
-        with suppress(OSError):  # a run that somebody removes
+        with suppress(OSError):  # the run may be removed at this moment
             if _sums(run) == known.sha256:
                 folder.mkdir(parents=True)
                 for name in FILES:
@@ -107,27 +108,27 @@ def copy_known_rows(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) 
 
 
 def remember_rows(wanted: dict[str, Any], rows: int, folder: Path) -> None:
-    """Write down, in the folder and in this machine's cache, of what the rows in `folder` were made."""
+    """Record in `folder` and in this machine's cache what the rows in `folder` were made from."""
     made = MadeRows(rows, _sums(folder.parent))
     _describe(folder, wanted, made)
     recent = dict(list(_known_rows().items())[-MOST_REMEMBERED:])
-    with suppress(OSError, UserError):  # a cache that cannot be written costs time alone
-        _memory().parent.mkdir(parents=True, exist_ok=True)
-        write_json(_memory(), {key: vars(value) for key, value in recent.items()} | {_key(wanted): vars(made)})
+    with suppress(OSError, UserError):  # a cache that cannot be written only costs time
+        _cache_file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_cache_file(), {key: vars(value) for key, value in recent.items()} | {_key(wanted): vars(made)})
 
 
 def made_by_this_code(run_folder: Path) -> bool:
-    """Whether the rows of a run were made by the code that would make them now."""
+    """Return whether the present code made the rows of a run."""
     made = read_json(run_folder / "data" / MADE_OF, MadeRows)
     return made is not None and made.made_of.get("code") == code_digest(*CODE)
 
 
 def require_as_made(run_folder: Path) -> None:
-    """Refuse rows that are not those that were prepared. Raises `UserError`."""
+    """Raise `UserError` if the rows of a run have changed since they were prepared."""
     made = read_json(run_folder / "data" / MADE_OF, MadeRows)
     if made is None or not {*FILES} <= made.sha256.keys():
         file = run_folder / "data" / MADE_OF
-        raise UserError(f"{file}, which has the checksums of the rows, lacks some: prepare the run again (--overwrite)")
+        raise UserError(f"{file} lacks checksums of the rows: prepare the run again with --overwrite")
     for name, expected in made.sha256.items():
         file = run_folder / name if name == LEDGER else run_folder / "data" / name
         if not file.is_file() or Digests().of(file) != expected:
@@ -135,45 +136,45 @@ def require_as_made(run_folder: Path) -> None:
 
 
 def model_files(folder: Path, digests: Digests) -> dict[str, str]:
-    """The checksums of what a model folder holds of weights, settings and tokenizer, by name."""
+    """Return the checksums of a model folder's weights, configuration and tokenizer, by file name."""
     files = sorted(file for file in folder.iterdir() if file.name.endswith(OF_A_MODEL) and file.is_file())
     return {file.name: digests.of(file) for file in files}
 
 
 def changed_model(run: Run) -> str:
-    """What of the model that training starts from has changed since the run was prepared; empty if nothing has."""
+    """Describe the first file of the start model that has changed since the run was prepared; "" if none has."""
     digests = Digests()
     for name, expected in run.model_files.items():
         file = run.model_folder / name
         if not file.is_file():
-            return f"{file} is gone since the run was prepared"
+            return f"{file} was removed after the run was prepared"
         if digests.of(file) != expected:
             return f"{file} has changed since the run was prepared"
     return ""
 
 
 def require_same_model(run: Run) -> None:
-    """Refuse a start model that is not what it was when the run was prepared. Raises `UserError`."""
+    """Raise `UserError` if the start model has changed since the run was prepared."""
     if changed := changed_model(run):
         raise UserError(f"{changed}: prepare it again, under another --name or with --overwrite")
 
 
 @dataclass(frozen=True)
 class MadeRows:
-    """Rows that were made before: how many to train, and the checksum of each file by name."""
+    """A prepared set of rows: the number of training rows, the checksum of each file, what it was made from."""
 
     rows: int
     sha256: dict[str, str]
     made_of: dict[str, Any] = field(default_factory=dict)
 
 
-def _memory() -> Path:
+def _cache_file() -> Path:
     return checksums.digest_memory().with_name("rows.json")
 
 
 def _known_rows() -> dict[str, MadeRows]:
     with suppress(UserError):
-        return read_json(_memory(), dict[str, MadeRows]) or {}
+        return read_json(_cache_file(), dict[str, MadeRows]) or {}
     return {}
 
 
@@ -211,37 +212,37 @@ def _test_rows(config: RunConfig, tokenizer: Tokenizer, file: Path) -> Iterator[
 
 
 def _write_test(stream: TextIO, conversation: Conversation, config: RunConfig, ledger: Ledger) -> None:
-    for chosen in select([conversation], "test", ledger, config.max_characters, None):
-        stream.write(json.dumps(chosen.to_sharegpt(), ensure_ascii=False) + "\n")
+    for selected in select([conversation], "test", ledger, config.max_characters, None):
+        stream.write(json.dumps(selected.to_sharegpt(), ensure_ascii=False) + "\n")
 
 
 def write_rows(rows: Iterable[Row], file: Path) -> int:
-    """Write rows as an Arrow stream; returns how many there were."""
+    """Write rows as an Arrow stream; return their number."""
     import pyarrow
 
     schema = _schema()
     written = 0
-    held: list[Row] = []
+    buffered: list[Row] = []
 
     def flush(writer: Any) -> None:
-        columns = [[getattr(row, name) for row in held] for name in schema.names]
+        columns = [[getattr(row, name) for row in buffered] for name in schema.names]
         arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
         writer.write_batch(pyarrow.record_batch(arrays, schema))
-        held.clear()
+        buffered.clear()
 
     with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
         for row in rows:
-            held.append(row)
+            buffered.append(row)
             written += 1
-            if len(held) == ROWS_AT_ONCE:
+            if len(buffered) == ROWS_AT_ONCE:
                 flush(writer)
-        if held:
+        if buffered:
             flush(writer)
     return written
 
 
 def load_rows(folder: Path, name: str = TRAIN) -> Any:
-    """Rows of a run as a `datasets.Dataset`, mapped and not loaded. Raises `UserError` if the file is damaged."""
+    """Return rows of a run as a memory-mapped `datasets.Dataset`. Raises `UserError` if the file is damaged."""
     from datasets import Dataset
 
     _require_rows(folder / name)
@@ -256,7 +257,7 @@ def _schema() -> pyarrow.Schema:
 
 
 def _require_rows(file: Path) -> None:
-    """Refuse an Arrow stream that is not rows, before any of its offsets is used. Raises `UserError`."""
+    """Raise `UserError` if an Arrow stream does not hold valid rows, before any of its offsets is used."""
     import pyarrow
     import pyarrow.compute as compute
 
@@ -268,17 +269,17 @@ def _require_rows(file: Path) -> None:
                 batch.validate(full=True)
                 lengths = [compute.list_value_length(batch.column(name)) for name in ("input_ids", "labels")]
                 if not lengths[0].equals(lengths[1]) or any(column.null_count for column in batch.columns):
-                    raise ValueError("a row has not as many labels as ids")
-                least = compute.min(batch.column("input_ids").flatten()).as_py()
-                if least is not None and least < 0:
-                    raise ValueError(f"an id is {least}")
+                    raise ValueError("a row does not have as many labels as ids")
+                smallest = compute.min(batch.column("input_ids").flatten()).as_py()
+                if smallest is not None and smallest < 0:
+                    raise ValueError(f"an id is {smallest}")
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{file} is damaged ({reason}): prepare the run again with --overwrite") from error
 
 
 def row_lengths(rows: Any) -> list[int]:
-    """The number of tokens of every row of `load_rows`, without reading the tokens."""
+    """Return the number of tokens of every row of `load_rows`, without reading the tokens."""
     import pyarrow.compute
 
     return pyarrow.compute.list_value_length(rows.data.column("input_ids")).to_pylist()

@@ -89,7 +89,7 @@ def test_lanes_say_where_each_version_puts_the_system_prompt(tiny_model):
 
 
 def test_lanes_mark_the_very_tokens_of_a_text(tiny_model):
-    import minisft.course.figures.runs as plots
+    import minisft.course.figures.tokens as plots
 
     tokenizer = HuggingFaceTokenizer(tiny_model)
     ids = tokenizer.encode("one pirate two")

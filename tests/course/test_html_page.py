@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from minisft.course.html_page import DEEPEST, ELEMENTS, STYLES, TEXTS, VALUES, index_of, page_of, safe_html
-from minisft.course.notebooks import _in_order, _neutral, _overwritten
+from minisft.course.notebook_cleanup import in_order, neutral_text, overwritten
 from minisft.drawing import Picture
 from minisft.launch.notebook_view import curve
 
@@ -249,9 +249,9 @@ LINEAR = {
 def test_a_megabyte_of_anything_takes_seconds(part, tmp_path):
     text = part * (1_000_000 // len(part))
     begin = time.monotonic()
-    clean = _neutral(text, tmp_path)
+    clean = neutral_text(text, tmp_path)
     assert "\x1b" not in clean
-    assert _overwritten("\r" + text).count("\r") <= 1
+    assert overwritten("\r" + text).count("\r") <= 1
     safe_html(text)
     safe_html(f'<p style="{text}" title="{text}">')
     short = clean[:100_000]
@@ -274,7 +274,7 @@ def test_of_a_progress_bar_the_last_state_stays():
 
     parts = [stream("stdout", "1\r"), stream("stderr", "w"), stream("stdout", "2\r"), stream("stdout", "3\r\nx\r")]
     figure = new_output("display_data", data={"text/plain": "p"})
-    ordered = _in_order([*parts, figure, stream("stderr", "z")])
+    ordered = in_order([*parts, figure, stream("stderr", "z")])
     assert [(o.name, o.text) if "text" in o else o.data["text/plain"] for o in ordered] == [
         ("stdout", "3\nx"), ("stderr", "w"), "p", ("stderr", "z"),
     ]  # fmt: skip

@@ -234,7 +234,7 @@ def test_a_run_from_before_paths_became_absolute_goes_on(config, small_data, tmp
 def test_a_link_to_what_is_not_there_is_named(config, own_outputs):
     (own_outputs / "model").mkdir(parents=True)
     (own_outputs / "model" / "zero2").symlink_to("/gone/zero2")
-    with pytest.raises(UserError, match=r"zero2 is a link to /gone/zero2, which is not there"):
+    with pytest.raises(UserError, match=r"zero2 is a link to /gone/zero2, which does not exist"):
         prepare(config())
 
 

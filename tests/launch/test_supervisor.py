@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from minisft.launch.commands import Command
-from minisft.launch.supervisor import LOST, Supervisor, Task
+from minisft.launch.failure_reasons import LOST, killed_reason
+from minisft.launch.supervisor import Task
 from minisft.training.heartbeat import Heartbeat, RankStatus, Watch, read_heartbeats
 
 RANK = """
@@ -199,11 +200,10 @@ def test_a_watch_goes_by_its_own_clock(tmp_path, monkeypatch):
 
 @pytest.mark.attack("8")
 def test_a_full_disk_is_not_told_as_lack_of_memory(tmp_path, monkeypatch):
-    supervisor = Supervisor(Task(str(tmp_path), [], str(tmp_path), 1, 60, 60))
     sign = RankStatus(0, "here", 1, "training", 3, 0, {}, 0.0)
-    assert "short of memory" in supervisor._killed(sign)
+    assert "short of memory" in killed_reason(tmp_path, sign)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
-    assert supervisor._killed(sign) == f"no space is left on the disk of {tmp_path} (training, step 3): free some"
+    assert killed_reason(tmp_path, sign) == f"no space is left on the disk of {tmp_path} (training, step 3): free some"
 
 
 def test_a_task_of_very_many_hosts_fits(tmp_path):

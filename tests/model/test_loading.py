@@ -75,5 +75,5 @@ def test_a_model_with_room_for_the_tokens_does_not_grow(tiny_model, tmp_path):
 
 
 def test_a_folder_without_a_model_is_refused(tiny_model, tmp_path):
-    with pytest.raises(UserError, match="no checkpoint that transformers can load"):
+    with pytest.raises(UserError, match="not a checkpoint that transformers can load"):
         load_model(tmp_path, HuggingFaceTokenizer(tiny_model))

@@ -121,7 +121,7 @@ BREAK = {
             edit_json(folder / "config.json", vocab_size=300),
             edit_weights(folder, lambda w: w.update({EMBEDDING: w[EMBEDDING][:300].clone()})),
         ),
-        "its tokenizer has 321 tokens, and its model embeddings for 300",
+        "its tokenizer has 321 tokens, but its model has embeddings for 300",
     ),
     "a tensor is missing": (weights(lambda w: w.pop(NAME)), f"the tensor {NAME} is missing"),
     "the embedding is missing": (

@@ -1,12 +1,13 @@
-"""The resume matrix: what happens when another ZeRO stage or number of ranks resumes a DeepSpeed checkpoint.
+"""Resume DeepSpeed checkpoints at other ZeRO stages and numbers of ranks: the resume matrix.
 
     python -m minisft.course.experiments.resharding [--markdown]
 
-Every result is measured. Two ranks train a tiny Llama for three steps at each stage, save, and train three more steps,
-which are the reference. Then every stage, on two ranks and on one, loads each of those checkpoints, as it is and
-converted to DeepSpeed's universal format, and trains the same three steps. As in transformers' Trainer, the optimizer
-has two param groups, with and without weight decay. If loading gives both groups the same decay, or all parameters one
-shared step counter (which every parameter then increments), the attempt is repeated with both repaired after loading.
+Every result is measured. Two ranks train a tiny Llama for three steps at each stage, save, and
+train three more steps, which are the reference. Then every stage, on two ranks and on one, loads
+each of those checkpoints, as it is and converted to DeepSpeed's universal format, and trains the
+same three steps. As in transformers' Trainer, the optimizer has two param groups, with and without
+weight decay. If loading gives both groups the same decay, or all parameters one shared step counter
+(which every parameter then increments), the attempt is repeated with both repaired after loading.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ AS_IT_IS, UNIVERSAL, MENDED = WAYS = ("as it is", "universal", "universal, mende
 class Resumed:
     """One attempt to resume a checkpoint, and how it compares with the uninterrupted run.
 
-    `difference` is the largest difference of any weight after three more steps, or None if loading failed; `moved` is
-    the largest change of any weight in those steps, for comparison; `decays` is the weight decay of each param group
-    after loading; `one_counter` is True if parameters share a step counter that each of them increments; `refusal` is
-    DeepSpeed's error message.
+    `difference` is the largest difference of any weight after three more steps, or None if loading
+    failed; `moved` is the largest change of any weight in those steps, for comparison; `decays` is
+    the weight decay of each param group after loading; `one_counter` is True if parameters share a
+    step counter that each of them increments; `refusal` is DeepSpeed's error message.
     """
 
     saved_stage: int
@@ -58,7 +59,7 @@ class Resumed:
 
     @property
     def verdict(self) -> str:
-        """ "exact", "wrong" (no error, but other weights) or "refused"."""
+        """Either "exact", "wrong" (no error, but other weights) or "refused"."""
         if self.difference is None:
             return "refused"
         return "exact" if self.difference <= SAME else "wrong"
@@ -96,7 +97,8 @@ def resume_matrix(ranks: Sequence[int] = (SAVED_BY, 1), say: Callable[[str], Non
 
 
 def as_table(attempts: Sequence[Resumed], markdown: bool = False) -> str:
-    """Format one line per checkpoint and way, one column per resuming setup: "3 on 2" is stage 3 on two ranks.
+    """Format one line per checkpoint and way, one column per resuming setup: "3 on 2" is stage 3 on
+    two ranks.
 
     "wrong" means that the attempt raises no error but computes different weights.
     """
@@ -204,7 +206,7 @@ def _save_all(folder: Path, rank: int, ranks: int) -> None:
             checkpoint = folder / f"stage{stage}"
             options = {"keep_temp_folder": False, "num_extract_workers": 1, "num_merge_workers": 1, "strict": True}
             paths = {"input_folder": str(checkpoint / "saved"), "output_folder": str(checkpoint / "universal")}
-            try:  # checkpoints of stages 0 to 2 lack an entry that the conversion expects unless it is injected
+            try:  # stages 1 and 2 lack an entry that the conversion expects; it can inject it
                 ds_to_universal.main(argparse.Namespace(**paths, **options, inject_missing_state=stage < 3))
             except Exception as error:  # any exception is a result
                 failure = _first_line(error, folder)

@@ -1,7 +1,8 @@
-"""Measure how many small updates bf16 weights lose to rounding: the experiment behind "fp32 masters always".
+"""Measure the updates that bf16 weights lose to rounding: why masters are always fp32.
 
-A bf16 number has 8 significant bits, so near 0.05 the next number is 0.0002 away. Adam's first updates are about as
-large as the learning rate, and an update below half that distance rounds back to the old weight.
+A bf16 number has 8 significant bits, so near 0.05 the next number is 0.0002 away. Adam's first
+updates are about as large as the learning rate, and an update below half that distance rounds back
+to the old weight.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Moved:
-    """`share`: of the weights with a gradient, the fraction that changed; `losses`: one per step, in nats."""
+    """`share`: of the weights with a gradient, the fraction that changed; `losses`: one per step,
+    in nats.
+    """
 
     share: float
     losses: list[float]
 
 
 def move(model: Any, batch: dict[str, Any], dtype: Any, learning_rate: float = 8e-6, steps: int = 3) -> Moved:
-    """Train a copy of `model` on one padded batch, storing weights, gradients and Adam's states in `dtype`.
+    """Train a copy of `model` on one padded batch, storing weights, gradients and Adam's states in
+    `dtype`.
 
-    Forward and backward run in fp32 on the stored weights, so only the storage differs between dtypes. `batch` is what
-    `minisft.training.collators.PadRight` returns.
+    Forward and backward run in fp32 on the stored weights, so only the storage differs between
+    dtypes. `batch` is what `minisft.training.collators.PadRight` returns.
     """
     import torch
 

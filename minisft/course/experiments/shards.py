@@ -2,9 +2,10 @@
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 --module minisft.course.experiments.shards --stage 1
 
-The partition is read from a live DeepSpeed engine at stage 1, 2 or 3 on a tiny Llama; no file is written. With
-`--set`, one engine per JSON object, with those keys of `zero_optimization` changed, trains two steps and prints the
-bytes that rank 0 holds: between steps by owner, and at the peak of a step.
+The partition is read from a live DeepSpeed engine at stage 1, 2 or 3 on a tiny Llama; no file is
+written. With `--set`, one engine per JSON object, with those keys of `zero_optimization` changed,
+trains two steps and prints the bytes that rank 0 holds: between steps by owner, and at the peak of
+a step.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def _label(changes: str) -> str:
 
 
 def tiny_config() -> Any:
-    """Return the config of a Llama with 4,000 parameters, sized so that partition borders fall inside tensors."""
+    """Return the config of a Llama with 4,000 parameters, sized so that partition borders fall
+    inside tensors.
+    """
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -82,8 +85,8 @@ def live_engine(
 ) -> Any:
     """Build a DeepSpeed engine of the tiny model in fp32, on every rank.
 
-    `changes` override keys of `zero_optimization`, `settings` override top-level keys. `optimizer_of` makes the model's
-    optimizer; the default is AdamW with one param group.
+    `changes` override keys of `zero_optimization`, `settings` override top-level keys.
+    `optimizer_of` makes the model's optimizer; the default is AdamW with one param group.
     """
     import deepspeed
     import torch
@@ -102,7 +105,9 @@ def live_engine(
 
 
 def switched(stage: int, ranks: int, changes: dict[str, Any]) -> dict[str, int]:
-    """Return the bytes that an engine with `changes` holds on this rank between steps, and what a step's peak adds."""
+    """Return the bytes that an engine with `changes` holds on this rank between steps, and what a
+    step's peak adds.
+    """
     import torch
 
     from minisft.zero.measured_memory import live_tensors, measure
@@ -129,7 +134,9 @@ def switched(stage: int, ranks: int, changes: dict[str, Any]) -> dict[str, int]:
 
 
 def owned(stage: int, ranks: int) -> list[str]:
-    """Return one line per tensor of which this rank owns a part: its name and its first-last element, from 0."""
+    """Return one line per tensor of which this rank owns a part: its name and its first-last
+    element, from 0.
+    """
     import torch
 
     engine = live_engine(stage, ranks)

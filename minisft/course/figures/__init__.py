@@ -1,4 +1,4 @@
-"""The figures of the notebooks: each function returns a `Picture` with alt text, and its title states the message."""
+"""Figures for the notebooks: each returns a `Picture` with alt text and a title with its message."""
 
 import lazy_loader
 

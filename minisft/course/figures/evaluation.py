@@ -19,7 +19,8 @@ NAMES = {"BLEU": "bleu", "chrF": "chrf", "loss": "loss"}
 def draw(runs: Sequence[Run]) -> Path | None:
     """Write `outputs/evaluation/scores.png` from these runs' last evaluations.
 
-    Returns its path, or None if no run has been evaluated. Raises `UserError` for a damaged `summary.json`.
+    Returns its path, or None if no run has been evaluated. Raises `UserError` for a damaged
+    `summary.json`.
     """
     folder = outputs_root() / "evaluation"
     summaries = [summary for run in runs if (summary := read_json(folder / run.name / "summary.json", Summary))]
@@ -33,7 +34,9 @@ def draw(runs: Sequence[Run]) -> Path | None:
 
 
 def scores_over_steps(summaries: Sequence[Summary]) -> Picture:
-    """Draw BLEU, chrF and loss of every checkpoint of several runs; BLEU and chrF with 95% intervals."""
+    """Draw BLEU, chrF and loss of every checkpoint of several runs; BLEU and chrF with 95%
+    intervals.
+    """
     figure, axes = figure_of(10, 3.8, ncols=3)
     for i, summary in enumerate(summaries):
         steps = [c["step"] for c in summary["checkpoints"]]
@@ -83,11 +86,12 @@ def _message(summaries: Sequence[Summary]) -> str:
 
 
 def interval_widths(answers: Sequence[Mapping[str, Any]], draws: int = 8, seed: int = 0) -> Picture:
-    """Draw how wide BLEU's 95% interval is for fewer answers, and how many answers 2 points would need.
+    """Draw how wide BLEU's 95% interval is for fewer answers, and how many answers 2 points would
+    need.
 
-    `answers` are those of one evaluation, with keys `output` and `reference`. Each size is sampled `draws` times
-    without replacement; sacreBLEU's bootstrap gives each sample's width. The line falls with the square root of the
-    number of answers, starting from the width for all of them.
+    `answers` are those of one evaluation, with keys `output` and `reference`. Each size is sampled
+    `draws` times without replacement; sacreBLEU's bootstrap gives each sample's width. The line
+    falls with the square root of the number of answers, starting from the width for all of them.
     """
     chance = random.Random(seed)  # noqa: S311 (samples answers; not a security use)
     sizes = [n for n in (4, 8, 16, 32, 64, 128, 256) if n < len(answers)]

@@ -1,4 +1,4 @@
-"""Figures of labels: what truncation keeps, how many rows each bug affects, and the loss per token."""
+"""Figures of labels: what truncation keeps, rows affected by each bug, and loss per token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ BLUE, ORANGE = PALETTE[0], PALETTE[1]
 
 
 def truncation_bars(kept: Mapping[str, Sequence[Row]], whole: Sequence[Row], eos_id: int) -> Picture:
-    """Draw the share of trained tokens each truncation mode keeps, split into complete and cut answers.
+    """Draw the share of trained tokens each truncation mode keeps, split into complete and cut
+    answers.
 
     `kept` maps a mode's name to the rows it leaves; `whole` are the rows without truncation.
     """
@@ -31,7 +32,7 @@ def truncation_bars(kept: Mapping[str, Sequence[Row]], whole: Sequence[Row], eos
     most = max(counts, key=lambda name: sum(counts[name]))
     cut = 100 * counts[most][1] / max(1, sum(counts[most]))
     share = 100 * sum(counts[most]) / everything
-    title = f"'{most}' keeps {share:.0f} % of the trained tokens, {cut:.0f} % of that without its end"
+    title = f"'{most}' keeps {share:.0f} % of the targets, {cut:.0f} % of that without its end"
     axes.set(xlabel="% of the trained tokens of all rows", xlim=(0, 100), title=title)
     each = "; ".join(
         f"{name} leaves {len(kept[name])} rows, with {a:.0f} % in whole answers and {b:.0f} % in answers cut off"

@@ -23,7 +23,9 @@ OWNER_COLOURS = {
 
 
 def loss_curves(runs: Sequence[Run]) -> Picture:
-    """Draw the loss of all runs against steps, and below it each run's relative distance from the first."""
+    """Draw the loss of all runs against steps, and below it each run's relative distance from the
+    first.
+    """
     curves = {run.name: [m["loss"] for m in run.metrics] for run in runs}
     steps = min(map(len, curves.values()))
     first = next(iter(curves.values()))[:steps]
@@ -53,7 +55,9 @@ def loss_curves(runs: Sequence[Run]) -> Picture:
 
 
 def comparison(runs: Sequence[Run]) -> Picture:
-    """Draw runs side by side: loss by step and by time, tokens per second, and memory and traffic per rank."""
+    """Draw runs side by side: loss by step and by time, tokens per second, and memory and traffic
+    per rank.
+    """
     rows = {row["run"]: row for row in summary_rows(runs)}
     colors = {run.name: PALETTE[i % 7] for i, run in enumerate(runs)}
     figure, axes = figure_of(10, 6, nrows=2, ncols=3)
@@ -125,7 +129,9 @@ def memory_bars(runs: Sequence[Run]) -> Picture:
 
 
 def before_and_after(summaries: Sequence[dict[str, Any]]) -> Picture:
-    """Draw the test loss and the share of answers that stop against steps, from runs' `summary.json`."""
+    """Draw the test loss and the share of answers that stop against steps, from runs'
+    `summary.json`.
+    """
     figure, (left, right) = figure_of(8.2, 3.4, ncols=2)
     for i, summary in enumerate(summaries):
         steps = [c["step"] for c in summary["checkpoints"]]

@@ -1,4 +1,4 @@
-"""Figures of tokens: the chat templates compared, and how many tokens each stage of the data leaves."""
+"""Figures of tokens: chat templates compared, and the tokens that each data stage keeps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ WHY_LESS = {
 
 
 def token_strip(conversation: Conversation, row: Row, tokenizer: Tokenizer, width: float = 660) -> Picture:
-    """Draw one encoded conversation as colored tokens, trained ones in orange; `width` is in points."""
+    """Draw one encoded conversation as colored tokens, trained ones in orange; `width` is in
+    points.
+    """
     from minisft.labels.token_lens import Lens
 
     title = f"{conversation_turns(conversation)} become {len(row.input_ids)} tokens; "
@@ -37,8 +39,9 @@ def token_strip(conversation: Conversation, row: Row, tokenizer: Tokenizer, widt
 def token_lanes(lanes: Mapping[str, tuple[Iterable[Segment], Tokenizer]], marked: str, title: str) -> Picture:
     """Draw several encodings below each other: colors show the speaker, frames the control ids.
 
-    `lanes` maps a label to segments and the tokenizer that encodes them. Tokens of the text `marked` (for example the
-    system prompt) have a separate color, to show where each encoding puts it. Each turn starts a new line.
+    `lanes` maps a label to segments and the tokenizer that encodes them. Tokens of the text
+    `marked` (for example the system prompt) have a separate color, to show where each encoding puts
+    it. Each turn starts a new line.
     """
     from textwrap import wrap
 

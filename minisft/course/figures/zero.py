@@ -1,4 +1,4 @@
-"""Figures of ZeRO's memory and communication, from predictions of `minisft.zero` and from measured runs."""
+"""Figures of ZeRO's memory and communication, predicted by `minisft.zero` or measured."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def predicted_bars(
 ) -> Picture:
     """Draw the predicted bytes of the fullest rank, one bar per strategy, by owner.
 
-    `strategies` maps a strategy to its number of ranks. A tick marks what a run in `runs` with the same strategy and
-    number of ranks measured.
+    `strategies` maps a strategy to its number of ranks. A tick marks what a run in `runs` with the
+    same strategy and number of ranks measured.
     """
     assert moment in MOMENTS
     bars = {}
@@ -95,9 +95,11 @@ def _measured(strategies: Mapping[str, int], runs: Sequence[Run], moment: str) -
 
 
 def paper_bars(parameters: float = 7.5e9, ranks: int = 64) -> Picture:
-    """Draw figure 1 of Rajbhandari et al. 2020 (ZeRO): model states per rank for each stage, in bytes.
+    """Draw figure 1 of Rajbhandari et al. 2020 (ZeRO): model states per rank for each stage, in
+    bytes.
 
-    The paper's formula counts 2 bytes per weight, 2 per gradient and 12 per Adam state with its fp32 master.
+    The paper's formula counts 2 bytes per weight, 2 per gradient and 12 per Adam state with its
+    fp32 master.
     """
     parts = {"parameters": 2.0, "gradients": 2.0, "optimizer states": 12.0}
     figure, axes = figure_of(7.6, 2.6)
@@ -151,10 +153,11 @@ def against_ranks(shapes: Shapes, precision: str, most_ranks: int = 64) -> Pictu
 
 
 def partition_map(shapes: Shapes, ranks: int) -> Picture:
-    """Draw which rank owns which slice of each parameter at stages 1 and 2, one lane per param group.
+    """Draw which rank owns which slice of each parameter at stages 1 and 2, one lane per param
+    group.
 
-    Boxes are parameters in the optimizer's order and colors are owners. A parameter that crosses a border between ranks
-    is hatched (both ranks keep its whole gradient); padding is gray.
+    Boxes are parameters in the optimizer's order and colors are owners. A parameter that crosses a
+    border between ranks is hatched (both ranks keep its whole gradient); padding is gray.
     """
     from matplotlib.patches import Patch
 
@@ -205,8 +208,8 @@ def partition_map(shapes: Shapes, ranks: int) -> Picture:
 def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulation: int = 8) -> Picture:
     """Draw the bytes that each rank sends per optimizer step.
 
-    Left: predicted bars by operation with measured ticks, for each run with several ranks. Right: how the bytes grow
-    with the number of micro-batches per step, up to `accumulation`.
+    Left: predicted bars by operation with measured ticks, for each run with several ranks. Right:
+    how the bytes grow with the number of micro-batches per step, up to `accumulation`.
     """
     runs = [run for run in runs if run.config.ranks > 1]
     figure, (left, right) = figure_of(9.4, 1.9 + 0.4 * len(runs), ncols=2)
@@ -266,7 +269,8 @@ def _predicted_traffic(shapes: Shapes, run: Run) -> dict[str, int]:
 
 
 def plan_bars(found: Plan, gpu_bytes: float) -> Picture:
-    """Draw the GPU memory that each strategy of a plan needs against what the GPU has; highlight the best.
+    """Draw the GPU memory that each strategy of a plan needs against what the GPU has; highlight
+    the best.
 
     `gpu_bytes` is the GPU's memory in bytes; the dashed line is that less `RESERVED`.
     """

@@ -1,0 +1,68 @@
+"""The marks, colors and HTML boxes that the token lens is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+FOLD, KEPT = 400, 200  # of more boxes or lines than FOLD, only KEPT at either end stay open
+LONGEST = 2000  # of more rows in the table or boxes within the fold, only KEPT at either end are there at all
+MOST_LOSS = 8.0  # nats: a bar grows no higher
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of token looks: each has a mark and a shape besides its colour, and suits a light and a dark page."""
+
+    mark: str
+    meaning: str
+    style: str
+
+
+KINDS = {
+    "prompt": Kind("", "only read", "border-bottom:2px dotted #888;background:rgba(128,128,128,.15)"),
+    "target": Kind("●", "trained", "border-bottom:3px solid #8a5a00;background:#f5b22e;color:#000;font-weight:bold"),
+    "control": Kind("◆", "structure, not text", "border:3px double #2b87c8;border-radius:9px"),
+    "padding": Kind("×", "not attended to", "border:1px dashed #888;font-style:italic"),
+    "cut off": Kind("✂", "the row did not fit", "border:2px dashed #fff;background:#a3171f;color:#fff"),
+    "folded": Kind("…", "", ""),
+}
+
+
+def folded(items: Sequence[Any], limit: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    if len(items) <= limit:
+        return items, items[:0], items[:0]
+    return items[:KEPT], items[KEPT:-KEPT], items[-KEPT:]
+
+
+def count_of(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def marks_of(kinds: Iterable[str]) -> str:
+    return "".join(KINDS[kind].mark for kind in kinds)
+
+
+def box_html(kinds: tuple[str, ...], text: str, title: str = "", below: str = "", align: str = "baseline") -> str:
+    """One box. A `bdi` keeps its text's direction to itself even where a page drops all styles."""
+    style = ";".join(KINDS[kind].style for kind in reversed(kinds))
+    mark = f"<small>{marks_of(kinds)}</small>&nbsp;" if marks_of(kinds) else ""
+    title = f' title="{escape(title)}"' if title else ""
+    return (
+        f'<bdi dir="ltr"{title} style="display:inline-block;vertical-align:{align};padding:0 4px;'
+        f'margin:2px 1px;border-radius:3px;{style}">{mark}{escape(text)}{below}</bdi>'
+    )
+
+
+def bar_height(loss: float) -> float:
+    """How high a bar stands, in nats: never quite gone, never above MOST_LOSS; there stands what is no number, too."""
+    return MOST_LOSS if math.isnan(loss) else max(0.5, min(loss, MOST_LOSS))
+
+
+def loss_bar(loss: float, trained: bool) -> str:
+    height = round(2 * bar_height(loss))
+    style = f"display:inline-block;width:7px;margin:0 1px;padding-top:{round(2 * MOST_LOSS) - height}px"
+    return f'<i style="{style};border-bottom:{height}px solid{"" if trained else ";opacity:.4"}"></i>'
