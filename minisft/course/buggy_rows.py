@@ -34,7 +34,7 @@ def find_first(tokenizer: HuggingFaceTokenizer, conversation: Conversation) -> R
     """Render everything as one string, then search it for the answers."""
     segments = list(template_for(tokenizer).segments(conversation))
     names = {"bos": tokenizer.hf.bos_token or "", "eos": tokenizer.hf.eos_token}
-    text = "".join(s.text if s.control is None else names.get(s.control, s.control) for s in segments)
+    text = "".join((s.text or "") if s.control is None else names.get(s.control, s.control) for s in segments)
     encoded = tokenizer.hf(text, add_special_tokens=False, return_offsets_mapping=True)
     labels = [token_id if token_id == tokenizer.eos_id else IGNORE_INDEX for token_id in encoded.input_ids]
     for answer in (s.text for s in segments if s.trained and s.text):
@@ -66,7 +66,8 @@ def mistyped_marks(tokenizer: HuggingFaceTokenizer, conversation: Conversation) 
     ids: list[int] = []
     labels: list[int] = []
     for s in template_for(tokenizer).segments(conversation):
-        text = s.text.replace("[/INST]", r"[\INST]") if s.control is None else typed.get(s.control, s.control)
+        plain = (s.text or "").replace("[/INST]", r"[\INST]")
+        text = plain if s.control is None else typed.get(s.control, s.control)
         part = tokenizer.hf.encode(text, add_special_tokens=False)
         ids += part
         labels += part if s.trained else [IGNORE_INDEX] * len(part)

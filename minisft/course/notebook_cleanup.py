@@ -51,7 +51,7 @@ def in_order(outputs: list[Any]) -> list[Any]:
     """
     from nbformat.v4 import new_output
 
-    ordered = []
+    ordered: list[Any] = []
     for is_stream, run in groupby(outputs, lambda output: output.output_type == "stream"):
         if not is_stream:
             ordered += run

@@ -191,10 +191,12 @@ async def _execute(nb: Any, folder: Path, limit: float) -> tuple[int | None, str
     from jupyter_client.kernelspec import KernelSpecManager
     from nbclient import NotebookClient
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # handle these like Ctrl-C, with cleanup
-        if signal.getsignal(number) != signal.SIG_IGN:
+    this_task = asyncio.current_task()
+    assert this_task is not None  # a coroutine runs in a task
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # handle these like Ctrl-C, with cleanup
+        if signal.getsignal(ending) != signal.SIG_IGN:
             with suppress(RuntimeError, ValueError):  # not in the main thread
-                asyncio.get_running_loop().add_signal_handler(number, asyncio.current_task().cancel)
+                asyncio.get_running_loop().add_signal_handler(ending, this_task.cancel)
     asyncio.get_running_loop().set_exception_handler(
         lambda *_: None
     )  # silence the cell task of an interrupted notebook
@@ -208,7 +210,7 @@ async def _execute(nb: Any, folder: Path, limit: float) -> tuple[int | None, str
     cells = [i for i in cells if client.skip_cells_with_tag not in nb.cells[i].metadata.get("tags", [])]
     for index in cells:  # clear old outputs, so none remain below a failed cell
         nb.cells[index].update(outputs=[], execution_count=None)
-    number = None
+    number: int | None = None
     try:
         await client.async_start_new_kernel(cwd=str(folder), env=env)
         await client.async_start_new_kernel_client()
@@ -220,12 +222,14 @@ async def _execute(nb: Any, folder: Path, limit: float) -> tuple[int | None, str
     except Exception as error:  # any startup failure; the error names the cause
         return number, f"the kernel did not start: {error}"
     finally:
+        provisioner: Any = manager.provisioner
         with suppress(psutil.Error, AttributeError):  # the kernel exited or never started
-            children.update(psutil.Process(manager.provisioner.pid).children(recursive=True))
+            children.update(psutil.Process(provisioner.pid).children(recursive=True))
         try:
             with suppress(Exception):  # the kernel may be dead already
                 await manager.shutdown_kernel(now=sys.exc_info()[0] is not None)  # immediately if interrupted
-                client.kc.stop_channels()
+                if client.kc is not None:
+                    client.kc.stop_channels()
         finally:  # even if a second signal interrupts the shutdown
             _end_processes(mark, children)
 

@@ -99,7 +99,8 @@ def clean(row: Any, where: str, ledger: Ledger, escaped: bool | None = None) -> 
         messages = _repaired_text(parsed.messages, row_id, ledger, escaped)
         conversation = Conversation(row_id, tuple(_alternating(messages, row_id, ledger)))
     except UnusableRow as reason:
-        return ledger.drop(str(reason), row_id)
+        ledger.drop(str(reason), row_id)
+        return None
     for name in parsed.unread:
         ledger.leave_unread(name, row_id)
     return conversation

@@ -182,9 +182,10 @@ def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
     patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "README.md"]
     if kind == "dataset":
         patterns = ["*.json", "*.jsonl", "*.parquet", "README.md"]
-    options = {"repo_id": source, "repo_type": kind, "allow_patterns": patterns}
     try:
-        folder = Path(snapshot_download(**options, local_files_only=True))
+        folder = Path(
+            snapshot_download(source, repo_type=kind, allow_patterns=patterns, local_files_only=True)
+        )
     except HFValidationError:
         raise UserError(f"{source!r} is neither a path that exists nor a hub id (owner/name): check it") from None
     except LocalEntryNotFoundError:
@@ -198,7 +199,7 @@ def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
             ) from None
         say(f"downloading {source} from the hub")
         try:
-            folder = Path(snapshot_download(**options))
+            folder = Path(snapshot_download(source, repo_type=kind, allow_patterns=patterns))
         except Exception as error:
             raise UserError(
                 f"could not fetch {source} from the hub ({one_line(error, 200)}): check the id and your access"

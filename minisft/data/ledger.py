@@ -126,9 +126,9 @@ class Ledger:
             tokens = self.tokens(name)
             shown = "" if tokens is None else f"{'≈ ' if entry.characters else ''}{tokens:,}"
             lines.append(f"{entry.rows:>11,} {shown:>15}  {name}")
-        for title, entries in (("dropped", self.dropped), ("repaired", self.repaired), ("not read", self.unread)):
-            for reason, entry in sorted(entries.items(), key=lambda item: -item[1].rows):
-                lines.append(f"{entry.rows:>11,} {'':>15}  {title}: {reason}")
+        for title, reasons in (("dropped", self.dropped), ("repaired", self.repaired), ("not read", self.unread)):
+            for reason, count in sorted(reasons.items(), key=lambda item: -item[1].rows):
+                lines.append(f"{count.rows:>11,} {'':>15}  {title}: {reason}")
         lines += [f"{'lost':>11} {'':>15}  {what}" for what in self.lost]
         lines += [f"{'note':>11} {'':>15}  {what}" for what in self.notes]
         if any(entry.characters for entry in self.stages.values()) and self.tokens_per_character:

@@ -189,7 +189,9 @@ class _Text:
     def _skip_all(self, characters: re.Pattern[str]) -> int:
         commas = 0
         while True:
-            start, self._start = self._start, characters.match(self._buffer, self._start).end()
+            match = characters.match(self._buffer, self._start)
+            assert match is not None  # both patterns also match the empty text
+            start, self._start = self._start, match.end()
             commas += self._buffer.count(",", start, self._start)
             if self._start < len(self._buffer) or not self._more():
                 return commas

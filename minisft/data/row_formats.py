@@ -114,6 +114,7 @@ def texts_of(row: Any) -> Iterator[str]:
     if not isinstance(row, dict):
         return
     turns = next((row[key] for key in TURNS if isinstance(row.get(key), list | str) and row[key]), None)
+    texts: Iterable[Any]
     if isinstance(turns, list):
         texts = (turn.get("value") or turn.get("content") for turn in turns if isinstance(turn, dict))
     else:

@@ -1,6 +1,6 @@
-"""How good a checkpoint is: its answers, BLEU and chrF with intervals, its loss, and test questions it has seen.
+"""Measure checkpoints: answers, BLEU and chrF with intervals, loss, and contamination of test questions.
 
-Every score is computed on the same prompts that training's template builds, and is kept with what it was computed from.
+Every score uses prompts built by the training template, and is saved together with its inputs.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""A model answers: many prompts at once, the loss of given answers, and a question or two of one's own."""
+"""Let a model answer: batches of prompts, the loss of given answers, or a few questions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from minisft.model.loading import load_model
 from minisft.training.checkpoint_health import require_sound
 from minisft.training.collators import PaddingFree, PadRight, portions
 
-TOKENS_AT_ONCE = 4096  # of the batches whose loss is taken
+TOKENS_AT_ONCE = 4096  # per batch when computing a loss
+UNLIMITED = 1 << 30  # tokens: no truncation
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated reply; `stopped` if the model ended it by itself, with EOS."""
+    """One generated reply; `stopped` if the model ended it with EOS."""
 
     text: str
     stopped: bool
@@ -36,29 +37,39 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[tuple[int, Answer]]:
-    """Greedy answers to `prompts` (token ids) as they come, each with the number of its prompt."""
-    ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    for reply in generate_batched(model, prompts, **ids, max_new_tokens=max_new_tokens, batch_size=batch_size):
+    """Generate greedy answers to `prompts` (token ids); yields (index of the prompt, answer) as each is complete."""
+    replies = generate_batched(
+        model,
+        prompts,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    for reply in replies:
         yield reply.index, Answer(tokenizer.decode(reply.ids).strip(), reply.stopped)
 
 
 def answer_loss(
     model: Any, conversations: Sequence[Conversation], template: ChatTemplate, tokenizer: HuggingFaceTokenizer
 ) -> tuple[float, int]:
-    """Teacher-forced loss in nats: the mean over all trained tokens of all rows; and how many those are."""
+    """Teacher-forced loss: returns (mean over the trained tokens of all rows, in nats; number of these tokens)."""
     import torch
 
     from minisft.model.loss import summed_loss, trained_positions
     from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
 
-    rows = sorted((encode(c, template, tokenizer, 1 << 30) for c in conversations), key=lambda row: len(row.input_ids))
+    # Sorted by length, so that a padded batch contains little padding.
+    rows = sorted(
+        (encode(c, template, tokenizer, UNLIMITED) for c in conversations), key=lambda row: len(row.input_ids)
+    )
     padding_free = supports_padding_free(model)
     collate = PaddingFree() if padding_free else PadRight(tokenizer.pad_id)
     total, count = 0.0, 0
     with attending(model, PER_DOCUMENT) if padding_free else nullcontext():
-        for chosen in portions([len(row.input_ids) for row in rows], TOKENS_AT_ONCE):
-            part = [{"id": r.id, "input_ids": r.input_ids, "labels": r.labels} for r in rows[chosen]]
-            batch = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in collate(part).items()}
+        for portion in portions([len(row.input_ids) for row in rows], TOKENS_AT_ONCE):
+            examples = [{"id": r.id, "input_ids": r.input_ids, "labels": r.labels} for r in rows[portion]]
+            batch = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in collate(examples).items()}
             positions, targets = trained_positions(batch.pop("labels"))
             with torch.inference_mode():
                 batch["use_cache"] = False
@@ -68,19 +79,22 @@ def answer_loss(
 
 
 def ask(folder: Path, questions: Sequence[str], max_new_tokens: int = 40, template: str = "v1") -> list[Answer]:
-    """Greedy answers of the model in `folder` to questions, each asked alone, in the template of training."""
+    """Answer each question alone, greedily, with the model in `folder` and the training template.
+
+    Raises `UserError` if the model folder cannot be used.
+    """
     require_sound(folder)
-    tokenizer, form = load_template(folder, template)
-    asked = [Conversation("asked", (Message("user", q), Message("assistant", ""))) for q in questions]
-    prompts = [prompt_ids(c, form, tokenizer) for c in asked]
-    found = dict(generate(load_to_answer(folder, tokenizer), prompts, tokenizer, max_new_tokens, len(asked)))
-    return [found[i] for i in range(len(asked))]
+    tokenizer, chat_template = load_template(folder, template)
+    conversations = [Conversation("asked", (Message("user", q), Message("assistant", ""))) for q in questions]
+    prompts = [prompt_ids(c, chat_template, tokenizer) for c in conversations]
+    answers = dict(generate(load_to_answer(folder, tokenizer), prompts, tokenizer, max_new_tokens, len(prompts)))
+    return [answers[i] for i in range(len(prompts))]
 
 
 def load_to_answer(
     folder: Path, tokenizer: HuggingFaceTokenizer, precision: str = "fp32", trust_remote_code: bool = False
 ) -> Any:
-    """A model for inference: in fp32, or on a GPU, if there is one, in the `precision` of its training."""
+    """Load a model for inference: on a GPU, if available, in its training `precision`; otherwise in fp32."""
     import torch
 
     model = load_model(folder, tokenizer, trust_remote_code).eval()

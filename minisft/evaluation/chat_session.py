@@ -1,8 +1,8 @@
-"""Talking to a model: answers as they come, in the template of training, before and after it.
+"""Chat with a model: stream its answers, in the training template, before and after training.
 
     minisft chat zero2 --beside
 
-What you type cannot forge a control token, and what the model says cannot move your cursor.
+Typed text cannot forge a control token, and the model's output cannot control the terminal.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from minisft.run.folder import Run, checkpoint_step
 from minisft.text import say
 from minisft.training.checkpoint_health import checkpoint_problem
 
-REPLACEMENT = "\ufffd"  # what half a character decodes to
+REPLACEMENT = "\ufffd"  # decoded from the first bytes of an incomplete character
 
 
 class ChatSession:
-    """A conversation with the model in `folder`: what is said goes into the next prompt, as in training."""
+    """A conversation with the model in `folder`: each prompt contains all earlier messages, as in training."""
 
     def __init__(self, run: Run, folder: Path):
         self.tokenizer, self.template = load_template(run.model_folder, run.config.template)
@@ -36,9 +36,9 @@ class ChatSession:
         self.messages: list[Message] = []
 
     def say(self, text: str, max_new_tokens: int = 200) -> Iterator[str]:
-        """The answer to `text`, piece by piece. What no longer fits in the model's positions is forgotten first.
+        """Stream the answer to `text`. The oldest exchanges are dropped if the model's positions are exceeded.
 
-        Raises `UserError` for a text that does not fit even alone.
+        Raises `UserError` if `text` alone does not fit.
         """
         self.messages.append(Message("user", text))
         while len(ids := self.prompt()) + max_new_tokens > self.positions:
@@ -46,31 +46,32 @@ class ChatSession:
                 self.messages.clear()
                 raise UserError(
                     f"{len(ids)} tokens and an answer of {max_new_tokens} do not fit in the model's {self.positions} "
-                    "positions: say it in fewer words"
+                    "positions: use a shorter message"
                 )
             del self.messages[:2]
-        said: list[int] = []
+        answer_ids: list[int] = []
         shown = ""
         for token in generate_stream(self.model, ids, eos_id=self.tokenizer.eos_id, max_new_tokens=max_new_tokens):
-            said.append(token)
-            text = self.tokenizer.decode(said).lstrip()
-            if not text.endswith(REPLACEMENT):
-                yield text[len(shown) :]
-                shown = text
-        if (text := self.tokenizer.decode(said).lstrip()) != shown:
-            yield text[len(shown) :]
-        self.messages.append(Message("assistant", text.strip()))
+            answer_ids.append(token)
+            answer = self.tokenizer.decode(answer_ids).lstrip()
+            if not answer.endswith(REPLACEMENT):
+                yield answer[len(shown) :]
+                shown = answer
+        if (answer := self.tokenizer.decode(answer_ids).lstrip()) != shown:
+            yield answer[len(shown) :]
+        self.messages.append(Message("assistant", answer.strip()))
 
     def prompt(self) -> list[int]:
-        """The ids of all that was said so far, up to where the next answer begins."""
-        asked = Conversation("talk", (*self.messages, Message("assistant", "")))
-        return prompt_ids(asked, self.template, self.tokenizer)
+        """Return the ids of the conversation so far, up to where the next answer begins."""
+        conversation = Conversation("talk", (*self.messages, Message("assistant", "")))
+        return prompt_ids(conversation, self.template, self.tokenizer)
 
 
 def open_sessions(run: Run, step: int | None = None, beside: bool = False) -> dict[str, ChatSession]:
-    """A talk with a checkpoint of `run`, its last if no `step` is given; with `beside` the model before training first.
+    """Open a chat with a checkpoint of `run`, the last by default; with `beside` also the model before training.
 
-    Raises `UserError` where there is no such checkpoint, or where it cannot be used.
+    Returns sessions by name, the model before training first. Raises `UserError` if the checkpoint does not exist or
+    cannot be used.
     """
     steps = {checkpoint_step(c): c for c in run.checkpoints}
     if not steps:
@@ -78,10 +79,10 @@ def open_sessions(run: Run, step: int | None = None, beside: bool = False) -> di
     folder = steps.get(max(steps) if step is None else step)
     if folder is None:
         raise UserError(f"{run.name} has no checkpoint of step {step}: it has those of {', '.join(map(str, steps))}")
-    if wrong := checkpoint_problem(run, folder):
-        raise UserError(f"{run.name} {folder.name} cannot be used: {wrong}")
-    if beside and (wrong := checkpoint_problem(run, run.model_folder)):
-        raise UserError(f"the model before training, {run.model_folder}, cannot be used: {wrong}")
+    if problem := checkpoint_problem(run, folder):
+        raise UserError(f"{run.name} {folder.name} cannot be used: {problem}")
+    if beside and (problem := checkpoint_problem(run, run.model_folder)):
+        raise UserError(f"the model before training, {run.model_folder}, cannot be used: {problem}")
     before = {"before": ChatSession(run, run.model_folder)} if beside else {}
     return before | {f"step {checkpoint_step(folder)}": ChatSession(run, folder)}
 
@@ -89,49 +90,50 @@ def open_sessions(run: Run, step: int | None = None, beside: bool = False) -> di
 def in_terminal(
     found: Mapping[str, ChatSession], asked: TextIO | None, out: TextIO | None, max_new_tokens: int = 200
 ) -> None:
-    """Answer each line of `asked` until it ends."""
+    """Answer each line of the stream `asked` with every session in `found` (by name), until the stream ends."""
     prompt = "you> " if asked is not None and asked.isatty() else ""
     width = max(map(len, found))
     while True:
         say(prompt, end="", to=out)
         line = asked.readline() if asked is not None else ""
         if not line:
-            say(to=out) if prompt else None
+            if prompt:
+                say(to=out)
             return
         if not line.strip():
             continue
-        for name, talk in found.items():
+        for name, session in found.items():
             say(f"{name:<{width}}> ", end="", to=out)
-            said = ""
+            is_empty = True
             try:
-                for piece in talk.say(_sayable(line.strip()), max_new_tokens):
-                    said += piece
+                for piece in session.say(_valid_text(line.strip()), max_new_tokens):
+                    is_empty = is_empty and not piece
                     say(piece, end="", to=out)
-                if not said:
+                if is_empty:
                     say("(nothing)", end="", to=out)
             except UserError as error:
                 say(f"({error})", end="", to=out)
             say(to=out)
 
 
-def _sayable(text: str) -> str:
-    """The text with a question mark for each byte that was no character."""
+def _valid_text(text: str) -> str:
+    """Replace each byte that was not valid UTF-8 with a question mark."""
     return text.encode("utf-8", "replace").decode()
 
 
 class SideBySideChat:
-    """For a notebook: `ask = SideBySideChat(run)`; `ask("a question")` streams answers before and after training."""
+    """For notebooks: `ask = SideBySideChat(run)`; `ask("a question")` streams answers before and after training."""
 
     def __init__(self, run: Run, step: int | None = None):
         self.talks = open_sessions(run, step, beside=True)
 
     def __call__(self, question: str, max_new_tokens: int = 60) -> None:
-        """Show what the models say to `question`, asked alone, as they say it."""
+        """Ask `question` without earlier messages, and show each model's answer as it is generated."""
         answers = dict.fromkeys(self.talks, "")
         show = _Table(question) if in_notebook() else None
-        for name, talk in self.talks.items():
-            talk.messages.clear()
-            for piece in talk.say(question, max_new_tokens):
+        for name, session in self.talks.items():
+            session.messages.clear()
+            for piece in session.say(question, max_new_tokens):
                 answers[name] += piece
                 if show:
                     show(answers)
@@ -142,7 +144,7 @@ class SideBySideChat:
 
 
 class _Table:
-    """One display that renews itself."""
+    """One notebook output that is updated in place."""
 
     def __init__(self, question: str):
         self.question = question
@@ -159,9 +161,9 @@ class _Table:
 
 
 def answers_as_html(question: str, answers: Mapping[str, str]) -> str:
-    """A question and its answers by name, as HTML; all of it is escaped."""
+    """Return an HTML table of a question and its answers by name; all text is escaped."""
     style = "text-align:left;vertical-align:top;white-space:pre-wrap"
     head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in answers)
-    said = [escape(answer) or "<em>(nothing)</em>" for answer in answers.values()]
-    cells = "".join(f"<td style='{style};width:{90 // len(answers)}%'>{answer}</td>" for answer in said)
+    escaped = [escape(answer) or "<em>(nothing)</em>" for answer in answers.values()]
+    cells = "".join(f"<td style='{style};width:{90 // len(answers)}%'>{answer}</td>" for answer in escaped)
     return f"<table><caption>{escape(question)}</caption><tr>{head}</tr><tr>{cells}</tr></table>"

@@ -1,7 +1,8 @@
-"""Test questions that were trained: a model may answer those from memory, which says nothing about the others.
+"""Find contamination: test questions that were in the training data, which a model may answer from memory.
 
-The split (`minisft.data.splits`) already keeps conversations that begin alike on one side. This looks closer, at every
-prompt that is evaluated and at every row as it was trained, cut and templated, and finds near duplicates as well.
+The split (`minisft.data.splits`) already keeps conversations with the same beginning on one side. This module compares
+every evaluated prompt with every training row as it was trained, truncated and in its template, and also finds near
+duplicates.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 from minisft.evaluation.metrics import BY_CHARACTER
 
 SHINGLE = 5  # words
-FEWEST = 4  # shingles of a question: with fewer, a phrase that many use would count as a duplicate
-NEAR = 0.8  # of a question's shingles, in one row
+FEWEST = 4  # shingles of a question; with fewer, a common phrase would count as a duplicate
+NEAR = 0.8  # share of a question's shingles that one row must contain
 ROWS_AT_ONCE = 512
 
-# Scripts without blanks between words count by the character; and so do signs that are no punctuation, emoji say.
+# One word is: a character of a script without spaces, a run of other letters and digits, or a symbol
+# that is not punctuation, such as an emoji.
 _WORD = re.compile(
     rf"[{BY_CHARACTER}]|(?:(?![{BY_CHARACTER}])\w)+|[^\w\s\x00-\x7f\u00a0-\u00bf\u2010-\u2027\u3000-\u303f]"
 )
@@ -29,7 +31,7 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is evaluated: `whole`, the text of all its tokens, and the `questions` that the user asks in it."""
+    """One evaluated prompt: `whole` is the text of all its tokens, `questions` are the user's messages in it."""
 
     whole: str
     questions: Sequence[str]
@@ -37,7 +39,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Overlap:
-    """A prompt that was trained, in the row with this id: whether it begins with it, and the `share` of it there."""
+    """A prompt found in the training row with id `row`.
+
+    `exact` if the row begins with the prompt; `share` is the share of the prompt's shingles in the row, 0 to 1.
+    """
 
     row: str
     exact: bool
@@ -45,41 +50,41 @@ class Overlap:
 
 
 def find_overlaps(prompts: Mapping[str, Prompt], rows: Iterable[tuple[str, str]]) -> dict[str, Overlap]:
-    """Which `prompts` (by id) are in the training `rows` (id and text); those that are not are left out.
+    """Return the `prompts` (by id) that occur in the training `rows` (id, text), each with its closest row.
 
-    Texts are compared by their words alone, blind to case, punctuation and white space. `exact`: a row begins with
-    the whole prompt. Near: one row holds at least 80% of the questions' runs of five words (the containment of Broder,
-    1997), which is found however the rest of the row differs; a system prompt that many share does not count. Questions
+    Only words are compared; case, punctuation and white space are ignored. Exact: a row begins with the whole prompt.
+    Near: one row contains at least 80% of the questions' shingles, that is sequences of five words (containment, Broder
+    1997), however different the rest of the row is. System prompts are ignored, because many rows share them. Questions
     of fewer than eight words can only be exact.
     """
-    runs = {name: set().union(*map(_shingles, map(words_of, p.questions))) for name, p in prompts.items()}
-    runs = {name: found for name, found in runs.items() if len(found) >= FEWEST}
-    holders: dict[Words, list[str]] = {}
-    for name, found in runs.items():
-        for run in found:
-            holders.setdefault(run, []).append(name)
-    whole: dict[Words, list[str]] = {}
+    shingles = {name: set().union(*map(_shingles, map(words_of, p.questions))) for name, p in prompts.items()}
+    shingles = {name: own for name, own in shingles.items() if len(own) >= FEWEST}
+    prompts_with: dict[Words, list[str]] = {}  # shingle -> prompts
+    for name, own in shingles.items():
+        for shingle in own:
+            prompts_with.setdefault(shingle, []).append(name)
+    whole_prompts: dict[Words, list[str]] = {}
     for name, prompt in prompts.items():
         if any(map(words_of, prompt.questions)):
-            whole.setdefault(words_of(prompt.whole), []).append(name)
-    lengths = {len(words) for words in whole}
+            whole_prompts.setdefault(words_of(prompt.whole), []).append(name)
+    lengths = {len(words) for words in whole_prompts}
 
-    leaks: dict[str, Overlap] = {}
-    for row, text in rows:
+    overlaps: dict[str, Overlap] = {}
+    for row_id, text in rows:
         words = words_of(text)
-        shares = Counter(name for run in _shingles(words) & holders.keys() for name in holders[run])
-        found = {name: (False, count / len(runs[name])) for name, count in shares.items()}
+        counts = Counter(name for shingle in _shingles(words) & prompts_with.keys() for name in prompts_with[shingle])
+        matches = {name: (False, count / len(shingles[name])) for name, count in counts.items()}
         for length in lengths:
-            found |= dict.fromkeys(whole.get(words[:length], ()), (True, 1.0))
-        for name, (exact, share) in found.items():
-            known = leaks.get(name)
-            if share >= NEAR and (known is None or (exact, share) > (known.exact, known.share)):
-                leaks[name] = Overlap(row, exact, share)
-    return leaks
+            matches |= dict.fromkeys(whole_prompts.get(words[:length], ()), (True, 1.0))
+        for name, (exact, share) in matches.items():
+            best = overlaps.get(name)
+            if share >= NEAR and (best is None or (exact, share) > (best.exact, best.share)):
+                overlaps[name] = Overlap(row_id, exact, share)
+    return overlaps
 
 
 def words_of(text: str) -> Words:
-    """The words of a text, in order and in one case."""
+    """Return the words of a text in order, case-folded."""
     return tuple(_WORD.findall(text.casefold()))
 
 
@@ -88,7 +93,7 @@ def _shingles(words: Words) -> set[Words]:
 
 
 def trained_texts(rows: Any, tokenizer: Any) -> Iterable[tuple[str, str]]:
-    """Of every row of `training_data.load_rows` its id and the text of its tokens, control tokens written out."""
+    """Yield (id, decoded text with control tokens) of every row of `training.dataset.load_rows`."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = rows[start : start + ROWS_AT_ONCE]
-        yield from zip(part["id"], map(tokenizer.decode, part["input_ids"]), strict=True)
+        batch = rows[start : start + ROWS_AT_ONCE]
+        yield from zip(batch["id"], map(tokenizer.decode, batch["input_ids"]), strict=True)

@@ -1,9 +1,10 @@
-"""What the checkpoints of a run are asked, and what of it they were trained on."""
+"""Choose the test questions for the checkpoints of a run, and find those that were in its training data."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -29,11 +30,12 @@ ANSWERS = ("last", "all")
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How to evaluate. Raises `UserError` for what cannot be.
+    """How to evaluate. Raises `UserError` for invalid values.
 
-    `rows` test conversations, the first that fit; of each the `last` answer or `all`; greedy answers of at most
-    `max_new_tokens` tokens, `batch_size` at once, which changes no answer; intervals from `resamples` bootstrap
-    samples, 0 for none. `exclude_leaked` takes other conversations for those that have a trained question.
+    `rows` is the number of test conversations: the first that fit. Of each, the `last` answer or `all` are scored.
+    Answers are greedy and have at most `max_new_tokens` tokens; `batch_size` prompts are decoded together, which does
+    not change the answers. `resamples` is the number of bootstrap samples for intervals, 0 for no intervals.
+    `exclude_leaked` replaces conversations that contain a trained question.
     """
 
     rows: int = 12
@@ -55,9 +57,10 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """What a run's checkpoints are asked: conversations, and of them one question for each answer that is scored.
+    """What a run's checkpoints answer: conversations, and one question for each scored answer in them.
 
-    `leaks` are those questions, by id, that were trained; `seen` is how many were looked at for that.
+    `leaks` are the questions, by id, that were in the training data, out of the `seen` questions that were compared
+    with it (more than `questions`, if leaked conversations were replaced).
     """
 
     conversations: list[Conversation]
@@ -66,14 +69,22 @@ class EvalSet:
     seen: int
 
     def leakage(self, settings: EvalSettings) -> dict[str, Any]:
-        """How many questions leaked, and what was done about it, for a report."""
+        """Return how many questions leaked, which, and whether they were excluded, as JSON for a report."""
         exact = sum(leak.exact for leak in self.leaks.values())
-        about = {"of": self.seen, "exact": exact, "near": len(self.leaks) - exact, "excluded": settings.exclude_leaked}
-        return about | {"rows": {name: asdict(leak) for name, leak in self.leaks.items()}}
+        return {
+            "of": self.seen,
+            "exact": exact,
+            "near": len(self.leaks) - exact,
+            "excluded": settings.exclude_leaked,
+            "rows": {question_id: asdict(leak) for question_id, leak in self.leaks.items()},
+        }
 
 
 def make_eval_set(run: Run, settings: EvalSettings, folder: Path, digests: Digests | None = None) -> EvalSet:
-    """The first test conversations whose prompt and answer fit in the run's maximum length, and what of them leaked."""
+    """Choose the first test conversations whose prompt and answer fit in the run's maximum length.
+
+    `folder` caches which questions leaked. Raises `UserError` if no test conversation can be used.
+    """
     file = run.folder / "data" / TEST
     if not file.exists() or file.stat().st_size == 0:
         raise UserError(f"{run.name} has no test conversations: train it on data with at least two conversations")
@@ -81,16 +92,20 @@ def make_eval_set(run: Run, settings: EvalSettings, folder: Path, digests: Diges
     chosen: list[Conversation] = []
     leaks: dict[str, Overlap] = {}
     seen = 0
-    while more := [c for _, c in zip(range(settings.rows - len(chosen)), candidates, strict=False)]:
-        asked = {c.id: questions_of(c, settings.answers) for c in more}
-        seen += sum(map(len, asked.values()))
-        found = _leaks(run, {q.id: q for questions in asked.values() for q in questions}, folder, digests or Digests())
-        leaks |= found
-        clean = [c for c in more if not settings.exclude_leaked or not found.keys() & {q.id for q in asked[c.id]}]
-        chosen += clean
+    while more := list(itertools.islice(candidates, settings.rows - len(chosen))):
+        questions = {c.id: questions_of(c, settings.answers) for c in more}
+        seen += sum(map(len, questions.values()))
+        by_id = {q.id: q for own in questions.values() for q in own}
+        new_leaks = _leaks(run, by_id, folder, digests or Digests())
+        leaks |= new_leaks
+        chosen += [
+            c for c in more if not settings.exclude_leaked or not new_leaks.keys() & {q.id for q in questions[c.id]}
+        ]
+    if not chosen and seen:
+        raise UserError(f"every test conversation of {run.name} leaked: use more data, or do not exclude leaked ones")
     if not chosen:
-        what = "is left without those that leaked" if seen else f"fits in {run.config.max_length} tokens"
-        raise UserError(f"no test conversation of {run.name} {what}: give it more data, or allow more")
+        limit = run.config.max_length
+        raise UserError(f"no test conversation of {run.name} fits in {limit} tokens: use more data or a larger maximum")
     return EvalSet(chosen, [q for c in chosen for q in questions_of(c, settings.answers)], leaks, seen)
 
 
@@ -103,54 +118,54 @@ def _fitting(run: Run, file: Path) -> Iterator[Conversation]:
 
 
 def questions_of(conversation: Conversation, answers: str) -> list[Conversation]:
-    """One conversation per answer that is scored, which ends with it; an answer of weight 0 is not to be learned."""
-    found = list(one_per_answer(conversation))
-    return found[-1:] if answers == "last" else found
+    """Return one conversation per scored answer, ending with that answer. Answers of weight 0 are not scored."""
+    questions = list(one_per_answer(conversation))
+    return questions[-1:] if answers == "last" else questions
 
 
 def prompt_ids(conversation: Conversation, template: ChatTemplate, tokenizer: HuggingFaceTokenizer) -> list[int]:
-    """The ids before the last answer: the very ids that training put in front of it."""
+    """Return the ids before the last answer: exactly the ids that precede it in training."""
     return encode_segments(template.prompt_segments(conversation), tokenizer)
 
 
 def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path, digests: Digests) -> dict[str, Overlap]:
-    """Which of the questions are in what the run trained on; looked for once."""
+    """Return which of the questions are in the run's training rows; the result is cached in `folder`."""
     tokenizer, template = load_template(run.model_folder, run.config.template)
     prompts = {
-        name: Prompt(
+        question_id: Prompt(
             tokenizer.decode(prompt_ids(question, template, tokenizer)),
             [m.content for m in question.messages if m.role == "user"],
         )
-        for name, question in questions.items()
+        for question_id, question in questions.items()
     }
     data = run.folder / "data"
     if not (data / TRAIN).is_file():
         raise UserError(f"{run.name} has no training rows ({data / TRAIN}): prepare it again with --overwrite")
     code = code_digest("data", "chat", "labels", "evaluation")
-    looked_for = fingerprint([code, list(map(asdict, prompts.values())), digests.of(data / TRAIN)])
-    file = folder / f".leaks-{looked_for}.json"
-    if (known := read_cache(file, dict[str, Overlap])) is not None:
-        return known
-    found = find_overlaps(prompts, trained_texts(load_rows(data), tokenizer))
-    write_json(file, {name: asdict(leak) for name, leak in found.items()})
-    return found
+    key = fingerprint([code, list(map(asdict, prompts.values())), digests.of(data / TRAIN)])
+    file = folder / f".leaks-{key}.json"
+    if (cached := read_cache(file, dict[str, Overlap])) is not None:
+        return cached
+    overlaps = find_overlaps(prompts, trained_texts(load_rows(data), tokenizer))
+    write_json(file, {question_id: asdict(overlap) for question_id, overlap in overlaps.items()})
+    return overlaps
 
 
 def read_cache(file: Path, shape: Any) -> Any:
-    """The JSON of a file that can be made again, as `shape`; None where there is none that can be used."""
+    """Return the JSON of a cache file as `shape`, or None if the file is missing or damaged."""
     try:
         return read_json(file, shape)
     except UserError:
         return None
 
 
-@functools.lru_cache(maxsize=2)  # loading takes a second, and every checkpoint of a run asks
+@functools.lru_cache(maxsize=2)  # loading takes a second, and every checkpoint of a run needs it
 def load_template(folder: Path, version: str) -> tuple[HuggingFaceTokenizer, ChatTemplate]:
-    """The tokenizer in a model folder, and the template of that version for it."""
+    """Load the tokenizer in a model folder, and the template of this version for it."""
     tokenizer = HuggingFaceTokenizer(folder, version)
     return tokenizer, template_for(tokenizer, version)
 
 
 def fingerprint(value: Any) -> str:
-    """16 characters that change whenever the JSON of `value` does."""
+    """Return 16 hexadecimal characters that depend on the JSON of `value`."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

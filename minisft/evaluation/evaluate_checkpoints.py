@@ -1,11 +1,12 @@
-"""BLEU, loss and answers of every checkpoint of a run, and of the model before training.
+"""Evaluate every checkpoint of a run, and the model before training: BLEU, chrF, loss and answers.
 
     minisft evaluate zero2
 
-A prompt ends exactly where an answer began in training, and is made by the same code; what is scored is the reply
-alone. Results go to `outputs/evaluation/<run>/`: one JSON per checkpoint, the answers and references as lines of text,
-and a summary. Step 0 is the model before training. What is scored already is not scored again: a result belongs to
-the content of the weights, the questions and the settings, and answers are kept one by one, as they come.
+A prompt is built by the code that built the training rows, and ends exactly where an answer began in training; only the
+reply is scored. Results go to `outputs/evaluation/<run>/`: one JSON per checkpoint, the answers and references as lines
+of text, and a summary. Step 0 is the model before training. Results are reused while the contents of the weights, the
+questions and the settings are unchanged; each answer is saved as soon as it is complete, so an interrupted evaluation
+resumes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -46,8 +47,8 @@ from minisft.training.dataset import MADE_OF, require_as_made
 
 Say = Callable[[str], None]
 EXAMPLES = 3
-OWNER = "run.json"  # of a results folder: whose results they are
-BESIDE = (  # the weights, what a result or its soundness depends on
+OWNER = "run.json"  # in a results folder: which run folder the results belong to
+BESIDE = (  # besides the weights, the files that a result or the soundness check depends on
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,53 +59,55 @@ BESIDE = (  # the weights, what a result or its soundness depends on
 
 
 def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, verify: bool = False) -> list[str]:
-    """Evaluate every checkpoint of every run; returns a sentence for each that cannot be used.
+    """Evaluate every checkpoint of every run; returns one sentence per checkpoint or run that cannot be used.
 
-    A result belongs to the content of the files that it was computed from. Checksums are remembered for files that
-    were not touched since; with `verify` every file is read again. A run without test rows counts as one that cannot be
-    used beside others; alone it raises `UserError`, as do runs without checkpoints and two runs of one name.
+    Results are reused if the contents of all files they depend on are unchanged. Checksums of unmodified files are
+    cached; with `verify` every file is read again. Raises `UserError` if a run has no checkpoint, if two runs have the
+    same name, or if the only run cannot be evaluated.
     """
     _require_evaluable(runs)
-    known: dict[str, CheckpointResult] = {}
+    known: dict[str, Mapping[str, Any]] = {}  # result by key: checkpoints may have equal weights
     broken: list[str] = []
     digests = Digests(verify)
 
-    def is_broken(what: str) -> None:
-        broken.append(one_line(what))
+    def report_broken(sentence: str) -> None:
+        broken.append(one_line(sentence))
         say(broken[-1])
 
     def evaluate_one(run: Run, folder: Path) -> None:
         before = run.identity
         if (run.folder / "data" / MADE_OF).exists():  # runs of earlier versions have no checksums
             require_as_made(run.folder)
-        exam = make_eval_set(run, settings, folder, digests)
-        results, unusable = [], {}
+        eval_set = make_eval_set(run, settings, folder, digests)
+        results: list[dict[str, Any]] = []
+        unusable: dict[int, str] = {}
         for step, model in steps_of(run):
             try:
-                key = _key(run, model, exam, settings, digests)
-                found = known.get(key) or _looked_up(folder, step, key)
-                if found is None:
-                    found = _evaluated(run, model, exam, settings, folder / f".checkpoint-{step}-{key}.jsonl")
-                # With digests of its own: those of the report count each file once, and `verify` reads each once.
-                is_same = run.identity == before and _key(run, model, exam, settings, Digests()) == key
+                key = _key(run, model, eval_set, settings, digests)
+                scores = known.get(key) or _cached_result(folder, step, key)
+                if scores is None:
+                    scores = _evaluated(run, model, eval_set, settings, folder / f".checkpoint-{step}-{key}.jsonl")
+                # New digests: `digests` counts each file once for its report, and `verify` reads each file once.
+                is_same = run.identity == before and _key(run, model, eval_set, settings, Digests()) == key
             except (UserError, FileNotFoundError, PermissionError) as error:
-                unusable[step] = str(error) if isinstance(error, UserError) else _lost(error)
-                is_broken(f"{run.name} {model.name} cannot be used: {unusable[step]}")
+                unusable[step] = str(error) if isinstance(error, UserError) else _file_problem(error)
+                report_broken(f"{run.name} {model.name} cannot be used: {unusable[step]}")
                 continue
             if not is_same:
                 raise UserError(f"{run.name} was changed while it was evaluated: evaluate it again")
-            known[key] = found
-            results.append(found | {"run": one_line(run.name), "step": step, "model": one_line(model.name), "key": key})
+            known[key] = scores
+            origin = {"run": one_line(run.name), "step": step, "model": one_line(model.name), "key": key}
+            results.append(dict(scores) | origin)
             write_json(folder / f"checkpoint-{step}.json", results[-1])
-            _write_lines(folder / f"checkpoint-{step}.txt", (a["output"] for a in found["answers"]))
-            for kept in folder.glob(f".checkpoint-{step}-*.jsonl"):
-                kept.unlink(missing_ok=True)
+            _write_lines(folder / f"checkpoint-{step}.txt", (a["output"] for a in scores["answers"]))
+            for saved_answers in folder.glob(f".checkpoint-{step}-*.jsonl"):
+                saved_answers.unlink(missing_ok=True)
             say(_line(results[-1]))
         _remove_others(folder, {result["step"] for result in results})
-        _write_lines(folder / "references.txt", (q.messages[-1].content for q in exam.questions))
-        if results and results[0].get("bleu_note"):
-            say(f"{run.name}: {results[0]['bleu_note']}")
-        write_summary(folder, run, asdict(settings), results, unusable, exam.leakage(settings))
+        _write_lines(folder / "references.txt", (q.messages[-1].content for q in eval_set.questions))
+        if results and (note := results[0].get("bleu_note")):
+            say(f"{run.name}: {note}")
+        write_summary(folder, run, asdict(settings), results, unusable, eval_set.leakage(settings))
 
     for run in runs:
         try:
@@ -113,8 +116,8 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
         except UserError as error:
             if len(runs) == 1:
                 raise
-            is_broken(str(error))
-    say(f"results belong to the content of the files: {digests.how}")
+            report_broken(str(error))
+    say(f"results depend on the contents of the files: {digests.how}")
     return broken
 
 
@@ -124,25 +127,29 @@ def _require_evaluable(runs: Sequence[Run]) -> None:
         if not run.checkpoints:
             raise UserError(f"{run.name} has no checkpoint to evaluate (it is {run.status}): train it to its end first")
     if twice := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
-        raise UserError(f"two of the runs are called {twice[0]}, and their results have one place: give one at a time")
+        raise UserError(
+            f"two of the runs are called {twice[0]}, and their results would be in the same folder: give one at a time"
+        )
 
 
-def _lost(error: OSError) -> str:
-    how = "is gone" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-    return f"{Path(error.filename).name} {how}"
+def _file_problem(error: OSError) -> str:
+    problem = "is gone" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    return f"{Path(error.filename).name} {problem}"
 
 
 @contextmanager
 def results_folder(run: Run) -> Iterator[Path]:
-    """The folder for a run's results, held by this process. Raises `UserError` if another evaluation holds it, or if
-    it has the results of another run folder with the same name.
+    """Yield the folder for a run's results, locked by this process.
+
+    Raises `UserError` if another evaluation holds the lock, or if the folder contains the results of another run folder
+    with the same name.
     """
     folder = outputs_root() / "evaluation" / run.name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)  # conversations are personal
+    folder.mkdir(mode=0o700, exist_ok=True)  # conversations may be personal
     with open_lock(lock_file(folder)) as lock:
         if not try_lock(lock):
-            raise UserError(f"{run.name} is being evaluated right now: wait for it")
+            raise UserError(f"{run.name} is being evaluated right now: wait until that has finished")
         owner = Path((read_cache(folder / OWNER, ResultsOwner) or {"run_folder": run.folder})["run_folder"])
         if owner.is_dir() and not is_same_file(owner, run.folder):
             raise UserError(
@@ -154,38 +161,41 @@ def results_folder(run: Run) -> Iterator[Path]:
 
 
 def steps_of(run: Run) -> Iterator[tuple[int, Path]]:
-    """What there is to evaluate, in step order: the model before training, as step 0, and the checkpoints."""
+    """Yield (step, folder) of everything to evaluate, in step order: step 0 is the model before training."""
     yield 0, run.model_folder
     for checkpoint in run.checkpoints:
         yield checkpoint_step(checkpoint), checkpoint
 
 
 def results_of(run: Run) -> list[CheckpointResult]:
-    """What `evaluate_runs` found for the model before training and each checkpoint that it could use, in step order."""
+    """Return the run's results that `evaluate_runs` wrote, in step order; empty if there are none.
+
+    Raises `UserError` if a result is damaged.
+    """
     folder = outputs_root() / "evaluation" / run.name
     summary = read_cache(folder / "summary.json", Summary)
     steps = [c["step"] for c in summary["checkpoints"]] if summary else []
-    found = (read_json(folder / f"checkpoint-{step}.json", CheckpointResult) for step in steps)
-    return [result for result in found if result is not None]
+    results = (read_json(folder / f"checkpoint-{step}.json", CheckpointResult) for step in steps)
+    return [result for result in results if result is not None]
 
 
 # --- one checkpoint ----------------------------------------------------------------------------------------
 
 
-def _looked_up(folder: Path, step: int, key: str) -> CheckpointResult | None:
-    found = read_cache(folder / f"checkpoint-{step}.json", CheckpointResult)
-    return found if found is not None and found["key"] == key else None
+def _cached_result(folder: Path, step: int, key: str) -> CheckpointResult | None:
+    result = read_cache(folder / f"checkpoint-{step}.json", CheckpointResult)
+    return result if result is not None and result["key"] == key else None
 
 
-def _evaluated(run: Run, folder: Path, exam: EvalSet, settings: EvalSettings, kept: Path) -> CheckpointResult:
-    """`evaluate_model` for a checkpoint that was found sound; an interrupted one resumes after its last answer."""
-    if wrong := checkpoint_problem(run, folder):
-        raise UserError(wrong)
-    return evaluate_model(run, folder, exam, settings, kept)
+def _evaluated(run: Run, folder: Path, eval_set: EvalSet, settings: EvalSettings, saved_answers: Path) -> dict[str, Any]:
+    """Check that a checkpoint is sound, then run `evaluate_model`. Raises `UserError` if it is not sound."""
+    if problem := checkpoint_problem(run, folder):
+        raise UserError(problem)
+    return evaluate_model(run, folder, eval_set, settings, saved_answers)
 
 
 def _remove_others(folder: Path, steps: set[int]) -> None:
-    """Take away earlier results of checkpoints that are gone or can no longer be used."""
+    """Remove earlier results of checkpoints that no longer exist or can no longer be used."""
     for file in folder.glob("checkpoint-*.json"):
         step = file.stem.partition("-")[2]
         if step.isdecimal() and int(step) not in steps and read_cache(file, CheckpointResult) is not None:
@@ -196,10 +206,11 @@ def _remove_others(folder: Path, steps: set[int]) -> None:
 def evaluate_model(
     run: Run, folder: Path, exam: EvalSet, settings: EvalSettings, kept: Path | None = None
 ) -> dict[str, Any]:
-    """Load one checkpoint with plain transformers and score its answers. Those in the file `kept` are not made again.
+    """Load one checkpoint with plain transformers, answer the questions of `exam`, and score the answers.
 
-    Returns the scores of `corpus_scores`, the share of answers that `stopped` by themselves, the teacher-forced `loss`
-    in nats per token of the answers, their `perplexity`, and every answer beside its prompt and reference.
+    Answers are saved to the file `kept`, and those already in it are reused. Returns the scores of `corpus_scores`, the
+    share of answers that `stopped` by themselves, the teacher-forced `loss` in nats per token of the reference answers,
+    their `perplexity`, and every answer with its prompt and reference.
     """
     tokenizer, template = load_template(run.model_folder, run.config.template)
     model = load_to_answer(folder, tokenizer, run.precision, run.trust_remote_code)
@@ -209,7 +220,7 @@ def evaluate_model(
     loss, trained_tokens = answer_loss(model, exam.questions, template, tokenizer)
     references = [q.messages[-1].content.strip() for q in exam.questions]
     rows = [
-        {"id": q.id, "prompt": _asked_last(q), "reference": r, "output": a.text, "stopped": a.stopped}
+        {"id": q.id, "prompt": _last_user_message(q), "reference": r, "output": a.text, "stopped": a.stopped}
         for q, r, a in zip(exam.questions, references, answers, strict=True)
     ]
     return {
@@ -217,7 +228,7 @@ def evaluate_model(
         **corpus_scores([a.text for a in answers], references, settings.resamples),
         "stopped": sum(a.stopped for a in answers) / len(answers),
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
+        "perplexity": math.exp(min(loss, 700)),  # larger losses would overflow
         "trained_tokens": trained_tokens,
         "settings": asdict(settings),
         "examples": rows[:EXAMPLES],
@@ -225,7 +236,7 @@ def evaluate_model(
     }
 
 
-def _asked_last(question: Conversation) -> str:
+def _last_user_message(question: Conversation) -> str:
     return next(m.content for m in reversed(question.messages) if m.role == "user")
 
 
@@ -235,57 +246,59 @@ def _answers(
     template: Any,
     tokenizer: Any,
     settings: EvalSettings,
-    kept: Path | None,
-    what: str,
+    saved_answers: Path | None,
+    label: str,
 ) -> list[Answer]:
+    """Answer all questions, with a progress bar; answers already in `saved_answers` are reused."""
     from tqdm import tqdm
 
-    done = {} if kept is None else _kept_answers(kept, len(questions))
-    left = [i for i in range(len(questions)) if i not in done]
-    prompts = [prompt_ids(questions[i], template, tokenizer) for i in left]
-    with tqdm(total=len(questions), initial=len(done), desc=what, unit="answer", leave=False, disable=None) as bar:
+    answers = {} if saved_answers is None else _read_saved(saved_answers, len(questions))
+    missing = [i for i in range(len(questions)) if i not in answers]
+    prompts = [prompt_ids(questions[i], template, tokenizer) for i in missing]
+    with tqdm(total=len(questions), initial=len(answers), desc=label, unit="answer", leave=False, disable=None) as bar:
         for i, answer in generate(model, prompts, tokenizer, settings.max_new_tokens, settings.batch_size):
-            done[left[i]] = answer
-            if kept is not None:
-                handle = open_own(kept, os.O_WRONLY | os.O_APPEND, private=True)
+            answers[missing[i]] = answer
+            if saved_answers is not None:
+                handle = open_own(saved_answers, os.O_WRONLY | os.O_APPEND, private=True)
                 with os.fdopen(handle, "a", encoding="utf-8") as stream:
-                    stream.write(json.dumps([left[i], answer.text, answer.stopped]) + "\n")
+                    stream.write(json.dumps([missing[i], answer.text, answer.stopped]) + "\n")
             bar.update()
-    return [done[i] for i in range(len(questions))]
+    return [answers[i] for i in range(len(questions))]
 
 
-def _kept_answers(file: Path, questions: int) -> dict[int, Answer]:
-    """The answers that an interrupted evaluation left, by number; a line that was being written is cut off."""
-    whole, _, _ = (read_text(file, errors="replace") or "").rpartition("\n")
-    if not whole:
+def _read_saved(file: Path, questions: int) -> dict[int, Answer]:
+    """Return the answers that an interrupted evaluation saved, by question index; drop an incomplete last line."""
+    complete_lines, _, _ = (read_text(file, errors="replace") or "").rpartition("\n")
+    if not complete_lines:
         return {}
     with written_whole(file, private=True) as stream:
-        stream.write(whole + "\n")
-    found = {}
-    for line in whole.split("\n"):
-        with suppress(ValueError, TypeError):
+        stream.write(complete_lines + "\n")
+    answers = {}
+    for line in complete_lines.split("\n"):
+        with suppress(ValueError, TypeError):  # a damaged line: its answer is generated again
             index, text, stopped = json.loads(line)
             if 0 <= index < questions:
-                found[index] = Answer(str(text), bool(stopped))
-    return found
+                answers[index] = Answer(str(text), bool(stopped))
+    return answers
 
 
-def _key(run: Run, model: Path, exam: EvalSet, settings: EvalSettings, digests: Digests) -> str:
-    """Changes whenever the result could: other weights, tokenizer, questions, settings, precision or device."""
+def _key(run: Run, model: Path, eval_set: EvalSet, settings: EvalSettings, digests: Digests) -> str:
+    """Return a key of everything a result depends on: weights, tokenizer, questions, settings, code and device."""
     import torch
 
-    asked = [asdict(question) for question in exam.questions]
-    matters = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "exclude_leaked")}
+    questions = [asdict(question) for question in eval_set.questions]
+    # The batch size does not change answers, and which conversations are excluded shows in the questions.
+    relevant = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "exclude_leaked")}
     sums = [[str(file.name), digests.of(file)] for file in weight_files(model)]
     for folder in (model, run.model_folder):
         sums += [[name, digests.of(folder / name)] for name in BESIDE if (folder / name).exists()]
     device = [run.precision, torch.cuda.get_device_name()] if torch.cuda.is_available() else ["fp32", "cpu"]
-    matters["tokenizer"] = tokenizer_for([question.messages[-1].content for question in exam.questions])
+    relevant["tokenizer"] = tokenizer_for([question.messages[-1].content for question in eval_set.questions])
     code = code_digest("data", "chat", "labels", "model", "evaluation")
-    return fingerprint([code, sums, asked, matters, device, run.config.template, run.config.max_length])
+    return fingerprint([code, sums, questions, relevant, device, run.config.template, run.config.max_length])
 
 
-def _line(result: dict[str, Any]) -> str:
+def _line(result: Mapping[str, Any]) -> str:
     return (
         f"{one_line(result['run'])} step {result['step']:>3}: "
         f"BLEU {result['bleu']:5.2f}{interval_told(result, 'bleu')}, "
@@ -295,7 +308,7 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def _write_lines(file: Path, texts: Iterable[str]) -> None:
-    """Texts a line each, as sacreBLEU's command reads them."""
+    """Write one text per line, as sacreBLEU's command reads them."""
     with written_whole(file) as stream:
         stream.writelines(as_line(text) + "\n" for text in texts)
 
@@ -304,9 +317,10 @@ def _write_lines(file: Path, texts: Iterable[str]) -> None:
 
 
 def runs_to_evaluate(runs: Sequence[Run], wait: bool, ask: Callable[[str], bool] | None, say: Say) -> list[Run]:
-    """Those of `runs` to evaluate now: with `wait` all, once no process trains them; else `ask` says, run by run.
+    """Return the `runs` to evaluate now, handling those that are being trained.
 
-    Without anybody to `ask`, runs that are being trained are left out.
+    With `wait`, wait until their training has ended. Otherwise `ask` decides for each, given a question; if `ask` is
+    None they are skipped. `say` prints progress.
     """
     chosen = []
     for run in runs:
@@ -318,7 +332,7 @@ def runs_to_evaluate(runs: Sequence[Run], wait: bool, ask: Callable[[str], bool]
             name = one_line(run.name)
             question = f"{name} is being trained: evaluate its {len(run.checkpoints)} checkpoints so far?"
             if ask is None or not ask(question):
-                say(f"{run.name} is being trained, and left out: --wait waits for it")
+                say(f"{run.name} is being trained, and is skipped: --wait waits for it")
                 continue
         chosen.append(run)
     return chosen

@@ -1,4 +1,4 @@
-"""What an evaluation found, to be read: `summary.json`, `summary.md`, and answers side by side."""
+"""Report an evaluation: `summary.json`, `summary.md`, and HTML tables of answers side by side."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ def write_summary(
     unusable: Mapping[int, str],
     leakage: Mapping[str, Any],
 ) -> None:
-    """Write `summary.json` and `summary.md` of one run from the `results` of its checkpoints, in step order."""
+    """Write `summary.json` and `summary.md` of one run; without results, remove outdated ones.
+
+    `results` are those of its checkpoints, in step order; `unusable` is {step: reason}; `leakage` comes from
+    `EvalSet.leakage`.
+    """
     if not results:
-        for name in ("summary.json", "summary.md"):  # what they say holds no longer
+        for name in ("summary.json", "summary.md"):
             (folder / name).unlink(missing_ok=True)
         return
     write_json(
@@ -37,12 +41,18 @@ def write_summary(
             "bleu_signature": results[0]["bleu_signature"],
             "chrf_signature": results[0]["chrf_signature"],
             "leakage": dict(leakage),
-            "unusable": {str(step): why for step, why in unusable.items()},
-            "checkpoints": [{c: r[c] for c in COLUMNS} | {"examples": r["examples"]} for r in results],
+            "unusable": {str(step): reason for step, reason in unusable.items()},
+            "checkpoints": [_scores(result) for result in results],
         },
     )
     with written_whole(folder / "summary.md") as stream:
         stream.write("\n".join(_markdown(run, settings, results, unusable, leakage)) + "\n")
+
+
+def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a result that `summary.json` contains; results of earlier versions have no `more`."""
+    names = (*COLUMNS, "examples", "more") if "more" in result else (*COLUMNS, "examples")
+    return {name: result[name] for name in names}
 
 
 def _markdown(
@@ -56,27 +66,21 @@ def _markdown(
     lines = [
         f"# Evaluation of {in_markdown(run.name)}",
         "",
-        f"{results[0]['rows']} answers to test conversations ({which}), greedy, of at most "
-        f"{settings['max_new_tokens']} tokens. Step 0 is the model before training. Loss and perplexity are those of "
-        "the reference answers' tokens.",
+        f"{results[0]['rows']} answers to test conversations ({which}), greedy, at most "
+        f"{settings['max_new_tokens']} tokens each. Step 0 is the model before training. Loss and perplexity are over "
+        "the tokens of the reference answers.",
         "",
-        _leaks_told(leakage),
+        _leakage_sentence(leakage),
         "",
         f"BLEU: {_code(results[0]['bleu_signature'])}  ",
         f"chrF: {_code(results[0]['chrf_signature'])}",
         "",
-        *([in_markdown(results[0]["bleu_note"]), ""] if results[0].get("bleu_note") else []),
-        "| step | BLEU (95%) | chrF (95%) | length ratio | stopped by itself | loss | perplexity |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    lines += [
-        f"| {r['step']} | {r['bleu']:.2f}{interval_told(r, 'bleu')} "
-        f"| {r['chrf']:.2f}{interval_told(r, 'chrf')} | {r['length_ratio']:.2f} "
-        f"| {r['stopped']:.0%} | {r['loss']:.3f} | {r['perplexity']:.1f} |"
-        for r in results
-    ]
-    for step, why in unusable.items():
-        lines += ["", f"Checkpoint {step} cannot be used:", "", in_markdown_block(why)]
+    if note := results[0].get("bleu_note"):
+        lines += [in_markdown(note), ""]
+    lines += _score_table(results)
+    for step, reason in unusable.items():
+        lines += ["", f"Checkpoint {step} cannot be used:", "", in_markdown_block(reason)]
     tokenizer = results[0].get("bleu_tokenizer", "13a")
     lines += ["", f"To check a score: {_code(f'sacrebleu references.txt -tok {tokenizer} -i checkpoint-N.txt')}."]
     for i, example in enumerate(results[0]["examples"]):
@@ -87,26 +91,50 @@ def _markdown(
     return lines
 
 
+def _score_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A Markdown table, one row per result; a metric in `more` that a result lacks is an empty cell."""
+    metrics = list(dict.fromkeys(name for result in results for name in result.get("more", {})))
+    header = ["step", "BLEU (95%)", "chrF (95%)", "length ratio", "stopped by itself", "loss", "perplexity"]
+    header += map(in_markdown, metrics)
+    rows = [header, ["---:"] * len(header)]
+    for r in results:
+        more = r.get("more", {})
+        cells = [
+            f"{r['step']}",
+            f"{r['bleu']:.2f}{interval_told(r, 'bleu')}",
+            f"{r['chrf']:.2f}{interval_told(r, 'chrf')}",
+            f"{r['length_ratio']:.2f}",
+            f"{r['stopped']:.0%}",
+            f"{r['loss']:.3f}",
+            f"{r['perplexity']:.1f}",
+        ]
+        rows.append(cells + [f"{more[name]:.3f}" if name in more else "" for name in metrics])
+    return [f"| {' | '.join(cells)} |" for cells in rows]
+
+
 def _code(text: str) -> str:
     return f"`{one_line(text).replace('`', '')}`"
 
 
 def interval_told(result: Mapping[str, Any], name: str) -> str:
-    """` (low-high)` of a score, or nothing where no interval was asked for."""
+    """Return ` (low-high)` of a score, or "" if the result has no intervals."""
     low_high = "-".join(f"{edge:.1f}" for edge in result[f"{name}_interval"])
     return f" ({low_high})" if low_high else ""
 
 
-def _leaks_told(leakage: Mapping[str, Any]) -> str:
-    exact, near, of = leakage["exact"], leakage["near"], leakage["of"]
+def _leakage_sentence(leakage: Mapping[str, Any]) -> str:
+    exact, near, total = leakage["exact"], leakage["near"], leakage["of"]
     if not exact + near:
-        return f"None of the {of} questions that were looked at is among the trained ones."
-    done = "those conversations were left out" if leakage["excluded"] else "they are in the scores"
-    return f"Of {of} questions {exact} were trained word by word and {near} nearly so: {done}."
+        return f"None of {total} questions is in the training data."
+    consequence = "these conversations are excluded" if leakage["excluded"] else "they are included in the scores"
+    return f"Of {total} questions, {exact} are in the training data exactly and {near} nearly: {consequence}."
 
 
 def side_by_side(questions: Sequence[str], before: Sequence[Any], after: Sequence[Any]) -> str:
-    """An HTML table of `Answer`s before and after training. What a model says is untrusted text too: all is escaped."""
+    """Return an HTML table of `Answer`s before and after training, one row per question.
+
+    All text is escaped: a model's output is as untrusted as its input.
+    """
     rows = "".join(
         f"<tr><th scope='row' style='text-align:left'>{escape(q)}</th>{_cell(b.text, b.stopped)}"
         f"{_cell(a.text, a.stopped)}</tr>"
@@ -116,10 +144,10 @@ def side_by_side(questions: Sequence[str], before: Sequence[Any], after: Sequenc
 
 
 def through_training(results: Sequence[Mapping[str, Any]], rows: Sequence[str] = ()) -> str:
-    """An HTML table of answers through training: a question in each column, first the reference, then each step.
+    """Return an HTML table of answers over training: one column per question, one row per step, references first.
 
-    `results` are those of one run's checkpoints (`evaluate.results_of`); `rows` the ids of questions, else the three
-    examples. All text is escaped.
+    `results` are those of one run (`evaluate_checkpoints.results_of`). `rows` are question ids; by default the three
+    examples are shown. All text is escaped.
     """
     shown = [[a for a in r["answers"] if a["id"] in rows] if rows else r["examples"] for r in results]
     head = "".join(f"<th style='text-align:left'>{escape(example['prompt'])}</th>" for example in shown[0])
@@ -131,7 +159,7 @@ def through_training(results: Sequence[Mapping[str, Any]], rows: Sequence[str] =
 
 
 def _cell(text: str, stopped: bool) -> str:
-    mark = "" if stopped else " <em>(cut: it did not stop)</em>"
+    mark = "" if stopped else " <em>(cut off: it did not stop)</em>"
     return (
         "<td style='text-align:left;vertical-align:top;white-space:pre-wrap'>"
         f"{escape(text) or '<em>(stopped at once)</em>'}{mark}</td>"

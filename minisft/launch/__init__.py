@@ -1,7 +1,7 @@
-"""From settings to a finished run: prepare its folder, start its command, watch the ranks, leave no process behind.
+"""Turns settings into a finished run: prepares its folder, starts its command, watches its ranks.
 
-`prepare` writes the folder and the command; `launch` starts a supervisor, which starts the command on this machine or
-on many, and ends every process whatever happens.
+`prepare` writes the folder and the command. `launch` starts a supervisor, which runs the command on
+this machine or on several, and ends every process whatever happens.
 """
 
 import lazy_loader

@@ -50,10 +50,7 @@ MEANINGS = {
     "srun": (6, "one step of this SLURM job, on that node only"),
     "ssh": (6, "starts the processes on that machine: log in by key, never ask for a password"),
     "--num_accelerators": (2, PER_DEVICE),
-    "--master_port": (
-        2,
-        "the port where all ranks connect; chosen among the free ones, so that two runs never share it",
-    ),
+    "--master_port": (2, "the port where all ranks connect: a free one, so that two runs do not collide"),
     "--module": (1, MODULE),
     "minisft.training.worker": (1, "the worker, the program of every rank"),
     "-P": (1, "import no module from the current folder"),
@@ -112,7 +109,10 @@ def _on_hosts(folder: Path, place: Place, worker_words: list[str], remote_enviro
     if place.launcher == "pdsh":
         unsafe = [text for text in (str(folder), str(project_root()), sys.executable) if not PLAIN.fullmatch(text)]
         if unsafe:
-            raise UserError(f"pdsh would break the path {unsafe[0]!r} apart: use a plainer one, or --launcher ssh")
+            raise UserError(
+                f"pdsh would break the path {unsafe[0]!r} apart: use a path without special characters, "
+                "or --launcher ssh"
+            )
         words = [*hostfile, "--launcher", "pdsh", "--force_multi", *worker_words]
         withheld = tuple(sorted(name for name in os.environ if name.startswith(DEEPSPEED_EXPORTS)))
         return [Command(words, {"DS_ENV_FILE": str(folder / ENVIRONMENT)}, withheld=withheld)]
@@ -140,7 +140,7 @@ def require_deepspeed(config: RunConfig) -> None:
 
 
 def require_nodes(config: RunConfig, nodes: int) -> None:
-    """Raise `UserError` if the run's ranks cannot be divided evenly over this number of SLURM nodes."""
+    """Raise `UserError` if the ranks cannot be divided evenly over this number of SLURM nodes."""
     require_deepspeed(config)
     if nodes < 1 or config.ranks % nodes:
         raise UserError(f"{config.ranks} ranks cannot be divided evenly over {nodes} nodes: change one of them")
@@ -158,7 +158,8 @@ def slurm_script(config: RunConfig, folder: Path, nodes: int, on_gpu: bool) -> s
     gpus = f"#SBATCH --gpus-per-node={each}\n" if on_gpu else ""
     hostfile, run = shlex.quote(f"{display_path(folder)}/slurm-hostfile"), shlex.quote(display_path(folder))
     return f"""#!/bin/bash
-# {config.name}: {config.strategy} with {config.ranks} ranks on {nodes} nodes. sbatch starts it, scancel stops it.
+# {config.name}: {config.strategy} with {config.ranks} ranks on {nodes} nodes. sbatch starts it,
+# scancel stops it.
 #SBATCH --job-name=minisft-{config.name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
@@ -180,8 +181,8 @@ def environment_there(supervised: str) -> dict[str, str]:
     """Return the environment variables of a process on another host.
 
     They are the settings that all hosts share, the `PATH` to this environment's programs and, if
-    `supervised`, the supervisor to end with: it is not a process of that host, but leaves its sign of
-    life in the run folder.
+    `supervised`, the supervisor to end with: it is not a process of that host, but leaves its sign
+    of life in the run folder.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
     # With pdsh, DeepSpeed puts the current folder on PYTHONPATH; the value set here replaces it.
@@ -191,7 +192,7 @@ def environment_there(supervised: str) -> dict[str, str]:
 
 
 def write_place(folder: Path, place: Place, supervised: str) -> None:
-    """Write the files that DeepSpeed reads: the hostfile, and the environment variables for pdsh."""
+    """Write the files that DeepSpeed reads: the hostfile, and pdsh's environment variables."""
     plain = {name: value for name, value in environment_there(supervised).items() if PLAIN.fullmatch(value)}
     variables = "".join(f"{name}={value}\n" for name, value in plain.items())
     for name, text in ((HOSTFILE, hostfile_text(place.hosts)), (ENVIRONMENT, variables)):
@@ -226,7 +227,7 @@ def explain(command: Sequence[str]) -> list[Part]:
 
 
 def first_words(text: str) -> list[str]:
-    """Return the words of the first command in a `command.txt`; a quoted name may contain a newline."""
+    """Return the words of a `command.txt`'s first command; quoted names may contain newlines."""
     lines = text.splitlines(keepends=True)
     for count in range(1, len(lines)):
         with suppress(ValueError):  # these lines end inside a quotation
@@ -235,7 +236,7 @@ def first_words(text: str) -> list[str]:
 
 
 def display_path(path: Path) -> str:
-    """Return a path as a person types it: relative to the project root if it is inside the project."""
+    """Return a path as a person types it: relative to the project root if it is inside."""
     root = project_root()
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 

@@ -1,4 +1,4 @@
-"""Compares several runs by loss, speed, memory and communication: as rows, as tables, and in a sentence."""
+"""Compares runs by loss, speed, memory and communication, in rows, tables and sentences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEAR = 0.05  # relative difference below which two speeds count as equal: repeat
 
 
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return one row per run: first and last loss, tokens per second after the warm-up, bytes per rank."""
+    """Return one row per run: first and last loss, tokens per second, bytes per rank."""
     rows = []
     for run in runs:
         metrics, memory = run.metrics, run.memory
@@ -42,10 +42,10 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def comparison_frames(runs: Sequence[Run]) -> dict[str, pandas.DataFrame]:
-    """Return everything that the runs recorded as tidy tables: one observation per row, `run` is the first column.
+    """Return all that the runs recorded, as tidy tables with one observation per row, `run` first.
 
-    metrics        a row per step: step, epoch, loss, lr, grad_norm, tokens, trained_tokens, seconds,
-                   warm_up, and `bytes`, the maximum over the ranks of the memory held
+    metrics        a row per step: step, epoch, loss, lr, grad_norm, tokens, trained_tokens,
+                   seconds, warm_up, and `bytes`, the most memory that a rank held
     memory         a row per rank, moment (`at rest`, `after backward`) and owner: bytes
     communication  a row per rank and operation: the bytes of one step
     checkpoints    a row per checkpoint: step, test_loss, bytes, best, folder
@@ -110,7 +110,7 @@ def verdict(runs: Sequence[Run]) -> str:
 
 
 def least_state_memory(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the names of the runs with the least model-state memory per rank, and of those within 1% of it."""
+    """Return the runs with the least model-state memory per rank, and those within 1% of it."""
     states = {row["run"]: row["model_state_bytes"] for row in rows if row["model_state_bytes"]}
     return [name for name, size in states.items() if size < 1.01 * min(states.values())]
 

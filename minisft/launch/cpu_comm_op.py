@@ -2,13 +2,13 @@
 
     python -m minisft.launch.cpu_comm_op
 
-PyTorch builds such an operator at its first use, into one folder for all environments of a user. The
-build contains the paths and tools of one environment, so two environments used in turn would rebuild
-it each time, for half a minute or more. Here each environment has its own folder.
+PyTorch builds such an operator at its first use, into one folder for all environments of a user.
+The build contains the paths and tools of one environment, so two environments used in turn would
+rebuild it each time, for half a minute or more. Here each environment has its own folder.
 
-While a process builds or loads the operator, a lock file makes other processes wait. A process that is
-killed leaves the file behind, and every later process would wait forever: `remove_stale_locks` removes
-the lock files that no living process holds open.
+While a process builds or loads the operator, a lock file makes other processes wait. A process that
+is killed leaves the file behind, and every later process would wait forever: `remove_stale_locks`
+removes the lock files that no living process holds open.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def extensions_folder(environment: Mapping[str, str] = os.environ) -> Path | Non
 
 
 def build_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables with which a process builds in that folder, with this environment's ninja."""
+    """Return the variables of a build in that folder with this environment's ninja."""
     folder = extensions_folder(environment)
     path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     return {"PATH": path} | ({FOLDER: str(folder)} if folder else {})
@@ -51,7 +51,7 @@ def remove_stale_locks(folder: Path | None) -> list[Path]:
 
 
 def _is_open(file: Path) -> bool:
-    """Return whether a process that this user may inspect has `file` open; True where `/proc` is missing."""
+    """Return whether a process that we may inspect has `file` open; True without `/proc`."""
     import psutil
 
     if not Path("/proc/self/fd").exists():
@@ -71,7 +71,10 @@ def _is_open(file: Path) -> bool:
 
 
 def main() -> None:
-    """Build the operator now, so that the first run need not wait; without a compiler, runs do without it."""
+    """Build the operator now, so that the first run need not wait.
+
+    Runs do without it if there is no compiler.
+    """
     os.environ.update(build_environment())
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     remove_stale_locks(extensions_folder())

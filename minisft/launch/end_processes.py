@@ -1,4 +1,4 @@
-"""Ends the launchers of a run with everything that they started, and removes what they leave behind."""
+"""Ends a run's launchers and everything that they started, and removes what they leave."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def adopt_orphans() -> None:
 def end_all(launchers: Sequence[subprocess.Popen], spared: int = 0) -> None:
     """End the launchers and all descendants of this process except the pid `spared`.
 
-    Everything is asked to end (SIGTERM) and killed (SIGKILL) if it has not ended soon. Returns after
-    some seconds even if a process is left: not even SIGKILL ends one that waits for a dead disk.
+    Everything is asked to end (SIGTERM) and killed (SIGKILL) if it has not ended soon. Returns
+    after some seconds even if a process is left: not even SIGKILL ends one that waits for a dead
+    disk.
     """
     me = psutil.Process()
 
@@ -66,7 +67,8 @@ def end_all(launchers: Sequence[subprocess.Popen], spared: int = 0) -> None:
 def remove_shared_memory(command: Sequence[str]) -> None:
     """Remove the shared-memory buffers of DeepSpeed's CPU ranks, as far as `command` left any.
 
-    A buffer keeps its name until all ranks have opened it, so ranks that are killed early leave it behind.
+    A buffer keeps its name until all ranks have opened it, so ranks that are killed early leave it
+    behind.
     """
     if "--master_port" in command:
         port = command[command.index("--master_port") + 1]

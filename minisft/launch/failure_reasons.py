@@ -1,4 +1,4 @@
-"""Finds out why a run failed, from `FAILED`, the launchers' log, and the ranks' last signs of life."""
+"""Finds out why a run failed, from `FAILED`, the launchers' log and the ranks' heartbeats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 ERROR = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Interrupt): .+|^minisft: .+")
 NO_SPACE = 1 << 16  # free bytes below which nothing can be written to a disk
 LONGEST_REASON = 2000  # characters
-# By exit code of a launcher (256 - signal) or of its process (-signal): 9 is SIGKILL, 11 SIGSEGV.
+# By exit code, which is -signal for a killed process, and 256 - signal for a launcher that passes
+# it on: signal 9 is SIGKILL, 11 is SIGSEGV.
 KILLED_BY = {247: " by SIGKILL", -9: " by SIGKILL", 245: " by a segmentation fault", -11: " by a segmentation fault"}
 
 
@@ -37,7 +38,7 @@ def failure_record(status: RankStatus | None, reason: str) -> FailureRecord:
 
 
 def reported_failure(run_folder: Path) -> FailureRecord | None:
-    """Return what a rank wrote to `FAILED`; its reason is cut, to limit the time that searching takes."""
+    """Return what a rank wrote to `FAILED`; a long reason is cut, so that it is quick to search."""
     with suppress(UserError):
         if (failure := read_json(run_folder / "FAILED", FailureRecord)) is not None:
             return failure | {"reason": failure["reason"][:LONGEST_REASON]}
@@ -45,13 +46,13 @@ def reported_failure(run_folder: Path) -> FailureRecord | None:
 
 
 def is_explained(run_folder: Path) -> bool:
-    """Return whether a rank gave a reason of its own in `FAILED`, not just that it lost another rank."""
+    """Return whether a rank gave its own reason in `FAILED`, not just the loss of another rank."""
     failure = reported_failure(run_folder)
     return failure is not None and (not LOST.search(failure["reason"]) or bool(TAKEN.search(failure["reason"])))
 
 
 def killed_reason(run_folder: Path, status: RankStatus, code: int = 0) -> str:
-    """Return the reason for a rank that ended without reporting; `code` is its launcher's exit code."""
+    """Return the reason if a rank ended without a report; `code` is its launcher's exit code."""
     if shutil.disk_usage(run_folder).free < NO_SPACE:
         return f"no space is left on the disk of {run_folder} ({status}): free some"
     return f"process {status.pid} ended without a word ({status}): killed{KILLED_BY.get(code, '')}, or short of memory"
@@ -77,7 +78,7 @@ def logged_error(run_folder: Path) -> str:
 
 
 def explain_taken_port(failure: FailureRecord) -> FailureRecord:
-    """Say what to do if the reason is that another process took the port; else return `failure` as it is."""
+    """Add what to do to a `failure` whose reason is a port that another process has taken."""
     if not TAKEN.search(failure["reason"]):
         return failure
     reason = f"the port was taken by another process before rank 0 could listen on it ({failure['reason']})"

@@ -1,10 +1,10 @@
-"""The guardian: a process that outlives a run's supervisor briefly, and ends every process of the run.
+"""The guardian: a process that outlives a run's supervisor and ends every process of the run.
 
 The supervisor can be killed or stopped, and so can the ranks; then none of them can end the others.
-The guardian is a fork of the supervisor that only waits for two pipes to close: the supervisor's, and
-that of the starter, the process that started the supervisor. It has its own session, so signals to the
-run's process group do not reach it. It finds the processes to end by a mark in their environment,
-whatever their parents are.
+The guardian is a fork of the supervisor that only waits for two pipes to close: the supervisor's,
+and that of the starter, the process that started the supervisor. It has its own session, so signals
+to the run's process group do not reach it. It finds the processes to end by a mark in their
+environment, whatever their parents are.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ HANDOVER = 10.0  # seconds that the supervisor has to end the run after its star
 class Guardian:
     """The supervisor's handle on its guardian.
 
-    Create it before any thread starts, since it forks; `dismiss` it when all processes of the run are
-    gone.
+    Create it before any thread starts, since it forks; `dismiss` it when all processes of the run
+    are gone.
     """
 
     def __init__(self, run_folder: Path, mark: str):
@@ -81,7 +81,7 @@ def _guard(run_folder: Path, mark: str, supervisor_pipe: int) -> None:
 
 
 def end_marked(mark: str) -> None:
-    """Kill every process of this machine that carries `mark`, and those they start in the meantime."""
+    """Kill every process of this machine with this `mark`, and those they start meanwhile."""
     for _ in range(20):
         if not (run_processes := marked(MARK, mark)):
             return

@@ -1,4 +1,4 @@
-"""Reads and checks the machines of a run, from a hostfile in DeepSpeed's format, before any process starts.
+"""Reads the machines of a run from a hostfile in DeepSpeed's format, and checks them first.
 
     # one line per machine: its name or address, and the number of ranks it takes
     worker-1 slots=8
@@ -26,8 +26,8 @@ LAUNCHERS = ("ssh", "pdsh", "srun", "none")
 LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[0-9]{1,9})\s*(#.*)?")
 # A name must not look like an option, nor contain a character that is special to a shell.
 NAME = re.compile(r"[A-Za-z0-9:]([A-Za-z0-9.:_-]*[A-Za-z0-9])?")
-# Variables of the launching machine that the other machines need. Only these are passed on: every user
-# of a machine can read its command lines, and the command is also displayed and saved.
+# Variables of the launching machine that the other machines need. Only these are passed on: every
+# user of a machine can read its command lines, and the command is also displayed and saved.
 TRAVELS = frozenset(
     {
         *("CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_LAUNCH_BLOCKING", "DS_ACCELERATOR"),
@@ -45,7 +45,7 @@ URL_WITH_LOGIN = re.compile(r"://[^/\s]*@")
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and the number of ranks it takes. Raises `UserError` for an invalid name or no slots."""
+    """A machine and its number of ranks. Raises `UserError` for an invalid name or no slots."""
 
     name: str
     slots: int
@@ -63,7 +63,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run executes: its hosts, each with its number of ranks, and the program that starts them.
+    """Where a run executes: its hosts, with their ranks, and the program that starts these.
 
     `ssh`   one ssh connection per host; this machine needs none
     `pdsh`  DeepSpeed's own way: one pdsh for all hosts
@@ -88,12 +88,12 @@ class Place:
 
     @classmethod
     def of_hostfile(cls, file: Path | str, ranks: int, launcher: str = "ssh") -> Place:
-        """Place `ranks` ranks on the hosts of a hostfile. Raises `UserError` if that cannot work."""
+        """Place `ranks` ranks on the hosts of a hostfile. Raises `UserError` if impossible."""
         return cls.of_hosts(read_hostfile(file), ranks, launcher)
 
     @classmethod
     def of_hosts(cls, hosts: Sequence[Host], ranks: int, launcher: str = "ssh") -> Place:
-        """Place `ranks` ranks on these hosts, filled in order. Raises `UserError` if that cannot work."""
+        """Place `ranks` ranks on these hosts, in order. Raises `UserError` if impossible."""
         if launcher not in LAUNCHERS:
             raise UserError(f"unknown launcher {launcher!r}: use one of {', '.join(LAUNCHERS)}")
         hosts = share_out(hosts, ranks)
@@ -105,7 +105,7 @@ class Place:
 
 
 def read_hostfile(file: Path | str) -> list[Host]:
-    """Return the hosts of a hostfile, in order. Raises `UserError`, with the line, for an invalid file."""
+    """Return the hosts of a hostfile, in order. Raises `UserError`, with the line, if invalid."""
     file = user_path(file)
     if file.exists() and not file.is_file():
         raise UserError(f"hostfile {file} is not a regular file: give a text file")
@@ -152,14 +152,14 @@ def require_names(hosts: Sequence[Host]) -> None:
 
 
 def require_reachable(hosts: Sequence[Host]) -> None:
-    """Raise `UserError` if the first host is a loopback address and others would have to connect to it."""
+    """Raise `UserError` if other hosts would have to connect to a loopback address."""
     first = hosts[0].name
     if is_loopback(first) and not all(is_loopback(host.name) for host in hosts):
         raise UserError(f"the other hosts cannot reach {first}: give this machine's own name or address instead")
 
 
 def share_out(hosts: Sequence[Host], ranks: int) -> list[Host]:
-    """Fill the hosts with `ranks` ranks in order; return those used. Raises `UserError` if slots are too few."""
+    """Fill the hosts in order; return those used. Raises `UserError` if slots are too few."""
     slots = sum(host.slots for host in hosts)
     if ranks > slots:
         raise UserError(f"{ranks} ranks do not fit the {slots} slots of the hosts: lower --ranks, or add hosts")
@@ -176,7 +176,7 @@ def hostfile_text(hosts: Sequence[Host]) -> str:
 
 
 def travelling(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that every machine of a run needs: only known ones, and none that holds a secret."""
+    """Return the variables that every machine of a run needs; none of them holds a secret."""
 
     def travels(name: str) -> bool:
         value = environment[name]

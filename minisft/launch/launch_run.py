@@ -2,8 +2,8 @@
 
     run = launch(prepare(RunConfig.course("zero2")))
 
-A supervisor runs the folder's command (`minisft.launch.supervisor`); this module starts the supervisor,
-passes on its output, and stops it on a signal.
+A supervisor runs the folder's command (`minisft.launch.supervisor`); this module starts the
+supervisor, passes on its output, and stops it on a signal.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ def launch(
     heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
     progress_timeout: float = PROGRESS_TIMEOUT,
 ) -> Run:
-    """Run the prepared command to its end, on the hosts of `place` if given, and return the finished run.
+    """Run the prepared command to its end, on the hosts of `place` if given; return the run.
 
-    `say` receives the run's output line by line; the default is a live view in a notebook, and printed
-    lines elsewhere.
+    `say` receives the run's output line by line; the default is a live view in a notebook, and
+    printed lines elsewhere.
 
-    The processes have a session to themselves, under a supervisor (`minisft.launch.supervisor`). It ends
-    all of them if this process is interrupted or gone, if a rank dies or gives no sign of life for
-    `heartbeat_timeout` seconds, or if no rank makes progress for `progress_timeout` seconds. A run
-    succeeded if its exit code is 0, the `DONE` marker exists, and every rank reported `done`.
+    The processes have a session to themselves, under a supervisor (`minisft.launch.supervisor`). It
+    ends all of them if this process is interrupted or gone, if a rank dies or gives no sign of life
+    for `heartbeat_timeout` seconds, or if no rank makes progress for `progress_timeout` seconds. A
+    run succeeded if its exit code is 0, the `DONE` marker exists, and every rank reported `done`.
 
-    Raises `RunFailed` or `KeyboardInterrupt` once all processes are gone, and `UserError` if the run
-    cannot be started, for example because it is being trained already.
+    Raises `RunFailed` or `KeyboardInterrupt` once all processes are gone, and `UserError` if the
+    run cannot be started, for example because it is being trained already.
     """
     with only_one(run.folder) as locks:
         if run.prepared and run.prepared != run.identity:
@@ -110,7 +110,7 @@ def launch(
 
 
 def _require_startable(run: Run, place: Place | None, say: Say) -> None:
-    """Raise `UserError` for a run that lacks the user's consent or hosts, or that could only fail later."""
+    """Raise `UserError` if the user's consent or hosts are missing, or the run would fail later."""
     if run.written_config.trust_remote_code and not run.trust_remote_code:
         raise UserError(
             f"{display_path(run.folder)} asks to run code that comes with its model: read that code, and give "
@@ -157,7 +157,7 @@ def _failure_message(run: Run) -> str:
 
 
 def _require_sound_deepspeed(run: Run, say: Say) -> None:
-    """Raise `UserError` if `deepspeed.json`, which may have been edited, has errors; say its warnings."""
+    """Raise `UserError` for errors in `deepspeed.json`, which may be edited; say warnings."""
     if (config := run.deepspeed) is None:
         return
     findings = lint(config, ranks=run.config.ranks)
@@ -177,7 +177,7 @@ def _require_programs(host_commands: Sequence[Command]) -> None:
 
 
 def _clear_earlier_try(run: Run) -> None:
-    """Remove the earlier try's signs of life and, without a checkpoint to resume from, its results."""
+    """Remove an earlier try's heartbeats and, without a checkpoint to resume from, its results."""
     (run.folder / "FAILED").unlink(missing_ok=True)
     clear(run.folder)
     for scratch in run.folder.glob(".minisft-*"):
@@ -194,8 +194,8 @@ def _clear_earlier_try(run: Run) -> None:
 def _follow(task: Task, say: Say, locks: list[int]) -> bool:
     """Let a supervisor run `task`, pass its output to `say`, and return whether SIGINT stopped it.
 
-    The supervisor inherits `locks` (file descriptors), so that nothing can replace the folder of a live
-    run, even if this process dies.
+    The supervisor inherits `locks` (file descriptors), so that nothing can replace the folder of a
+    live run, even if this process dies.
     """
     cpu_comm_op.remove_stale_locks(cpu_comm_op.extensions_folder())
     stop: list[int] = []
@@ -248,10 +248,11 @@ def _follow(task: Task, say: Say, locks: list[int]) -> bool:
 
 
 def _ends_with_parent() -> bool:
-    """Return whether this process must stop by itself when its parent, such as a notebook kernel, is gone.
+    """Return whether this process must stop when its parent, such as a notebook kernel, is gone.
 
-    A terminal sends SIGHUP when it closes, unless `disown` prevents it, so its processes need no such
-    check. A process that ignores SIGHUP (`nohup`) or leads a session (`setsid`) is meant to keep running.
+    A terminal sends SIGHUP when it closes, unless `disown` prevents it, so its processes need no
+    such check. A process that ignores SIGHUP (`nohup`) or leads a session (`setsid`) is meant to
+    keep running.
     """
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or os.getsid(0) == os.getpid():
         return False
@@ -272,7 +273,7 @@ def _wait_for_ranks(run: Run) -> None:
     """Give the ranks 3 s to notice that their supervisor is gone, then kill those that remain."""
     import psutil
 
-    local_pids = [sign.pid for sign in read_heartbeats(run.folder) if is_here(sign.host)]
+    local_pids = [status.pid for status in read_heartbeats(run.folder) if is_here(status.host)]
     ranks = []
     for pid in local_pids:
         with suppress(psutil.NoSuchProcess):

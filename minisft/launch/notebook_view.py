@@ -1,7 +1,7 @@
-"""Shows a running run in a notebook cell: its progress, the loss, what every rank does, the last log lines.
+"""Shows a run in a notebook cell: its progress, loss, the state of every rank, and the log.
 
-All of it is read from the run folder, so the view costs the training next to nothing. Everything read
-from there is escaped. Where HTML cannot be shown, the view is a few lines of text.
+All of it is read from the run folder, so the view costs the training next to nothing. Everything
+read from there is escaped. Where HTML cannot be shown, the view is a few lines of text.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Point(TypedDict):
 
 
 class LiveView:
-    """A display that updates itself: call it with each line of the run's output, `tick` it often, `close` it last."""
+    """A display of a run: call it with each line of output, `tick` it often, `close` it last."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -112,7 +112,7 @@ class LiveView:
         ]
 
     def log_lines(self) -> list[str]:
-        """Return the last lines of rank 0's log, or of the launcher's as long as rank 0 has none."""
+        """Return the last lines of rank 0's log, or of the launcher's if rank 0 has none."""
         logs = self.run.folder / "logs"
         log = next((lines for name in ("rank0.log", "launcher.log") if (lines := last_lines(logs / name))), [])
         return [line[:200] for line in log[-LOG_LINES:]]

@@ -54,12 +54,13 @@ def prepare(
     restart: bool = False,
     say: Say = say,
 ) -> Run:
-    """Make the run folder: the data, split and encoded, the DeepSpeed configuration, and the command.
+    """Make the run folder: the split and encoded data, the DeepSpeed configuration, the command.
 
     A run with the same settings is returned as it is if it is finished, or can be resumed from a
-    checkpoint; an unfinished run without weights is prepared from the beginning. Any other run of this
-    name is only replaced with `overwrite`, or with `restart` if it is unfinished, has the same settings
-    and cannot be resumed: without one of the two, nothing that may hold weights is removed.
+    checkpoint; an unfinished run without weights is prepared from the beginning. Any other run of
+    this name is only replaced with `overwrite`, or with `restart` if it is unfinished, has the same
+    settings and cannot be resumed: without one of the two, nothing that may hold weights is
+    removed.
 
     The folder appears complete, by one rename, and all of this is decided while its lock is held.
     `place` names the hosts to run on, if not this machine alone; a resumed run may use other hosts.
@@ -87,7 +88,7 @@ def prepare(
 
 
 def _existing(config: RunConfig, folder: Path, place: Place | None, restart: bool, say: Say) -> Run | None:
-    """Return the run in `folder` if it is done or can be resumed; None if a new run may replace it."""
+    """Return the run in `folder` if it is done or resumable; None if it may be replaced."""
     if not (folder / "run.json").exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
@@ -193,7 +194,7 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
 
 
 def _beside(folder: Path, what: str) -> Path:
-    """Return a hidden folder on the same disk as the run folder, which may be a link to another disk."""
+    """Return a hidden folder on the run folder's disk; that folder may be a link."""
     real = folder.resolve()
     return real.with_name(f".{real.name}.{what}")
 
@@ -206,7 +207,7 @@ def _put_back(folder: Path, say: Say) -> None:
 
 
 def _replace(folder: Path, new: Path) -> None:
-    """Replace `folder` by `new` using renames only, so that an interruption never leaves half a folder."""
+    """Replace `folder` by `new` with renames only: an interruption leaves no partial folder."""
     real, old, discarded = folder.resolve(), _beside(folder, "removed"), _beside(folder, "discarded")
 
     def discard_old() -> None:
@@ -225,9 +226,10 @@ def _replace(folder: Path, new: Path) -> None:
 def _rows(
     config: RunConfig, source: Path, model: Path, tokenizer: HuggingFaceTokenizer, scratch: Path, say: Say
 ) -> int:
-    """Write the data and its ledger into `scratch`, or copy them from a run with the same; return the row count.
+    """Write the data and its ledger into `scratch`; return the number of training rows.
 
-    Reading ShareGPT takes seconds, and all strategies of a comparison need the same rows.
+    If another run has the same rows, they are copied: reading ShareGPT takes seconds, and all
+    strategies of a comparison need the same rows.
     """
     wanted = describe_rows(config, source, model, Digests())
     rows = copy_known_rows(wanted, [run.folder for run in all_runs()], scratch / "data")
@@ -248,7 +250,7 @@ def _settled(config: RunConfig) -> RunConfig:
 
 
 def require_place(config: RunConfig, place: Place | None) -> None:
-    """Raise `UserError` if the run cannot use several hosts, or their ranks differ from the settings."""
+    """Raise `UserError` if the run cannot use these hosts, or their ranks differ from its own."""
     if place is None:
         return
     require_deepspeed(config)
@@ -259,7 +261,8 @@ def require_place(config: RunConfig, place: Place | None) -> None:
 def write_commands(run: Run, folder: Path, place: Place | None, supervised: str = "") -> list[Command]:
     """Write `command.txt` and, for several hosts, the files that they need; return the commands.
 
-    `folder` is the run's final folder, which is not yet `run.folder` while the run is being prepared.
+    `folder` is the run's final folder, which is not yet `run.folder` while the run is being
+    prepared.
     """
     host_commands = commands(run.config, folder, place, supervised, run.prepared)
     with written_whole(run.folder / "command.txt", private=True) as stream:
@@ -294,7 +297,7 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[list[int]]:
-    """Lock a run for this process and yield the locks' file descriptors; raises `UserError` if it is locked.
+    """Lock a run and yield the locks' file descriptors. Raises `UserError` if it is locked.
 
     The kernel releases the locks however the process ends.
     """

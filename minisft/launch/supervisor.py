@@ -2,11 +2,11 @@
 
     python -m minisft.launch.supervisor RUN_FOLDER < task
 
-`minisft.launch.launch_run` starts it in a session of its own, and writes a `Task` in JSON as the first
-line of its standard input; the argument only helps people who look at process lists. The supervisor
-starts the task's commands and watches the ranks (`minisft.training.heartbeat`). It ends everything when
-the commands end, when a rank hangs or dies, when a line arrives on its standard input or the input
-closes, or when its parent is gone.
+`minisft.launch.launch_run` starts it in a session of its own, and writes a `Task` in JSON as the
+first line of its standard input; the argument only helps people who look at process lists. The
+supervisor starts the task's commands and watches the ranks (`minisft.training.heartbeat`). It ends
+everything when the commands end, when a rank hangs or dies, when a line arrives on its standard
+input or the input closes, or when its parent is gone.
 
 On Linux, processes whose parents die become the supervisor's own children, so none escapes. If the
 supervisor itself is killed, the ranks notice and end, and its guardian (`minisft.launch.guardian`)
@@ -74,10 +74,11 @@ GONE = "the process that started it is gone"
 
 @dataclass(frozen=True)
 class Task:
-    """What to run: `commands` in `working_directory` start `ranks` ranks, which write into the run `folder`.
+    """What to run: `commands`, in `working_directory`, start `ranks` ranks that write to `folder`.
 
-    The run is ended if a rank gives no sign of life for `heartbeat_timeout` seconds, or if no rank makes
-    progress for `progress_timeout` seconds. `mark` is in the environment of every process of the run.
+    The run is ended if a rank gives no sign of life for `heartbeat_timeout` seconds, or if no rank
+    makes progress for `progress_timeout` seconds. `mark` is in the environment of every process of
+    the run.
     """
 
     folder: str
@@ -98,7 +99,7 @@ class Task:
 
 
 def main() -> None:
-    """Run the task on the first line of standard input; exit with 0 if it succeeded, else with 1."""
+    """Run the task on the first line of standard input; exit with 0 for success, else with 1."""
     task_json, more = _first_line(0)
     supervisor = Supervisor(Task.from_json(task_json))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -140,7 +141,7 @@ class Supervisor:
             self.reason, self.blamed = reason, blamed
 
     def run(self) -> int:
-        """Return 0 if the commands, every rank and `DONE` report success, else 1; then `FAILED` has the reason."""
+        """Return 0 if the commands, all ranks and `DONE` report success, else 1 (see `FAILED`)."""
         adopt_orphans()
         parent = os.getppid()
         mark = self.task.mark or secrets.token_hex(8)
@@ -209,13 +210,13 @@ class Supervisor:
                 looked = now
 
     def _open_log(self) -> Any:
-        """Open a new log of the launchers; an earlier log, which may have a hard link elsewhere, is not changed."""
+        """Open a new log; an earlier log, which may have a hard link elsewhere, is not changed."""
         file = self.folder / LAUNCHER_LOG
         file.unlink(missing_ok=True)
         return os.fdopen(open_own(file, os.O_WRONLY | os.O_EXCL, private=True), "wb", buffering=0)
 
     def _look_at_launchers(self, launchers: Sequence[subprocess.Popen]) -> None:
-        """Fail the run if one host's launcher has failed: the other hosts' ranks would wait for its ranks."""
+        """Fail the run if one host's launcher has failed: other hosts would wait for its ranks."""
         for launcher, command in zip(launchers, self.task.commands, strict=True):
             if launcher.poll():
                 self.failed_at = self.failed_at or time.monotonic()
@@ -229,8 +230,8 @@ class Supervisor:
     def _listen(self, seconds: float) -> None:
         """Wait; stop the run if the parent sends a line or closes standard input.
 
-        The end of a rank wakes it as well: the first rank to end is the reason, and its launcher soon ends
-        the others.
+        The end of a rank wakes it as well: the first rank to end is the reason, and its launcher
+        soon ends the others.
         """
         sources: list[TextIO | int] = [sys.stdin, *self.exits]
         for source in select.select(sources, [], [], seconds)[0]:
@@ -249,7 +250,7 @@ class Supervisor:
             self.dead_since = self.dead_since or time.monotonic()
 
     def _watch_exit(self, status: RankStatus) -> None:
-        """Let the end of a rank of this machine wake `_listen`, where the system supports it (Linux)."""
+        """Let the end of a rank of this machine wake `_listen`, if the system can (Linux)."""
         if status.rank not in self.watched and hasattr(os, "pidfd_open"):
             self.watched.add(status.rank)
             with suppress(OSError):
@@ -283,13 +284,13 @@ class Supervisor:
                 self.stop(f"no rank has moved for {stalled:.0f} s; the slowest rank is at: {slowest}", slowest)
 
     def _verdict(self, code: int) -> int:
-        """Write `FAILED` unless all is well; a rank's own reason wins, unless it only reports another's end."""
+        """Write `FAILED` unless all is well; a rank's reason wins, unless it only lost another."""
         statuses = read_heartbeats(self.folder)
         done = [status.rank for status in statuses if status.phase == "done"]
         if code == 0 and (self.folder / "DONE").exists() and len(done) == self.task.ranks:
             return 0
         failure = reported_failure(self.folder)
-        # A rank that failed before its first heartbeat is in the log; the others were ended because of it.
+        # A rank that failed before its first heartbeat left its error in the log only.
         error = logged_error(self.folder) if len(statuses) < self.task.ranks else ""
         if self.reason:
             failure = failure_record(self.blamed, self.reason)

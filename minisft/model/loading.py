@@ -42,7 +42,7 @@ def _loaded(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
         if problem := unreadable_reason(folder, trust_remote_code):
             return None, problem
         with quiet():
-            model, loading_info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -50,6 +50,7 @@ def _loaded(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
             )
+        model, loading_info = loaded  # a pair, because of output_loading_info
         files = weight_files(folder)
         return model, weights_mismatch(model, loading_info, files) or not_finite_reason(files)
     except Exception as error:  # each library that reads a file raises different exceptions
@@ -76,6 +77,7 @@ def _initialize_new_rows(model: Any, tokenizer: HuggingFaceTokenizer, old_size: 
             table[old_size:] = table[:old_size].mean(dim=0)
             for name in template_named(tokenizer.template_name).control_tokens:
                 token_id = tokenizer.control_id(name)
+                assert token_id is not None  # `HuggingFaceTokenizer` adds its template's control tokens
                 if token_id >= old_size:
                     table[token_id] = table[tokenizer.encode(name, after="text")].mean(dim=0)
 

@@ -31,10 +31,12 @@ class LossHead:
     """
 
     def __init__(self, layer: torch.nn.Linear):
-        self.layer, self.wanted = layer, None
+        self.layer = layer
+        self.wanted: tuple[torch.Tensor, torch.Tensor] | None = None  # positions and targets, during `loss`
         self.most_chunks: int | None = None  # set by the memory trace, which needs the shape of one chunk only
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered for each call
-        layer.forward = self
+        replaced: Any = layer
+        replaced.forward = self
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         with self.around():
@@ -110,7 +112,8 @@ def supports_loss_head(config: Any, trust_remote_code: bool = False) -> bool:
         if type(layer) is not torch.nn.Linear:
             return False
         marker = torch.empty(1, 1, 1)
-        layer.forward = lambda hidden: marker
+        replaced: Any = layer
+        replaced.forward = lambda hidden: marker
         ids = torch.ones(1, 2, dtype=torch.int64)
         try:
             return model(ids, attention_mask=ids, use_cache=False).logits is marker
@@ -161,7 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             needs = ctx.needs_input_grad
             d_hidden = torch.empty_like(h) if needs[0] else None
             d_weight = torch.zeros(w.shape, dtype=exact, device=h.device) if needs[1] else None
-            d_bias = torch.zeros(bias.shape, dtype=exact, device=h.device) if needs[2] else None
+            d_bias = torch.zeros(bias.shape, dtype=exact, device=h.device) if bias is not None and needs[2] else None
             rows = max(1, chunk_bytes // (len(w) * exact.itemsize))
             for start in range(0, len(h), rows)[:most_chunks]:
                 part = slice(start, start + rows)

@@ -71,7 +71,8 @@ def layers_of(model: Any) -> list[tuple[Any, ...]]:
     from torch.nn import ModuleList
 
     length = getattr(model.config, "num_hidden_layers", None)
-    lists, nested = [], set()  # nested: name prefixes of modules inside a list that was taken
+    lists = []
+    nested: set[str] = set()  # name prefixes of modules inside a list that was taken
     for name, module in model.named_modules():
         if isinstance(module, ModuleList) and len(module) == length and not name.startswith(tuple(nested)):
             lists.append(module)
@@ -89,7 +90,8 @@ def layer_kinds(model: Any) -> list[LayerKind]:
     layers = layers_of(model)
     named = [[(f"{i}.{n}", m) for i, part in enumerate(layer) for n, m in part.named_modules()] for layer in layers]
     # Names of int attributes that equal the layer's position in some layer, and that differ from it in some layer.
-    numbers, others = set(), set()
+    numbers: set[str] = set()
+    others: set[str] = set()
     for position, modules in enumerate(named):
         for key, value in ((key, value) for _, m in modules for key, value in vars(m).items() if type(value) is int):
             (numbers if value == position else others).add(key)

@@ -128,6 +128,7 @@ class CheckpointScores(TypedDict):
     loss: float
     perplexity: float
     examples: list[Example]
+    more: NotRequired[dict[str, float]]  # further metrics by name; results of earlier versions have none
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -141,6 +142,8 @@ class CheckpointResult(CheckpointScores):
     bleu_signature: str
     chrf_signature: str
     answers: list[Example]
+    bleu_note: NotRequired[str]
+    bleu_tokenizer: NotRequired[str]
 
 
 class ResultsOwner(TypedDict):

@@ -1,7 +1,7 @@
-"""What happens inside a rank: rows, batches, steps, checkpoints, metrics and heartbeats.
+"""Everything inside a rank: rows, batches, steps, checkpoints, metrics and heartbeats.
 
-transformers' Trainer runs the steps; this room gives it exact batches, one loss for every strategy, and checkpoints
-that appear whole or not at all.
+transformers' Trainer runs the steps; this package gives it exact batches, one loss for every
+strategy, and checkpoints that are written atomically.
 """
 
 import lazy_loader

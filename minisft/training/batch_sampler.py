@@ -1,7 +1,7 @@
-"""Decides which rows make up each global batch, and which rank gets which of them, for every strategy alike.
+"""Decides which rows make up each global batch and how the ranks divide it, for any strategy.
 
-The rows of a global batch depend on the seed and the epoch only. Ranks, micro-batches and accumulation
-just divide them, so one process and eight GPUs see the same rows at every step.
+The rows of a global batch depend on the seed and the epoch only. Ranks, micro-batches and
+accumulation just divide them, so one process and eight GPUs see the same rows at every step.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ WINDOW = 32  # global batches per window; rows of padded batches are sorted by l
 
 @dataclass
 class RankBatches:
-    """The micro-batches of one rank in order, each a list of row indices: a batch sampler for torch's DataLoader.
+    """A batch sampler for torch's DataLoader: one rank's micro-batches, as lists of row indices.
 
-    `lengths` holds the number of tokens of every row. A global batch has `batch_size * accumulation *
-    ranks` rows; an incomplete one at the end of an epoch is dropped, and the next epoch shuffles all rows
-    again. With `by_length`, for padded batches, rows of similar length share a global batch, and the
-    global batches come in random order.
+    `lengths` holds the number of tokens of every row. The rows of a global batch number
+    `batch_size * accumulation * ranks`; an incomplete one at the end of an epoch is dropped, and
+    the next epoch shuffles all rows again. With `by_length`, for padded batches, rows of similar
+    length share a global batch, and the global batches come in random order.
     """
 
     lengths: Sequence[int]
@@ -37,7 +37,7 @@ class RankBatches:
 
     @property
     def batch_sampler(self) -> RankBatches:
-        """This object again: Trainer calls `set_epoch` on the loader's `batch_sampler.batch_sampler`."""
+        """This object: Trainer calls `set_epoch` on a loader's `batch_sampler.batch_sampler`."""
         return self
 
     @property
@@ -71,8 +71,8 @@ class RankBatches:
     def shares(self, rows: list[int]) -> list[list[list[int]]]:
         """Divide a global batch: return, for each rank, its micro-batches.
 
-        The micro-batches that the ranks compute at the same time have rows of similar length and nearly
-        equal token counts, so that no rank waits long for the others and padding is short.
+        The micro-batches that the ranks compute at the same time have rows of similar length and
+        nearly equal token counts, so that no rank waits long for the others and padding is short.
         """
         order = sorted(rows, key=lambda row: (-self.lengths[row], row))
         at_once = self.batch_size * self.ranks
@@ -90,9 +90,9 @@ class RankBatches:
 class Packs:
     """A dataset of packs: each item is a list of rows with at most `max_length` tokens in total.
 
-    First-fit decreasing: the longest row first, each into the first pack that has room. Attention and
-    position ids keep the rows of a pack apart; packing only gives every micro-batch about the same number
-    of tokens.
+    First-fit decreasing: the longest row first, each into the first pack that has room. Attention
+    and position ids keep the rows of a pack apart; packing only gives every micro-batch about the
+    same number of tokens.
     """
 
     def __init__(self, rows: Any, lengths: Sequence[int], max_length: int):

@@ -1,4 +1,4 @@
-"""Builds a `RunTrainer` from a prepared run folder: tokenizer, model, rows, batches and Trainer's arguments."""
+"""Builds a `RunTrainer` from a prepared run folder: tokenizer, model, batches and arguments."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from minisft.training.trainer import RunTrainer
 def make_trainer(
     run: Run, rank: int, world: int, on_gpu: bool, checkpoint: Path | None, heartbeat: Heartbeat
 ) -> RunTrainer:
-    """Return the trainer of rank `rank` of `world` ranks; with `checkpoint`, it counts steps from there.
+    """Return the trainer of `rank` among `world` ranks; steps count from `checkpoint`, if given.
 
-    Raises `UserError` if the model cannot train with this batching, or the rows do not fill one global
-    batch.
+    Raises `UserError` if the model cannot train with this batching, or the rows do not fill one
+    global batch.
     """
     config = run.config
     trust = config.trust_remote_code
     tokenizer = HuggingFaceTokenizer(run.model_folder, config.template)
     tokenizer.hf.chat_template = template_for(tokenizer, config.template).jinja()
-    # Before TrainingArguments exist: afterwards, at stage 3, every new model is partitioned over the ranks.
+    # Before TrainingArguments exist: afterwards, at stage 3, every new model is partitioned over
+    # the ranks.
     with_head = supports_loss_head(model_config(run.model_folder, trust), trust)
     arguments = _arguments(run, on_gpu)
     model = load_model(run.model_folder, tokenizer, trust)

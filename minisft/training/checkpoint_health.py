@@ -1,8 +1,8 @@
 """Checks whether a model folder or a checkpoint can be used, without keeping a model in memory.
 
-Each folder is checked before it is trained, evaluated or used for chat: first the headers of its files,
-then their values. transformers itself tells which tensors a model needs and under which names they are
-saved: it loads the model on the meta device, without values.
+Each folder is checked before it is trained, evaluated or used for chat: first the headers of its
+files, then their values. transformers itself tells which tensors a model needs and under which
+names they are saved: it loads the model on the meta device, without values.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from minisft.training.dataset import changed_model
 
 
 def model_problem(folder: Path, *, trust_remote_code: bool = False, values: bool = True) -> str:
-    """Say why the model in `folder` cannot be used, in one sentence without its name; "" if it can be used.
+    """Return in one sentence, without its name, why a model cannot be used; "" if it can.
 
-    Checks the config, the files, their headers, tied weights, and tensors that are missing, unexpected or
-    of another shape; with `values` also that every number is finite, once per file content. The
-    tokenizer is checked where it is loaded.
+    Checks the config, the files, their headers, tied weights, and tensors that are missing,
+    unexpected or of another shape; with `values` also that every number is finite, once per file
+    content. The tokenizer is checked where it is loaded.
     """
     return _sentence(lambda: _model_problem(folder, trust_remote_code, values))
 
@@ -45,7 +45,7 @@ def require_sound(folder: Path, *, trust_remote_code: bool = False) -> None:
 
 
 def checkpoint_problem(run: Run, folder: Path) -> str:
-    """Say why the checkpoint `folder` of `run` cannot be used, in one sentence without its name; "" if it can be.
+    """Return in one sentence, without its name, why a checkpoint cannot be used; "" if it can.
 
     `folder` may also be the model before training, which needs no chat template.
     """
@@ -101,7 +101,7 @@ def _difference_to_written(run: Run, folder: Path) -> str:
 
 
 def _without_values(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
-    """Return the model on PyTorch's meta device, and how its tensors match the files, as transformers reports it."""
+    """Return the model on PyTorch's meta device, and transformers' report on the files' tensors."""
     from transformers import AutoModelForCausalLM
 
     with quiet():

@@ -1,7 +1,7 @@
-"""Writes checkpoints atomically, verifies them before they are used, and removes those no longer needed.
+"""Writes checkpoints atomically, verifies them before use, and removes those not needed.
 
-A checkpoint is written into `.saving/` and gets its name, by one rename, when all of it is on disk; its
-`manifest.json` lists every file with size and checksum. So, whatever kills a run, a folder
+A checkpoint is written into `.saving/` and gets its name, by one rename, when all of it is on disk;
+its `manifest.json` lists every file with size and checksum. So, whatever kills a run, a folder
 `checkpoint-N` is always complete.
 """
 
@@ -49,10 +49,10 @@ def discard_unfinished(run: Run) -> None:
 
 
 def seal(run: Run, folder: Path, about: dict[str, Any]) -> Path:
-    """Write the manifest of a checkpoint in `.saving/`, move it into the run, and return its new path.
+    """Write the manifest of a checkpoint in `.saving/`, move it into the run, return its path.
 
-    `about` is added to the manifest. Everything is flushed to disk before the rename. Raises `UserError`
-    if the run already has this checkpoint.
+    `about` is added to the manifest. Everything is flushed to disk before the rename. Raises
+    `UserError` if the run already has this checkpoint.
     """
     for name in UNSAFE:
         (folder / name).unlink(missing_ok=True)
@@ -71,9 +71,9 @@ def seal(run: Run, folder: Path, about: dict[str, Any]) -> Path:
 
 
 def rotate(run: Run, keep: int | None) -> None:
-    """Remove all checkpoints except the last `keep`, the best one (lowest test loss), and those without a manifest.
+    """Remove all checkpoints except the last `keep` and the best one (lowest test loss).
 
-    `None` keeps all.
+    `None` keeps all. A checkpoint without a manifest, or with a damaged one, is never removed.
     """
     if keep is None:
         return
@@ -85,7 +85,7 @@ def rotate(run: Run, keep: int | None) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint; it is renamed first, so that no half-removed `checkpoint-N` is ever visible."""
+    """Rename a checkpoint, then remove it: no partial `checkpoint-N` is ever visible."""
     if folder.exists():
         doomed = folder.with_name(f".removed-{folder.name}")
         remove_all(doomed)
@@ -96,7 +96,8 @@ def remove(folder: Path) -> None:
 def latest_resumable(run: Run) -> Path | None:
     """Return the last checkpoint that has optimizer states, or None.
 
-    Raises `UserError` if a manifest is damaged, or if a later checkpoint exists that cannot be resumed.
+    Raises `UserError` if a manifest is damaged, or if a later checkpoint exists that cannot be
+    resumed.
     """
     latest = None
     advice = "rerun the same command to resume from what is left, or replace the run with --overwrite"
@@ -115,7 +116,7 @@ def latest_resumable(run: Run) -> Path | None:
 
 
 def resume_point(run: Run) -> Path | None:
-    """Return the checkpoint to resume from; None if the run starts from the beginning and loses nothing.
+    """Return the checkpoint to resume from; None if a start from the beginning loses nothing.
 
     Raises `UserError` if there is no such checkpoint, but a file that may hold weights.
     """
@@ -150,7 +151,7 @@ def something_to_lose(folder: Path) -> Path | None:
 
 
 def is_made_again(file: Path) -> bool:
-    """Return whether preparing or starting writes this file again; `file` is relative to the run folder."""
+    """Return whether preparing or starting rewrites `file`, a path relative to the run folder."""
     if any(fnmatchcase(str(file), half) for half in HALVES):
         return True
     patterns = (pattern.split("/") for pattern in MADE_AGAIN)
@@ -158,7 +159,7 @@ def is_made_again(file: Path) -> bool:
 
 
 def verify(run: Run, folder: Path) -> None:
-    """Raise `UserError` unless the checkpoint is unchanged and has every file that a resume needs."""
+    """Raise `UserError` unless a checkpoint is unchanged and has all files that a resume needs."""
     if problem := checkpoint_damage(folder) or _resume_problem(run, folder):
         earlier = [c for c in run.checkpoints if checkpoint_step(c) < checkpoint_step(folder)]
         then = f"it then resumes from {earlier[-1].name}" if earlier else "it then starts from the beginning"
@@ -195,7 +196,7 @@ def _resume_problem(run: Run, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """The part of transformers' `trainer_state.json` that is needed: the step, and the number of steps in all."""
+    """From transformers' `trainer_state.json`: the step, and the total number of steps."""
 
     global_step: int
     max_steps: int
@@ -208,7 +209,10 @@ def is_trained(folder: Path) -> bool:
 
 
 def checkpoint_damage(folder: Path, only: Collection[str] | None = None) -> str:
-    """Describe the first file that differs from the manifest; "" if none does. `only` limits the check to these names."""
+    """Describe the first file that differs from the manifest; "" if none does.
+
+    `only` limits the check to files of these names.
+    """
     try:
         manifest = manifest_of(folder)
     except UserError as error:

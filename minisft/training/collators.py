@@ -15,10 +15,10 @@ Row = Mapping[str, Any]  # id, input_ids, labels
 class PadRight:
     """Pads a micro-batch to its longest row, not to the maximum length.
 
-    Returns `input_ids`, `attention_mask` and `labels`, int64 tensors of shape [rows, longest]. The labels
-    are copied, never rebuilt from the ids, which is the bug of
-    `DataCollatorForLanguageModeling(mlm=False)`. The attention mask follows from the row's length, so an
-    EOS stays visible even if the pad id equals EOS.
+    Returns `input_ids`, `attention_mask` and `labels`, int64 tensors of shape [rows, longest]. The
+    labels are copied, never rebuilt from the ids, which is the bug of
+    `DataCollatorForLanguageModeling(mlm=False)`. The attention mask follows from the row's length,
+    so an EOS stays visible even if the pad id equals EOS.
     """
 
     pad_id: int
@@ -43,11 +43,11 @@ class PadRight:
 class PaddingFree:
     """Concatenates the rows of a micro-batch, without any padding.
 
-    Returns `input_ids`, `position_ids` (restarting at 0 in each row) and `labels`, int64 tensors of shape
-    [1, tokens]. Under transformers' own names it adds `cu_seq_lens_q`, int32 of shape [rows + 1], the
-    offset of each row, and `max_length_q`, the length of the longest row. A row may also be a pack, a list
-    of rows (`minisft.training.batch_sampler.Packs`). The model needs an attention that keeps the rows
-    apart, `minisft.model.packed_attention.PER_DOCUMENT`.
+    Returns `input_ids`, `position_ids` (restarting at 0 in each row) and `labels`, int64 tensors of
+    shape [1, tokens]. Under transformers' own names it adds `cu_seq_lens_q`, the offsets of the
+    rows, int32 of shape [rows + 1], and `max_length_q`, the length of the longest row. A row may
+    also be a pack, a list of rows (`minisft.training.batch_sampler.Packs`). The model needs an
+    attention that keeps the rows apart, `minisft.model.packed_attention.PER_DOCUMENT`.
     """
 
     def __call__(self, rows: Sequence[Row | list[Row]]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class PaddingFree:
 
 
 def portions(lengths: Sequence[int], most: int) -> Iterator[slice]:
-    """Split rows of these `lengths`, in order, into slices of at most `most` tokens, but at least one row."""
+    """Split rows of these `lengths` into slices of at most `most` tokens, or of a single row."""
     start, tokens = 0, 0
     for i, length in enumerate(lengths):
         if i > start and tokens + length > most:
@@ -89,7 +89,8 @@ def unpacked(rows: Sequence[Row | list[Row]]) -> list[Row]:
 class WithRows:
     """Adds `rows` to what another collator returns: (id, tokens, trained tokens) of each row.
 
-    With it, tokens are counted without reading from the device, and an error can name the rows of its batch.
+    With it, tokens are counted without reading from the device, and an error can name the rows of
+    its batch.
     """
 
     collate: Callable[[Sequence[Any]], dict[str, Any]]

@@ -1,8 +1,8 @@
-"""Makes the training and test rows of a run: reads, splits, selects, encodes and writes conversations one by one.
+"""Makes a run's training and test rows: reads, splits, selects and encodes conversations.
 
 data/train.arrow   id, input_ids, labels; `datasets.Dataset.from_file` maps it into memory
 data/test.jsonl    the test conversations, cleaned, in ShareGPT's format
-data/test.arrow    the first `eval_rows` of them that fit, as rows: the test loss is computed on these
+data/test.arrow    the first `eval_rows` of them that fit, as rows for the test loss
 data/made_of.json  what the rows were made from, with the checksums of the three files
 """
 
@@ -49,8 +49,8 @@ MOST_REMEMBERED = 200  # row sets in the cache, which later runs with the same s
 def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Path, ledger: Ledger) -> int:
     """Write the three files into `folder`; return the number of training rows.
 
-    The source is read twice, once to decide the split, which needs every id, and once to encode, so that
-    memory does not grow with its size. Raises `UserError` if the source cannot be read.
+    The source is read twice, once to decide the split, which needs every id, and once to encode, so
+    that memory does not grow with its size. Raises `UserError` if the source cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     split = assign(read(source, ledger), config.test_fraction, config.seed, ledger)
@@ -75,7 +75,7 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
 
 
 def describe_rows(config: RunConfig, source: Path, model: Path, digests: Digests) -> dict[str, Any]:
-    """Return what the rows depend on: code, settings, the data's content, and the tokenizer in the folder `model`."""
+    """Return what the rows depend on: code, settings, data, and the tokenizer in `model`."""
     sources = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
     tokenizer = [file for file in (*sorted(model.glob("*token*")), model / "config.json") if file.is_file()]
     # Row ids contain the name of their file, so the name matters as well; its folder does not.
@@ -84,11 +84,11 @@ def describe_rows(config: RunConfig, source: Path, model: Path, digests: Digests
 
 
 def copy_known_rows(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) -> int | None:
-    """Copy the rows described by `wanted`, and their ledger, from the first run folder in `runs` that has them.
+    """Copy the rows that `wanted` describes, and their ledger, from the first run that has them.
 
-    Returns the number of training rows, or None if no run has them. The checksums that belong to `wanted`
-    come from this machine's own cache, not from a run folder, which may come from somebody else: only
-    files with the same content are copied.
+    Returns the number of training rows, or None if no run has them. The checksums that belong to
+    `wanted` come from this machine's own cache, not from a run folder, which may come from somebody
+    else: only files with the same content are copied.
     """
     known = _known_rows().get(_key(wanted))
     if known is None:
@@ -136,13 +136,13 @@ def require_as_made(run_folder: Path) -> None:
 
 
 def model_files(folder: Path, digests: Digests) -> dict[str, str]:
-    """Return the checksums of a model folder's weights, configuration and tokenizer, by file name."""
+    """Return the checksums of a model's weights, configuration and tokenizer, by file name."""
     files = sorted(file for file in folder.iterdir() if file.name.endswith(OF_A_MODEL) and file.is_file())
     return {file.name: digests.of(file) for file in files}
 
 
 def changed_model(run: Run) -> str:
-    """Describe the first file of the start model that has changed since the run was prepared; "" if none has."""
+    """Describe the first file of the start model that has changed since `prepare`; "" if none."""
     digests = Digests()
     for name, expected in run.model_files.items():
         file = run.model_folder / name
@@ -161,7 +161,7 @@ def require_same_model(run: Run) -> None:
 
 @dataclass(frozen=True)
 class MadeRows:
-    """A prepared set of rows: the number of training rows, the checksum of each file, what it was made from."""
+    """Prepared rows: the number to train, each file's checksum, and what they were made from."""
 
     rows: int
     sha256: dict[str, str]
@@ -242,7 +242,7 @@ def write_rows(rows: Iterable[Row], file: Path) -> int:
 
 
 def load_rows(folder: Path, name: str = TRAIN) -> Any:
-    """Return rows of a run as a memory-mapped `datasets.Dataset`. Raises `UserError` if the file is damaged."""
+    """Return rows as a memory-mapped `datasets.Dataset`. Raises `UserError` if damaged."""
     from datasets import Dataset
 
     _require_rows(folder / name)
@@ -257,7 +257,7 @@ def _schema() -> pyarrow.Schema:
 
 
 def _require_rows(file: Path) -> None:
-    """Raise `UserError` if an Arrow stream does not hold valid rows, before any of its offsets is used."""
+    """Raise `UserError` unless an Arrow stream holds valid rows; no offset is used before that."""
     import pyarrow
     import pyarrow.compute as compute
 

@@ -1,10 +1,12 @@
-"""Signs of life: what each rank of a run is doing, in files of the run folder that everybody may read.
+"""Heartbeats: each rank of a run records what it is doing in a file of the run folder.
 
-`ranks/rank0.json` says which process on which host is rank 0, and what it does. Its content changes with every
-micro-batch; once a second its time of change moves, as long as the process lives. So a rank that hangs can be told
-from one that waits for it, on this machine and, through a shared folder, on any other.
+`ranks/rank0.json` holds the host and the pid of rank 0, its phase, step and micro-batch. The
+content changes with the micro-batches; the modification time changes once a second, as long as the
+process lives. So a rank that hangs can be told from one that waits for it, on this machine and,
+through a shared folder, on any other.
 
-The run's supervisor leaves a sign, too (`ranks/supervisor.json`): a rank whose supervisor is gone ends.
+The run's supervisor has a heartbeat, too (`ranks/supervisor.json`): a rank ends when its supervisor
+is gone.
 """
 
 from __future__ import annotations
@@ -24,28 +26,34 @@ from minisft.processes import end_with_parent, lives, start_of
 from minisft.run.records import FailureRecord, RankHeartbeat
 from minisft.text import say
 
-MARK = "MINISFT_SUPERVISED"  # in the environment of every process that the supervisor starts: its value names the run
-FOLDER = "ranks"  # of a run folder
-SUPERVISOR = "MINISFT_SUPERVISOR"  # host:process, in a rank's environment; not there if it was started by hand
-GUARDIAN = "MINISFT_GUARDIAN"  # the process that ends what a dead supervisor leaves
-# Of one elsewhere: known by the sign that it leaves in the run folder alone, as machines may share a name.
+FOLDER = "ranks"  # in a run folder
+
+# Environment variables of a rank.
+MARK = "MINISFT_SUPERVISED"  # in every process that the supervisor starts; the value identifies the run
+SUPERVISOR = "MINISFT_SUPERVISOR"  # host:pid of the supervisor; not set if the rank was started by hand
+GUARDIAN = "MINISFT_GUARDIAN"  # pid of the process that ends the ranks of a dead supervisor
+VOICE = "MINISFT_VOICE"  # a token that only this run's processes know; it precedes what they announce
+HOST = "MINISFT_HOST"  # the rank's host, as the hostfile calls it
+# `SUPERVISOR` on other hosts: only the heartbeat file tells whether the supervisor lives, since
+# machines may share a host name.
 SUPERVISOR_ELSEWHERE = ":0"
-VOICE = "MINISFT_VOICE"  # a word that only this run's processes know, in front of what they announce
-HOST = "MINISFT_HOST"  # a rank's host, as the hostfile calls it
-BEAT = 1.0  # seconds between two signs of life
-HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which a rank counts as hanging; it beats every second
-PROGRESS_TIMEOUT = 1800.0  # seconds without progress: what PyTorch's collectives wait at most, too
-FORGIVEN = 30.0  # seconds for which another host's sign may be late: file systems that are shared take their time
-OFTEN = 0.2  # seconds between two micro-batches that are written down
-MISSED = 2.0  # seconds after which a file that is not there counts as removed
-LAST = ("done", "failed")  # a rank's last words
+
+BEAT = 1.0  # seconds between two heartbeats
+HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which a rank is considered hung
+PROGRESS_TIMEOUT = 1800.0  # seconds without progress; the default timeout of PyTorch's collectives, too
+FORGIVEN = 30.0  # seconds that another host's heartbeat may be late, since shared file systems are slow
+OFTEN = 0.2  # minimum seconds between two micro-batches that are recorded
+MISSED = 2.0  # seconds after which a missing file counts as removed
+LAST = ("done", "failed")  # the phases in which a rank ends
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What a rank said last. `changed` is its file's time of change: it moves, in jumps, while the rank lives.
+    """The last heartbeat of a rank.
 
-    `began` is when it first said each of its phases, by its host's clock, in seconds since 1970.
+    `changed` is the modification time of its file, which advances as long as the rank lives.
+    `began` maps each phase to the time at which it first began. Both are in seconds since 1970;
+    `began` is by the clock of the rank's host.
     """
 
     rank: int
@@ -63,7 +71,7 @@ class RankStatus:
 
     @property
     def ended(self) -> bool:
-        """Whether the rank has come to its end in its own words."""
+        """Whether the rank itself reported its end."""
         return self.phase in LAST
 
     def __str__(self) -> str:
@@ -71,17 +79,18 @@ class RankStatus:
 
 
 class Heartbeat:
-    """A rank's own side: says what it does, and lives visibly until `stop`.
+    """Writes the heartbeat of this rank, from a thread, until `stop`.
 
-    `step` is the last step that is finished. A file system that cannot be written to silences it, and stops nothing.
+    `step` is the last finished step. If the file cannot be written, the heartbeat is lost, but the
+    rank continues.
     """
 
     def __init__(self, run_folder: Path, rank: int):
         self.file = run_folder / FOLDER / f"rank{rank}.json"
         self.step = 0
-        # A machine that plays several hosts tells them apart by name.
+        # One machine may stand for several hosts of a hostfile; the variable tells them apart.
         host = os.environ.get(HOST) or socket.gethostname()
-        self._about = {"rank": rank, "host": host, "pid": os.getpid()}
+        self._identity = {"rank": rank, "host": host, "pid": os.getpid()}
         self._micro_batch = 0
         self._began: dict[str, float] = {}
         self._written = 0.0
@@ -91,24 +100,26 @@ class Heartbeat:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def says(self, phase: str) -> None:
+        """Record that a phase begins, such as `loading` or `training`."""
         self._phase, self._micro_batch = phase, 0
         self._began.setdefault(phase, time.time())
         self._write()
 
     def micro_batch(self) -> None:
-        """One more of this step's micro-batches begins."""
+        """Record that the next micro-batch of this step begins."""
         self._micro_batch += 1
         if time.monotonic() - self._written > OFTEN:
             self._write()
 
     def stop(self, last_word: str) -> None:
+        """End the heartbeat with the phase `done` or `failed`."""
         self._stop.set()
         self.says(last_word)
 
     def _write(self) -> None:
-        now = {"phase": self._phase, "step": self.step, "micro_batch": self._micro_batch, "began": self._began}
+        state = {"phase": self._phase, "step": self.step, "micro_batch": self._micro_batch, "began": self._began}
         with suppress(OSError):
-            write_json(self.file, self._about | now)
+            write_json(self.file, self._identity | state)
         self._written = time.monotonic()
 
     def _beat(self) -> None:
@@ -118,27 +129,27 @@ class Heartbeat:
 
 
 def announcement(voice: str) -> str:
-    """What begins a rank's line that the person is to see, beside the log: no text of the data passes for one."""
+    """Return the prefix of lines for the user, which text in the data cannot know."""
     return f"[minisft {voice}] " if voice else "[minisft] "
 
 
 def announce(text: str) -> None:
-    """Tell the person who has started the run."""
+    """Show a line to the user who started the run."""
     say(announcement(os.environ.get(VOICE, "")) + text)
 
 
 def read_heartbeats(run_folder: Path) -> list[RankStatus]:
-    """What the ranks of a run said last, those that have said anything, by rank."""
-    found = []
+    """Return the last heartbeat of each rank that has one, by rank; skip unreadable files."""
+    statuses = []
     for file in (run_folder / FOLDER).glob("rank*.json"):
-        with suppress(OSError, UserError):  # a rank may be replacing it just now
-            if (said := read_json(file, RankHeartbeat)) is not None:
-                found.append(RankStatus(**vars(said), changed=file.stat().st_mtime))
-    return sorted(found, key=lambda sign: sign.rank)
+        with suppress(OSError, UserError):  # the rank may be replacing it at this moment
+            if (heartbeat := read_json(file, RankHeartbeat)) is not None:
+                statuses.append(RankStatus(**vars(heartbeat), changed=file.stat().st_mtime))
+    return sorted(statuses, key=lambda status: status.rank)
 
 
 def write_failure(run_folder: Path, failure: FailureRecord) -> None:
-    """Write `FAILED` unless somebody was first: the first failure is the one to read. A full disk takes none."""
+    """Write `FAILED` unless it exists: the first failure matters. A full disk leaves no file."""
     file = run_folder / "FAILED"
     with suppress(OSError), file.open("x", encoding="utf-8") as stream:
         try:
@@ -149,12 +160,12 @@ def write_failure(run_folder: Path, failure: FailureRecord) -> None:
 
 
 def clear(run_folder: Path) -> None:
-    """Forget what an earlier try said."""
+    """Remove the heartbeats of an earlier try."""
     remove_all(run_folder / FOLDER)
 
 
 class SupervisorStatus:
-    """The supervisor's own side: `beat` it once in a while, and `remove` it at the end."""
+    """Writes the heartbeat of the supervisor: call `beat` every second, and `remove` at the end."""
 
     def __init__(self, run_folder: Path):
         self.file = run_folder / FOLDER / "supervisor.json"
@@ -164,7 +175,7 @@ class SupervisorStatus:
 
     @property
     def name(self) -> str:
-        """What to put into `SUPERVISOR`."""
+        """The value for `SUPERVISOR`."""
         return f"{socket.gethostname()}:{os.getpid()}"
 
     def beat(self) -> None:
@@ -177,11 +188,11 @@ class SupervisorStatus:
 
 
 def end_with_supervisor(run_folder: Path, heartbeat: Heartbeat) -> None:
-    """End this process soon after the supervisor named in the environment is gone, however it went."""
-    named = os.environ.get(SUPERVISOR)
-    if not named:
+    """From now on, end this process soon after its supervisor is gone, for whatever reason."""
+    supervisor = os.environ.get(SUPERVISOR)
+    if not supervisor:
         return
-    host, _, pid = named.rpartition(":")
+    host, _, pid = supervisor.rpartition(":")
     file = run_folder / FOLDER / "supervisor.json"
     is_local = host == socket.gethostname()
     began = start_of(int(pid)) if is_local else None
@@ -193,7 +204,7 @@ def end_with_supervisor(run_folder: Path, heartbeat: Heartbeat) -> None:
     def lost() -> bool:
         if not is_local:
             return watch.late(file, FORGIVEN)
-        # A supervisor that is stopped is its guardian's to end; without one, its silence says that it is.
+        # A guardian ends a stopped supervisor; without one, a late heartbeat means that it stopped.
         return not lives(int(pid), began) or (not lives(guardian) and watch.late(file, FORGIVEN))
 
     def wait() -> None:
@@ -206,22 +217,22 @@ def end_with_supervisor(run_folder: Path, heartbeat: Heartbeat) -> None:
 
 
 class Watch:
-    """Tells for how long a thing has not changed, by this process's own clock: other hosts' clocks may be wrong."""
+    """Measures how long a value has not changed, by our own clock: other hosts' may differ."""
 
     def __init__(self) -> None:
         self._last: dict[Any, tuple[Any, float]] = {}
 
     def unchanged(self, key: Any, value: Any) -> float:
-        """Seconds since `value` of `key` was last seen to be another."""
+        """Return the seconds since `key` was first seen with its present `value`."""
         now = time.monotonic()
-        before = self._last.get(key)
-        if before is None or before[0] != value:
+        last = self._last.get(key)
+        if last is None or last[0] != value:
             self._last[key] = value, now
             return 0.0
-        return now - before[1]
+        return now - last[1]
 
     def late(self, file: Path, most: float) -> bool:
-        """Whether `file` is gone for good, or has not been touched for `most` seconds."""
+        """Return whether `file` was not touched for `most` seconds, or is missing for `MISSED`."""
         try:
             return self.unchanged(file, file.stat().st_mtime_ns) > most
         except OSError:

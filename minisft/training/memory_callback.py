@@ -1,4 +1,4 @@
-"""Measures one early step of a run: bytes by owner, every tensor's life if asked, and the traffic between the ranks."""
+"""Measures one early step: bytes by owner, communication and, optionally, single tensors."""
 
 from __future__ import annotations
 
@@ -19,29 +19,33 @@ from minisft.zero.tensor_tracker import TensorTracker
 if TYPE_CHECKING:
     from minisft.training.trainer import RunTrainer
 
-OWNER_IN_PHASE = {"forward": ACTIVATIONS, "backward": BACKWARD, "step": STEP_OWNER}  # of the tensors made in it
+OWNER_IN_PHASE = {
+    "forward": ACTIVATIONS,
+    "backward": BACKWARD,
+    "step": STEP_OWNER,
+}  # owner of the tensors made in a phase
 
 
 class MemoryCallback(TrainerCallback):
-    """Measures the second step after a start, in which all states exist, and writes `memory.json`.
+    """Measures the second step after a start, when all states exist, and writes `memory.json`.
 
-    DDP lays out its buckets anew in its second step, so there it is the third. The tracker of single tensors runs only
-    with `memory_timeline`, since it slows the step down.
+    DDP rebuilds its buckets in the second step, so there it is the third. Single tensors are
+    tracked only with `memory_timeline`, because that slows the step down.
     """
 
     def __init__(self, trainer: RunTrainer):
         self.trainer = trainer
         self.strategy = STRATEGIES[trainer.run.config.strategy]
         self.device = trainer.args.device.type
-        self.seconds = 0.0  # spent on measuring
-        self.held: dict[str, dict[str, int]] = {}  # bytes by owner, at each moment measured
-        self.in_main_memory: dict[str, dict[str, int]] = {}  # the offloaded bytes of a GPU's rank
-        self.moved: dict[str, int] = {}  # bytes by operation that the step communicated
-        self.tracker: TensorTracker | None = None  # while single tensors are tracked
-        self.bytes_before = 0  # alive before the tracked step
+        self.seconds = 0.0  # time spent on measuring
+        self.held: dict[str, dict[str, int]] = {}  # bytes by owner, for each measured moment
+        self.in_main_memory: dict[str, dict[str, int]] = {}  # the same for main memory, on a GPU with offloading
+        self.moved: dict[str, int] = {}  # bytes that the step communicated, by operation
+        self.tracker: TensorTracker | None = None  # set while single tensors are tracked
+        self.bytes_before = 0  # of the tensors that exist before the tracked step
         self.pointers_before: set[int] = set()
         self.ddp_buckets: dict[int, int] = {}  # bytes by data pointer
-        self.counter: Counter | None = None  # while communication is counted
+        self.counter: Counter | None = None  # set while communication is counted
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._is_measured(state, state.global_step + 1):
@@ -81,12 +85,12 @@ class MemoryCallback(TrainerCallback):
         return step == min(self.trainer.start + after, state.max_steps)
 
     def _measure_before_the_engine_steps(self) -> None:
-        """DeepSpeed steps where backward ends, before Trainer's own hooks for that moment."""
-        engine = self.trainer.model_wrapped
+        """Measure when DeepSpeed's step begins: within backward, before Trainer's own hook."""
+        engine: Any = self.trainer.model_wrapped
         step = engine.step
 
         def measured_step(*arguments: Any, **options: Any) -> Any:
-            del engine.step
+            del engine.step  # the instance attribute: the class's own method is used again
             self._measure("after backward")
             self.enter_phase("step")
             return step(*arguments, **options)
@@ -94,11 +98,12 @@ class MemoryCallback(TrainerCallback):
         engine.step = measured_step
 
     def _measure(self, moment: str) -> None:
-        """Measure what this rank holds now, by owner."""
+        """Measure the bytes that this rank holds now, by owner."""
         began = time.perf_counter()
         model, optimizer = self._model(), self.trainer.optimizer
         if self.strategy.is_ddp and moment == "after backward":
-            # Gradients are views of DDP's buckets, which it keeps where Python cannot see them.
+            # Gradients are views of DDP's buckets, and DDP keeps the buckets in C++, invisible to
+            # Python.
             storages = [p.grad.untyped_storage() for p in model.parameters() if p.grad is not None]
             self.ddp_buckets = {storage.data_ptr(): storage.nbytes() for storage in storages}
         self.held[moment] = measure(model, optimizer, self.device, self.ddp_buckets)
@@ -107,13 +112,13 @@ class MemoryCallback(TrainerCallback):
         self.seconds += time.perf_counter() - began
 
     def _write(self, rank: int) -> None:
-        """Write what all ranks measured to `memory.json`."""
-        mine = {"rank": rank, **self.held, "peak": peak_bytes(self.device), "communication": self.moved}
+        """Gather the measurements of all ranks and write them to `memory.json`."""
+        measured = {"rank": rank, **self.held, "peak": peak_bytes(self.device), "communication": self.moved}
         if self.in_main_memory:
-            mine["in main memory"] = self.in_main_memory
+            measured["in main memory"] = self.in_main_memory
         if self.tracker is not None:
             unseen = (size for pointer, size in self.ddp_buckets.items() if pointer not in self.pointers_before)
-            mine["step"] = {
+            measured["step"] = {
                 "before": self.bytes_before,
                 "unseen": sum(unseen),
                 "micro-batches": [
@@ -122,12 +127,12 @@ class MemoryCallback(TrainerCallback):
                 ],
                 **self.tracker.summary(),
             }
-        ranks = self.trainer.gather(mine)
+        ranks = self.trainer.gather(measured)
         if self.trainer.is_world_process_zero():
             write_json(self.trainer.run.folder / "memory.json", ranks)
 
     def _track_tensors(self) -> None:
-        """From now on count every tensor that this rank makes, and note when those that exist already are freed."""
+        """Start to track every tensor that this rank makes, and when existing ones are freed."""
         tracker = self.tracker = TensorTracker(ACTIVATIONS, "forward")
         owners = self._owners()
         for tensor in live_tensors():
@@ -159,7 +164,7 @@ class MemoryCallback(TrainerCallback):
         return owned_storages(self._model(), self.trainer.optimizer, self.device, self.ddp_buckets)
 
     def _name_tensors(self, tracker: TensorTracker) -> None:
-        """Name the owners of tracked tensors that are gradients, states or buckets by now."""
+        """Correct the owners of tracked tensors that have become gradients, states or buckets."""
         owners = self._owners()
         for tensor in live_tensors():
             owner = owners.get(tensor.untyped_storage().data_ptr(), (OTHER, 0))[0]

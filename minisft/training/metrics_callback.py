@@ -1,4 +1,4 @@
-"""Times every step and writes its metrics; stops the run, naming the rows, where a loss or gradient is not finite."""
+"""Times every step and writes its metrics; stops the run if a loss or gradient is not finite."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from minisft.zero.measured_memory import held_bytes
 if TYPE_CHECKING:
     from minisft.training.trainer import RunTrainer
 
-MOST_NAMED = 16  # rows in an error
+MOST_NAMED = 16  # row ids in an error
 
 
 class MetricsCallback(TrainerCallback):
-    """A line of `metrics.jsonl` per optimizer step, from all ranks.
+    """Writes a line of `metrics.jsonl` per optimizer step, gathered from all ranks.
 
-    A step is timed from fetching its rows to the end of the optimizer's step: without loading, saving, or measuring.
+    A step is timed from fetching its rows to the end of the optimizer's step; loading, saving and
+    measuring do not count.
     """
 
     def __init__(self, trainer: RunTrainer):
         self.trainer = trainer
         self.logger: MetricsLogger | None = None
         self.step_seconds = 0.0
-        self.seconds = 0.0  # spent on recording
+        self.seconds = 0.0  # time spent on recording
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -43,8 +44,8 @@ class MetricsCallback(TrainerCallback):
         self.step_seconds = time.perf_counter() - self.trainer.step_began
         self.trainer.heartbeat.step = state.global_step
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if "loss" in logs:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs is not None and "loss" in logs:
             began = time.perf_counter()
             self._record(args, state, logs)
             self.seconds += time.perf_counter() - began
@@ -52,19 +53,19 @@ class MetricsCallback(TrainerCallback):
     def _record(self, args: Any, state: Any, logs: dict[str, float]) -> None:
         step, grad_norm, loss = state.global_step, logs.get("grad_norm"), logs["loss"]
         rows = [row for batch in self.trainer.rows for row in batch]
-        # With fp16 an infinite gradient norm is how the loss scale finds its size; that step is skipped.
+        # With fp16 an infinite gradient norm only lowers the loss scale; the step is skipped.
         overflow = grad_norm is not None and not math.isfinite(grad_norm) and not args.fp16
         bad_rows: list[str] = []
         if overflow or not math.isfinite(loss):
             batches = zip(self.trainer.rows, self.trainer.losses, strict=True)
             bad_rows = [row[0] for batch, loss in batches if not math.isfinite(loss.item()) for row in batch]
-        mine = {
+        recorded = {
             "tokens": sum(tokens for _, tokens, _ in rows),
             "trained_tokens": sum(trained for _, _, trained in rows),
             "bytes": held_bytes(args.device.type),
             "bad": bad_rows,
         }
-        ranks = self.trainer.gather(mine)
+        ranks = self.trainer.gather(recorded)
         if not math.isfinite(loss):
             bad_rows = [name for rank in ranks for name in rank["bad"]]
             raise FloatingPointError(f"the loss is {loss} at step {step}, in a batch of the rows {_first(bad_rows)}")

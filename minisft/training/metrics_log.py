@@ -1,4 +1,4 @@
-"""What a run tells about itself while it trains: `metrics.jsonl`, TensorBoard events, and a line for the terminal."""
+"""Writes a run's metrics: `metrics.jsonl`, TensorBoard events, a line for the terminal."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from minisft.text import harmless, say
 from minisft.training.checkpoints import cut_metrics
 from minisft.training.heartbeat import announce
 
-WARM_UP_STEPS = 2  # left out of every speed: the first steps fill caches and allocate optimizer states
+WARM_UP_STEPS = 2  # not counted in speeds: the first steps fill caches and allocate optimizer states
 COUNTS = ("tokens", "trained_tokens")
 BAR = 24  # characters of the progress bar
 TENSORBOARD = ("loss", "lr", "grad_norm", "tokens", "trained_tokens", "seconds")
 
 
 class MetricsLogger:
-    """Writes what rank 0 sees. `start` is the step that a resumed run goes on from, 0 for a new one."""
+    """Writes the metrics on rank 0. `start` is the step that a resumed run continues, else 0."""
 
     def __init__(self, folder: Path, start: int, steps: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -33,11 +33,11 @@ class MetricsLogger:
         self.recent: deque[float] = deque(maxlen=20)
         self.lines: list[dict[str, Any]] = []
         cut_metrics(self.file, start)
-        # TensorBoard hides what an earlier process wrote from the purged step on.
+        # TensorBoard then ignores what an earlier process wrote after step `start`.
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None, flush_secs=10)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Record one step; `line` has the keys of `metrics.jsonl`, to which `warm_up` is added."""
+        """Record one step; `line` has the keys of `metrics.jsonl`, and `warm_up` is added."""
         line = line | {"warm_up": len(self.lines) < WARM_UP_STEPS}
         with os.fdopen(open_own(self.file, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -54,17 +54,18 @@ class MetricsLogger:
         )
 
     def test_loss(self, step: int, loss: float) -> None:
+        """Record the test loss of the checkpoint at `step`."""
         self.board.add_scalar("test/loss", loss, step)
         announce(f"checkpoint-{step}: test loss {loss:.4f}")
 
     def finish(self) -> dict[str, Any]:
-        """The speed over all steps of this process after the warm-up, for `DONE`."""
+        """Close TensorBoard's file; return this process's speed after the warm-up."""
         self.board.close()
         return speed(self.lines)
 
 
 class TerminalProgress:
-    """Prints what a run says. In a terminal the steps are one line with a bar, which redraws itself."""
+    """Prints a run's output; on a terminal the steps share one line with a progress bar."""
 
     def __init__(self, stream: TextIO | None):
         self.stream, self.open = stream, False
@@ -72,7 +73,7 @@ class TerminalProgress:
 
     def __call__(self, line: str) -> None:
         step = re.match(r"step +(\d{1,12})/(\d{1,12}) ", line)
-        if not (step and self.redraws):
+        if self.stream is None or not (step and self.redraws):
             self.close()
             say(line, to=self.stream)
             return
@@ -80,22 +81,23 @@ class TerminalProgress:
         filled = BAR * min(done, steps) // max(steps, 1)
         text = f"[{'#' * filled}{'.' * (BAR - filled)}] {harmless(line)}"
         columns = shutil.get_terminal_size().columns
-        self.stream.write("\r\033[K")  # ours, and so not cleaned: back to the start of the line, which is cleared
+        self.stream.write("\r\033[K")  # clear the line; written directly, since `say` would escape it
         say(text[: columns - 1], to=self.stream, end="")
         self.open = True
 
     def close(self) -> None:
-        """Leave the last state of the bar standing."""
+        """End the line of the progress bar, which stays as it is."""
         if self.open:
             say(to=self.stream)
         self.open = False
 
 
 def speed(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tokens and trained tokens per second over all steps that are no warm-up; None where there are none.
+    """Return tokens and trained tokens per second after the warm-up; None without such steps.
 
-    The first `WARM_UP_STEPS` steps of every process are warm-up, also after a resume. A step's seconds run from
-    fetching its rows to the end of the optimizer's step; saving, testing and observing are not in them.
+    The first `WARM_UP_STEPS` steps of every process are warm-up, also after a resume. A step's time
+    runs from fetching its rows to the end of the optimizer's step; saving, testing and measuring do
+    not count.
     """
     counted = [m for m in metrics if not m["warm_up"]]
     seconds = sum(m["seconds"] for m in counted)
@@ -104,7 +106,7 @@ def speed(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `3 min 20 s` or `2 h 05 min`."""
+    """Format a duration as `42 s`, `3 min 20 s` or `2 h 05 min`."""
     seconds = round(seconds)
     if seconds < 100:
         return f"{seconds} s"

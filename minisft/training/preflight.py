@@ -1,6 +1,7 @@
-"""What a `RunConfig` alone cannot know: whether it fits the model, the device, the memory and the disk.
+"""Checks whether a `RunConfig` fits the data, the model, the device, the memory and the disk.
 
-`prepare` asks all of it before anything starts. What cannot work is refused, what may not work is said.
+`prepare` runs these checks before anything starts: they raise an error for what cannot work, and
+warn of what may not work.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ GB = 1e9
 
 
 def resolve_precision(asked: str) -> tuple[str, bool]:
-    """(`fp32`, `bf16` or `fp16`; whether there is a GPU). `auto` takes what the device computes fast."""
+    """Return the precision (`fp32`, `bf16` or `fp16`), and whether there is a GPU.
+
+    `auto` chooses a precision that the device computes fast. Raises `UserError` if the device does
+    not support the precision `asked` for.
+    """
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -32,12 +37,12 @@ def resolve_precision(asked: str) -> tuple[str, bool]:
         return asked, on_gpu
     if on_gpu:
         return ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"), True
-    able = torch.cpu.get_capabilities()
-    return ("bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"), False
+    capabilities = torch.cpu.get_capabilities()
+    return ("bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"), False
 
 
 def require_fit(config: RunConfig, model: Any, rows: int) -> None:
-    """Raise `UserError` where the data or the model (its transformers config) is too small for the settings."""
+    """Raise `UserError` if the data or the model (its config) is too small for the settings."""
     require_positions(model, config.max_length)
     if not rows:
         raise UserError(
@@ -53,24 +58,27 @@ def require_fit(config: RunConfig, model: Any, rows: int) -> None:
 
 
 def require_space(config: RunConfig, rows: int, parameters: int) -> None:
-    """Refuse at once what could only fail at the first save. Raises `UserError`."""
+    """Raise `UserError` if the checkpoints, with `parameters` weights each, will not fit on disk.
+
+    A checkpoint needs 4 bytes per parameter, or 16 with the optimizer states.
+    """
     per_epoch = max(1, rows // config.global_batch)
     steps = config.max_steps or math.ceil(per_epoch * config.epochs)
     saves = math.ceil(steps / (config.save_steps or per_epoch))
     each = parameters * (16 if config.resumable else 4)
-    # Besides those to keep: the best, and the one being written.
+    # In addition to those to keep: the best one, and the one that is being written.
     need = each * min(saves, saves if config.keep_checkpoints is None else config.keep_checkpoints + 2)
-    place = outputs_root()
-    place.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(place).free) < need:
+    outputs = outputs_root()
+    outputs.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(outputs).free) < need:
         raise UserError(
-            f"no space left for {saves} checkpoints: they need {need / GB:.1f} GB and {place} has "
+            f"no space left for {saves} checkpoints: they need {need / GB:.1f} GB and {outputs} has "
             f"{free / GB:.1f} GB free; free some, save less often (--save-steps), or keep fewer (--keep-checkpoints)"
         )
 
 
 def run_state_bytes(config: RunConfig, model: Any, precision: str, on_gpu: bool) -> float:
-    """Bytes of states on the fullest rank of a run; on a GPU those that lie there alone."""
+    """Predict the model-state bytes of the fullest rank; on a GPU, only GPU memory counts."""
     from minisft.zero import state_memory
 
     shapes = state_memory.Shapes.of_config(model, config.trust_remote_code)
@@ -85,10 +93,11 @@ def run_state_bytes(config: RunConfig, model: Any, precision: str, on_gpu: bool)
 
 
 def activation_bytes(config: RunConfig, model: Any, precision: str) -> float:
-    """About what one micro-batch keeps for the backward pass, in bytes.
+    """Estimate the bytes that one micro-batch keeps for the backward pass.
 
-    34 bytes per token, layer and hidden unit in half precision (Korthikanti et al. 2022, eq. 2, without the attention
-    matrices, which are not kept), twice that in fp32; with activation checkpointing the layers' inputs alone.
+    34 bytes per token, layer and hidden unit in half precision (Korthikanti et al. 2022, eq. 2,
+    without the attention matrices, which are not kept), twice that in fp32; with activation
+    checkpointing, only the layers' inputs.
     """
     text = model.get_text_config()
     per_unit = (2 if config.activation_checkpointing else 34) * (2 if precision == "fp32" else 1)
@@ -96,11 +105,11 @@ def activation_bytes(config: RunConfig, model: Any, precision: str) -> float:
 
 
 def warn_of_memory(config: RunConfig, model: Any, precision: str, on_gpu: bool, say: Callable[[str], None]) -> None:
-    """Say so where a run will probably need more memory than is free, with both numbers."""
+    """Warn if a run will probably need more memory than is free."""
     states = run_state_bytes(config, model, precision, on_gpu)
     try:
         activations = activation_bytes(config, model, precision)
-    except AttributeError:  # an architecture that counts its layers in its own way
+    except AttributeError:  # this architecture's config has other names for its layers
         activations = 0.0
     if on_gpu:
         import torch
@@ -117,10 +126,10 @@ def warn_of_memory(config: RunConfig, model: Any, precision: str, on_gpu: bool, 
 
 
 def warn_of_cores(config: RunConfig, say: Callable[[str], None]) -> None:
-    """Say so where ranks on CPUs would outnumber the cores of this machine."""
+    """Warn if a run on CPUs has more ranks than this machine has cores."""
     cores = system.cores()
     if config.ranks > cores:
         say(
             f"Warning: {config.ranks} ranks share {cores} core{'s' if cores > 1 else ''} here, and each waits for all "
-            f"others: far slower than --ranks {cores}, though it computes the same at the same global batch"
+            f"others: this is far slower than --ranks {cores}, which computes the same with the same global batch"
         )

@@ -1,4 +1,4 @@
-"""transformers' Trainer, with one loss for every strategy, whole checkpoints, and a record of every step."""
+"""Extends transformers' Trainer: one loss for all strategies, atomic checkpoints, metrics."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from minisft.training.metrics_callback import MetricsCallback
 
 
 class RunTrainer(Trainer):
-    """Trainer whose loss is the mean over the trained tokens of the global batch, logits made for those alone.
+    """A Trainer whose loss is the mean over the trained tokens of the global batch.
 
-    `batches` says which rows this rank takes when. `head` is None where the model's logits are more than its output
-    layer's output. `start` is the step of the checkpoint that the run goes on from.
+    Logits are computed for the trained tokens only. `batches` yields the rows of this rank's
+    micro-batches. `head` is None if the model changes its output layer's output to get the logits.
+    `start` is the step of the checkpoint from which the run resumes, else 0. `options` are those of
+    Trainer.
     """
 
     def __init__(
@@ -42,20 +44,21 @@ class RunTrainer(Trainer):
         self.run, self.batches, self.head, self.padding_free = run, batches, head, padding_free
         self.start, self.heartbeat = start, heartbeat
         self.saving = False
-        self.step_began = 0.0  # when the rows of this step were asked for, by `time.perf_counter`
-        self.rows: list[list[tuple[str, int, int]]] = []  # (name, tokens, trained) of this step's micro-batches
-        self.losses: list[torch.Tensor] = []
+        self.step_began = 0.0  # `time.perf_counter` when fetching this step's rows began
+        self.rows: list[list[tuple[str, int, int]]] = []  # (id, tokens, trained tokens), by micro-batch of this step
+        self.losses: list[torch.Tensor] = []  # one per micro-batch of this step
         self.metrics, self.memory = MetricsCallback(self), MemoryCallback(self)
-        self.add_callback(self.metrics)  # first: its time of a step must not include measuring
+        self.add_callback(self.metrics)  # first, so that the time of a step does not include measuring
         self.add_callback(self.memory)
         if ddp := getattr(self.accelerator, "ddp_handler", None):
-            ddp.gradient_as_bucket_view = True  # else every gradient is held twice
+            ddp.gradient_as_bucket_view = True  # otherwise every gradient is held twice
 
     # --- the data and the loss -------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
+        rows: Any = self.train_dataset
         return _Loader(
-            self.train_dataset,
+            rows,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
@@ -82,35 +85,40 @@ class RunTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        # `num_items_in_batch` counts the trained tokens of all ranks and micro-batches; data parallelism then
-        # averages over ranks, so each rank's share is scaled back up.
+        # `num_items_in_batch` counts the trained tokens of all ranks and micro-batches of the step.
+        # Data parallelism averages gradients over the ranks, so each rank's loss is multiplied by
+        # their number.
         self.memory.enter_phase("forward")
         loss = self.summed_loss(model, inputs) / num_items_in_batch * self.accelerator.num_processes
         self.memory.enter_phase("backward")
         return loss
 
     def summed_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """The sum of the loss over the trained tokens of one micro-batch, a scalar in fp32."""
+        """Return the loss summed over the trained tokens of one micro-batch, a scalar in fp32."""
         positions, targets = trained_positions(batch["labels"])
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "rows")}
         return summed_loss(model, inputs, positions, targets, self.head, self.padding_free)
 
     def test_loss(self) -> float | None:
-        """The mean loss over the trained tokens of the test rows, or None without any; all ranks take part."""
-        rows = self.eval_dataset
+        """Return the mean loss over the trained tokens of the test rows, or None if there are none.
+
+        All ranks must call it.
+        """
+        rows: Any = self.eval_dataset
         if not rows:
             return None
-        size, world, mine = self.args.per_device_train_batch_size, self.args.world_size, self.args.process_index
+        size, world, rank = self.args.per_device_train_batch_size, self.args.world_size, self.args.process_index
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         total, count = 0.0, 0
         self.model_wrapped.eval()
-        # At stage 3 the ranks must call the model equally often: one without a batch repeats the first, uncounted.
-        for turn in range(0, len(batches), world):
-            chosen = batches[turn + mine] if turn + mine < len(batches) else None
-            batch = self._prepare_inputs(self.data_collator(chosen or batches[0]))
+        # At stage 3 all ranks must call the model equally often: a rank without a batch computes
+        # the first one, which is not counted.
+        for first in range(0, len(batches), world):
+            own_rows = batches[first + rank] if first + rank < len(batches) else None
+            batch = self._prepare_inputs(self.data_collator(own_rows or batches[0]))
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.summed_loss(self.model_wrapped, batch).item()
-            if chosen:
+            if own_rows:
                 total += loss
                 count += sum(trained for _, _, trained in batch["rows"])
         self.model_wrapped.train()
@@ -137,14 +145,18 @@ class RunTrainer(Trainer):
             self._barrier()
             if first:
                 config = self.run.config
-                finite = loss if loss is not None and math.isfinite(loss) else None  # NaN is never the best
-                about = {"step": step, "strategy": config.strategy, "ranks": config.ranks, "test_loss": finite}
-                about |= {"run": self.run.identity}
-                folder = checkpoints.scratch_folder(self.run) / f"checkpoint-{step}"
-                checkpoints.seal(self.run, folder, about | {"resumable": not self.args.save_only_model})
-                checkpoints.rotate(self.run, self.run.config.keep_checkpoints)
+                manifest = {
+                    "step": step,
+                    "strategy": config.strategy,
+                    "ranks": config.ranks,
+                    "test_loss": loss if loss is not None and math.isfinite(loss) else None,  # NaN is never the best
+                    "run": self.run.identity,
+                    "resumable": not self.args.save_only_model,
+                }
+                checkpoints.seal(self.run, checkpoints.scratch_folder(self.run) / f"checkpoint-{step}", manifest)
+                checkpoints.rotate(self.run, config.keep_checkpoints)
         except (OSError, RuntimeError, SafetensorError) as error:
-            checkpoints.discard_unfinished(self.run)  # makes room for FAILED, too
+            checkpoints.discard_unfinished(self.run)  # which also makes room for FAILED
             raise UserError(
                 f"checkpoint-{step} could not be saved ({' '.join(str(error).split())[:200]}); is the disk full? "
                 "Earlier checkpoints are whole: free some space and start the run again"
@@ -156,15 +168,16 @@ class RunTrainer(Trainer):
             self.metrics.logger.test_loss(step, loss)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write a tied tensor once: DeepSpeed hands over a copy of it under each of its names."""
-        for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict else ():
-            state_dict.pop(name, None)
+        """Save a tied tensor only once: DeepSpeed passes a copy under each of its names."""
+        if state_dict is not None:
+            for name in getattr(self.model, "all_tied_weights_keys", {}):
+                state_dict.pop(name, None)
         super()._save(output_dir, state_dict)
 
     # --- the other ranks -------------------------------------------------------------------------------
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order; every rank gets them."""
+        """Return the values of all ranks, in rank order; all ranks must call it."""
         if self.args.world_size == 1:
             return [value]
         values = [None] * self.args.world_size
@@ -177,7 +190,8 @@ class RunTrainer(Trainer):
 
 
 class _Loader(torch.utils.data.DataLoader):
-    """Tells its batch sampler the epoch, as Trainer expects of a loader."""
+    """A loader that passes the epoch on to its batch sampler, as Trainer expects."""
 
     def set_epoch(self, epoch: int) -> None:
+        assert isinstance(self.batch_sampler, RankBatches)
         self.batch_sampler.set_epoch(epoch)

@@ -1,9 +1,9 @@
-"""The worker: what every process of a run executes. Started by the command in the run folder, never by hand.
+"""The worker: the program of every rank of a run, started by the command in the run folder.
 
     deepspeed --num_accelerators 2 --module minisft.training.worker outputs/model/zero2
 
-It reads the run folder, trains with transformers' Trainer, and writes metrics, memory, checkpoints and, last of
-all, `DONE` or `FAILED`.
+It reads the run folder, trains with transformers' Trainer, and writes metrics, memory, checkpoints
+and, last, `DONE` or `FAILED`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from minisft import processes, system
 from minisft.errors import UserError
 from minisft.files import open_own, write_json
 from minisft.locks import open_lock, try_lock
 from minisft.run.folder import Run, checkpoint_step, lock_file, require_harmless_deepspeed, require_own_files
+from minisft.run.records import FailureRecord
 from minisft.system import is_here
 from minisft.text import note
 from minisft.training import checkpoints
@@ -39,17 +40,14 @@ from minisft.training.heartbeat import (
     write_failure,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 def main() -> None:
-    """Train the run whose folder is the last argument (launchers put their own options before it)."""
+    """Train the run whose folder is the last argument; launchers insert their options before it."""
     processes.open_standard_streams()
     rank = int(os.environ.get("RANK", "0"))
     try:
-        run = _asked_for(sys.argv[1:])
-        lock = _only_one(run, rank)  # noqa: F841 (held to the end of the process)
+        run = _run_of_command(sys.argv[1:])
+        lock = _lock_unsupervised(run, rank)  # noqa: F841 (held until the process ends)
         finish_log = _log_to(run.folder / "logs" / f"rank{rank}.log", and_terminal=rank == 0)
     except UserError as error:
         note(error)
@@ -59,25 +57,29 @@ def main() -> None:
     try:
         _train(run, rank, heartbeat)
     except BaseException as error:
-        # Indented, so that no text within it begins a line as what a rank says does.
+        # Indented, so that no line of it can begin like a rank's announcement.
         note(textwrap.indent(traceback.format_exc(), "  "))
         with suppress(OSError):
             checkpoints.discard_unfinished(run)
         reason = " ".join(str(error).split())[:500]
-        failure = {"rank": rank, "step": heartbeat.step, "reason": f"{type(error).__name__}: {reason}"}
+        failure: FailureRecord = {
+            "rank": rank,
+            "step": heartbeat.step,
+            "reason": f"{type(error).__name__}: {reason}",
+        }
         write_failure(run.folder, failure)
         heartbeat.stop("failed")
         finish_log()
-        # Not sys.exit: other ranks may be waiting inside a collective, and teardown would wait for them.
+        # Not sys.exit: teardown would wait for other ranks, which may wait inside a collective.
         os._exit(1)
     heartbeat.stop("done")
     finish_log()
-    # Nor here: all is written, and tearing down the threads of a process group now and then aborts the process.
+    # Nor sys.exit here: tearing down a process group's threads sometimes aborts the process.
     os._exit(0)
 
 
-def _asked_for(words: list[str]) -> Run:
-    """The run that the command line names, if its folder holds what the command was written for. Raises `UserError`."""
+def _run_of_command(words: list[str]) -> Run:
+    """Return the run on the command line. Raises `UserError` if the command does not fit it."""
     parser = argparse.ArgumentParser(prog="minisft.training.worker", allow_abbrev=False)
     parser.add_argument("--prepared", default="")
     parser.add_argument("--trust-remote-code", action="store_true")
@@ -87,7 +89,7 @@ def _asked_for(words: list[str]) -> Run:
         raise UserError(f"there is no run in {run.folder}: start the command in the project's folder")
     if options.prepared not in ("", run.identity):
         raise UserError(
-            f"{run.name} was prepared again since this command was written, with other settings or rows: take the "
+            f"{run.name} was prepared again since this command was written, with other settings or rows: use the "
             "command in its command.txt, or prepare it once more"
         )
     if run.status == "done":
@@ -97,36 +99,37 @@ def _asked_for(words: list[str]) -> Run:
     return run
 
 
-def _only_one(run: Run, rank: int) -> TextIO | None:
-    """Nobody else trains or replaces this run: a supervisor holds its lock, and where there is none, rank 0 does."""
+def _lock_unsupervised(run: Run, rank: int) -> TextIO | None:
+    """On rank 0, lock a run without a supervisor. Raises `UserError` if it is being trained."""
     if SUPERVISOR in os.environ:
         return None
-    before = next((sign for sign in read_heartbeats(run.folder) if sign.rank == rank), None)
+    last_status = next((status for status in read_heartbeats(run.folder) if status.rank == rank), None)
     lock = open_lock(lock_file(run.folder)) if rank == 0 else None
-    if (lock is not None and not try_lock(lock)) or (before is not None and _trains(before, run)):
+    if (lock is not None and not try_lock(lock)) or (last_status is not None and _is_training(last_status, run)):
         raise UserError(f"{run.name} is being trained right now: wait for it, or stop it")
     return lock
 
 
-def _trains(sign: RankStatus, run: Run) -> bool:
-    """Whether the process of a sign is still there, on this machine, and about this run.
+def _is_training(status: RankStatus, run: Run) -> bool:
+    """Return whether the process of a heartbeat still runs on this machine and trains this run.
 
-    A process that is younger than the sign only has its number: in a container that starts again all of them come back.
+    A process that is younger than the heartbeat has only been given the same pid: a restarted
+    container uses the same pids again.
     """
     import psutil
 
-    if sign.ended or not is_here(sign.host):
+    if status.ended or not is_here(status.host):
         return False
     with suppress(psutil.Error):
-        process = psutil.Process(sign.pid)
-        words, first_said = process.cmdline(), min(sign.began.values(), default=math.inf)
-        return bool(words) and Path(words[-1]).name == run.name and process.create_time() < first_said + 2
+        process = psutil.Process(status.pid)
+        words, first_beat = process.cmdline(), min(status.began.values(), default=math.inf)
+        return bool(words) and Path(words[-1]).name == run.name and process.create_time() < first_beat + 2
     return False
 
 
 def _train(run: Run, rank: int, heartbeat: Heartbeat) -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local folder by now
-    # DeepSpeed loads its checkpoints as pickles; so they are restricted to tensors and plain values.
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local folder
+    # DeepSpeed loads its checkpoints as pickles: allow only tensors and plain values in them.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     config = run.config
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -136,19 +139,21 @@ def _train(run: Run, rank: int, heartbeat: Heartbeat) -> None:
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips DeepSpeed's probing for accelerators
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # so that DeepSpeed does not probe for accelerators
     if run.deepspeed:
         import deepspeed
     from minisft.training.build_trainer import make_trainer
     from minisft.training.metrics_log import speed
 
     if not on_gpu:
-        # torchrun's name for it, and DeepSpeed's: threads that outnumber the cores only wait for each other.
+        # LOCAL_WORLD_SIZE is set by torchrun, LOCAL_SIZE by DeepSpeed. More threads than cores only
+        # wait.
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, system.cores() // local_ranks))
     if run.deepspeed:
         _allow_deepspeed_states()
-        # Before the model is built: stage 3 partitions it while loading and must know the ranks by then.
+        # Before the model is built: stage 3 partitions it while it loads, and needs the ranks for
+        # that.
         deepspeed.init_distributed()
         _unlink_shared_memory(rank)
 
@@ -156,7 +161,7 @@ def _train(run: Run, rank: int, heartbeat: Heartbeat) -> None:
     checkpoint = _start_from(run, rank)
     trainer = make_trainer(run, rank, world, on_gpu, checkpoint, heartbeat)
     if checkpoint is not None and checkpoints.is_trained(checkpoint):
-        trainer.state.global_step = checkpoint_step(checkpoint)  # it was killed when only its end was missing
+        trainer.state.global_step = checkpoint_step(checkpoint)  # the run was killed after its last checkpoint
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if world > 1:
@@ -167,14 +172,14 @@ def _train(run: Run, rank: int, heartbeat: Heartbeat) -> None:
         done = {"steps": trainer.state.global_step, "run": run.identity, **speeds}
         done |= {"observing_seconds": round(trainer.metrics.seconds + trainer.memory.seconds, 3)}
         write_json(run.folder / "DONE", done)
-        (run.folder / "FAILED").unlink(missing_ok=True)  # an earlier try's
+        (run.folder / "FAILED").unlink(missing_ok=True)  # from an earlier try
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
 def _start_from(run: Run, rank: int) -> Path | None:
-    """The checkpoint to go on from, found whole; None starts at the beginning."""
+    """Return the checkpoint to resume from, verified by rank 0; None for the beginning."""
     from minisft.training.dataset import require_as_made, require_same_model
 
     checkpoint = checkpoints.resume_point(run)
@@ -184,38 +189,40 @@ def _start_from(run: Run, rank: int) -> Path | None:
         checkpoints.discard_unfinished(run)
         if checkpoint is not None:
             checkpoints.verify(run, checkpoint)
-            announce(f"going on from {checkpoint.name}")
+            announce(f"resuming from {checkpoint.name}")
     return checkpoint
 
 
 def _allow_deepspeed_states() -> None:
-    """The few plain classes in DeepSpeed's own checkpoints; anything else in such a file is refused."""
+    """Allow the few plain classes in DeepSpeed's checkpoints; any other class is refused."""
     import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    # Python 3.11.0 to 3.11.3 pickle it as a call of getattr, which no restricted reader may allow; others as this.
+    # Python 3.11.0 to 3.11.3 pickle an enum as a call of getattr, which a restricted reader must
+    # not allow; other versions pickle it like this.
     ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))
     torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
 
 def _unlink_shared_memory(rank: int) -> None:
-    """Take away the name of the buffer through which DeepSpeed's CPU ranks talk; its memory goes with its users.
+    """Unlink the shared memory of DeepSpeed's CPU ranks; it is freed with its last user.
 
-    DeepSpeed 0.19 never removes it: every run would leave 69 MB of main memory per rank taken until the next boot.
+    DeepSpeed 0.19 never removes it: every run would occupy 69 MB of main memory per rank until the
+    next boot.
     """
     import torch
 
     torch.distributed.barrier()  # every rank has opened the buffers of all others by now
-    place = "_".join((str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(rank)))
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}").unlink(missing_ok=True)  # noqa: S108
+    suffix = "_".join((str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(rank)))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{suffix}").unlink(missing_ok=True)  # noqa: S108
 
 
 def _log_to(file: Path, and_terminal: bool) -> Callable[[], None]:
-    """Send this process's output, C++ included, to `file`; rank 0 keeps the terminal as well.
+    """Send this process's output, that of C++ included, to `file`, and to the terminal if asked.
 
-    Returns what must be called before the process ends, so that no line is lost.
+    Call the returned function before the process ends, so that no line is lost.
     """
 
     def flush() -> None:
@@ -239,12 +246,12 @@ def _log_to(file: Path, and_terminal: bool) -> Callable[[], None]:
 
     def copy() -> None:
         while True:
-            last = over in select.select([reading, over], [], [])[0]  # all has been written by then
+            last = over in select.select([reading, over], [], [])[0]  # then all output is in the pipe
             with suppress(BlockingIOError):
                 while data := os.read(reading, 1 << 16):
-                    for place in (log, terminal):
+                    for output in (log, terminal):
                         with suppress(OSError):  # a full disk or a closed terminal must not block the training
-                            os.write(place, data)
+                            os.write(output, data)
             if last:
                 return
 
@@ -255,7 +262,7 @@ def _log_to(file: Path, and_terminal: bool) -> Callable[[], None]:
         flush()
         os.dup2(log, 1)
         os.dup2(log, 2)
-        # The pipe itself need not come to its end: a child, or a library, may hold another end of it open.
+        # Do not wait for the pipe to close: a child or a library may hold another end of it open.
         os.write(end, b".")
         copier.join(timeout=2)
 

@@ -203,86 +203,111 @@ def _trace(
     trust_remote_code: bool,
     real: bool = False,
 ) -> ActivationTrace:
-    """`real` runs on tensors that have values.
+    """Forward and backward of one micro-batch on tensors without values; `real` uses tensors with values.
 
-    Each gradient is let go as it arrives, and those that would have stayed are added up: one pass tells both.
+    Each gradient is freed as it arrives, and the sizes of those that would have stayed are added up: one pass gives
+    the memory with and without keeping them.
     """
     from contextlib import nullcontext
 
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from minisft.model.loss import LossHead, summed_loss, supports_loss_head
-    from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
-    from minisft.zero.tensor_tracker import Moment, TensorTracker
+    from minisft.zero.tensor_tracker import TensorTracker
 
     device = "cuda" if on_gpu and torch.backends.cuda.is_built() else "cpu"
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     dtype = half if half_weights and half else torch.float32
-    config = deepcopy(config)
-    config.use_cache = False
     with_head = supports_loss_head(config, trust_remote_code)
     fake = None if real else FakeTensorMode()
     with fake or nullcontext():
-        with torch.device(device), no_init_weights():  # whatever the values: their bytes are the same
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        model.tie_weights()  # which comes with initializing them
-        model.train()
-        padding_free = supports_padding_free(model)
-        if padding_free:
-            model.set_attn_implementation(PER_DOCUMENT)
-        if activation_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        model, padding_free = _build(config, device, dtype, activation_checkpointing, trust_remote_code)
         head = LossHead(model.get_output_embeddings()) if with_head else None
-        tokens = sum(lengths)
+        inputs = _inputs(lengths, device, padding_free, fake)
         with torch.device(device):
-            shape = (1, tokens) if padding_free else (len(lengths), max(lengths))
-            inputs = {"input_ids": torch.ones(shape, dtype=torch.int64)}
-            positions, targets = (torch.zeros(trained or tokens, dtype=torch.int64) for _ in range(2))
-            if padding_free:
-                inputs["position_ids"] = torch.zeros(shape, dtype=torch.int64)
-                inputs["max_length_q"] = max(lengths)
-            else:
-                inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
-        if padding_free:  # the bounds are read as numbers, so they are real
-            with unset_fake_temporarily():
-                inputs["cu_seq_lens_q"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-            if device == "cuda" and fake:
-                inputs["cu_seq_lens_q"] = fake.from_tensor(inputs["cu_seq_lens_q"]).to(device)
-
-        count = TensorTracker(ACTIVATIONS)
-        parameters = list(model.parameters())
-        layer_of = {p: i for i, parts in enumerate(layers_of(model)) for part in parts for p in part.parameters()}
-        for tensor in (*parameters, *model.buffers()):
-            count.ignore(tensor)
-        stretches: list[Stretch] = []
-        elements = size = 0  # of the gradients that have arrived
-
-        def end_stretch(arriving: int, layer: int | None = None) -> None:
-            stretches.append(Stretch(dict(count.peak.held), elements, size, arriving, layer))
-            count.peak = Moment("backward", {})
-
-        def arrived(parameter: Any) -> None:
-            nonlocal elements, size
-            end_stretch(parameter.grad.nbytes, layer_of.get(parameter))
-            elements += parameter.numel()
-            size += parameter.grad.nbytes
-            parameter.grad = None
-
-        for parameter in parameters:
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(arrived)
+            positions, targets = (torch.zeros(trained or sum(lengths), dtype=torch.int64) for _ in range(2))
+        tracker = TensorTracker(ACTIVATIONS)
+        backward = _Backward(model, tracker)
         if head is not None:
-            head.around = lambda: count.owned_by(LOGITS)
+            head.around = lambda: tracker.owned_by(LOGITS)
             head.most_chunks = None if real else 2
         cast = torch.autocast(device, dtype=half) if half and not half_weights else nullcontext()
-        with count:
+        with tracker:
             with cast, nullcontext() if real else _bounded():
                 loss = summed_loss(model, inputs, positions, targets, head, padding_free)
-            retained = dict(count.held)
-            count.phase, count.owner = "backward", BACKWARD
+            retained = dict(tracker.held)
+            tracker.phase, tracker.owner = "backward", BACKWARD
             loss.backward()
-        end_stretch(0)
-        return ActivationTrace(retained, tuple(stretches))
+        backward.end_stretch(0)
+        return ActivationTrace(retained, tuple(backward.stretches))
+
+
+def _build(
+    config: Any, device: str, dtype: Any, activation_checkpointing: bool, trust_remote_code: bool
+) -> tuple[Any, bool]:
+    """The model as training runs it, and whether its batches are free of padding."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
+
+    config = deepcopy(config)
+    config.use_cache = False
+    with torch.device(device), no_init_weights():  # the values do not matter: only bytes are counted
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()  # initializing the weights would have done it
+    model.train()
+    padding_free = supports_padding_free(model)
+    if padding_free:
+        model.set_attn_implementation(PER_DOCUMENT)
+    if activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model, padding_free
+
+
+def _inputs(lengths: Sequence[int], device: str, padding_free: bool, fake: Any) -> dict[str, Any]:
+    """A batch of rows of these lengths, as the collators make it. `fake` is the mode of tensors without values."""
+    import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    shape = (1, sum(lengths)) if padding_free else (len(lengths), max(lengths))
+    with torch.device(device):
+        inputs: dict[str, Any] = {"input_ids": torch.ones(shape, dtype=torch.int64)}
+        if not padding_free:
+            return inputs | {"attention_mask": torch.ones(shape, dtype=torch.int64)}
+        inputs["position_ids"] = torch.zeros(shape, dtype=torch.int64)
+    with unset_fake_temporarily():  # attention reads the bounds of the rows as numbers, so they need values
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    if device == "cuda" and fake:
+        bounds = fake.from_tensor(bounds).to(device)
+    return inputs | {"max_length_q": max(lengths), "cu_seq_lens_q": bounds}
+
+
+class _Backward:
+    """Frees each gradient as it arrives, and records a `Stretch` between every two arrivals."""
+
+    def __init__(self, model: Any, tracker: Any):
+        self.tracker = tracker
+        self.stretches: list[Stretch] = []
+        self.elements = self.bytes = 0  # of the gradients that have arrived
+        self.layer_of = {p: i for i, parts in enumerate(layers_of(model)) for part in parts for p in part.parameters()}
+        for tensor in (*model.parameters(), *model.buffers()):
+            tracker.ignore(tensor)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self.arrived)
+
+    def arrived(self, parameter: Any) -> None:
+        self.end_stretch(parameter.grad.nbytes, self.layer_of.get(parameter))
+        self.elements += parameter.numel()
+        self.bytes += parameter.grad.nbytes
+        parameter.grad = None
+
+    def end_stretch(self, arriving: int, layer: int | None = None) -> None:
+        from minisft.zero.tensor_tracker import Moment
+
+        held = dict(self.tracker.peak.held)
+        self.stretches.append(Stretch(held, self.elements, self.bytes, arriving, layer))
+        self.tracker.peak = Moment("backward", {})

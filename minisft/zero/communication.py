@@ -1,4 +1,4 @@
-"""What the ranks tell each other in one optimizer step, in bytes: predicted from shapes, and counted as it happens.
+"""The traffic between the ranks in one optimizer step, in bytes: predicted from shapes, and counted in a live engine.
 
 A collective operation is counted by the tensor that it completes or reduces, whole: an all-gather of W slices of n
 bytes counts W n. How much of that each rank sends depends on the algorithm; `bytes_sent` is that of a ring, as in
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minisft.zero.state_memory import ELEMENT, Shapes, generated_config, partition_size, split_size
-from minisft.zero.strategies import DEFAULT_PERSISTENCE, zero_stage
+from minisft.zero.parameter_shapes import Shapes, partition_size, split_size
+from minisft.zero.state_memory import ELEMENT, generated_config
+from minisft.zero.strategies import DEFAULT_PERSISTENCE, strategy_named
 
 OPERATIONS = ("all-reduce", "reduce", "reduce-scatter", "all-gather")
-# DeepSpeed's names for them, and what its logger's size has to be multiplied with: it counts a gather's slice.
+# DeepSpeed's names for them. Its logger counts a gather by one rank's slice, so `stop` multiplies that size.
 LOGGED = {
     "all_reduce": "all-reduce",
     "inference_all_reduce": "all-reduce",
@@ -34,12 +35,12 @@ def predict_traffic(
     accumulation: int = 1,
     deepspeed: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
-    """Bytes by operation in one optimizer step of `accumulation` micro-batches; norms and flags, some bytes, left out.
+    """Bytes by operation in one optimizer step of `accumulation` micro-batches, without norms and flags (a few bytes).
 
-    Exact for all but stage 3, where it is the most: a tensor that is still there from its last use need not be
-    gathered again (`stage3_max_reuse_distance`), and one that is used twice (tied embeddings) may be gathered twice.
+    Exact except for stage 3, where it is an upper bound: a tensor that is still gathered from its last use is not
+    gathered again (`stage3_max_reuse_distance`); a tensor that is used twice (tied embeddings) may be gathered twice.
     """
-    stage, e, p = zero_stage(strategy), ELEMENT[precision], shapes.parameters
+    stage, e, p = strategy_named(strategy).stage, ELEMENT[precision], shapes.parameters
     moved = dict.fromkeys(OPERATIONS, 0)
     if ranks == 1:
         return moved
@@ -61,7 +62,7 @@ def predict_traffic(
     small = [x for x in whole if x[1] <= threshold]
     padded, kept = (e * ranks * split_size(some, ranks) for some in (whole, small))
     moved["reduce-scatter"] = accumulation * padded
-    # Forward and backward each gather what is split; the small ones, kept whole, once after the step.
+    # Forward and backward each gather what is split; small tensors are kept whole and gathered once after the step.
     moved["all-gather"] = 2 * accumulation * (padded - kept) + kept
     return moved
 

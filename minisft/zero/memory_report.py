@@ -1,10 +1,10 @@
-"""`minisft memory`: the states, the activations and the peak of every strategy, as JSON or as a table."""
+"""`minisft memory`: the states, activations, peak and traffic of every strategy, as JSON or as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minisft.data.model_folder import MOST_BYTES
 from minisft.errors import UserError
@@ -13,6 +13,7 @@ from minisft.model.configs import model_config, positions_of, require_positions
 from minisft.model.meta_model import MOST_PARAMETERS
 from minisft.text import say
 from minisft.zero.communication import bytes_sent, predict_traffic
+from minisft.zero.parameter_shapes import Shapes
 from minisft.zero.peak_memory import at_peak
 from minisft.zero.planner import RESERVED, Plan, plan
 from minisft.zero.state_memory import (
@@ -20,34 +21,37 @@ from minisft.zero.state_memory import (
     FORMULAS,
     MOMENTS,
     PAPER,
-    Shapes,
-    bytes_in_main_memory,
     generated_config,
+    owners_in_main_memory,
     paper_formula,
     predict_states,
     require,
     total_bytes,
 )
-from minisft.zero.strategies import STRATEGIES, offloads, zero_stage
+from minisft.zero.strategies import STRATEGIES, strategy_named
+
+if TYPE_CHECKING:
+    from minisft.zero.activation_trace import ActivationTrace
 
 LENGTH = 2048  # tokens
 MOST_RANKS, MOST_ACCUMULATION = 100_000, 1_000_000
 MOST_ROWS = 512  # of one rank's micro-batch: beyond any, and each is traced
 MOST_TOKENS = 2**31 - 1  # PyTorch counts where rows begin in 32 bits
 SHOWN = 8  # ranks whose numbers are all written out; beyond, the fullest stands for all
-KINDS = {None: "plain", 0: "stage 0", 1: "stage 1, 2", 2: "stage 1, 2", 3: "stage 3"}
+STAGE_FORMULAS = {None: "plain", 0: "stage 0", 1: "stage 1, 2", 2: "stage 1, 2", 3: "stage 3"}
 
 
-def _kind(strategy: str) -> str:
-    """The name of a strategy's formulas."""
-    return KINDS[zero_stage(strategy)] + (", offloaded" if offloads(strategy) else "")
+def _formulas(strategy: str) -> dict[str, str]:
+    """The formulas of a strategy's states, by owner."""
+    chosen = strategy_named(strategy)
+    return FORMULAS[STAGE_FORMULAS[chosen.stage] + (", offloaded" if chosen.offloads else "")]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch whose every token is trained: rows, their length, and whether activations are computed twice.
+    """A micro-batch of `rows` rows of `length` tokens, all of them trained.
 
-    Without a length it is `LENGTH`, or all the positions that the model has.
+    The default length is `LENGTH`, or the number of positions of the model if that is less.
     """
 
     rows: int
@@ -68,7 +72,7 @@ class Batch:
 
 @dataclass
 class MemoryReport:
-    """`strategies` maps each to its ranks' moments, or to the bytes of the paper's formula."""
+    """`strategies` maps each name to the bytes of its ranks by moment, or to the bytes of the paper's formula."""
 
     model: str
     parameters: float
@@ -103,9 +107,15 @@ class MemoryReport:
         return {name: _most(about, "peak") for name, about in known.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        found = {
-            **{"model": self.model, "parameters": int(self.parameters), "precision": self.precision},
-            **{"ranks": self.ranks, "basis": self.basis, "strategies": self.strategies, "note": self.note},
+        found: dict[str, Any] = {
+            "model": self.model,
+            "parameters": int(self.parameters),
+            "precision": self.precision,
+            "ranks": self.ranks,
+            "basis": self.basis,
+            "strategies": self.strategies,
+            "partitioned": {name: list(strategy_named(name).partitions) for name in self.strategies},
+            "note": self.note,
         }
         if self.activations:
             found["activations"] = self.activations
@@ -114,7 +124,7 @@ class MemoryReport:
                 name: predict_traffic(self.shapes, name, self.ranks, self.precision, self.accumulation)
                 for name in self.strategies
             }
-            found["formulas"] = {name: FORMULAS[_kind(name)] for name in self.strategies}
+            found["formulas"] = {name: _formulas(name) for name in self.strategies}
         if self.plan is not None:
             best = self.plan.best and self.plan.best.strategy
             options = [vars(option) | {"fits": option.fits} for option in self.plan.options]
@@ -156,14 +166,14 @@ def _most(about: dict[str, Any], moment: str) -> int:
 
 
 def memory_of_parameters(parameters: float, ranks: int, precision: str = "bf16", accumulation: int = 1) -> MemoryReport:
-    """By the paper's formula, for half precision: all that can be said of a bare number. Raises `UserError`."""
+    """The states of a bare number of parameters by the paper's formula, in half precision. Raises `UserError`."""
     if not 1 <= parameters <= MOST_PARAMETERS:
         raise UserError(f"{parameters:g} parameters: give a number from 1 to {MOST_PARAMETERS:g}, e.g. 7e9")
     _require(ranks, precision, accumulation)
     if precision == "fp32":
         raise UserError("a bare number goes by the paper's formula, which is for half precision: give --model for fp32")
-    names = [name for name in STRATEGIES if (name != "vanilla" or ranks == 1) and not offloads(name)]
-    states = {name: {"states": int(paper_formula(parameters, ranks, zero_stage(name)))} for name in names}
+    chosen = [s for s in STRATEGIES.values() if (ranks == 1 or not s.is_one_process) and not s.offloads]
+    states = {s.name: {"states": int(paper_formula(parameters, ranks, s.stage))} for s in chosen}
     basis = f"by the paper's formula alone ({PAPER}): no buckets, padding or activations; --model is exact"
     return MemoryReport(
         f"{parameters:g} parameters", parameters, precision, ranks, basis, states, accumulation=accumulation
@@ -191,38 +201,49 @@ def memory_of_model(
 ) -> MemoryReport:
     """Exact states of every rank, and the peak of a step with `batch`, of a model by its config alone.
 
-    A step has `accumulation` such micro-batches. `on_gpu` asks about GPUs, whatever machine this is.
+    A step has `accumulation` such micro-batches. `on_gpu` predicts for GPUs, whatever machine this is. Raises
+    `UserError` for a model, a batch or a number of ranks that cannot be.
     """
-
     _require(ranks, precision, accumulation)
     config = _config(name, trust_remote_code, say)
-    if batch is not None and batch.length is None:
-        batch = replace(batch, length=min(LENGTH, positions_of(config) or LENGTH))
-    if batch is not None:
-        require_positions(config, batch.length)
     shapes = Shapes.of_config(config, trust_remote_code)
-    names = [strategy for strategy in STRATEGIES if strategy != "vanilla" or ranks == 1]
-    settings = {s: generated_config(shapes, s, ranks, precision, accumulation, on_gpu) for s in names}
-    found = {strategy: predict_states(shapes, strategy, ranks, precision, settings[strategy]) for strategy in names}
-    activations, dry, note = {}, {}, ""
+    activations: dict[str, Any] = {}
+    traces: dict[bool, ActivationTrace] = {}
+    note = ""
     if batch is not None:
-        activations, dry, note = _dry_runs(config, precision, batch, trust_remote_code, on_gpu, shapes)
-    strategies = {}
-    for strategy, predicted in found.items():
-        chosen = list(range(ranks))
+        length = min(LENGTH, positions_of(config) or LENGTH) if batch.length is None else batch.length
+        require_positions(config, length)
+        batch = replace(batch, length=length)
+        traces, note = _traces(config, precision, batch, length, trust_remote_code, on_gpu, shapes)
+        activations = _activations(traces, batch)
+    strategies: dict[str, Any] = {}
+    for strategy, chosen in STRATEGIES.items():
+        if chosen.is_one_process and ranks > 1:
+            continue
+        settings = generated_config(shapes, strategy, ranks, precision, accumulation, on_gpu)
+        predicted = predict_states(shapes, strategy, ranks, precision, settings)
+        shown = list(range(ranks))
         if ranks > SHOWN:
-            chosen = [max(chosen, key=lambda rank: total_bytes(predicted[rank]["after backward"]))]
-        shown = [{"rank": rank, **predicted[rank]} for rank in chosen]
-        if run := dry.get(precision != "fp32" and zero_stage(strategy) is not None):
-            about = (shapes, strategy, ranks, precision, shown, run, settings[strategy], accumulation)
-            for moments, peak in zip(shown, at_peak(*about), strict=True):
-                moments["peak"] = peak
-        strategies[strategy] = {"ranks": shown}
-        if away := bytes_in_main_memory(settings[strategy]):
-            strategies[strategy]["in main memory"] = sorted(away)
-    basis = f"states exact ({DEEPSPEED})"
-    about = (strategies, shapes, activations, note)
-    return MemoryReport(name, shapes.parameters, precision, ranks, basis, *about, accumulation=accumulation)
+            shown = [max(shown, key=lambda rank: total_bytes(predicted[rank]["after backward"]))]
+        moments: list[dict[str, Any]] = [{"rank": rank, **predicted[rank]} for rank in shown]
+        if trace := traces.get(precision != "fp32" and chosen.stage is not None):
+            peaks = at_peak(shapes, strategy, ranks, precision, moments, trace, settings, accumulation)
+            moments = [rank | {"peak": peak} for rank, peak in zip(moments, peaks, strict=True)]
+        strategies[strategy] = {"ranks": moments}
+        if offloaded_owners := owners_in_main_memory(settings):
+            strategies[strategy]["in main memory"] = sorted(offloaded_owners)
+    return MemoryReport(
+        name,
+        shapes.parameters,
+        precision,
+        ranks,
+        f"states exact ({DEEPSPEED})",
+        strategies,
+        shapes,
+        activations,
+        note,
+        accumulation=accumulation,
+    )
 
 
 def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> Any:
@@ -233,41 +254,59 @@ def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> A
     if path.is_file():
         values = read_json(path, most=MOST_BYTES)
         if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
-            raise UserError(f"{name!r} is no transformers config: give a config.json, a model folder or a hub id")
+            raise UserError(f"{name!r} is not a transformers config: give a config.json, a model folder or a hub id")
         return model_config(path, trust_remote_code)
     folder = path if (path / "config.json").is_file() else download.find_model(name, say).path
     return model_config(folder, trust_remote_code)
 
 
-def _dry_runs(
-    config: Any, precision: str, batch: Batch, trust_remote_code: bool, on_gpu: bool, shapes: Shapes
-) -> tuple[dict[str, Any], dict[bool, Any], str]:
-    """What a micro-batch needs beside the states: for the report, and by whether the weights are in half precision.
-
-    The last tells what could not be traced.
-    """
+def _traces(
+    config: Any,
+    precision: str,
+    batch: Batch,
+    length: int,
+    trust_remote_code: bool,
+    on_gpu: bool,
+    shapes: Shapes,
+) -> tuple[dict[bool, ActivationTrace], str]:
+    """Traces of a micro-batch, by whether the weights are in half precision, and a note on what cannot be traced."""
     from minisft.zero.activation_trace import trace_activations
 
-    options = {
-        **{"lengths": [batch.length] * batch.rows, "precision": precision, "on_gpu": on_gpu},
-        **{"activation_checkpointing": batch.activation_checkpointing, "trust_remote_code": trust_remote_code},
-        "layers": shapes.layers,
-    }
-    dry, note = {}, ""
+    traces: dict[bool, ActivationTrace] = {}
+    note = ""
     for half in sorted({False, precision != "fp32"}):
         try:
-            dry[half] = trace_activations(config, half_weights=half, **options)
+            traces[half] = trace_activations(
+                config,
+                [length] * batch.rows,
+                precision=precision,
+                half_weights=half,
+                activation_checkpointing=batch.activation_checkpointing,
+                on_gpu=on_gpu,
+                trust_remote_code=trust_remote_code,
+                layers=shapes.layers,
+            )
         except UserError as error:
             note = str(error)
-    if not dry:
-        return {}, {}, note
-    if note:
-        failed = "ddp, which keeps fp32 weights" if True in dry else "ZeRO, which keeps weights in half precision"
+    if note and traces:
+        failed = "ddp, which keeps fp32 weights" if True in traces else "ZeRO, which keeps weights in half precision"
         note = f"of {failed}: {note}"
-    run = dry[max(dry)]
-    about = {"rows": batch.rows, "length": batch.length, "bytes": sum(run.peak_freeing.values())}
-    about |= {"retained": run.retained, "peak": run.peak, "peak_freeing": run.peak_freeing}
-    return about, dry, note
+    return traces, note
+
+
+def _activations(traces: dict[bool, ActivationTrace], batch: Batch) -> dict[str, Any]:
+    """What a micro-batch needs besides the states; of half-precision weights, where those were traced."""
+    if not traces:
+        return {}
+    trace = traces[max(traces)]
+    return {
+        "rows": batch.rows,
+        "length": batch.length,
+        "bytes": sum(trace.peak_freeing.values()),
+        "retained": trace.retained,
+        "peak": trace.peak,
+        "peak_freeing": trace.peak_freeing,
+    }
 
 
 def _size(held: float) -> str:

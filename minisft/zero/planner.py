@@ -1,8 +1,7 @@
-"""Which strategy for this model on those GPUs: what fits, what is left, which is the cheapest, and why.
+"""Chooses a strategy for a model on given GPUs: what fits, what is left, which is the cheapest, and why.
 
-States come from `minisft.zero.state_memory`: exact for a model whose shapes are known, the paper's formula for a bare
-number of parameters. Cheapest means the least traffic between the ranks: who fits with less splitting need not send
-more.
+States come from `minisft.zero.state_memory`: exact for a model whose shapes are known, by the paper's formula for a
+bare number of parameters. Cheapest means the least traffic between the ranks: where less splitting fits, it sends less.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from minisft.errors import UserError
+from minisft.zero.parameter_shapes import Shapes
 from minisft.zero.state_memory import (
-    Shapes,
     bytes_on_gpu,
     distinct,
     generated_config,
@@ -20,18 +19,18 @@ from minisft.zero.state_memory import (
     predict_states,
     total_bytes,
 )
-from minisft.zero.strategies import offloads, zero_stage
+from minisft.zero.strategies import STRATEGIES, strategy_named
 
-# At equal traffic from the simplest to the leanest. Offloading comes last: main memory is an order of magnitude
-# further away than another GPU.
-CANDIDATES = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+# At equal traffic the simplest comes first. Offloading comes last: main memory is an order of magnitude slower to reach
+# than another GPU. DeepSpeed's stage 0 is ddp over again.
+CANDIDATES = tuple(name for name, s in STRATEGIES.items() if not s.is_one_process and s.stage != 0)
 MOST_GPU = 1e15  # bytes
 RESERVED = 1.5e9  # bytes of a GPU that are never ours: the CUDA context, the libraries' workspaces, fragmentation
 
 
 @dataclass(frozen=True)
 class Option:
-    """One strategy on one of the GPUs: bytes of states, of everything, and what is left of the GPU (below 0: none)."""
+    """One strategy on one GPU: bytes of states, of everything, and left over (negative: it does not fit)."""
 
     strategy: str
     states: float
@@ -57,8 +56,8 @@ def traffic(strategy: str, accumulation: int = 1, precision: str = "bf16") -> in
     stage 2 reduces every micro-batch's gradients and stage 3 gathers for each; ddp and stage 1 reduce once. In half
     precision ddp's gradients are still fp32 (autocast), twice as much. `minisft.zero.communication` has it in bytes.
     """
-    stage = zero_stage(strategy)
-    if strategy == "vanilla":
+    stage = strategy_named(strategy).stage
+    if strategy_named(strategy).is_one_process:
         return 0
     if stage is None and precision != "fp32":
         return 4
@@ -77,13 +76,16 @@ def plan(
     accumulation: int = 1,
     peaks: Mapping[str, float] | None = None,
 ) -> Plan:
-    """What each strategy needs on one of `ranks` GPUs of `gpu_bytes` each.
+    """What each strategy needs on one of `ranks` GPUs of `gpu_bytes` each, and the cheapest one that fits.
 
-    `peaks` gives a strategy's bytes on the GPU at the worst moment, where they are known; elsewhere it is the states
-    after backward, and `activation_bytes` of a micro-batch on top. Raises `UserError` for numbers that cannot be.
+    `peaks` gives a strategy's bytes on the GPU at the worst moment where they are known; for the others the states
+    after backward and `activation_bytes` of a micro-batch are added up. Raises `UserError` for impossible numbers.
     """
     if not RESERVED < gpu_bytes <= MOST_GPU:
-        raise UserError(f"a GPU of {gpu_bytes / 1e9:.4g} GB is no GPU: give its memory in GB, e.g. 80")
+        raise UserError(
+            f"the GPU memory is {gpu_bytes / 1e9:.4g} GB, of which {RESERVED / 1e9:g} GB are set aside for CUDA: "
+            f"give more than that, and at most {MOST_GPU / 1e9:g} GB, e.g. 80"
+        )
     options = []
     for strategy in candidates(model, ranks):
         states = state_bytes(model, strategy, ranks, precision)
@@ -100,7 +102,7 @@ def plan(
         )
 
     def price(option: Option) -> tuple[bool, int]:
-        return offloads(option.strategy), traffic(option.strategy, accumulation, precision)
+        return strategy_named(option.strategy).offloads, traffic(option.strategy, accumulation, precision)
 
     best = min(able, key=lambda option: (price(option), options.index(option)))
     reason = f"{best.strategy} fits with {best.left / 1e9:,.1f} GB to spare"
@@ -109,15 +111,16 @@ def plan(
         reason += f"; {', '.join(o.strategy for o in below)} would send no more, but {_does(below)} not fit"
     else:
         reason += ", and nothing that fits sends less"
-    if offloads(best.strategy) and isinstance(model, Shapes):
+    if strategy_named(best.strategy).offloads and isinstance(model, Shapes):
         main = main_memory_bytes(model, best.strategy, ranks, precision) / 1e9
         reason += f"; it needs {main:,.1f} GB of main memory for each GPU as well"
     return Plan(tuple(options), best, reason)
 
 
 def candidates(model: Shapes | float, ranks: int) -> tuple[str, ...]:
-    """The strategies worth a thought; of a bare number nobody knows what ZeRO-3 with everything offloaded gathers."""
-    names = CANDIDATES if isinstance(model, Shapes) else CANDIDATES[:-1]
+    """The strategies to consider. A bare number does not tell what ZeRO-3 gathers if the parameters are offloaded."""
+    is_exact = isinstance(model, Shapes)
+    names = tuple(name for name in CANDIDATES if is_exact or not STRATEGIES[name].offloads_parameters)
     return names if ranks > 1 else ("vanilla", *names[1:])
 
 
@@ -150,10 +153,5 @@ def _by_place(model: Shapes, strategy: str, ranks: int, precision: str) -> Itera
 
 
 def _per_parameter(strategy: str, ranks: int) -> float:
-    # Offloaded (Ren et al. 2021, arXiv:2101.06840), the half-precision parameters alone stay.
-    return 2.0 if offloads(strategy) else paper_formula(1, ranks, zero_stage(strategy))
-
-
-def largest_model(strategy: str, ranks: int, gpu_bytes: float, activation_bytes: float = 0) -> float:
-    """Parameters of the largest model whose states fit, by the paper's formula."""
-    return max(0.0, gpu_bytes - RESERVED - activation_bytes) / _per_parameter(strategy, ranks)
+    # With offloading (Ren et al. 2021, arXiv:2101.06840) only the half-precision parameters stay on the GPU.
+    return 2.0 if strategy_named(strategy).offloads else paper_formula(1, ranks, strategy_named(strategy).stage)

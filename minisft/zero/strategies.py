@@ -112,16 +112,6 @@ def strategy_named(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
-def zero_stage(strategy: str) -> int | None:
-    """The ZeRO stage of a strategy, or None for those that do not use DeepSpeed."""
-    return STRATEGIES[strategy].stage
-
-
-def offloads(strategy: str) -> bool:
-    """Whether a strategy keeps states in main memory."""
-    return STRATEGIES[strategy].offloads
-
-
 def deepspeed_config(
     strategy: str,
     *,

@@ -31,9 +31,10 @@ from minisft.model.configs import model_config
 from minisft.run.config import RunConfig
 from minisft.run.folder import Run
 from minisft.zero.activation_trace import trace_activations
+from minisft.zero.parameter_shapes import Shapes
 from minisft.zero.peak_memory import at_peak
-from minisft.zero.state_memory import OWNERS, Shapes, most_bytes, paper_formula, predict_states, total_bytes
-from minisft.zero.strategies import STRATEGIES, zero_stage
+from minisft.zero.state_memory import OWNERS, most_bytes, paper_formula, predict_states, total_bytes
+from minisft.zero.strategies import STRATEGIES
 
 RANKS = 2
 METHODS = ("paper", "deepspeed", "accelerate", "minisft")
@@ -83,7 +84,7 @@ def ask(run: Run, model: str, strategy: str, precision: str) -> dict[str, float 
     config = model_config(find_model(model).path, trust_remote_code=False)
     shapes = Shapes.of_config(config)
     return {
-        "paper": paper_formula(shapes.parameters, RANKS, zero_stage(strategy)),
+        "paper": paper_formula(shapes.parameters, RANKS, STRATEGIES[strategy].stage),
         "deepspeed": deepspeed_says(config, shapes.parameters, strategy),
         "accelerate": accelerate_says(config, precision),
         "minisft": most_bytes(predict_states(shapes, strategy, RANKS, precision, run.deepspeed), "after backward"),
@@ -96,7 +97,7 @@ def peak(run: Run, model: str) -> tuple[int, int]:
     strategy, ranks, precision = run.config.strategy, run.config.ranks, run.precision
     shapes = Shapes.of_config(config)
     predicted = predict_states(shapes, strategy, ranks, precision, run.deepspeed)
-    half = precision != "fp32" and zero_stage(strategy) is not None
+    half = precision != "fp32" and STRATEGIES[strategy].stage is not None
     found = []
     for rank in run.memory:
         step = rank["step"]

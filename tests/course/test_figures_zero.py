@@ -11,8 +11,8 @@ from minisft.files import write_json
 from minisft.launch.launch_run import prepare
 from minisft.run.config import RunConfig
 from minisft.zero.communication import OPERATIONS, bytes_sent, predict_traffic
+from minisft.zero.parameter_shapes import Shapes
 from minisft.zero.planner import plan
-from minisft.zero.state_memory import Shapes
 
 SHAPES = Shapes(((("a", 3000), ("b", 1001)), (("norm", 40),)))
 

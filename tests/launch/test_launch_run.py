@@ -293,7 +293,7 @@ def test_a_second_worker_of_a_run_is_refused(config):
     assert not (run.folder / "logs").exists()
     # A process that is younger than the sign has its number by chance.
     file.write_text(json.dumps(sign | {"began": {"training": time.time() - 3600}}))
-    assert not training._trains(read_heartbeats(run.folder)[0], run)
+    assert not training._is_training(read_heartbeats(run.folder)[0], run)
     rank.communicate()
 
 

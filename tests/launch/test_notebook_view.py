@@ -33,7 +33,7 @@ def test_it_follows_a_run_from_its_start_to_its_end(view):
     assert "is starting" in view.text()
     pulse = Heartbeat(view.run.folder, 0)
     pulse.says("training")
-    view("going on from checkpoint-4")
+    view("resuming from checkpoint-4")
     with (view.run.folder / "metrics.jsonl").open("a") as metrics:
         for step in range(1, 4):
             view(f"step   {step}/6  loss {3 - step / 10:.4f}  about 3 s left")
@@ -45,7 +45,7 @@ def test_it_follows_a_run_from_its_start_to_its_end(view):
         f"{view.run.name}: step 3 of 6  loss 2.7000  about 3 s left",
         "[############............]",
         "rank 0: training, step 0",
-        "going on from checkpoint-4",
+        "resuming from checkpoint-4",
     ]
     assert "Loss from 2.900 at step 1 to 2.700 at step 3." in view.html()
     write_json(view.run.folder / "DONE", {"steps": 1})

@@ -77,7 +77,7 @@ def test_the_end_of_one_hosts_ranks_fails_the_run_on_the_other_and_it_can_go_on(
     assert run.checkpoints
     said = []
     resumed = launch(prepare(config, place=HERE, say=said.append), say=said.append)
-    assert "going on from checkpoint-4" in said
+    assert "resuming from checkpoint-4" in said
     assert [m["loss"] for m in resumed.metrics] == pytest.approx(one_host, rel=1e-6)
 
 

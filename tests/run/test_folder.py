@@ -604,7 +604,7 @@ def test_a_folder_that_cannot_be_read_may_hold_weights(config, monkeypatch):
 def test_rows_without_their_checksums_are_not_trained(config):
     run = prepare(config(), say=quiet)
     (run.folder / "data" / "made_of.json").unlink()
-    with pytest.raises(UserError, match="which has the checksums of the rows"):
+    with pytest.raises(UserError, match="lacks checksums of the rows"):
         launch(Run.load(run.folder), say=quiet)
 
 

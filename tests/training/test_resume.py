@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(small, reference, own_o
     assert run.checkpoints
     said = []
     launch(prepare(config, say=said.append), say=said.append)
-    assert any("going on from checkpoint-" in line for line in said)
+    assert any("resuming from checkpoint-" in line for line in said)
     same_course(run, reference(strategy))
 
 
@@ -198,7 +198,7 @@ def test_a_flipped_byte_is_found_and_named(small, interrupted, name):
     content = bytearray((last / name).read_bytes())
     content[len(content) // 2] ^= 1
     (last / name).write_bytes(content)
-    with pytest.raises(RunFailed, match=rf"{last.name} is damaged: {name} differs.*goes on from {first.name}"):
+    with pytest.raises(RunFailed, match=rf"{last.name} is damaged: {name} differs.*resumes from {first.name}"):
         launch(prepare(config_of("vanilla", *small), say=quiet), say=quiet)
     assert run.status == "failed"
     assert files_of(first) == before

@@ -15,8 +15,9 @@ from minisft.run.config import RunConfig
 from minisft.training.dataset import TEST_ROWS, load_rows
 from minisft.zero.activation_trace import trace_activations
 from minisft.zero.communication import predict_traffic
+from minisft.zero.parameter_shapes import Shapes
 from minisft.zero.peak_memory import at_peak
-from minisft.zero.state_memory import OWNERS, Shapes, predict_states, total_bytes
+from minisft.zero.state_memory import OWNERS, predict_states, total_bytes
 from minisft.zero.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisft.errors import UserError
-from minisft.zero.planner import CANDIDATES, RESERVED, largest_model, plan, state_bytes, traffic
-from minisft.zero.state_memory import Shapes
+from minisft.zero.parameter_shapes import Shapes
+from minisft.zero.planner import RESERVED, plan, state_bytes, traffic
 
 GB = 1e9
 
@@ -73,13 +73,12 @@ def test_accumulation_is_where_stage_1_beats_stage_2():
     assert traffic("zero1", 8) == 2 < traffic("zero2", 8) < traffic("zero3", 8)
 
 
-@given(st.floats(1e6, 1e12), st.integers(1, 4096), st.floats(2, 200))
-def test_the_largest_model_just_fits(parameters, ranks, gigabytes):
-    for strategy in CANDIDATES[:-1]:
-        biggest = largest_model(strategy, ranks, gigabytes * GB)
-        assert state_bytes(biggest, strategy, ranks) == pytest.approx(gigabytes * GB - RESERVED)
-        fits = state_bytes(parameters, strategy, ranks) <= gigabytes * GB - RESERVED
-        assert fits == (parameters <= biggest) or parameters == pytest.approx(biggest)
+@given(st.floats(1e6, 1e12), st.integers(2, 4096), st.floats(2, 200))
+def test_an_option_fits_where_its_states_do(parameters, ranks, gigabytes):
+    for option in plan(parameters, ranks, gigabytes * GB).options:
+        states = state_bytes(parameters, option.strategy, ranks)
+        assert option.states == states
+        assert option.fits == (states <= gigabytes * GB - RESERVED)
 
 
 @pytest.mark.parametrize(

@@ -17,20 +17,22 @@ from zero_engines import tiny
 
 from minisft.errors import UserError
 from minisft.zero.communication import bytes_sent, predict_traffic
+from minisft.zero.parameter_shapes import (
+    Shapes,
+    decayed_names,
+    elements_touched,
+    partition_size,
+    split_size,
+    sub_groups,
+)
 from minisft.zero.planner import traffic
 from minisft.zero.state_memory import (
     ELEMENT,
     MOMENTS,
     OWNERS,
-    Shapes,
-    decayed_names,
-    elements_touched,
     generated_config,
     paper_formula,
-    partition_size,
     predict_states,
-    split_size,
-    sub_groups,
     total_bytes,
 )
 from minisft.zero.strategies import STRATEGIES

@@ -151,7 +151,7 @@ def _two_groups(model: Any) -> Any:
     """AdamW with one param group per entry of `DECAYS`, divided as transformers' Trainer does."""
     import torch
 
-    from minisft.zero.state_memory import decayed_names
+    from minisft.zero.parameter_shapes import decayed_names
 
     decayed = decayed_names(model)
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in DECAYS]

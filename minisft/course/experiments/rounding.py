@@ -49,6 +49,7 @@ def move(model: Any, batch: dict[str, Any], dtype: Any, learning_rate: float = 8
     touched = moved = 0
     for weight, start in zip(stored, before, strict=True):
         # The gradient is the last step's: a weight without one cannot be expected to move.
+        assert weight.grad is not None  # set in every step above
         has_gradient = weight.grad != 0
         touched += int(has_gradient.sum())
         moved += int(((weight != start) & has_gradient).sum())

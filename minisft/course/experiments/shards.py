@@ -92,7 +92,8 @@ def live_engine(
     import torch
     from transformers import LlamaForCausalLM
 
-    from minisft.zero.state_memory import Shapes, generated_config
+    from minisft.zero.parameter_shapes import Shapes
+    from minisft.zero.state_memory import generated_config
 
     config = tiny_config()
     settings = generated_config(Shapes.of_config(config), f"zero{stage}", ranks, "fp32") | settings

@@ -39,14 +39,15 @@ def scores_over_steps(summaries: Sequence[Summary]) -> Picture:
     """
     figure, axes = figure_of(10, 3.8, ncols=3)
     for i, summary in enumerate(summaries):
-        steps = [c["step"] for c in summary["checkpoints"]]
+        checkpoints: Sequence[Mapping[str, Any]] = summary["checkpoints"]
+        steps = [c["step"] for c in checkpoints]
         # Shift each run slightly: runs with equal scores would hide each other's intervals.
         spread = 0.012 * max(steps) * (i - (len(summaries) - 1) / 2)
         for panel, key in zip(axes, NAMES.values(), strict=True):
-            values = [c[key] for c in summary["checkpoints"]]
+            values = [c[key] for c in checkpoints]
             style = {"color": PALETTE[i % 7], "marker": "o", "markersize": 4, "linewidth": 1.4}
             style["label"] = in_figure(summary["run"])
-            edges = [c.get(f"{key}_interval") or [] for c in summary["checkpoints"]]
+            edges = [c.get(f"{key}_interval") or [] for c in checkpoints]
             if all(len(edge) == 2 for edge in edges):
                 spans = [(max(0, v - low), max(0, high - v)) for v, (low, high) in zip(values, edges, strict=True)]
                 panel.errorbar(
@@ -67,7 +68,8 @@ def scores_over_steps(summaries: Sequence[Summary]) -> Picture:
 
 
 def _from_to(summary: Summary, key: str) -> str:
-    first, last = summary["checkpoints"][0], summary["checkpoints"][-1]
+    checkpoints: Sequence[Mapping[str, Any]] = summary["checkpoints"]
+    first, last = checkpoints[0], checkpoints[-1]
     return f"from {first[key]:.2f} to {last[key]:.2f}"
 
 

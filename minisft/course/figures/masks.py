@@ -106,4 +106,5 @@ def losses_before_and_after(
 
 
 def _mean(losses: Sequence[float | None], positions: Sequence[int]) -> float:
-    return sum(losses[p] for p in positions) / len(positions)
+    known = [loss for p in positions if (loss := losses[p]) is not None]
+    return sum(known) / len(known)
