@@ -198,7 +198,7 @@ def test_a_mistake_in_the_call_spares_the_run_that_it_would_replace(tiny_model, 
         ("launch", ["--heartbeat-timeout", 0], "--heartbeat-timeout is 0"),
         ("launch", ["--hostfile", hosts, "--launcher", "none"], "minisft prepare prints a line for each host"),
         ("launch", ["--launcher", "pdsh"], "--launcher pdsh is about other machines"),
-        ("prepare", ["--slurm-nodes", 3], "2 ranks cannot be shared out evenly over 3 nodes"),
+        ("prepare", ["--slurm-nodes", 3], "2 ranks cannot be divided evenly over 3 nodes"),
     ):
         refused(minisft(verb, *options, "--overwrite", *more), says)
         assert done.exists(), more

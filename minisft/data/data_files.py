@@ -14,7 +14,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from typing_extensions import TypedDict
+from typing_extensions import Buffer, TypedDict
 
 from minisft.data.ledger import Ledger
 from minisft.errors import UserError
@@ -139,7 +139,7 @@ def open_data(file: DataFile, ledger: Ledger) -> io.BufferedReader:
     if status.st_size == 0:
         plain.close()
         raise UserError(f"data file {file.path} is empty: fetch or export it again")
-    stream = io.BufferedReader(plain, _BUFFER)
+    stream: io.BufferedReader = io.BufferedReader(plain, _BUFFER)
     head = stream.peek(4)
     # The first bytes decide, because names are often wrong.
     codec = next((codec for magic, codec in _CODECS.items() if head.startswith(magic)), None)
@@ -153,7 +153,7 @@ class _Plain(io.FileIO):
         super().__init__(handle, "rb")
         self._file = file
 
-    def readinto(self, buffer: bytearray) -> int:
+    def readinto(self, buffer: Buffer) -> int:
         try:
             return super().readinto(buffer)
         except OSError as error:
@@ -177,18 +177,19 @@ class _Unpacked(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: bytearray) -> int:
+    def readinto(self, buffer: Buffer) -> int:
+        target = memoryview(buffer)
         if self._read > self._most:
             self._ledger.lose(f"{self._file.name} unpacks to more than {self._most:,} bytes; the rest was not read")
             return 0
         try:
-            data = self._stream.read(min(len(buffer), _PIECE))
+            data = self._stream.read(min(len(target), _PIECE))
         except (OSError, EOFError, zlib.error):
             if not self._read:
                 raise UserError(f"data file {self._file.path} is damaged {self._codec}: fetch it again") from None
             self._ledger.lose(f"{self._file.name} is cut off or damaged {self._codec} after {self._read:,} bytes")
             return 0
-        buffer[: len(data)] = data
+        target[: len(data)] = data
         self._read += len(data)
         return len(data)
 

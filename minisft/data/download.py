@@ -183,9 +183,7 @@ def _from_hub(source: str, kind: str, say: Say) -> Asset | None:
     if kind == "dataset":
         patterns = ["*.json", "*.jsonl", "*.parquet", "README.md"]
     try:
-        folder = Path(
-            snapshot_download(source, repo_type=kind, allow_patterns=patterns, local_files_only=True)
-        )
+        folder = Path(snapshot_download(source, repo_type=kind, allow_patterns=patterns, local_files_only=True))
     except HFValidationError:
         raise UserError(f"{source!r} is neither a path that exists nor a hub id (owner/name): check it") from None
     except LocalEntryNotFoundError:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minisft import processes
 from minisft.checksums import Digests, digest
@@ -57,7 +58,7 @@ def _gguf_to_safetensors(raw: str, target: str) -> None:
 
     folder, file = str(Path(raw).parent), Path(raw).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     # The weights are fp32 now, but the model is still marked as quantized, which Trainer refuses.
     model.hf_quantizer = None
     model.is_quantized = False

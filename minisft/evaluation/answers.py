@@ -37,7 +37,9 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[tuple[int, Answer]]:
-    """Generate greedy answers to `prompts` (token ids); yields (index of the prompt, answer) as each is complete."""
+    """Generate greedy answers to `prompts` (token ids); yields (index of the prompt, answer) as
+    each is complete.
+    """
     replies = generate_batched(
         model,
         prompts,
@@ -53,7 +55,9 @@ def generate(
 def answer_loss(
     model: Any, conversations: Sequence[Conversation], template: ChatTemplate, tokenizer: HuggingFaceTokenizer
 ) -> tuple[float, int]:
-    """Teacher-forced loss: returns (mean over the trained tokens of all rows, in nats; number of these tokens)."""
+    """Teacher-forced loss: returns (mean over the trained tokens of all rows, in nats; number of
+    these tokens).
+    """
     import torch
 
     from minisft.model.loss import summed_loss, trained_positions
@@ -94,7 +98,9 @@ def ask(folder: Path, questions: Sequence[str], max_new_tokens: int = 40, templa
 def load_to_answer(
     folder: Path, tokenizer: HuggingFaceTokenizer, precision: str = "fp32", trust_remote_code: bool = False
 ) -> Any:
-    """Load a model for inference: on a GPU, if available, in its training `precision`; otherwise in fp32."""
+    """Load a model for inference: on a GPU, if available, in its training `precision`; otherwise in
+    fp32.
+    """
     import torch
 
     model = load_model(folder, tokenizer, trust_remote_code).eval()

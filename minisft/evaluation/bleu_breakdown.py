@@ -1,7 +1,9 @@
-"""Break one BLEU score down into its parts: which n-grams match, and how the score follows from them.
+"""Break one BLEU score down into its parts: which n-grams match, and how the score follows from
+them.
 
-Defined by Papineni et al. (2002), computed as in sacreBLEU (Post 2018): n-grams of one to four tokens, each counted at
-most as often as in the reference; exponential smoothing (Chen and Cherry 2014, method 3); brevity penalty.
+Defined by Papineni et al. (2002), computed as in sacreBLEU (Post 2018): n-grams of one to four
+tokens, each counted at most as often as in the reference; exponential smoothing (Chen and Cherry
+2014, method 3); brevity penalty.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ SHADES = {1: "#e3eef7", 2: "#b7d4ea", 3: "#79b0d9", 4: "#4b93c7"}
 class BleuBreakdown:
     """BLEU of one text against one reference.
 
-    `matched` and `total` count the output's n-grams of 1, 2, 3 and 4 tokens. `depth` holds, for each token of the
-    output, the length of the longest matched n-gram that contains it, or 0; `reference_depth` is the same for the
-    reference.
+    `matched` and `total` count the output's n-grams of 1, 2, 3 and 4 tokens. `depth` holds, for
+    each token of the output, the length of the longest matched n-gram that contains it, or 0;
+    `reference_depth` is the same for the reference.
     """
 
     output: tuple[str, ...]
@@ -36,7 +38,9 @@ class BleuBreakdown:
 
     @property
     def precisions(self) -> tuple[float, ...]:
-        """The share of n-grams that match, in percent, for 1 to 4 tokens; smoothed where none matches."""
+        """The share of n-grams that match, in percent, for 1 to 4 tokens; smoothed where none
+        matches.
+        """
         precisions, smoothing = [], 1
         for matched, total in zip(self.matched, self.total, strict=True):
             if not matched:
@@ -74,7 +78,9 @@ class BleuBreakdown:
         return "\n".join([*lines, f"BLEU       {self.score:.2f}"])
 
     def html(self) -> str:
-        """Return both texts with their matches, and the parts of the score. Texts are untrusted: they are escaped."""
+        """Return both texts with their matches, and the parts of the score. Texts are untrusted:
+        they are escaped.
+        """
         parts = [(f"{n}-grams", f"{matched} of {total}", precision) for n, matched, total, precision in self._rows()]
         lengths = f"{len(self.output)} tokens for {len(self.reference)}"
         parts += [("brevity penalty", lengths, f"{self.brevity_penalty:.3f}"), ("BLEU", "", f"<b>{self.score:.2f}</b>")]
@@ -99,7 +105,9 @@ class BleuBreakdown:
 
 
 def break_down_bleu(output: str, reference: str, tokenize: str | None = None) -> BleuBreakdown:
-    """Break down the BLEU of `output` against `reference`; `tokenize` as in `metrics.corpus_scores`."""
+    """Break down the BLEU of `output` against `reference`; `tokenize` as in
+    `metrics.corpus_scores`.
+    """
     from sacrebleu.metrics import BLEU
 
     split = BLEU(tokenize=tokenize or tokenizer_for([reference])).tokenizer

@@ -27,7 +27,9 @@ REPLACEMENT = "\ufffd"  # decoded from the first bytes of an incomplete characte
 
 
 class ChatSession:
-    """A conversation with the model in `folder`: each prompt contains all earlier messages, as in training."""
+    """A conversation with the model in `folder`: each prompt contains all earlier messages, as in
+    training.
+    """
 
     def __init__(self, run: Run, folder: Path):
         self.tokenizer, self.template = load_template(run.model_folder, run.config.template)
@@ -36,7 +38,8 @@ class ChatSession:
         self.messages: list[Message] = []
 
     def say(self, text: str, max_new_tokens: int = 200) -> Iterator[str]:
-        """Stream the answer to `text`. The oldest exchanges are dropped if the model's positions are exceeded.
+        """Stream the answer to `text`. The oldest exchanges are dropped if the model's positions
+        are exceeded.
 
         Raises `UserError` if `text` alone does not fit.
         """
@@ -68,10 +71,11 @@ class ChatSession:
 
 
 def open_sessions(run: Run, step: int | None = None, beside: bool = False) -> dict[str, ChatSession]:
-    """Open a chat with a checkpoint of `run`, the last by default; with `beside` also the model before training.
+    """Open a chat with a checkpoint of `run`, the last by default; with `beside` also the model
+    before training.
 
-    Returns sessions by name, the model before training first. Raises `UserError` if the checkpoint does not exist or
-    cannot be used.
+    Returns sessions by name, the model before training first. Raises `UserError` if the checkpoint
+    does not exist or cannot be used.
     """
     steps = {checkpoint_step(c): c for c in run.checkpoints}
     if not steps:
@@ -90,7 +94,9 @@ def open_sessions(run: Run, step: int | None = None, beside: bool = False) -> di
 def in_terminal(
     found: Mapping[str, ChatSession], asked: TextIO | None, out: TextIO | None, max_new_tokens: int = 200
 ) -> None:
-    """Answer each line of the stream `asked` with every session in `found` (by name), until the stream ends."""
+    """Answer each line of the stream `asked` with every session in `found` (by name), until the
+    stream ends.
+    """
     prompt = "you> " if asked is not None and asked.isatty() else ""
     width = max(map(len, found))
     while True:
@@ -122,7 +128,9 @@ def _valid_text(text: str) -> str:
 
 
 class SideBySideChat:
-    """For notebooks: `ask = SideBySideChat(run)`; `ask("a question")` streams answers before and after training."""
+    """For notebooks: `ask = SideBySideChat(run)`; `ask("a question")` streams answers before and
+    after training.
+    """
 
     def __init__(self, run: Run, step: int | None = None):
         self.talks = open_sessions(run, step, beside=True)

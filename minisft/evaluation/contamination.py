@@ -1,8 +1,9 @@
-"""Find contamination: test questions that were in the training data, which a model may answer from memory.
+"""Find contamination: test questions that were in the training data, which a model may answer from
+memory.
 
-The split (`minisft.data.splits`) already keeps conversations with the same beginning on one side. This module compares
-every evaluated prompt with every training row as it was trained, truncated and in its template, and also finds near
-duplicates.
+The split (`minisft.data.splits`) already keeps conversations with the same beginning on one side.
+This module compares every evaluated prompt with every training row as it was trained, truncated and
+in its template, and also finds near duplicates.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One evaluated prompt: `whole` is the text of all its tokens, `questions` are the user's messages in it."""
+    """One evaluated prompt: `whole` is the text of all its tokens, `questions` are the user's
+    messages in it.
+    """
 
     whole: str
     questions: Sequence[str]
@@ -41,7 +44,8 @@ class Prompt:
 class Overlap:
     """A prompt found in the training row with id `row`.
 
-    `exact` if the row begins with the prompt; `share` is the share of the prompt's shingles in the row, 0 to 1.
+    `exact` if the row begins with the prompt; `share` is the share of the prompt's shingles in the
+    row, 0 to 1.
     """
 
     row: str
@@ -50,12 +54,14 @@ class Overlap:
 
 
 def find_overlaps(prompts: Mapping[str, Prompt], rows: Iterable[tuple[str, str]]) -> dict[str, Overlap]:
-    """Return the `prompts` (by id) that occur in the training `rows` (id, text), each with its closest row.
+    """Return the `prompts` (by id) that occur in the training `rows` (id, text), each with its
+    closest row.
 
-    Only words are compared; case, punctuation and white space are ignored. Exact: a row begins with the whole prompt.
-    Near: one row contains at least 80% of the questions' shingles, that is sequences of five words (containment, Broder
-    1997), however different the rest of the row is. System prompts are ignored, because many rows share them. Questions
-    of fewer than eight words can only be exact.
+    Only words are compared; case, punctuation and white space are ignored. Exact: a row begins with
+    the whole prompt. Near: one row contains at least 80% of the questions' shingles, that is
+    sequences of five words (containment, Broder 1997), however different the rest of the row is.
+    System prompts are ignored, because many rows share them. Questions of fewer than eight words
+    can only be exact.
     """
     shingles = {name: set().union(*map(_shingles, map(words_of, p.questions))) for name, p in prompts.items()}
     shingles = {name: own for name, own in shingles.items() if len(own) >= FEWEST}

@@ -1,4 +1,6 @@
-"""Choose the test questions for the checkpoints of a run, and find those that were in its training data."""
+"""Choose the test questions for the checkpoints of a run, and find those that were in its training
+data.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,11 @@ ANSWERS = ("last", "all")
 class EvalSettings:
     """How to evaluate. Raises `UserError` for invalid values.
 
-    `rows` is the number of test conversations: the first that fit. Of each, the `last` answer or `all` are scored.
-    Answers are greedy and have at most `max_new_tokens` tokens; `batch_size` prompts are decoded together, which does
-    not change the answers. `resamples` is the number of bootstrap samples for intervals, 0 for no intervals.
-    `exclude_leaked` replaces conversations that contain a trained question.
+    `rows` is the number of test conversations: the first that fit. Of each, the `last` answer or
+    `all` are scored. Answers are greedy and have at most `max_new_tokens` tokens; `batch_size`
+    prompts are decoded together, which does not change the answers. `resamples` is the number of
+    bootstrap samples for intervals, 0 for no intervals. `exclude_leaked` replaces conversations
+    that contain a trained question.
     """
 
     rows: int = 12
@@ -57,10 +60,11 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """What a run's checkpoints answer: conversations, and one question for each scored answer in them.
+    """What a run's checkpoints answer: conversations, and one question for each scored answer in
+    them.
 
-    `leaks` are the questions, by id, that were in the training data, out of the `seen` questions that were compared
-    with it (more than `questions`, if leaked conversations were replaced).
+    `leaks` are the questions, by id, that were in the training data, out of the `seen` questions
+    that were compared with it (more than `questions`, if leaked conversations were replaced).
     """
 
     conversations: list[Conversation]
@@ -69,7 +73,9 @@ class EvalSet:
     seen: int
 
     def leakage(self, settings: EvalSettings) -> dict[str, Any]:
-        """Return how many questions leaked, which, and whether they were excluded, as JSON for a report."""
+        """Return how many questions leaked, which, and whether they were excluded, as JSON for a
+        report.
+        """
         exact = sum(leak.exact for leak in self.leaks.values())
         return {
             "of": self.seen,
@@ -118,7 +124,9 @@ def _fitting(run: Run, file: Path) -> Iterator[Conversation]:
 
 
 def questions_of(conversation: Conversation, answers: str) -> list[Conversation]:
-    """Return one conversation per scored answer, ending with that answer. Answers of weight 0 are not scored."""
+    """Return one conversation per scored answer, ending with that answer. Answers of weight 0 are
+    not scored.
+    """
     questions = list(one_per_answer(conversation))
     return questions[-1:] if answers == "last" else questions
 
@@ -129,7 +137,9 @@ def prompt_ids(conversation: Conversation, template: ChatTemplate, tokenizer: Hu
 
 
 def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path, digests: Digests) -> dict[str, Overlap]:
-    """Return which of the questions are in the run's training rows; the result is cached in `folder`."""
+    """Return which of the questions are in the run's training rows; the result is cached in
+    `folder`.
+    """
     tokenizer, template = load_template(run.model_folder, run.config.template)
     prompts = {
         question_id: Prompt(

@@ -2,11 +2,11 @@
 
     minisft evaluate zero2
 
-A prompt is built by the code that built the training rows, and ends exactly where an answer began in training; only the
-reply is scored. Results go to `outputs/evaluation/<run>/`: one JSON per checkpoint, the answers and references as lines
-of text, and a summary. Step 0 is the model before training. Results are reused while the contents of the weights, the
-questions and the settings are unchanged; each answer is saved as soon as it is complete, so an interrupted evaluation
-resumes.
+A prompt is built by the code that built the training rows, and ends exactly where an answer began
+in training; only the reply is scored. Results go to `outputs/evaluation/<run>/`: one JSON per
+checkpoint, the answers and references as lines of text, and a summary. Step 0 is the model before
+training. Results are reused while the contents of the weights, the questions and the settings are
+unchanged; each answer is saved as soon as it is complete, so an interrupted evaluation resumes.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ BESIDE = (  # besides the weights, the files that a result or the soundness chec
 
 
 def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, verify: bool = False) -> list[str]:
-    """Evaluate every checkpoint of every run; returns one sentence per checkpoint or run that cannot be used.
+    """Evaluate every checkpoint of every run; returns one sentence per checkpoint or run that
+    cannot be used.
 
-    Results are reused if the contents of all files they depend on are unchanged. Checksums of unmodified files are
-    cached; with `verify` every file is read again. Raises `UserError` if a run has no checkpoint, if two runs have the
-    same name, or if the only run cannot be evaluated.
+    Results are reused if the contents of all files they depend on are unchanged. Checksums of
+    unmodified files are cached; with `verify` every file is read again. Raises `UserError` if a run
+    has no checkpoint, if two runs have the same name, or if the only run cannot be evaluated.
     """
     _require_evaluable(runs)
     known: dict[str, Mapping[str, Any]] = {}  # result by key: checkpoints may have equal weights
@@ -141,8 +142,8 @@ def _file_problem(error: OSError) -> str:
 def results_folder(run: Run) -> Iterator[Path]:
     """Yield the folder for a run's results, locked by this process.
 
-    Raises `UserError` if another evaluation holds the lock, or if the folder contains the results of another run folder
-    with the same name.
+    Raises `UserError` if another evaluation holds the lock, or if the folder contains the results
+    of another run folder with the same name.
     """
     folder = outputs_root() / "evaluation" / run.name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +162,9 @@ def results_folder(run: Run) -> Iterator[Path]:
 
 
 def steps_of(run: Run) -> Iterator[tuple[int, Path]]:
-    """Yield (step, folder) of everything to evaluate, in step order: step 0 is the model before training."""
+    """Yield (step, folder) of everything to evaluate, in step order: step 0 is the model before
+    training.
+    """
     yield 0, run.model_folder
     for checkpoint in run.checkpoints:
         yield checkpoint_step(checkpoint), checkpoint
@@ -187,8 +190,12 @@ def _cached_result(folder: Path, step: int, key: str) -> CheckpointResult | None
     return result if result is not None and result["key"] == key else None
 
 
-def _evaluated(run: Run, folder: Path, eval_set: EvalSet, settings: EvalSettings, saved_answers: Path) -> dict[str, Any]:
-    """Check that a checkpoint is sound, then run `evaluate_model`. Raises `UserError` if it is not sound."""
+def _evaluated(
+    run: Run, folder: Path, eval_set: EvalSet, settings: EvalSettings, saved_answers: Path
+) -> dict[str, Any]:
+    """Check that a checkpoint is sound, then run `evaluate_model`. Raises `UserError` if it is not
+    sound.
+    """
     if problem := checkpoint_problem(run, folder):
         raise UserError(problem)
     return evaluate_model(run, folder, eval_set, settings, saved_answers)
@@ -206,11 +213,13 @@ def _remove_others(folder: Path, steps: set[int]) -> None:
 def evaluate_model(
     run: Run, folder: Path, exam: EvalSet, settings: EvalSettings, kept: Path | None = None
 ) -> dict[str, Any]:
-    """Load one checkpoint with plain transformers, answer the questions of `exam`, and score the answers.
+    """Load one checkpoint with plain transformers, answer the questions of `exam`, and score the
+    answers.
 
-    Answers are saved to the file `kept`, and those already in it are reused. Returns the scores of `corpus_scores`, the
-    share of answers that `stopped` by themselves, the teacher-forced `loss` in nats per token of the reference answers,
-    their `perplexity`, and every answer with its prompt and reference.
+    Answers are saved to the file `kept`, and those already in it are reused. Returns the scores of
+    `corpus_scores`, the share of answers that `stopped` by themselves, the teacher-forced `loss` in
+    nats per token of the reference answers, their `perplexity`, and every answer with its prompt
+    and reference.
     """
     tokenizer, template = load_template(run.model_folder, run.config.template)
     model = load_to_answer(folder, tokenizer, run.precision, run.trust_remote_code)
@@ -267,7 +276,9 @@ def _answers(
 
 
 def _read_saved(file: Path, questions: int) -> dict[int, Answer]:
-    """Return the answers that an interrupted evaluation saved, by question index; drop an incomplete last line."""
+    """Return the answers that an interrupted evaluation saved, by question index; drop an
+    incomplete last line.
+    """
     complete_lines, _, _ = (read_text(file, errors="replace") or "").rpartition("\n")
     if not complete_lines:
         return {}
@@ -283,7 +294,9 @@ def _read_saved(file: Path, questions: int) -> dict[int, Answer]:
 
 
 def _key(run: Run, model: Path, eval_set: EvalSet, settings: EvalSettings, digests: Digests) -> str:
-    """Return a key of everything a result depends on: weights, tokenizer, questions, settings, code and device."""
+    """Return a key of everything a result depends on: weights, tokenizer, questions, settings, code
+    and device.
+    """
     import torch
 
     questions = [asdict(question) for question in eval_set.questions]
@@ -319,8 +332,8 @@ def _write_lines(file: Path, texts: Iterable[str]) -> None:
 def runs_to_evaluate(runs: Sequence[Run], wait: bool, ask: Callable[[str], bool] | None, say: Say) -> list[Run]:
     """Return the `runs` to evaluate now, handling those that are being trained.
 
-    With `wait`, wait until their training has ended. Otherwise `ask` decides for each, given a question; if `ask` is
-    None they are skipped. `say` prints progress.
+    With `wait`, wait until their training has ended. Otherwise `ask` decides for each, given a
+    question; if `ask` is None they are skipped. `say` prints progress.
     """
     chosen = []
     for run in runs:

@@ -1,8 +1,7 @@
-"""Greedy decoding of many prompts at once, with the results of one at a time.
+"""Decode prompts greedily in batches, with the same output as one at a time.
 
-Prompts of like length are answered together. They are read end to end, without padding; then each row gets one token
-a step. A row leaves its batch when it ends, so nobody computes for it any longer; keys and values lie in memory with
-room to grow, so a step copies none of them.
+Prompts of similar length form a batch. They are read concatenated, without padding; then each step
+generates one token per row. A finished row leaves its batch, so no more computation is spent on it.
 """
 
 from __future__ import annotations
@@ -15,18 +14,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from minisft.evaluation.growing_cache import growing_cache
 from minisft.model.configs import positions_of
 from minisft.training.collators import PaddingFree, pad_left, portions
 
 DECODING = "minisft_decoding"
-ROOM = 32  # tokens by which the memory for keys and values grows
-READ_AT_ONCE = 4096  # tokens of prompts
-HELD_AT_ONCE = 32_768  # tokens of a batch, padding and answers included: their keys and values are what fills memory
+READ_AT_ONCE = 4096  # prompt tokens per forward pass
+HELD_AT_ONCE = 32_768  # tokens per batch, with padding and answers; their keys and values fill the memory
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The ids that a model answered to the prompt number `index`, without EOS; `stopped` if it ended with EOS."""
+    """The generated ids for prompt number `index`, without EOS; `stopped` if the model ended with
+    EOS.
+    """
 
     index: int
     ids: list[int]
@@ -36,33 +37,37 @@ class Reply:
 def generate_batched(
     model: Any, prompts: Sequence[list[int]], *, eos_id: int, pad_id: int, max_new_tokens: int, batch_size: int
 ) -> Iterator[Reply]:
-    """The most likely token after token (greedy decoding), at most `max_new_tokens`, after each of `prompts`.
+    """Generate at most `max_new_tokens` tokens after each of `prompts` by greedy decoding.
 
-    Replies come as they end, each prompt's once. Penalties and samplings of a `generation_config` have no part. Where
-    a model's positions end, so does the answer. Models that keep their past otherwise than as keys and values, or whose
-    positions depend on the longest row, answer one at a time by transformers' own `generate`.
+    Yields each prompt's reply once, as soon as it is complete. Penalties and sampling settings of a
+    `generation_config` are ignored. An answer ends at the model's last position. Models whose cache
+    is not plain keys and values, or whose positions depend on the longest row, answer one prompt at
+    a time with transformers' own `generate`.
     """
-    room = [_room(model, prompt, max_new_tokens) for prompt in prompts]
-    if not _keeps_keys_and_values(model):
+    limits = [_token_limit(model, prompt, max_new_tokens) for prompt in prompts]
+    if not _supports_batches(model):
         for i, prompt in enumerate(prompts):
-            ids = _generated(model, prompt, eos_id, pad_id, room[i])
+            ids = _generated(model, prompt, eos_id, pad_id, limits[i])
             stopped = eos_id in ids
             yield Reply(i, ids[: ids.index(eos_id)] if stopped else ids, stopped)
         return
-    yield from (Reply(i, [], False) for i, most in enumerate(room) if most < 1)
-    able = [i for i, most in enumerate(room) if most >= 1]
-    for part in _batches([len(prompts[i]) for i in able], batch_size, max_new_tokens):
-        chosen = [able[i] for i in part]
-        yield from _batch(model, chosen, [prompts[i] for i in chosen], eos_id, pad_id, [room[i] for i in chosen])
+    yield from (Reply(i, [], False) for i, limit in enumerate(limits) if limit < 1)
+    answerable = [i for i, limit in enumerate(limits) if limit >= 1]
+    for batch in _batches([len(prompts[i]) for i in answerable], batch_size, max_new_tokens):
+        indices = [answerable[i] for i in batch]
+        yield from _batch(model, indices, [prompts[i] for i in indices], eos_id, pad_id, [limits[i] for i in indices])
 
 
-def _room(model: Any, prompt: list[int], most: int) -> int:
+def _token_limit(model: Any, prompt: list[int], max_new_tokens: int) -> int:
+    """The number of tokens to generate at most; below 1 if the prompt fills the model's positions."""
     positions = positions_of(model.config)
-    return min(most, positions - len(prompt)) if positions else most
+    return min(max_new_tokens, positions - len(prompt)) if positions else max_new_tokens
 
 
-def _keeps_keys_and_values(model: Any) -> bool:
-    """Whether what a model keeps of a prompt is keys and values alone, those of one row whatever the others are."""
+def _supports_batches(model: Any) -> bool:
+    """Whether a model's cache is plain keys and values, and a row's values do not depend on the
+    other rows.
+    """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     config = model.config.get_text_config()
@@ -74,63 +79,66 @@ def _keeps_keys_and_values(model: Any) -> bool:
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def _generated(model: Any, prompt: list[int], eos_id: int, pad_id: int, most: int) -> list[int]:
-    """What transformers' own greedy decoding answers, EOS included."""
+def _generated(model: Any, prompt: list[int], eos_id: int, pad_id: int, limit: int) -> list[int]:
+    """Return the ids from transformers' own greedy decoding, including EOS."""
     import torch
     from transformers import GenerationConfig
 
-    if most < 1:
+    if limit < 1:
         return []
-    given = torch.tensor([prompt], device=model.device)
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=eos_id, pad_token_id=pad_id)
+    input_ids = torch.tensor([prompt], device=model.device)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=eos_id, pad_token_id=pad_id)
     with torch.inference_mode():
-        found = model.generate(given, attention_mask=torch.ones_like(given), generation_config=greedy)
-    return found[0, len(prompt) :].tolist()
+        output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=greedy)
+    return output[0, len(prompt) :].tolist()
 
 
-def _batches(lengths: Sequence[int], batch_size: int, most: int) -> Iterator[list[int]]:
-    """The numbers of all prompts, those of like length together, as many as may be held at once."""
-    chosen: list[int] = []
+def _batches(lengths: Sequence[int], batch_size: int, max_new_tokens: int) -> Iterator[list[int]]:
+    """Group the indices of all prompts by similar length, each group within `batch_size` and
+    `HELD_AT_ONCE`.
+    """
+    batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chosen and (len(chosen) == batch_size or (len(chosen) + 1) * (lengths[i] + most) > HELD_AT_ONCE):
-            yield chosen
-            chosen = []
-        chosen.append(i)
-    if chosen:
-        yield chosen
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * (lengths[i] + max_new_tokens) > HELD_AT_ONCE):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def generate_stream(model: Any, prompt: list[int], *, eos_id: int, max_new_tokens: int) -> Iterator[int]:
-    """The ids of one reply as they come, without EOS."""
-    most = _room(model, prompt, max_new_tokens)
-    if not _keeps_keys_and_values(model):  # all at once, at the end
-        yield from (token for token in _generated(model, prompt, eos_id, eos_id, most) if token != eos_id)
+    """Yield the ids of one greedy reply as they are generated, without EOS."""
+    limit = _token_limit(model, prompt, max_new_tokens)
+    if not _supports_batches(model):  # nothing can be shown before the end
+        yield from (token for token in _generated(model, prompt, eos_id, eos_id, limit) if token != eos_id)
         return
-    for step in _steps(model, [prompt], eos_id, most):
+    for step in _steps(model, [prompt], eos_id, limit):
         if step.tokens[0] == eos_id:
             return
         yield step.tokens[0]
 
 
 def _batch(
-    model: Any, chosen: list[int], prompts: list[list[int]], eos_id: int, pad_id: int, room: list[int]
+    model: Any, indices: list[int], prompts: list[list[int]], eos_id: int, pad_id: int, limits: list[int]
 ) -> Iterator[Reply]:
-    said: list[list[int]] = [[] for _ in prompts]
-    for step in _steps(model, prompts, pad_id, max(room)):
+    """Answer one batch; `indices` and `limits` (tokens) belong to `prompts`."""
+    replies: list[list[int]] = [[] for _ in prompts]
+    for step in _steps(model, prompts, pad_id, max(limits)):
         for row, token in zip(step.rows, step.tokens, strict=True):
             if token == eos_id:
                 step.end(row)
-                yield Reply(chosen[row], said[row], True)
+                yield Reply(indices[row], replies[row], True)
             else:
-                said[row].append(token)
-                if len(said[row]) == room[row]:
+                replies[row].append(token)
+                if len(replies[row]) == limits[row]:
                     step.end(row)
-                    yield Reply(chosen[row], said[row], False)
+                    yield Reply(indices[row], replies[row], False)
 
 
 @dataclass
 class _Step:
-    """One token for each row of a batch that has not ended; `end` takes a row out before the next step."""
+    """One new token for each unfinished row of a batch; `end` removes a row before the next step."""
 
     rows: list[int]
     tokens: list[int]
@@ -140,42 +148,47 @@ class _Step:
         self.ended.add(row)
 
 
-def _steps(model: Any, prompts: list[list[int]], pad_id: int, most: int) -> Iterator[_Step]:
+def _steps(model: Any, prompts: list[list[int]], pad_id: int, limit: int) -> Iterator[_Step]:
+    """Read the prompts, then yield at most `limit` steps. The caller ends rows of a step before the
+    next one.
+    """
     import torch
 
-    takes = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     mask = pad_left(prompts, pad_id)["attention_mask"].to(model.device)
     positions = mask.sum(1, keepdim=True) - 1
     rows = list(range(len(prompts)))
     with torch.inference_mode():
         logits, cache = _read(model, prompts, pad_id)
-        chosen = logits.argmax(-1)
-    for _ in range(most):
-        step = _Step(rows, chosen.tolist(), set())
+        tokens = logits.argmax(-1)
+    for _ in range(limit):
+        step = _Step(rows, tokens.tolist(), set())
         yield step
         if step.ended:
-            left = [i for i, row in enumerate(rows) if row not in step.ended]
-            if not left:
+            unfinished = [i for i, row in enumerate(rows) if row not in step.ended]
+            if not unfinished:
                 return
-            rows = [rows[i] for i in left]
-            kept = torch.tensor(left, device=mask.device)
-            chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
-            cache.batch_select_indices(kept)
+            rows = [rows[i] for i in unfinished]
+            selection = torch.tensor(unfinished, device=mask.device)
+            tokens, mask, positions = tokens[selection], mask[selection], positions[selection]
+            cache.batch_select_indices(selection)
         positions = positions + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         with torch.inference_mode(), attending(model, DECODING):
             logits = model(
-                input_ids=chosen[:, None],
+                input_ids=tokens[:, None],
                 attention_mask=None if mask.all() else mask,
                 past_key_values=cache,
                 use_cache=True,
-                **({"position_ids": positions} if "position_ids" in takes else {}),
+                **({"position_ids": positions} if "position_ids" in parameters else {}),
             ).logits[:, -1]
-        chosen = logits.argmax(-1)
+        tokens = logits.argmax(-1)
 
 
 def _read(model: Any, prompts: list[list[int]], pad_id: int) -> tuple[Any, Any]:
-    """The logits after each prompt, [rows, vocabulary], and the keys and values of all, aligned on the right."""
+    """Run all prompts; returns (logits after each prompt, [rows, vocabulary]; cache, aligned on the
+    right).
+    """
     import torch
 
     from minisft.model.packed_attention import supports_padding_free
@@ -183,17 +196,18 @@ def _read(model: Any, prompts: list[list[int]], pad_id: int) -> tuple[Any, Any]:
     if not supports_padding_free(model):
         return _read_padded(model, prompts, pad_id)
     longest = max(map(len, prompts))
-    cache = _cache(model)
-    hosts, place = _hosts(prompts)
+    cache = growing_cache(model)
+    hosts, host_of = _hosts(prompts)
     logits: list[Any] = [None] * len(prompts)
-    for part in portions([len(host) for host in hosts], READ_AT_ONCE):
-        begins = itertools.accumulate(map(len, hosts[part]), initial=0)
-        begin_of = dict(zip(range(part.start, part.stop), begins, strict=False))
-        ends = {row: begin_of[host] + len(prompts[row]) for row, host in enumerate(place) if host in begin_of}
-        found, read = _read_end_to_end(model, hosts[part], list(ends.values()))
-        for row, value in zip(ends, found, strict=True):
-            logits[row] = value
-        for layer, (keys, values) in zip(cache.layers, read, strict=True):
+    for portion in portions([len(host) for host in hosts], READ_AT_ONCE):
+        starts = itertools.accumulate(map(len, hosts[portion]), initial=0)
+        start_of = dict(zip(range(portion.start, portion.stop), starts, strict=False))
+        # Where each prompt of this portion ends in the concatenated hosts.
+        ends = {row: start_of[host] + len(prompts[row]) for row, host in enumerate(host_of) if host in start_of}
+        last_logits, layers = _read_concatenated(model, hosts[portion], list(ends.values()))
+        for row, row_logits in zip(ends, last_logits, strict=True):
+            logits[row] = row_logits
+        for layer, (keys, values) in zip(cache.layers, layers, strict=True):
             for row, end in ends.items():
                 own = slice(end - len(prompts[row]), end)
                 layer.put(row, keys[:, own], values[:, own], len(prompts), longest)
@@ -201,25 +215,30 @@ def _read(model: Any, prompts: list[list[int]], pad_id: int) -> tuple[Any, Any]:
 
 
 def _hosts(prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """The prompts that have to be read, and of each prompt the number of the one that begins with it.
+    """Return the prompts to compute, and for each prompt the index among them of one that begins
+    with it.
 
-    The questions of one conversation begin with one another, and what is read of a beginning does not depend on what
-    comes after it.
+    Questions of one conversation share prefixes, and in a causal model the keys and values of a
+    prefix do not depend on what follows, so each prefix is computed once.
     """
     hosts: list[list[int]] = []
-    place = [0] * len(prompts)
+    host_of = [0] * len(prompts)
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         prompt = prompts[i]
-        found = next((n for n, host in enumerate(hosts) if host[: len(prompt)] == prompt), None)
-        if found is None:
-            found = len(hosts)
+        host_index = next((n for n, host in enumerate(hosts) if host[: len(prompt)] == prompt), None)
+        if host_index is None:
+            host_index = len(hosts)
             hosts.append(prompt)
-        place[i] = found
-    return hosts, place
+        host_of[i] = host_index
+    return hosts, host_of
 
 
-def _read_end_to_end(model: Any, prompts: list[list[int]], ends: list[int]) -> tuple[Any, list[tuple[Any, Any]]]:
-    """The logits at `ends`, which count through all prompts, and of each layer keys and values of all tokens."""
+def _read_concatenated(model: Any, prompts: list[list[int]], ends: list[int]) -> tuple[Any, list[tuple[Any, Any]]]:
+    """Run the concatenated prompts; returns (logits of the tokens before `ends`; keys and values of
+    each layer).
+
+    `ends` are positions in the concatenation.
+    """
     import torch
     from transformers.cache_utils import DynamicCache
 
@@ -232,77 +251,27 @@ def _read_end_to_end(model: Any, prompts: list[list[int]], ends: list[int]) -> t
     with attending(model, PER_DOCUMENT):
         last = torch.tensor(ends, device=model.device) - 1
         logits = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
-    return logits, [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    return logits, [(layer.keys[0], layer.values[0]) for layer in layers]
 
 
 def _read_padded(model: Any, prompts: list[list[int]], pad_id: int) -> tuple[Any, Any]:
-    takes = inspect.signature(model.forward).parameters
+    """`_read` for a model that cannot take concatenated prompts."""
+    parameters = inspect.signature(model.forward).parameters
     batch = {name: tensor.to(model.device) for name, tensor in pad_left(prompts, pad_id).items()}
-    given = {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0), "logits_to_keep": 1}
-    cache = _cache(model)
-    given = {name: value for name, value in given.items() if name in takes}
-    return model(**batch, **given, past_key_values=cache, use_cache=True).logits[:, -1], cache
-
-
-def _cache(model: Any) -> Any:
-    """transformers' own cache of keys and values, whose plain layers grow in place."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    cache = DynamicCache(config=model.config)
-    roomy = _roomy_layer()
-    cache.layers = [roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-@functools.cache
-def _roomy_layer() -> type:
-    import torch
-    from transformers.cache_utils import DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        """Keys and values, [rows, heads, tokens, head size], as the beginning of larger tensors."""
-
-        room: tuple[Any, Any] | None = None
-
-        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            had = self.get_seq_length()
-            length = had + key_states.shape[-2]
-            if self.room is None or self.room[0].shape[-2] < length:
-                self.room = tuple(self._larger(new, length + ROOM) for new in (key_states, value_states))
-                if had:
-                    for place, old in zip(self.room, (self.keys, self.values), strict=True):
-                        place[..., :had, :] = old
-            for place, new in zip(self.room, (key_states, value_states), strict=True):
-                place[..., had:length, :] = new
-            self.keys, self.values = (place[..., :length, :] for place in self.room)
-            return self.keys, self.values
-
-        def put(self, row: int, keys: Any, values: Any, rows: int, longest: int) -> None:
-            """Give one of `rows` its prompt's keys and values, [heads, tokens, head size], aligned on the right."""
-            if not self.is_initialized:
-                self.lazy_initialization(keys, values)
-                shape = (rows, len(keys), longest + ROOM)  # zeros: what is masked must still be a number
-                self.room = tuple(part.new_zeros((*shape, part.shape[-1])) for part in (keys, values))
-                self.keys, self.values = (place[..., :longest, :] for place in self.room)
-            for place, part in ((self.keys, keys), (self.values, values)):
-                place[row, :, longest - part.shape[1] :] = part
-
-        def batch_select_indices(self, indices: Any) -> None:
-            super().batch_select_indices(indices)
-            self.room = None
-
-        @staticmethod
-        def _larger(like: Any, length: int) -> Any:
-            return torch.empty((*like.shape[:2], length, like.shape[-1]), dtype=like.dtype, device=like.device)
-
-    return RoomyLayer
+    if "position_ids" in parameters:
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in parameters:
+        batch["logits_to_keep"] = 1
+    cache = growing_cache(model)
+    return model(**batch, past_key_values=cache, use_cache=True).logits[:, -1], cache
 
 
 @contextmanager
 def attending(model: Any, how: str) -> Iterator[None]:
-    """Let `model` attend in another way, where it takes its attention from transformers' interface."""
+    """Use the attention implementation `how` within the context, if the model supports
+    transformers' interface.
+    """
     before = model.config.get_text_config()._attn_implementation
     if how == DECODING:
         if before != "sdpa" or not getattr(model, "_supports_attention_backend", False):
@@ -323,19 +292,21 @@ def _register() -> None:
     from transformers.masking_utils import sdpa_mask
 
     def decoding_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
-        """For one new token: query heads that share a key head are asked as if they were positions of it.
+        """Attention for one new token, without repeating keys and values for the query heads that
+        share them.
 
-        `query` is [rows, heads, 1, head size], `key` and `value` [rows, key heads, tokens, head size]. Nothing is
-        repeated for the heads that share, and what is summed is the same.
+        `query` is [rows, heads, 1, head size], `key` and `value` [rows, key heads, tokens, head
+        size]. Query heads that share a key head become positions of one head, which gives the same
+        sums.
         """
         import torch
 
         if query.shape[2] > 1 or kwargs.get("sliding_window") or kwargs.get("softcap"):
             return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
         rows, heads, _, size = query.shape
-        together = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
+        grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
         out = torch.nn.functional.scaled_dot_product_attention(
-            together, key, value, attn_mask=mask, scale=kwargs.get("scaling")
+            grouped, key, value, attn_mask=mask, scale=kwargs.get("scaling")
         )
         return out.reshape(rows, 1, heads, value.shape[-1]), None
 

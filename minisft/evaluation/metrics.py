@@ -1,4 +1,5 @@
-"""Score answers against references: sacreBLEU's BLEU and chrF with signatures, and the metrics in `METRICS`.
+"""Score answers against references: sacreBLEU's BLEU and chrF with signatures, and the metrics in
+`METRICS`.
 
 To add a metric, write `metric(outputs, references) -> float` and add it to `METRICS`.
 """
@@ -25,10 +26,12 @@ NOTABLE = 0.1  # share of letters; below it the script is ignored and words are 
 
 
 def tokenizer_for(references: Sequence[str]) -> str:
-    """Choose sacreBLEU's tokenizer by the script of the references: `zh`, `ja-mecab`, `ko-mecab`, `char` or `13a`.
+    """Choose sacreBLEU's tokenizer by the script of the references: `zh`, `ja-mecab`, `ko-mecab`,
+    `char` or `13a`.
 
-    `13a` is sacreBLEU's default: it splits at spaces and punctuation, so a sentence without spaces becomes one word.
-    `char` is for Japanese and Korean where MeCab is not installed, and for Thai and related scripts.
+    `13a` is sacreBLEU's default: it splits at spaces and punctuation, so a sentence without spaces
+    becomes one word. `char` is for Japanese and Korean where MeCab is not installed, and for Thai
+    and related scripts.
     """
     text = "".join(references)
     han, kana, hangul, by_character = (len(re.findall(f"[{s}]", text)) for s in (HAN, KANA, HANGUL, BY_CHARACTER))
@@ -48,21 +51,23 @@ def _or_char(tokenizer: str) -> str:
 def corpus_scores(
     outputs: Sequence[str], references: Sequence[str], resamples: int = 1000, tokenize: str | None = None
 ) -> dict[str, Any]:
-    """Compute corpus BLEU and chrF (0 to 100) of `outputs`, one reference each, and the metrics in `METRICS`.
+    """Compute corpus BLEU and chrF (0 to 100) of `outputs`, one reference each, and the metrics in
+    `METRICS`.
 
     `tokenize` is BLEU's tokenizer, by default `tokenizer_for(references)`. The result contains:
 
     - `bleu`, `chrf`, and their `bleu_signature`, `chrf_signature`
-    - `bleu_interval`, `chrf_interval`: [low, high] at 95% by bootstrap resampling (Koehn 2004), empty if `resamples` is
-      0. sacreBLEU draws `resamples` corpora from these rows; the interval is the mean of their scores, plus and minus
-      half the width of the middle 95%, clipped to 0 and 100. It estimates how much the score varies between samples of
-      this size.
+    - `bleu_interval`, `chrf_interval`: [low, high] at 95% by bootstrap resampling (Koehn 2004),
+      empty if `resamples` is 0. sacreBLEU draws `resamples` corpora from these rows; the interval
+      is the mean of their scores, plus and minus half the width of the middle 95%, clipped to 0 and
+      100. It estimates how much the score varies between samples of this size.
     - `bleu_tokenizer`: the tokenizer used
     - `bleu_note`: a sentence if every reference is too short for BLEU, otherwise empty
     - `length_ratio`: tokens in the outputs over tokens in the references
     - `more`: {name: value} for each metric in `METRICS`
 
-    BLEU and chrF treat each text as one line, with any white space as one space. Raises `UserError` without outputs.
+    BLEU and chrF treat each text as one line, with any white space as one space. Raises `UserError`
+    without outputs.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
@@ -71,7 +76,8 @@ def corpus_scores(
     tokenize = tokenize or tokenizer_for(references)
     output_lines, reference_lines = list(map(as_line, outputs)), list(map(as_line, references))
     scores: dict[str, Any] = {"bleu_tokenizer": tokenize}
-    for name, metric in (("bleu", BLEU(tokenize=tokenize)), ("chrf", CHRF())):
+    metrics: dict[str, Any] = {"bleu": BLEU(tokenize=tokenize), "chrf": CHRF()}
+    for name, metric in metrics.items():
         _return_python_floats(metric)
         score = metric.corpus_score(output_lines, [reference_lines], n_bootstrap=resamples or 1)
         scores[name] = score.score
@@ -88,7 +94,9 @@ def corpus_scores(
 def _note(longest: int) -> str:
     if longest >= ORDERS[-1]:
         return ""
-    return f"BLEU is not meaningful here: it needs {ORDERS[-1]} tokens in a row, and the longest reference has {longest}."
+    return (
+        f"BLEU is not meaningful here: it needs {ORDERS[-1]} tokens in a row, and the longest reference has {longest}."
+    )
 
 
 def exact_match(outputs: Sequence[str], references: Sequence[str]) -> float:
@@ -106,8 +114,9 @@ def paired_bootstrap(
 ) -> float:
     """Return the p-value of the BLEU difference between two systems' answers to the same questions.
 
-    It is the probability that chance alone makes corpus BLEU differ by at least as much, by sacreBLEU's paired
-    bootstrap (Koehn 2004): each sample of questions scores both systems. Raises `UserError` without references.
+    It is the probability that chance alone makes corpus BLEU differ by at least as much, by
+    sacreBLEU's paired bootstrap (Koehn 2004): each sample of questions scores both systems. Raises
+    `UserError` without references.
     """
     from sacrebleu.metrics import BLEU
     from sacrebleu.significance import PairedTest
@@ -116,16 +125,21 @@ def paired_bootstrap(
         raise UserError("there is no answer to compare: evaluate at least one row")
     metric = BLEU(tokenize=tokenizer_for(references))
     _return_python_floats(metric)
-    systems = [("before", list(map(as_line, before))), ("after", list(map(as_line, after)))]
+    systems: list[tuple[str, Sequence[str]]] = [
+        ("before", list(map(as_line, before))),
+        ("after", list(map(as_line, after))),
+    ]
     reference_lines = list(map(as_line, references))
     test = PairedTest(systems, {"BLEU": metric}, [reference_lines], test_type="bs", n_samples=resamples)
-    _, scores = test()
+    scores: Any = test()[1]
     a, b = scores["BLEU"]
     return 1.0 if a.score == b.score else float(b.p_value)  # sacreBLEU calls a difference of 0 significant
 
 
 def _return_python_floats(metric: Any) -> None:
-    """Make all scores of `metric` Python floats: sacreBLEU 2.6 mixes in NumPy floats and then cannot average them."""
+    """Make all scores of `metric` Python floats: sacreBLEU 2.6 mixes in NumPy floats and then
+    cannot average them.
+    """
     compute = metric._compute_score_from_stats
 
     def as_float(statistics: Any) -> Any:

@@ -24,8 +24,8 @@ def write_summary(
 ) -> None:
     """Write `summary.json` and `summary.md` of one run; without results, remove outdated ones.
 
-    `results` are those of its checkpoints, in step order; `unusable` is {step: reason}; `leakage` comes from
-    `EvalSet.leakage`.
+    `results` are those of its checkpoints, in step order; `unusable` is {step: reason}; `leakage`
+    comes from `EvalSet.leakage`.
     """
     if not results:
         for name in ("summary.json", "summary.md"):
@@ -50,7 +50,9 @@ def write_summary(
 
 
 def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a result that `summary.json` contains; results of earlier versions have no `more`."""
+    """The part of a result that `summary.json` contains; results of earlier versions have no
+    `more`.
+    """
     names = (*COLUMNS, "examples", "more") if "more" in result else (*COLUMNS, "examples")
     return {name: result[name] for name in names}
 
@@ -92,7 +94,9 @@ def _markdown(
 
 
 def _score_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A Markdown table, one row per result; a metric in `more` that a result lacks is an empty cell."""
+    """A Markdown table, one row per result; a metric in `more` that a result lacks is an empty
+    cell.
+    """
     metrics = list(dict.fromkeys(name for result in results for name in result.get("more", {})))
     header = ["step", "BLEU (95%)", "chrF (95%)", "length ratio", "stopped by itself", "loss", "perplexity"]
     header += map(in_markdown, metrics)
@@ -144,10 +148,11 @@ def side_by_side(questions: Sequence[str], before: Sequence[Any], after: Sequenc
 
 
 def through_training(results: Sequence[Mapping[str, Any]], rows: Sequence[str] = ()) -> str:
-    """Return an HTML table of answers over training: one column per question, one row per step, references first.
+    """Return an HTML table of answers over training: one column per question, one row per step,
+    references first.
 
-    `results` are those of one run (`evaluate_checkpoints.results_of`). `rows` are question ids; by default the three
-    examples are shown. All text is escaped.
+    `results` are those of one run (`evaluate_checkpoints.results_of`). `rows` are question ids; by
+    default the three examples are shown. All text is escaped.
     """
     shown = [[a for a in r["answers"] if a["id"] in rows] if rows else r["examples"] for r in results]
     head = "".join(f"<th style='text-align:left'>{escape(example['prompt'])}</th>" for example in shown[0])

@@ -158,8 +158,7 @@ def slurm_script(config: RunConfig, folder: Path, nodes: int, on_gpu: bool) -> s
     gpus = f"#SBATCH --gpus-per-node={each}\n" if on_gpu else ""
     hostfile, run = shlex.quote(f"{display_path(folder)}/slurm-hostfile"), shlex.quote(display_path(folder))
     return f"""#!/bin/bash
-# {config.name}: {config.strategy} with {config.ranks} ranks on {nodes} nodes. sbatch starts it,
-# scancel stops it.
+# {config.name}: {config.strategy} with {config.ranks} ranks on {nodes} nodes. sbatch starts it, scancel stops it.
 #SBATCH --job-name=minisft-{config.name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1

@@ -123,8 +123,8 @@ def _require_startable(run: Run, place: Place | None, say: Say) -> None:
     if place is None and recorded is not None:
         hosts = one_line(", ".join(recorded["hosts"]), 100)
         raise UserError(
-            f"{run.name} was prepared for the hosts {hosts}, but a run folder must not decide where commands run: name "
-            "the hosts again with --hostfile"
+            f"{run.name} was prepared for the hosts {hosts}, but a run folder does not decide where commands run: name "
+            "them again with --hostfile"
         )
     require_place(run.config, place)
     require_own_files(run)

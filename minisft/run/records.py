@@ -43,20 +43,20 @@ class Metric(TypedDict):
     bytes: NotRequired[Annotated[list[int], Field(min_length=1)]]
 
 
-RankMemory = with_config(ConfigDict(extra="allow"))(
-    TypedDict(
-        "RankMemory",
-        {
-            "rank": int,
-            "at rest": NotRequired[dict[str, Bytes]],
-            "after backward": NotRequired[dict[str, Bytes]],
-            "peak": NotRequired[Bytes | None],
-            "communication": NotRequired[dict[str, Bytes]],
-            "in main memory": NotRequired[dict[str, dict[str, Bytes]]],
-            "step": NotRequired[dict[str, Any]],
-        },
-    )
+# One rank's entry in `memory.json`. Some of its keys contain a space, which class syntax does not allow.
+RankMemory = TypedDict(
+    "RankMemory",
+    {
+        "rank": int,
+        "at rest": NotRequired[dict[str, Bytes]],
+        "after backward": NotRequired[dict[str, Bytes]],
+        "peak": NotRequired[Bytes | None],
+        "communication": NotRequired[dict[str, Bytes]],
+        "in main memory": NotRequired[dict[str, dict[str, Bytes]]],
+        "step": NotRequired[dict[str, Any]],
+    },
 )
+with_config(ConfigDict(extra="allow"))(RankMemory)  # sets the configuration on the class itself
 
 
 class FileSum(TypedDict):

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from minisft.errors import UserError
 from minisft.files import parse_json, read_text
@@ -143,6 +143,9 @@ def _top(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _batch(config: Mapping[str, Any], ranks: int | None) -> Iterator[Finding]:
+    whole: Any
+    micro: Any
+    steps: Any
     whole, micro, steps = (config.get(name) for name in BATCH_KEYS)
     together = config.get("sequence_parallel_size")  # ranks that work on the same rows
     if ranks and _is_whole(together) and together > 0:
@@ -340,5 +343,5 @@ def _number(value: Any) -> float | None:
     return number if 0 <= number < math.inf else None
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -27,19 +27,19 @@ BLOCKS = {
     "CompileConfig": ("compile",),
     "HybridEngineConfig": ("hybrid_engine",),
 }
-# What Trainer fills in where a file says "auto", as values that are of the right kind.
-FILLED = {
+# What Trainer fills in where a file says "auto", as values of the right kind.
+FILLED: dict[str, dict[str, Any]] = {
     "optimizer": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
     "scheduler": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-3, "warmup_num_steps": 1, "total_num_steps": 2},
 }
-NUMBERS = {"lr": 1, "eps": 1, "weight_decay": 1, "betas": 2}  # how many it is
+NUMBERS = {"lr": 1, "eps": 1, "weight_decay": 1, "betas": 2}  # how many numbers each key takes
 MUON_KEYS = ("muon_lr", "adam_lr", "adam_w_mode", "torch_adam", "fp32_optimizer_states")
 _UNKNOWN = re.compile(r"unexpected keyword argument '(.+)'")
 MOST_ERRORS = 50
 
 
 class Block(dict):
-    """A JSON object that notes which of its keys are read; `whole` once it is gone through or copied."""
+    """A JSON object that records which of its keys are read; `whole` once it was iterated or copied."""
 
     def __init__(self, values: Mapping[str, Any]):
         super().__init__({key: Block(value) if isinstance(value, dict) else value for key, value in values.items()})
@@ -50,7 +50,7 @@ class Block(dict):
         self.read.add(key)
         return super().__getitem__(key)
 
-    def __contains__(self, key: object) -> bool:
+    def __contains__(self, key: Any) -> bool:
         self.read.add(key)
         return super().__contains__(key)
 
@@ -62,10 +62,11 @@ class Block(dict):
         self.whole = True
         return super().__iter__()
 
-    def keys(self) -> KeysView:  # a dict's own views and copies would pass by the methods above
+    # A dict's own views and copies would bypass the methods above.
+    def keys(self) -> KeysView[str]:  # type: ignore[override]
         return KeysView(self)
 
-    def items(self) -> ItemsView:
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         return ItemsView(self)
 
     def __copy__(self) -> dict[str, Any]:
@@ -76,9 +77,9 @@ class Block(dict):
 
 
 def examined(config: Mapping[str, Any], known: Container[str] = ()) -> list[Finding]:
-    """What DeepSpeed refuses or ignores in a configuration, beside the keys in `known`; nothing if it is not installed.
+    """What DeepSpeed refuses or ignores in a configuration, except the keys in `known`; empty if it is not installed.
 
-    Batches aside, which `lint` checks, and "auto", which Trainer fills in before or DeepSpeed drops.
+    The batch sizes are left to `lint`, and so is "auto", which Trainer fills in first or DeepSpeed drops.
     """
     import torch
 
@@ -123,7 +124,7 @@ def _without_auto(value: Any) -> Any:
 
 
 def _culprit(read: Callable[[Block], Any], block: Block, reason: str) -> str:
-    """The key that is refused for this reason even if it is alone; empty if only several together are."""
+    """The key that DeepSpeed refuses for this reason even alone; empty if only several together are refused."""
     for key in [key for key in dict.keys(block) if key in TOP_KEYS]:
         try:
             read(Block({key: block[key], "train_micro_batch_size_per_gpu": 1}))
@@ -145,10 +146,10 @@ def _refused(error: Exception, key: str) -> list[Finding]:
 
 
 def _unread(block: Block, *place: str) -> Iterator[Finding]:
-    """The keys inside the blocks that DeepSpeed reads key by key, and that it has not asked for."""
+    """The keys that DeepSpeed did not read, in the blocks that it reads key by key."""
     for name, inner in dict.items(block):
         where = (*place, name)
-        if not isinstance(inner, Block) or where[1:] == ("params",):  # those are for a class to take
+        if not isinstance(inner, Block) or where[1:] == ("params",):  # those go to a class
             continue
         yield from _unread(inner, *where)
         if inner.whole or not inner.read:
@@ -272,12 +273,12 @@ def _parameter() -> Any:
     import torch
 
     parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.use_muon = True
+    setattr(parameter, "use_muon", True)  # noqa: B010 (DeepSpeed reads it from the parameter)
     return parameter
 
 
 def _made(block: str, params: dict[str, Any], make: Callable[[], Any]) -> Generator[Finding, None, Any]:
-    """What `make` makes of `params`, and the findings on the way; each that it does not know is taken out of them."""
+    """What `make` returns for `params`, and the findings on the way; unknown keys are removed until it succeeds."""
     for _ in range(MOST_ERRORS):
         try:
             return make()
@@ -285,7 +286,7 @@ def _made(block: str, params: dict[str, Any], make: Callable[[], Any]) -> Genera
             reason = "it needs the package mup" if isinstance(error, NameError) else one_line(error, 200)
             unknown = _UNKNOWN.search(reason)
             key = unknown[1] if unknown else None
-            if key not in params:
+            if key is None or key not in params:
                 yield Finding("error", f"{block}.params" if params else block, f"DeepSpeed refuses it: {reason}")
                 return None
             yield Finding(

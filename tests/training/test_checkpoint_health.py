@@ -108,7 +108,7 @@ BREAK = {
     ),
     "an impossible vocabulary": (
         lambda folder: edit_json(folder / "config.json", vocab_size=-1),
-        "vocab_size is -1: give at least 1",
+        "vocab_size to -1: give at least 1",
     ),
     "a manifest without files": (
         lambda folder: (folder / "manifest.json").write_text('{"step": 3}'),

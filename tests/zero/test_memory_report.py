@@ -183,7 +183,7 @@ def test_rows_are_no_longer_than_the_model_has_positions(tmp_path):
 def test_what_is_no_model_is_refused(tmp_path):
     file = tmp_path / "config.json"
     file.write_text("[]")
-    with pytest.raises(UserError, match="no transformers config"):
+    with pytest.raises(UserError, match="not a transformers config"):
         memory_of_model(str(file), 2, "bf16", None, say=lambda line: None)
     file.write_text('{"model_type": "nonesuch"}')
     with pytest.raises(UserError, match="transformers knows"):
