@@ -1,5 +1,5 @@
-"""The one exception that means "you can mend this": shown as one sentence, exit code 2."""
+"""The exception for mistakes that the user can correct: shown as one sentence, exit code 2."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: its message says what is wrong, where, and how to mend it."""
+    """A mistake in the user's input. Its message says what is wrong, where, and how to fix it."""

@@ -1,4 +1,4 @@
-"""File locks: one process at a time prepares, trains or evaluates a run, or fills the cache."""
+"""File locks: only one process at a time prepares, trains or evaluates a run, or fills the cache."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from minisft.files import open_own
 
 
 def open_lock(file: Path) -> TextIO:
-    """The lock file `file`, opened and not yet locked; nothing is written into it. Raises `UserError` for a link."""
+    """Open the lock file `file`, without locking or changing it. Raises `UserError` for a link."""
     handle = open_own(file, os.O_RDWR, private=True)
     return os.fdopen(handle, "r+", encoding="utf-8")
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[int | Literal[False] | None]:
-    """A descriptor that holds `folder` itself, under any path; False if somebody else does, None where nobody can."""
+    """Lock `folder` itself, however its path is spelled.
+
+    Yields the locked descriptor, False if another process holds the lock, or None if the folder
+    cannot be opened.
+    """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
@@ -37,7 +41,10 @@ def locked_folder(folder: Path) -> Iterator[int | Literal[False] | None]:
 
 
 def try_lock(lock: TextIO, how: int = fcntl.LOCK_EX) -> bool:
-    """Whether an open file could be locked: False if somebody else holds it. A file system without locks grants all."""
+    """Try to lock an open file; False if another process holds the lock.
+
+    Returns True on a file system without locks.
+    """
     try:
         fcntl.flock(lock, how | fcntl.LOCK_NB)
     except BlockingIOError:

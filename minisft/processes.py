@@ -1,7 +1,8 @@
-"""Child processes: they import no module of the current folder, and end with the process that started them.
+"""Start child processes that import nothing from the current folder and end with their parent.
 
-`python -m` and `python -c` look for modules in the current folder first; a `torch.py` beside somebody's data would
-run. Every Python that this package starts gets `-P`, and `PYTHONSAFEPATH` for those that it starts in turn.
+`python -m` and `python -c` search the current folder for modules first, so a `torch.py` beside
+somebody's data would run. Every Python that this package starts gets `-P`, and `PYTHONSAFEPATH` for
+its own child processes.
 """
 
 from __future__ import annotations
@@ -21,25 +22,27 @@ if TYPE_CHECKING:
 
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: not between a fork and its program
+_LIBC = (
+    ctypes.CDLL(None) if sys.platform == "linux" else None
+)  # loaded here: unsafe between fork and exec
 
 
 def python(*words: str) -> list[str]:
-    """The beginning of a command that runs this very Python."""
+    """A command that runs this Python interpreter with the arguments `words`."""
     return [sys.executable, "-P", *words]
 
 
 def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables of `base` for a child process: modules come from nowhere but installed packages and full paths."""
-    found = dict(base) | SAFE_PATH
-    if "PYTHONPATH" in found:  # an empty or relative entry means the current folder
-        kept = [entry for entry in found["PYTHONPATH"].split(os.pathsep) if Path(entry).is_absolute()]
-        found["PYTHONPATH"] = os.pathsep.join(kept)
-    return found
+    """The variables of `base` for a child process, which imports only from installed packages and absolute paths."""
+    variables = dict(base) | SAFE_PATH
+    if "PYTHONPATH" in variables:  # an empty or relative entry means the current folder
+        absolute = [entry for entry in variables["PYTHONPATH"].split(os.pathsep) if Path(entry).is_absolute()]
+        variables["PYTHONPATH"] = os.pathsep.join(absolute)
+    return variables
 
 
 def end_with_parent() -> None:
-    """In a new process, before its program starts: be killed when the parent is gone (Linux)."""
+    """Ask the kernel to kill this process when its parent ends (Linux). For `preexec_fn`."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
@@ -47,10 +50,10 @@ def end_with_parent() -> None:
 def run(
     words: Sequence[str], more: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, with the variables `more` beside the inherited ones; its output is captured.
+    """Run a command and capture its output. `more` adds environment variables to the inherited ones.
 
-    Whatever ends this process or this call, the command and all that it has started in its process group end as well.
-    Raises `subprocess.TimeoutExpired` after `timeout` seconds.
+    If this call fails or is interrupted, the command and its process group are killed; if this
+    process is killed, the command is too. Raises `subprocess.TimeoutExpired` after `timeout` seconds.
     """
     child = subprocess.Popen(
         words,
@@ -75,9 +78,10 @@ def run(
 
 
 def lives(pid: int, began: float | None = None) -> bool:
-    """Whether the process of that number is alive, and not a zombie that nobody has waited for.
+    """Whether the process `pid` is alive and not a zombie.
 
-    With `began`, its start in seconds since 1970, a younger process that has got the same number does not count.
+    `began` is its start time in seconds since 1970; with it, a later process that reuses the same
+    number does not count.
     """
     import psutil
 
@@ -91,7 +95,7 @@ def lives(pid: int, began: float | None = None) -> bool:
 
 
 def start_of(pid: int) -> float | None:
-    """When the process of that number started, in seconds since 1970; None if there is none."""
+    """The start time of the process `pid`, in seconds since 1970; None if there is no such process."""
     import psutil
 
     try:
@@ -101,27 +105,28 @@ def start_of(pid: int) -> float | None:
 
 
 def marked(name: str, value: str) -> list[psutil.Process]:
-    """The living processes of this machine in whose environment the variable `name` has this value, but this one."""
+    """The other live processes on this machine whose environment variable `name` has this value."""
     import psutil
 
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             is_marked = process.pid != os.getpid() and process.environ().get(name) == value
             if is_marked and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def open_standard_streams() -> None:
-    """Open the null device in the place of each standard stream that is closed.
+    """Replace each closed standard stream with the null device.
 
-    Else the next file that is opened, a lock or a log, would get its number, and what is printed would go there.
+    Otherwise the next file to be opened, such as a lock or a log, would get its descriptor, and
+    printed text would be written to that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is `number`
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False, encoding="utf-8"))  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""This machine: its cores and memory (in a container or batch job only a share of them), and its names."""
+"""Query this machine: its usable cores and memory (control groups may limit both) and its host names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def cores() -> int:
-    """CPU cores: of those that the process is bound to, as many as its control groups' quota is worth; at least 1."""
+    """The number of usable CPU cores, at least 1: the affinity mask, limited by the CPU quota of the control groups."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in _control_groups():
         quota, _, period = _read(group / "cpu.max").partition(" ")  # microseconds in each period, or "max"
@@ -24,7 +24,7 @@ def cores() -> int:
 
 
 def memory() -> tuple[int, int]:
-    """Bytes of main memory in all and still free, page cache counted as free; within the control groups' limits."""
+    """Total and free bytes of main memory, within the limits of the control groups. Page cache counts as free."""
     import psutil
 
     whole = psutil.virtual_memory()
@@ -39,11 +39,11 @@ def memory() -> tuple[int, int]:
 
 
 def _control_groups() -> Iterator[Path]:
-    """The folders of this process's control group (version 2) and of those it is in: each may set a limit."""
+    """The folders of this process's control group (version 2) and its ancestors: each may set a limit."""
     lines = _read(Path("/proc/self/cgroup")).splitlines()
     own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
     folder = Path(os.path.normpath(CONTROL_GROUPS / own.strip("/")))
-    if not folder.is_relative_to(CONTROL_GROUPS):  # it lies outside of what a container sees
+    if not folder.is_relative_to(CONTROL_GROUPS):  # the group is outside the part that a container sees
         folder = CONTROL_GROUPS
     yield from (group for group in (folder, *folder.parents) if group.is_relative_to(CONTROL_GROUPS))
 
@@ -56,10 +56,11 @@ def _read(file: Path) -> str:
 
 
 def release_free_memory() -> None:
-    """Return the heap's free pages to the system; nothing happens where the C library is not glibc.
+    """Return the free pages of the heap to the system. Does nothing if the C library is not glibc.
 
-    Gradients and activations come and go in sizes that glibc keeps in its heap, and what lives longer (the
-    optimizer's states) is allocated above them: without this a step finds its memory in pieces and takes more.
+    glibc keeps freed blocks of the sizes that gradients and activations have in its heap, and
+    longer-lived blocks (the optimizer states) are allocated above them. Without this call a step
+    finds fragmented memory and allocates more.
     """
     if trim := _malloc_trim():
         trim(0)
@@ -74,11 +75,12 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def is_here(name: str) -> bool:
-    """Whether a host is the machine that asks: by a loopback address, `localhost`, or its own name."""
+    """Whether `name` means this machine: a loopback address, `localhost`, or its own host name."""
     return is_loopback(name) or name == socket.gethostname()
 
 
 def is_loopback(name: str) -> bool:
+    """Whether `name` is `localhost` or a loopback IP address."""
     try:
         return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:

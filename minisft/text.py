@@ -1,7 +1,7 @@
-"""What may be shown: text that came from elsewhere, made safe for the place where it appears.
+"""Make untrusted text safe to show in a terminal, a Markdown page or a figure.
 
-File names, JSON keys, data, answers of a model and other people's run folders all reach a terminal, a Markdown page or
-a figure, and in each of them some characters give orders. `say` is the only function that prints.
+File names, JSON keys, data, a model's answers and other people's run folders all reach such a place,
+and in each of them some characters have special effects. `say` is the only function that prints.
 """
 
 from __future__ import annotations
@@ -14,75 +14,75 @@ from typing import TextIO
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|&~$:@=^\"'])")
 _SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
-# Printable by name, and yet nothing of them is seen: fillers, a joiner, variation selectors, a blank.
+# Characters that count as printable but are invisible: fillers, a joiner, variation selectors, a blank.
 _UNSEEN = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0}
 _UNSEEN |= {*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
 
 
 def harmless(text: str) -> str:
-    """The text with every control character written out, except line feeds and tabs: a terminal only prints it."""
+    """Escape every control character except line feeds and tabs, so that a terminal only prints the text."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else spelt(c) for c in text)
 
 
 def spelt(c: str) -> str:
-    """One character by its number: `\\x1b` if it is one byte of the data, else `\\u202e` or `\\U0001f600`."""
+    """Escape one character: `\\x1b` if it is ASCII or an undecodable byte, else `\\u202e` or `\\U0001f600`."""
     code = ord(c)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is not UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as `surrogateescape` decodes it
         code -= 0xDC00
         return f"\\x{code:02x}"
     return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def one_line(text: object, most: int = 0) -> str:
-    """The text on one line without control characters; cut to `most` characters where that is given."""
+    """The text on one line without control characters, cut to `most` characters if `most` is not 0."""
     line = harmless(" ".join(str(text).split()))
     return line if not most or len(line) <= most else line[: most - 1] + "…"
 
 
 def in_markdown(text: str) -> str:
-    """The text on one line of a Markdown page, where nothing in it is markup, HTML or a link."""
+    """The text on one line, escaped for Markdown so that nothing in it is markup, HTML or a link."""
     return _MARKDOWN.sub(r"\\\1", one_line(text))
 
 
 def in_markdown_block(text: str) -> str:
-    """The text as an indented block of a Markdown page, in which nothing is markup; put an empty line before it."""
+    """The text as an indented Markdown block, which contains no markup. It needs an empty line before it."""
     return "\n".join("    " + line for line in harmless(text).splitlines() or [""])
 
 
 def visible(data: bytes) -> str:
-    """`data` so that all of it is seen: `␣`, `⏎` and `⇥`, bytes as `\\xf0`, characters without a shape as `\\u200b`."""
-    shown, stands = "", False  # whether the character before is one that an accent can stand on
+    """`data` with every character visible: `␣`, `⏎`, `⇥`, bytes as `\\xf0`, invisible characters as `\\u200b`."""
+    shown, can_carry_accent = "", False  # about the previous character
     for c in data.decode("utf-8", "surrogateescape"):
         category = unicodedata.category(c)[0]
         if c in _SIGNS:
-            c, stands = _SIGNS[c], False
+            c, can_carry_accent = _SIGNS[c], False
         elif category in "CZ" or ord(c) in _UNSEEN:
-            c, stands = spelt(c), False
-        elif category == "M" and not stands:
+            c, can_carry_accent = spelt(c), False
+        elif category == "M" and not can_carry_accent:
             c = f"◌{c}"
         else:
-            stands = True
+            can_carry_accent = True
         shown += c
     return shown or "∅"
 
 
 def say(text: object = "", *, to: TextIO | None = None, end: str = "\n") -> None:
-    """Print `text` to standard output, or `to` another stream, with control characters written out.
+    """Print `text` to standard output, or to the stream `to`, with control characters escaped.
 
-    Characters that the stream's encoding lacks become question marks. A stream that is closed, or whose reader is gone,
-    takes nothing and stops nothing; a full disk raises `OSError`.
+    Characters that the stream's encoding lacks become question marks. A closed stream, or one whose
+    reader has ended, is ignored; a full disk raises `OSError`.
     """
     stream = sys.stdout if to is None else to
-    if stream is None:  # Python's way to say that it was closed when the process started
+    if stream is None:  # the stream was closed when the process started
         return
     line = harmless(str(text)) + end
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         stream.write(line.encode(encoding, "replace").decode(encoding))
         stream.flush()
-    except ValueError:  # closed since
+    except ValueError:  # the stream has been closed
         return
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EBADF, errno.EIO):
@@ -90,5 +90,5 @@ def say(text: object = "", *, to: TextIO | None = None, end: str = "\n") -> None
 
 
 def note(text: object) -> None:
-    """Print progress: to standard error, so that standard output can be piped."""
+    """Print progress to standard error, so that standard output can be piped."""
     say(text, to=sys.stderr)

@@ -1,5 +1,4 @@
-"""Measure checkpoints: answers, BLEU and chrF with intervals, loss, and contamination of test
-questions.
+"""Measure checkpoints: answers, BLEU and chrF, loss, and contamination of test questions.
 
 Every score uses prompts built by the training template, and is saved together with its inputs.
 """

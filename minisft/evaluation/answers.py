@@ -37,8 +37,9 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[tuple[int, Answer]]:
-    """Generate greedy answers to `prompts` (token ids); yields (index of the prompt, answer) as
-    each is complete.
+    """Generate greedy answers to `prompts` (token ids).
+
+    Yields (index of the prompt, answer) as soon as each answer is complete.
     """
     replies = generate_batched(
         model,
@@ -55,8 +56,9 @@ def generate(
 def answer_loss(
     model: Any, conversations: Sequence[Conversation], template: ChatTemplate, tokenizer: HuggingFaceTokenizer
 ) -> tuple[float, int]:
-    """Teacher-forced loss: returns (mean over the trained tokens of all rows, in nats; number of
-    these tokens).
+    """Compute the teacher-forced loss of the reference answers.
+
+    Returns (mean over the trained tokens of all rows, in nats; number of these tokens).
     """
     import torch
 
@@ -98,8 +100,9 @@ def ask(folder: Path, questions: Sequence[str], max_new_tokens: int = 40, templa
 def load_to_answer(
     folder: Path, tokenizer: HuggingFaceTokenizer, precision: str = "fp32", trust_remote_code: bool = False
 ) -> Any:
-    """Load a model for inference: on a GPU, if available, in its training `precision`; otherwise in
-    fp32.
+    """Load a model for inference.
+
+    If a GPU is available it runs there in its training `precision`; otherwise in fp32 on the CPU.
     """
     import torch
 

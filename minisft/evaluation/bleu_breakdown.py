@@ -1,5 +1,4 @@
-"""Break one BLEU score down into its parts: which n-grams match, and how the score follows from
-them.
+"""Break one BLEU score down: which n-grams match, and how the score follows from them.
 
 Defined by Papineni et al. (2002), computed as in sacreBLEU (Post 2018): n-grams of one to four
 tokens, each counted at most as often as in the reference; exponential smoothing (Chen and Cherry
@@ -38,9 +37,7 @@ class BleuBreakdown:
 
     @property
     def precisions(self) -> tuple[float, ...]:
-        """The share of n-grams that match, in percent, for 1 to 4 tokens; smoothed where none
-        matches.
-        """
+        """The percentage of n-grams that match, for 1 to 4 tokens; smoothed where none matches."""
         precisions, smoothing = [], 1
         for matched, total in zip(self.matched, self.total, strict=True):
             if not matched:
@@ -78,9 +75,7 @@ class BleuBreakdown:
         return "\n".join([*lines, f"BLEU       {self.score:.2f}"])
 
     def html(self) -> str:
-        """Return both texts with their matches, and the parts of the score. Texts are untrusted:
-        they are escaped.
-        """
+        """Return both texts with their matches, and the parts of the score; all text is escaped."""
         parts = [(f"{n}-grams", f"{matched} of {total}", precision) for n, matched, total, precision in self._rows()]
         lengths = f"{len(self.output)} tokens for {len(self.reference)}"
         parts += [("brevity penalty", lengths, f"{self.brevity_penalty:.3f}"), ("BLEU", "", f"<b>{self.score:.2f}</b>")]
@@ -105,8 +100,9 @@ class BleuBreakdown:
 
 
 def break_down_bleu(output: str, reference: str, tokenize: str | None = None) -> BleuBreakdown:
-    """Break down the BLEU of `output` against `reference`; `tokenize` as in
-    `metrics.corpus_scores`.
+    """Break down the BLEU of `output` against `reference`.
+
+    `tokenize` is BLEU's tokenizer, as in `metrics.corpus_scores`.
     """
     from sacrebleu.metrics import BLEU
 
@@ -119,7 +115,7 @@ def break_down_bleu(output: str, reference: str, tokenize: str | None = None) ->
         common = {ngram: min(len(ours[ngram]), len(theirs[ngram])) for ngram in ours.keys() & theirs.keys()}
         for starts, marks in ((ours, depth), (theirs, reference_depth)):
             for ngram, count in common.items():
-                # If it occurs more often than it counts, mark occurrences inside longer matches first.
+                # If it occurs more often than it counts, prefer occurrences inside longer matches.
                 for start in sorted(starts[ngram], key=lambda i: -sum(marks[i : i + n]))[:count]:
                     marks[start : start + n] = [max(n, mark) for mark in marks[start : start + n]]
         matched.append(sum(common.values()))

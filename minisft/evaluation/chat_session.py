@@ -27,9 +27,7 @@ REPLACEMENT = "\ufffd"  # decoded from the first bytes of an incomplete characte
 
 
 class ChatSession:
-    """A conversation with the model in `folder`: each prompt contains all earlier messages, as in
-    training.
-    """
+    """A chat with the model in `folder`; each prompt contains all earlier messages."""
 
     def __init__(self, run: Run, folder: Path):
         self.tokenizer, self.template = load_template(run.model_folder, run.config.template)
@@ -38,8 +36,9 @@ class ChatSession:
         self.messages: list[Message] = []
 
     def say(self, text: str, max_new_tokens: int = 200) -> Iterator[str]:
-        """Stream the answer to `text`. The oldest exchanges are dropped if the model's positions
-        are exceeded.
+        """Stream the answer to `text`.
+
+        The oldest exchanges are dropped if the conversation exceeds the model's positions.
 
         Raises `UserError` if `text` alone does not fit.
         """
@@ -71,8 +70,9 @@ class ChatSession:
 
 
 def open_sessions(run: Run, step: int | None = None, beside: bool = False) -> dict[str, ChatSession]:
-    """Open a chat with a checkpoint of `run`, the last by default; with `beside` also the model
-    before training.
+    """Open a chat with a checkpoint of `run`, the last by default.
+
+    With `beside`, also open one with the model before training.
 
     Returns sessions by name, the model before training first. Raises `UserError` if the checkpoint
     does not exist or cannot be used.
@@ -94,9 +94,7 @@ def open_sessions(run: Run, step: int | None = None, beside: bool = False) -> di
 def in_terminal(
     found: Mapping[str, ChatSession], asked: TextIO | None, out: TextIO | None, max_new_tokens: int = 200
 ) -> None:
-    """Answer each line of the stream `asked` with every session in `found` (by name), until the
-    stream ends.
-    """
+    """Answer each line of `asked` until it ends, with every session in `found` (by name)."""
     prompt = "you> " if asked is not None and asked.isatty() else ""
     width = max(map(len, found))
     while True:
@@ -128,15 +126,16 @@ def _valid_text(text: str) -> str:
 
 
 class SideBySideChat:
-    """For notebooks: `ask = SideBySideChat(run)`; `ask("a question")` streams answers before and
-    after training.
+    """Stream answers before and after training side by side, in a notebook.
+
+    `ask = SideBySideChat(run)`, then `ask("a question")`.
     """
 
     def __init__(self, run: Run, step: int | None = None):
         self.talks = open_sessions(run, step, beside=True)
 
     def __call__(self, question: str, max_new_tokens: int = 60) -> None:
-        """Ask `question` without earlier messages, and show each model's answer as it is generated."""
+        """Ask `question` without earlier messages, and show the answers as they are generated."""
         answers = dict.fromkeys(self.talks, "")
         show = _Table(question) if in_notebook() else None
         for name, session in self.talks.items():

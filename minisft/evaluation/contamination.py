@@ -1,5 +1,4 @@
-"""Find contamination: test questions that were in the training data, which a model may answer from
-memory.
+"""Find contamination: test questions that a model may answer from memory of its training data.
 
 The split (`minisft.data.splits`) already keeps conversations with the same beginning on one side.
 This module compares every evaluated prompt with every training row as it was trained, truncated and
@@ -21,7 +20,7 @@ FEWEST = 4  # shingles of a question; with fewer, a common phrase would count as
 NEAR = 0.8  # share of a question's shingles that one row must contain
 ROWS_AT_ONCE = 512
 
-# One word is: a character of a script without spaces, a run of other letters and digits, or a symbol
+# A word is a character of a script without spaces, a run of other letters and digits, or a symbol
 # that is not punctuation, such as an emoji.
 _WORD = re.compile(
     rf"[{BY_CHARACTER}]|(?:(?![{BY_CHARACTER}])\w)+|[^\w\s\x00-\x7f\u00a0-\u00bf\u2010-\u2027\u3000-\u303f]"
@@ -32,9 +31,7 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One evaluated prompt: `whole` is the text of all its tokens, `questions` are the user's
-    messages in it.
-    """
+    """One evaluated prompt: the text of all its tokens, and the user's messages in it."""
 
     whole: str
     questions: Sequence[str]
@@ -54,8 +51,7 @@ class Overlap:
 
 
 def find_overlaps(prompts: Mapping[str, Prompt], rows: Iterable[tuple[str, str]]) -> dict[str, Overlap]:
-    """Return the `prompts` (by id) that occur in the training `rows` (id, text), each with its
-    closest row.
+    """Return the `prompts` (by id) that occur in training `rows` (id, text), with the closest row.
 
     Only words are compared; case, punctuation and white space are ignored. Exact: a row begins with
     the whole prompt. Near: one row contains at least 80% of the questions' shingles, that is

@@ -1,6 +1,4 @@
-"""Choose the test questions for the checkpoints of a run, and find those that were in its training
-data.
-"""
+"""Choose a run's test questions, and find those that were in its training data."""
 
 from __future__ import annotations
 
@@ -60,8 +58,7 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """What a run's checkpoints answer: conversations, and one question for each scored answer in
-    them.
+    """What checkpoints answer: conversations, and one question for each scored answer in them.
 
     `leaks` are the questions, by id, that were in the training data, out of the `seen` questions
     that were compared with it (more than `questions`, if leaked conversations were replaced).
@@ -73,9 +70,7 @@ class EvalSet:
     seen: int
 
     def leakage(self, settings: EvalSettings) -> dict[str, Any]:
-        """Return how many questions leaked, which, and whether they were excluded, as JSON for a
-        report.
-        """
+        """Return how many questions leaked, which, and whether they were excluded, as JSON."""
         exact = sum(leak.exact for leak in self.leaks.values())
         return {
             "of": self.seen,
@@ -124,8 +119,9 @@ def _fitting(run: Run, file: Path) -> Iterator[Conversation]:
 
 
 def questions_of(conversation: Conversation, answers: str) -> list[Conversation]:
-    """Return one conversation per scored answer, ending with that answer. Answers of weight 0 are
-    not scored.
+    """Return one conversation per scored answer, ending with it.
+
+    Answers of weight 0 are not scored.
     """
     questions = list(one_per_answer(conversation))
     return questions[-1:] if answers == "last" else questions
@@ -137,9 +133,7 @@ def prompt_ids(conversation: Conversation, template: ChatTemplate, tokenizer: Hu
 
 
 def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path, digests: Digests) -> dict[str, Overlap]:
-    """Return which of the questions are in the run's training rows; the result is cached in
-    `folder`.
-    """
+    """Return which questions are in the run's training rows; cached in `folder`."""
     tokenizer, template = load_template(run.model_folder, run.config.template)
     prompts = {
         question_id: Prompt(

@@ -88,7 +88,7 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
                 scores = known.get(key) or _cached_result(folder, step, key)
                 if scores is None:
                     scores = _evaluated(run, model, eval_set, settings, folder / f".checkpoint-{step}-{key}.jsonl")
-                # New digests: `digests` counts each file once for its report, and `verify` reads each file once.
+                # With new digests: `digests` counts, and with `verify` reads, each file once only.
                 is_same = run.identity == before and _key(run, model, eval_set, settings, Digests()) == key
             except (UserError, FileNotFoundError, PermissionError) as error:
                 unusable[step] = str(error) if isinstance(error, UserError) else _file_problem(error)
@@ -162,9 +162,7 @@ def results_folder(run: Run) -> Iterator[Path]:
 
 
 def steps_of(run: Run) -> Iterator[tuple[int, Path]]:
-    """Yield (step, folder) of everything to evaluate, in step order: step 0 is the model before
-    training.
-    """
+    """Yield (step, folder) in step order; step 0 is the model before training."""
     yield 0, run.model_folder
     for checkpoint in run.checkpoints:
         yield checkpoint_step(checkpoint), checkpoint
@@ -182,7 +180,7 @@ def results_of(run: Run) -> list[CheckpointResult]:
     return [result for result in results if result is not None]
 
 
-# --- one checkpoint ----------------------------------------------------------------------------------------
+# --- one checkpoint -----------------------------------------------------------------------------
 
 
 def _cached_result(folder: Path, step: int, key: str) -> CheckpointResult | None:
@@ -193,9 +191,7 @@ def _cached_result(folder: Path, step: int, key: str) -> CheckpointResult | None
 def _evaluated(
     run: Run, folder: Path, eval_set: EvalSet, settings: EvalSettings, saved_answers: Path
 ) -> dict[str, Any]:
-    """Check that a checkpoint is sound, then run `evaluate_model`. Raises `UserError` if it is not
-    sound.
-    """
+    """Run `evaluate_model` if the checkpoint is sound; raises `UserError` if it is not."""
     if problem := checkpoint_problem(run, folder):
         raise UserError(problem)
     return evaluate_model(run, folder, eval_set, settings, saved_answers)
@@ -276,9 +272,7 @@ def _answers(
 
 
 def _read_saved(file: Path, questions: int) -> dict[int, Answer]:
-    """Return the answers that an interrupted evaluation saved, by question index; drop an
-    incomplete last line.
-    """
+    """Return the saved answers by question index, and drop an incomplete last line."""
     complete_lines, _, _ = (read_text(file, errors="replace") or "").rpartition("\n")
     if not complete_lines:
         return {}
@@ -294,13 +288,11 @@ def _read_saved(file: Path, questions: int) -> dict[int, Answer]:
 
 
 def _key(run: Run, model: Path, eval_set: EvalSet, settings: EvalSettings, digests: Digests) -> str:
-    """Return a key of everything a result depends on: weights, tokenizer, questions, settings, code
-    and device.
-    """
+    """Return a key of all that a result depends on: files, questions, settings, code and device."""
     import torch
 
     questions = [asdict(question) for question in eval_set.questions]
-    # The batch size does not change answers, and which conversations are excluded shows in the questions.
+    # The batch size does not change answers, and exclusion changes the questions themselves.
     relevant = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "exclude_leaked")}
     sums = [[str(file.name), digests.of(file)] for file in weight_files(model)]
     for folder in (model, run.model_folder):
@@ -326,7 +318,7 @@ def _write_lines(file: Path, texts: Iterable[str]) -> None:
         stream.writelines(as_line(text) + "\n" for text in texts)
 
 
-# --- runs that are still being trained ----------------------------------------------------------------------
+# --- runs that are still being trained ----------------------------------------------------------
 
 
 def runs_to_evaluate(runs: Sequence[Run], wait: bool, ask: Callable[[str], bool] | None, say: Say) -> list[Run]:

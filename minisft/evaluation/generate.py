@@ -25,9 +25,7 @@ HELD_AT_ONCE = 32_768  # tokens per batch, with padding and answers; their keys 
 
 @dataclass(frozen=True)
 class Reply:
-    """The generated ids for prompt number `index`, without EOS; `stopped` if the model ended with
-    EOS.
-    """
+    """The generated ids for prompt number `index`, without EOS; `stopped` if EOS ended it."""
 
     index: int
     ids: list[int]
@@ -59,15 +57,13 @@ def generate_batched(
 
 
 def _token_limit(model: Any, prompt: list[int], max_new_tokens: int) -> int:
-    """The number of tokens to generate at most; below 1 if the prompt fills the model's positions."""
+    """The most tokens to generate; below 1 if the prompt fills the model's positions."""
     positions = positions_of(model.config)
     return min(max_new_tokens, positions - len(prompt)) if positions else max_new_tokens
 
 
 def _supports_batches(model: Any) -> bool:
-    """Whether a model's cache is plain keys and values, and a row's values do not depend on the
-    other rows.
-    """
+    """Whether the cache is plain keys and values that do not depend on the batch's other rows."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     config = model.config.get_text_config()
@@ -94,9 +90,7 @@ def _generated(model: Any, prompt: list[int], eos_id: int, pad_id: int, limit: i
 
 
 def _batches(lengths: Sequence[int], batch_size: int, max_new_tokens: int) -> Iterator[list[int]]:
-    """Group the indices of all prompts by similar length, each group within `batch_size` and
-    `HELD_AT_ONCE`.
-    """
+    """Group the prompts' indices by similar length, within `batch_size` and `HELD_AT_ONCE`."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and (len(batch) == batch_size or (len(batch) + 1) * (lengths[i] + max_new_tokens) > HELD_AT_ONCE):
@@ -138,7 +132,7 @@ def _batch(
 
 @dataclass
 class _Step:
-    """One new token for each unfinished row of a batch; `end` removes a row before the next step."""
+    """One new token for each unfinished row; `end` removes a row before the next step."""
 
     rows: list[int]
     tokens: list[int]
@@ -149,8 +143,9 @@ class _Step:
 
 
 def _steps(model: Any, prompts: list[list[int]], pad_id: int, limit: int) -> Iterator[_Step]:
-    """Read the prompts, then yield at most `limit` steps. The caller ends rows of a step before the
-    next one.
+    """Read the prompts, then yield at most `limit` steps.
+
+    The caller ends rows of a step before it takes the next one.
     """
     import torch
 
@@ -186,8 +181,9 @@ def _steps(model: Any, prompts: list[list[int]], pad_id: int, limit: int) -> Ite
 
 
 def _read(model: Any, prompts: list[list[int]], pad_id: int) -> tuple[Any, Any]:
-    """Run all prompts; returns (logits after each prompt, [rows, vocabulary]; cache, aligned on the
-    right).
+    """Run all prompts.
+
+    Returns (logits after each prompt, [rows, vocabulary]; cache, aligned on the right).
     """
     import torch
 
@@ -269,9 +265,7 @@ def _read_padded(model: Any, prompts: list[list[int]], pad_id: int) -> tuple[Any
 
 @contextmanager
 def attending(model: Any, how: str) -> Iterator[None]:
-    """Use the attention implementation `how` within the context, if the model supports
-    transformers' interface.
-    """
+    """Use the attention implementation `how` within the context, if the model supports it."""
     before = model.config.get_text_config()._attn_implementation
     if how == DECODING:
         if before != "sdpa" or not getattr(model, "_supports_attention_backend", False):

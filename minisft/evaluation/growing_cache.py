@@ -1,4 +1,4 @@
-"""A key-value cache with spare capacity, so that most decoding steps append to it without a copy."""
+"""Keep keys and values in tensors with spare capacity, so most steps append without a copy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ ROOM = 32  # spare capacity of the key and value tensors, in tokens
 
 
 def growing_cache(model: Any) -> Any:
-    """Return transformers' own cache of keys and values, with plain layers replaced by ones that
-    grow in place.
-    """
+    """Return transformers' cache, with its plain layers replaced by ones that grow in place."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     cache = DynamicCache(config=model.config)
@@ -26,9 +24,7 @@ def _growing_layer() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class GrowingLayer(DynamicLayer):
-        """Keys and values, [rows, heads, tokens, head size], stored at the start of larger tensors
-        (`room`).
-        """
+        """Keys and values, [rows, heads, tokens, head size], at the start of larger tensors."""
 
         room: tuple[Any, Any] | None = None
 

@@ -1,5 +1,4 @@
-"""Score answers against references: sacreBLEU's BLEU and chrF with signatures, and the metrics in
-`METRICS`.
+"""Score answers against references: sacreBLEU's BLEU and chrF, and further metrics.
 
 To add a metric, write `metric(outputs, references) -> float` and add it to `METRICS`.
 """
@@ -13,7 +12,7 @@ from typing import Any
 
 from minisft.errors import UserError
 
-# Characters of scripts written without spaces, and of Korean, whose long words rarely match exactly.
+# Characters of scripts without spaces, and of Korean, whose long words rarely match exactly.
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 KANA = "\u3040-\u30ff\u31f0-\u31ff"
 HANGUL = "\u1100-\u11ff\uac00-\ud7af"
@@ -26,8 +25,7 @@ NOTABLE = 0.1  # share of letters; below it the script is ignored and words are 
 
 
 def tokenizer_for(references: Sequence[str]) -> str:
-    """Choose sacreBLEU's tokenizer by the script of the references: `zh`, `ja-mecab`, `ko-mecab`,
-    `char` or `13a`.
+    """Choose BLEU's tokenizer by script: `zh`, `ja-mecab`, `ko-mecab`, `char` or `13a`.
 
     `13a` is sacreBLEU's default: it splits at spaces and punctuation, so a sentence without spaces
     becomes one word. `char` is for Japanese and Korean where MeCab is not installed, and for Thai
@@ -51,8 +49,7 @@ def _or_char(tokenizer: str) -> str:
 def corpus_scores(
     outputs: Sequence[str], references: Sequence[str], resamples: int = 1000, tokenize: str | None = None
 ) -> dict[str, Any]:
-    """Compute corpus BLEU and chrF (0 to 100) of `outputs`, one reference each, and the metrics in
-    `METRICS`.
+    """Compute corpus BLEU, chrF (0 to 100) and the metrics in `METRICS`, one reference per output.
 
     `tokenize` is BLEU's tokenizer, by default `tokenizer_for(references)`. The result contains:
 
@@ -105,7 +102,7 @@ def exact_match(outputs: Sequence[str], references: Sequence[str]) -> float:
     return sum(equal) / len(equal)
 
 
-# Further corpus metrics, by the name that results and summaries show: (outputs, references) -> value.
+# Further corpus metrics by name: (outputs, references) -> value. Results and summaries show them.
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {"exact match": exact_match}
 
 
@@ -137,8 +134,9 @@ def paired_bootstrap(
 
 
 def _return_python_floats(metric: Any) -> None:
-    """Make all scores of `metric` Python floats: sacreBLEU 2.6 mixes in NumPy floats and then
-    cannot average them.
+    """Make all scores of `metric` Python floats.
+
+    sacreBLEU 2.6 mixes in NumPy floats and then cannot average them.
     """
     compute = metric._compute_score_from_stats
 

@@ -50,9 +50,7 @@ def write_summary(
 
 
 def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a result that `summary.json` contains; results of earlier versions have no
-    `more`.
-    """
+    """The part of a result for `summary.json`; results of earlier versions have no `more`."""
     names = (*COLUMNS, "examples", "more") if "more" in result else (*COLUMNS, "examples")
     return {name: result[name] for name in names}
 
@@ -94,9 +92,7 @@ def _markdown(
 
 
 def _score_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A Markdown table, one row per result; a metric in `more` that a result lacks is an empty
-    cell.
-    """
+    """A Markdown table, one row per result; a metric that a result lacks is an empty cell."""
     metrics = list(dict.fromkeys(name for result in results for name in result.get("more", {})))
     header = ["step", "BLEU (95%)", "chrF (95%)", "length ratio", "stopped by itself", "loss", "perplexity"]
     header += map(in_markdown, metrics)
@@ -148,8 +144,9 @@ def side_by_side(questions: Sequence[str], before: Sequence[Any], after: Sequenc
 
 
 def through_training(results: Sequence[Mapping[str, Any]], rows: Sequence[str] = ()) -> str:
-    """Return an HTML table of answers over training: one column per question, one row per step,
-    references first.
+    """Return an HTML table of answers over training.
+
+    One column per question; one row for the references and one per step.
 
     `results` are those of one run (`evaluate_checkpoints.results_of`). `rows` are question ids; by
     default the three examples are shown. All text is escaped.

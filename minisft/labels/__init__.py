@@ -1,7 +1,7 @@
-"""Token ids and labels: which tokens of a row are trained.
+"""Make token ids and labels: which tokens of a row are trained.
 
-`encode` makes one row of one conversation, `encode_stream` does so for whole data sets on all cores, the invariants
-check every row, and the token lens shows it.
+`encode` turns one conversation into a row, `encode_stream` encodes whole data sets on all cores, the invariants check
+rows, and the token lens shows them.
 """
 
 import lazy_loader

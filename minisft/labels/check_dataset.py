@@ -1,6 +1,6 @@
-"""The invariants on whole data sets: conversations, encoded here and checked, or rows that any tool tokenized.
+"""Check the invariants on whole data sets: on conversations, encoded here, or on rows from any tool.
 
-Both entry points stream, and give a `CheckReport`: per invariant how many rows were checked and how many failed.
+Both entry points stream their input and return a `CheckReport`, which counts checked and failed rows per invariant.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from minisft.labels.encode_row import IGNORE_INDEX, Row, encode, require_truncat
 from minisft.labels.invariants import ALWAYS, INVARIANTS, KNOWN, Violation, check_row
 from minisft.labels.pretokenized import RawRow
 
-STEP = 2000  # rows between two lines of progress
+STEP = 2000  # rows between two progress lines
 
 
 @dataclass
 class Tally:
-    """One invariant: rows checked, rows failed, and the first few violations."""
+    """Rows checked and failed for one invariant, and the first few violations."""
 
     checked: int = 0
     failed: int = 0
@@ -36,7 +36,7 @@ class Tally:
 
 @dataclass
 class CheckReport:
-    """What a check found. `ok` if every invariant holds for every row."""
+    """The result of a check. `ok` if every invariant holds for every row."""
 
     rows: int = 0
     invariants: dict[str, Tally] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class CheckReport:
         return not any(tally.failed for tally in self.invariants.values())
 
     def add(self, checked: Iterable[str], violations: Iterable[Violation]) -> None:
-        """Count one row: the invariants it was checked for, and those it violates."""
+        """Count one row: the names of the invariants that were checked, and the violations found."""
         self.rows += 1
         for name in checked:
             self.invariants.setdefault(name, Tally()).checked += 1
@@ -57,7 +57,11 @@ class CheckReport:
                 tally.first.append(violation)
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"ok", "rows", "invariants": {name: {"means", "checked", "failed", "first": […], "mend"}}}`"""
+        """Return the report as JSON.
+
+        `{"ok", "rows", "invariants": {name: {"means", "checked", "failed", "first": […], "mend"}}}`, where `mend` says
+        how to fix violations.
+        """
         invariants = {
             name: {"means": INVARIANTS[name][0], **asdict(tally), "mend": INVARIANTS[name][1]}
             for name, tally in self._in_order()
@@ -70,7 +74,7 @@ class CheckReport:
             lines.append(f"{tally.checked:>9,} {tally.failed:>9,}  {name}: {INVARIANTS[name][0]}")
             lines += [f"{'':>21} {violation}" for violation in tally.first]
             lines += [f"{'':>21} … and {tally.failed - FIRST:,} rows more"] if tally.failed > FIRST else []
-            lines += [f"{'':>21} to mend: {INVARIANTS[name][1]}"] if tally.failed else []
+            lines += [f"{'':>21} to fix: {INVARIANTS[name][1]}"] if tally.failed else []
         lines.append(f"{self.rows:,} rows: " + ("every invariant holds" if self.ok else "NOT all invariants hold"))
         return "\n".join(lines)
 
@@ -78,7 +82,7 @@ class CheckReport:
         return [(name, self.invariants[name]) for name in INVARIANTS if name in self.invariants]
 
 
-# --- conversations -----------------------------------------------------------------------------------------
+# --- conversations ------------------------------------------------------------------------------
 
 
 def check_conversations(
@@ -90,26 +94,26 @@ def check_conversations(
     train_on: str = "all",
     say: Say | None = None,
 ) -> CheckReport:
-    """Encode conversations as training does, and check every row against the conversation it came from.
+    """Encode conversations as training does, and check every row against its conversation.
 
-    With one of Mistral's own tokenizers ids and masks are also compared with mistral-common's. `say` takes lines of
-    progress. Raises `UserError` for settings that cannot work, and if not a single row is left to check.
+    With one of Mistral's own tokenizers, ids and masks are also compared with those of mistral-common. `say` prints
+    progress. Raises `UserError` for invalid settings, and if no row is left to check.
     """
     report, ledger = CheckReport(), Ledger()
     names = [*ALWAYS, "max length", *KNOWN]
-    waiting: deque[Conversation] = deque()  # what was read and has not come back as a row
+    pending: deque[Conversation] = deque()  # conversations read, whose rows have not been returned yet
 
-    def watched() -> Iterator[Conversation]:
+    def remembered() -> Iterator[Conversation]:
         for conversation in conversations:
-            waiting.extend(_as_trained(conversation, train_on))
+            pending.extend(_as_trained(conversation, train_on))
             yield conversation
 
     rows = encode_stream(
-        watched(), template, tokenizer, max_length=max_length, ledger=ledger, truncation=truncation, train_on=train_on
+        remembered(), template, tokenizer, max_length=max_length, ledger=ledger, truncation=truncation, train_on=train_on
     )
     for row in rows:
-        while (conversation := waiting.popleft()).id != row.id:
-            pass  # it was dropped: no row, nothing to check
+        while (conversation := pending.popleft()).id != row.id:
+            pass  # this conversation was dropped and has no row
         violations = check_row(
             row.id,
             row.input_ids,
@@ -122,12 +126,17 @@ def check_conversations(
         )
         expected = _expected(conversation, tokenizer)
         if expected:
-            violations += _compared(row, *expected, tokenizer)
+            ids, mask = expected
+            labels = [token if trained else IGNORE_INDEX for token, trained in zip(ids, mask, strict=True)]
+            # The row may have been truncated: it is compared with the first ids only.
+            violations += _differences(row, ids, labels, "reference", "mistral-common", tokenizer)
         report.add([*names, "reference"] if expected else names, violations)
         _progress(report, say)
     if not report.rows:
-        why = ", ".join(f"{reason} ({entry.rows})" for reason, entry in ledger.dropped.items()) or "no conversations"
-        raise UserError(f"no row is left to check: {why}; give a larger --max-length or other data")
+        reasons = ", ".join(f"{reason} ({entry.rows})" for reason, entry in ledger.dropped.items())
+        raise UserError(
+            f"no row is left to check: {reasons or 'no conversations'}; give a larger --max-length or other data"
+        )
     return report
 
 
@@ -138,33 +147,29 @@ def _as_trained(conversation: Conversation, train_on: str) -> list[Conversation]
 
 
 def _expected(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[bool]] | None:
+    """Return ids and mask of mistral-common, or None if it does not know the tokenizer or refuses the conversation."""
     if not tokenizer.name.startswith("mistral:"):
         return None
     try:
         return reference(conversation, tokenizer.template_name)
-    except UserError:  # an empty answer: mistral-common has no ids for it
+    except UserError:  # mistral-common refuses empty answers
         return None
 
 
-def _compared(row: Row, ids: list[int], mask: list[bool], tokenizer: Tokenizer) -> Iterator[Violation]:
-    """The row against the first ids of the reference, as far as the row goes."""
-    labels = [token if trained else IGNORE_INDEX for token, trained in zip(ids, mask, strict=True)]
-    yield from _differences(row, ids, labels, "reference", "mistral-common", tokenizer)
-
-
 def _differences(
-    row: Row, ids: list[int], labels: list[int], invariant: str, whose: str, tokenizer: Tokenizer
+    row: Row, ids: list[int], labels: list[int], invariant: str, source: str, tokenizer: Tokenizer
 ) -> Iterator[Violation]:
-    for name, ours, theirs in (("id", row.input_ids, ids), ("label", row.labels, labels)):
-        for i, found in enumerate(ours):
-            wanted = theirs[i] if i < len(theirs) else "nothing"
-            if found != wanted:
+    """Yield the first position where the row differs from `ids` and `labels`, which come from `source`."""
+    for name, actual, expected in (("id", row.input_ids, ids), ("label", row.labels, labels)):
+        for i, value in enumerate(actual):
+            wanted = expected[i] if i < len(expected) else "nothing"
+            if value != wanted:
                 turn = row.input_ids[1:i].count(tokenizer.eos_id)
-                yield Violation(row.id, turn, i, invariant, f"{name} {found}, and {whose} has {wanted}")
+                yield Violation(row.id, turn, i, invariant, f"{name} {value}, but {source} has {wanted}")
                 return
 
 
-# --- rows that are tokenized already -----------------------------------------------------------------------
+# --- rows that are already tokenized ------------------------------------------------------------
 
 
 def check_tokenized(
@@ -178,31 +183,34 @@ def check_tokenized(
     against: Iterable[Conversation] | None = None,
     say: Say | None = None,
 ) -> CheckReport:
-    """Check rows of ids and labels, whichever tool made them.
+    """Check rows of ids and labels from any tool.
 
-    Only a row of `max_length` tokens may lack its last EOS. Without `max_length` the longest row counts as full, and
-    `rows` is gone through twice. `against` has the conversations that the rows were made of, by id: then ids and
-    labels must equal what `labels.encode` gives with the same `max_length`, `truncation` and `train_on`. Best in the
-    rows' order: what is passed over stays in memory. Raises `UserError` if rows have no ids and `against` is given.
+    Only a row of `max_length` tokens may lack its last EOS. Without `max_length`, rows as long as the longest row count
+    as full, and `rows` is iterated twice. `against` are the conversations that the rows were made from: ids and labels
+    must then equal those of `labels.encode` with the same `max_length`, `truncation` and `train_on`. They are matched
+    by id, best in the order of the rows, because skipped conversations stay in memory. Raises `UserError` for invalid
+    settings, and if `against` is given and a row has no id.
     """
     require_truncation(truncation)
     require_train_on(train_on)
-    if max_length is not None:
-        require_max_length(max_length)
     report = CheckReport()
     limited = max_length is not None
-    if not limited:
-        rows = rows if iter(rows) is not rows else list(rows)
+    if max_length is None:
+        rows = rows if iter(rows) is not rows else list(rows)  # an iterator can be read only once
         max_length = max((len(row.input_ids) for row in rows if isinstance(row.input_ids, list)), default=0)
+    else:
+        require_max_length(max_length)
     source = None if against is None else _ById(against, train_on)
     for raw in rows:
         name = raw.id or raw.where
         if raw.problem:
             report.add(["row"], [Violation(name, None, None, "row", raw.problem)])
             continue
-        if source and raw.id is None:
-            raise UserError(f"{raw.where} has no id: comparing with conversations needs their ids in a column id")
-        conversation = source.find(raw.id) if source else None
+        conversation = None
+        if source:
+            if raw.id is None:
+                raise UserError(f"{raw.where} has no id: to compare rows with conversations, add a column id")
+            conversation = source.find(raw.id)
         violations = check_row(
             name,
             raw.input_ids,
@@ -232,31 +240,31 @@ def _against(
 ) -> list[Violation]:
     if conversation is None:
         return [Violation(name, None, None, "against", "no conversation has this id")]
-    ours = encode(conversation, template, tokenizer, max_length, truncation)
-    found = Row(name, raw.input_ids, raw.labels)
-    differences = list(_differences(found, ours.input_ids, ours.labels, "against", "minisft encode", tokenizer))
-    if not differences and len(raw.input_ids) < len(ours.input_ids):
+    expected = encode(conversation, template, tokenizer, max_length, truncation)
+    row = Row(name, raw.input_ids, raw.labels)
+    differences = list(_differences(row, expected.input_ids, expected.labels, "against", "minisft encode", tokenizer))
+    if not differences and len(raw.input_ids) < len(expected.input_ids):
         last = len(raw.input_ids) - 1
-        message = f"the row ends here, and minisft encode has {len(ours.input_ids)} tokens"
+        message = f"the row ends here, but minisft encode gives {len(expected.input_ids)} tokens"
         return [Violation(name, raw.input_ids[1:last].count(tokenizer.eos_id), last, "against", message)]
     return differences
 
 
 class _ById:
-    """Finds conversations by id. Reads on only as far as it must, and keeps only what it passed over."""
+    """Finds conversations by id. Reads no further than necessary, and keeps only skipped conversations."""
 
     def __init__(self, conversations: Iterable[Conversation], train_on: str):
-        self._rest = iter(conversations)
+        self._unread = iter(conversations)
         self._train_on = train_on
-        self._passed: dict[str, Conversation] = {}
+        self._skipped: dict[str, Conversation] = {}
 
     def find(self, row_id: str) -> Conversation | None:
-        while row_id not in self._passed:
-            conversation = next(self._rest, None)
+        while row_id not in self._skipped:
+            conversation = next(self._unread, None)
             if conversation is None:
                 return None
-            self._passed |= {part.id: part for part in _as_trained(conversation, self._train_on)}
-        return self._passed.pop(row_id)
+            self._skipped |= {part.id: part for part in _as_trained(conversation, self._train_on)}
+        return self._skipped.pop(row_id)
 
 
 def _progress(report: CheckReport, say: Say | None) -> None:

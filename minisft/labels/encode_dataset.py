@@ -1,7 +1,7 @@
-"""Encoding whole data sets: a stream of conversations in, a stream of rows out, on all cores.
+"""Encode whole data sets on all cores: a stream of conversations in, a stream of rows out.
 
-Memory holds one batch of conversations, however many there are. Each conversation is encoded only until its row is
-full, which at short lengths saves most of the work.
+Only one batch of conversations is in memory at a time. Each conversation is encoded only until its row is full, which
+saves most of the work at short maximum lengths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from minisft.errors import UserError
 from minisft.labels.encode_row import Draft, Row, require_truncation
 from minisft.text import one_line
 
-BATCH = 256  # conversations in flight
+BATCH = 256  # conversations in memory
 TRAIN_ON = ("all", "last", "each")
 
 
@@ -31,11 +31,12 @@ def encode_stream(
     truncation: str = "token",
     train_on: str = "all",
 ) -> Iterator[Row]:
-    """Rows in the order of their conversations, of at most `max_length` tokens each.
+    """Yield rows of at most `max_length` tokens, in the order of their conversations.
 
-    `truncation` is `token`, `turn` or `drop` (see `labels.encode`). `train_on` is `all` answers of a conversation,
-    its `last` one only, or `each` in a row of its own. The stages templated, truncated and trained are counted; a
-    row without a trained token is dropped and has its line. Raises `UserError` for settings that cannot work.
+    `truncation` is `token`, `turn` or `drop` (see `encode_row.encode`). `train_on` is `all` answers of a conversation,
+    the `last` answer only, or `each` answer in a separate row. `ledger` counts the stages templated, truncated and
+    trained; a row without a trained token is dropped and counted. Raises `UserError` for invalid settings before the
+    first row is encoded.
     """
     require_truncation(truncation)
     require_train_on(train_on)
@@ -64,7 +65,7 @@ def _encode(
 ) -> Iterator[Row]:
     prepared = _prepared(conversations, template, ledger, train_on)
     while batch := list(itertools.islice(prepared, BATCH)):
-        # What was measured so far, and a little more: most rows are then full after one round.
+        # Slightly more tokens per character than measured so far, so most rows are full after one round.
         guess = 1.1 / (ledger.tokens_per_character or 0.22)
         drafts = [Draft(conversation, template, tokenizer, max_length, guess) for conversation in batch]
         _fill(drafts, tokenizer)
@@ -72,8 +73,8 @@ def _encode(
             row = draft.row(truncation)
             for word in tokenizer.added_words.keys() & row.input_ids if tokenizer.added_words else ():
                 name = one_line(tokenizer.added_words[word], 40)
-                ledger.note(f"{name} in a text is one token, id {word}: an added word, and no control token")
-            if _booked(draft, row, ledger, max_length, truncation):
+                ledger.note(f"{name} in a text is one token, id {word}: an added word, not a control token")
+            if _count(draft, row, ledger, max_length, truncation):
                 yield row
 
 
@@ -88,48 +89,42 @@ def _prepared(
             conversation = only_last_answer(conversation)
         elif not template.same_at_every_turn(conversation):
             ledger.repair(
-                f"system prompt not where inference has it ({template.name}): train on each answer to mend",
+                f"system prompt not where inference puts it ({template.name}): train on each answer to fix this",
                 conversation.id,
             )
         yield conversation
 
 
 def _fill(drafts: list[Draft], tokenizer: Tokenizer) -> None:
-    """Encode what the drafts want, all of them together, until none wants more."""
+    """Encode the texts that the drafts request, all drafts in one batch, until none requests more."""
     while drafts:
-        asked = [(draft, wanted) for draft in drafts if (wanted := draft.wanted())]
-        texts: dict[str, list[str]] = {}
-        for _, wanted in asked:
+        requests = [(draft, wanted) for draft in drafts if (wanted := draft.wanted())]
+        texts: dict[str, list[str]] = {}  # by `Segment.after`: each batch has one kind of predecessor
+        for _, wanted in requests:
             for after, text in wanted:
                 texts.setdefault(after, []).append(text)
-        found = {after: iter(tokenizer.encode_batch(some, after)) for after, some in texts.items()}
-        for draft, wanted in asked:
-            draft.add([next(found[after]) for after, _ in wanted])
-        drafts = [draft for draft, _ in asked]
+        ids = {after: iter(tokenizer.encode_batch(group, after)) for after, group in texts.items()}
+        for draft, wanted in requests:
+            draft.add([next(ids[after]) for after, _ in wanted])
+        drafts = [draft for draft, _ in requests]
 
 
-def _booked(draft: Draft, row: Row, ledger: Ledger, max_length: int, truncation: str) -> bool:
-    """Enter one row in the ledger; True if it stays."""
-    whole = draft.conversation.characters
+def _count(draft: Draft, row: Row, ledger: Ledger, max_length: int, truncation: str) -> bool:
+    """Count one row in the ledger; returns whether the row is kept."""
+    total_characters = draft.conversation.characters
     ledger.encoded_tokens += len(draft.input_ids)
     ledger.encoded_characters += draft.encoded_characters
-    # A full row stopped asking: what it did not look at is known by its characters only.
-    unseen = max(0, whole - draft.encoded_characters) if row.truncated else 0
+    # The text beyond a full row was not encoded, so only its characters can be counted.
+    unseen = max(0, total_characters - draft.encoded_characters) if row.truncated else 0
     ledger.count("templated", tokens=len(draft.input_ids), characters=unseen)
     if row.truncated and truncation == "drop":
         ledger.drop(f"longer than {max_length} tokens", row.id)
         return False
     if not row.trained:
-        ledger.drop(_why_untrained(draft, row, max_length), row.id)
+        ledger.drop(f"no answer within {max_length} tokens" if row.truncated else "no answer to train", row.id)
         return False
     if row.truncated:
         ledger.repair(f"cut to {max_length} tokens, at the {truncation}", row.id)
     ledger.count("truncated", tokens=len(row.input_ids))
     ledger.count("trained", tokens=row.trained)
     return True
-
-
-def _why_untrained(draft: Draft, row: Row, max_length: int) -> str:
-    if not row.truncated:
-        return "no answer to train"
-    return f"no answer within {max_length} tokens"

@@ -1,7 +1,7 @@
-"""Segments -> `input_ids` and `labels`, in one pass.
+"""Encode one conversation: build `input_ids` and `labels` from its segments in one pass.
 
-A label is the token's own id where the token is trained and -100 where it is not (the loss ignores -100). Ids
-and labels are appended together, segment by segment, so they cannot drift apart. The model shifts by itself:
+A label is the token's own id if the token is trained, otherwise -100, which the loss ignores. Ids and labels are
+appended together, segment by segment, so they always correspond. Labels are not shifted, because the model does that:
 `labels[i]` is predicted from `input_ids[:i]`.
 """
 
@@ -23,7 +23,7 @@ TRUNCATIONS = ("token", "turn", "drop")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training example: `input_ids` and `labels`, lists of one length; `truncated` if it did not fit."""
+    """One training example: `input_ids` and `labels` of equal length; `truncated` if it did not fit."""
 
     id: str
     input_ids: list[int]
@@ -32,7 +32,7 @@ class Row:
 
     @property
     def trained(self) -> int:
-        """How many tokens the loss sees; the first token of a row is never predicted."""
+        """The number of tokens in the loss; the first token of a row is never predicted."""
         return len(self.labels) - self.labels.count(IGNORE_INDEX) - (self.labels[:1] not in ([], [IGNORE_INDEX]))
 
 
@@ -43,10 +43,11 @@ def encode(
     max_length: int,
     truncation: str = "token",
 ) -> Row:
-    """Encode up to `max_length` tokens. An answer that is cut has no EOS: it did not end there.
+    """Encode a conversation into a row of at most `max_length` tokens.
 
-    `truncation` is `token` (cut after exactly `max_length` tokens), `turn` (keep the answers that fit whole) or
-    `drop` (a row that does not fit is empty).
+    `truncation` is `token` (cut after exactly `max_length` tokens), `turn` (keep only answers that fit completely) or
+    `drop` (a row that does not fit is empty). An answer that is cut gets no EOS, so the model does not learn to stop
+    there.
     """
     draft = Draft(conversation, template, tokenizer, max_length)
     while wanted := draft.wanted():
@@ -55,24 +56,27 @@ def encode(
 
 
 def encode_segments(segments: Iterable[Segment], tokenizer: Tokenizer) -> list[int]:
-    """The ids of some segments, whole; a control token the tokenizer lacks (BOS, for some) is no token at all."""
+    """Return the ids of complete segments. A control token that the tokenizer lacks (BOS, for some) is omitted."""
     ids: list[int] = []
     for segment in segments:
-        ids += _control_ids(segment, tokenizer) if segment.control else tokenizer.encode(segment.text, segment.after)
+        if segment.control:
+            ids += _control_ids(segment.control, tokenizer)
+        elif segment.text is not None:
+            ids += tokenizer.encode(segment.text, segment.after)
     return ids
 
 
-def _control_ids(segment: Segment, tokenizer: Tokenizer) -> list[int]:
-    token_id = tokenizer.control_id(segment.control)
+def _control_ids(control: str, tokenizer: Tokenizer) -> list[int]:
+    token_id = tokenizer.control_id(control)
     return [] if token_id is None else [token_id]
 
 
 class Draft:
-    """A row in the making, which asks for the ids of no more text than it can hold.
+    """An unfinished row, which requests no more encoded text than it can hold.
 
-    `wanted()` is what to encode next, as pairs of `Segment.after` and text, and empty once the row is full or
-    complete; `add(…)` takes the ids. That a caller encodes, and not the draft, is what lets `encoding` do
-    hundreds of drafts in one batch.
+    `wanted()` returns the texts to encode next, as pairs of `Segment.after` and text; it is empty once the row is full
+    or complete. `add()` takes their ids. The caller encodes, so `encode_dataset` can encode hundreds of drafts in one
+    batch.
     """
 
     def __init__(
@@ -89,56 +93,59 @@ class Draft:
         self.ends: list[int] = []  # the row's length after each whole answer
         self.encoded_characters = 0
         self._segments = template.segments(conversation)
-        self._rest: Segment | None = None  # of a segment of which only a part was encoded
-        self._characters_per_token = characters_per_token  # a guess: too little only costs another round
-        self._round: list[tuple[Segment, int]] = []  # what is being encoded: segments, each up to a character
+        self._remainder: Segment | None = None  # the unencoded part of a segment
+        self._characters_per_token = characters_per_token  # an estimate; if too low, it costs another round
+        # The segments of the current round, each with the number of its characters to encode.
+        self._round: list[tuple[Segment, int]] = []
 
     def wanted(self) -> list[tuple[str, str]]:
+        """Return the texts to encode next, as (`Segment.after`, text); empty if there are none."""
         while len(self.input_ids) <= self.max_length:
             self._round = self._plan()
             texts = [(segment.after, segment.text[:end]) for segment, end in self._round if segment.text]
             if texts or not self._round:
                 return texts
-            self.add([])  # control tokens alone, an EOS mostly: nothing to encode
+            self.add([])  # only control tokens, usually an EOS: nothing to encode
         return []
 
     def _plan(self) -> list[tuple[Segment, int]]:
-        """Segments for about as much text as the row has room for."""
+        """Choose segments with about as much text as still fits in the row."""
         planned: list[tuple[Segment, int]] = []
-        room = (self.max_length + 1 - len(self.input_ids)) * self._characters_per_token
-        while room > 0:
-            segment, self._rest = self._rest or next(self._segments, None), None
+        space = (self.max_length + 1 - len(self.input_ids)) * self._characters_per_token
+        while space > 0:  # characters
+            segment, self._remainder = self._remainder or next(self._segments, None), None
             if segment is None:
                 break
             text = segment.text or ""
-            end = cut_point(text, int(room)) if self.tokenizer.cuts_at_spaces else len(text)
+            end = cut_point(text, int(space)) if self.tokenizer.cuts_at_spaces else len(text)
             planned.append((segment, end))
             if end < len(text):
                 break
-            room -= end + self._characters_per_token * (segment.control is not None)
+            space -= end + self._characters_per_token * (segment.control is not None)
         return planned
 
     def add(self, found: list[list[int]]) -> None:
-        """Take the ids of what was wanted, in its order."""
+        """Append the ids of the texts that `wanted()` returned, in the same order."""
         ids_of_texts = iter(found)
         for segment, end in self._round:
             if segment.control:
-                self._append(segment, _control_ids(segment, self.tokenizer))
+                self._append(segment, _control_ids(segment.control, self.tokenizer))
                 if segment.control == "eos":
                     self.ends.append(len(self.input_ids))
             elif segment.text:
-                self._add_text(segment, end, next(ids_of_texts))
+                self._add_text(segment, segment.text, end, next(ids_of_texts))
             if len(self.input_ids) > self.max_length:
                 break
 
-    def _add_text(self, segment: Segment, end: int, ids: list[int]) -> None:
-        unseen = segment.text[end:]
-        if unseen and len(self.input_ids) + len(ids) <= self.max_length:  # more text is needed than was guessed
+    def _add_text(self, segment: Segment, text: str, end: int, ids: list[int]) -> None:
+        """Append the `ids` of the first `end` characters of a segment's text."""
+        unseen = text[end:]
+        if unseen and len(self.input_ids) + len(ids) <= self.max_length:  # the estimate was too low
             self._characters_per_token *= 2
             if not self.tokenizer.continues_text:
-                self._rest = segment  # all of it anew: what follows could not be encoded as a continuation
+                self._remainder = segment  # encode all of it again: the rest alone would get other ids
                 return
-            self._rest = replace(segment, text=unseen, after="text")
+            self._remainder = replace(segment, text=unseen, after="text")
         self.encoded_characters += end
         self._append(segment, ids)
 
@@ -147,7 +154,7 @@ class Draft:
         self.labels += ids if segment.trained else [IGNORE_INDEX] * len(ids)
 
     def row(self, truncation: str) -> Row:
-        """What the row became, cut as `truncation` says."""
+        """Return the row, truncated by the method `truncation`."""
         truncated = len(self.input_ids) > self.max_length
         length = min(self.max_length, len(self.input_ids))
         if truncated and truncation == "turn":
@@ -161,9 +168,9 @@ _BETWEEN_WORDS = re.compile(r"[A-Za-z](?= [A-Za-z])")
 
 
 def cut_point(text: str, characters: int) -> int:
-    """Where to cut `text` after at least `characters`: before a space between two words, or else at its end.
+    """Return where to cut `text` after at least `characters`: before a space between two words, or at its end.
 
-    A tokenizer that `cuts_at_spaces` gives the part before the cut the same ids alone as in the whole.
+    A tokenizer with `cuts_at_spaces` gives the part before the cut the same ids alone as in the complete text.
     """
     if characters + 100 >= len(text):
         return len(text)

@@ -1,6 +1,7 @@
-"""A run: its settings, and the folder that the notebook and the training process share.
+"""A run: its settings, and the folder through which the notebook and the training processes communicate.
 
-The two never share memory. A run folder may come from somebody else, so every file in it is read into a checked shape.
+They share no memory. A run folder may come from somebody else, so every file in it is validated
+against a declared shape when it is read.
 """
 
 import lazy_loader

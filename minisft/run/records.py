@@ -1,6 +1,7 @@
-"""The shape of each file of a run folder. A folder may come from somebody else, so every file is checked against it.
+"""The shape of each JSON file in a run folder or a folder of results.
 
-`files.read_json(file, shape)` reads one. Keys that are not listed are kept where a later version may add some.
+Such a folder may come from somebody else, so `files.read_json(file, shape)` validates every file.
+Shapes with `extra="allow"` keep unlisted keys, because a later version may add some.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """`run.json`: the settings, the model that training starts from with its checksums, and what fits this machine."""
+    """`run.json`: the settings, the initial model with its checksums, and the choices made for this machine."""
 
     config: dict[str, Any]
     model_folder: Annotated[str, Field(pattern=r"^[^\x00]*$")]
@@ -88,7 +89,7 @@ class DoneRecord(TypedDict):
 
 
 class FailureRecord(TypedDict):
-    """`FAILED`: which rank failed, at which step (None where that is not known), for what reason."""
+    """`FAILED`: which rank failed, at which step (None if unknown), and why."""
 
     rank: int | None
     step: int | None
@@ -96,14 +97,14 @@ class FailureRecord(TypedDict):
 
 
 class HostsRecord(TypedDict):
-    """`hosts.json`: the hosts that a run was prepared for, each with its ranks, and what starts them there."""
+    """`hosts.json`: the hosts that a run was prepared for, with their numbers of ranks, and the launcher."""
 
     launcher: str
     hosts: dict[str, int]
 
 
 class Example(TypedDict):
-    """One scored answer: the question's id, its last user turn, what the data set answers, and what the model does."""
+    """One scored answer: the question's id, its last user turn, the reference answer and the model's."""
 
     id: str
     prompt: str
@@ -112,11 +113,11 @@ class Example(TypedDict):
     stopped: bool
 
 
-Interval = Annotated[list[float], Field(max_length=2)]  # low and high; empty where none was asked for
+Interval = Annotated[list[float], Field(max_length=2)]  # low and high; empty if no interval was computed
 
 
 class CheckpointScores(TypedDict):
-    """What an evaluation says of one checkpoint in `summary.json`."""
+    """The scores of one checkpoint in `summary.json`."""
 
     step: int
     bleu: float
@@ -147,7 +148,7 @@ class CheckpointResult(CheckpointScores):
 
 
 class ResultsOwner(TypedDict):
-    """`run.json` of a folder of results: the run folder whose results they are."""
+    """`run.json` in a folder of results: the run folder that was evaluated."""
 
     run_folder: str
 
@@ -163,7 +164,7 @@ class Summary(TypedDict):
 
 @dataclass(frozen=True)
 class RankHeartbeat:
-    """`ranks/rankN.json`: what a rank said last, and when it first said each of its phases (seconds since 1970)."""
+    """`ranks/rankN.json`: a rank's latest heartbeat, and when each phase began (seconds since 1970)."""
 
     rank: Annotated[int, Field(ge=0)]
     host: str

@@ -8,7 +8,7 @@ from sacrebleu.metrics import BLEU
 from minisft.course.figures.evaluation import interval_widths
 from minisft.errors import UserError
 from minisft.evaluation.bleu_breakdown import break_down_bleu
-from minisft.evaluation.metrics import MECAB, corpus_scores, paired_bootstrap, tokenizer_for
+from minisft.evaluation.metrics import MECAB, METRICS, corpus_scores, paired_bootstrap, tokenizer_for
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", ",", ".", "&", "<", "red")
 words = st.lists(st.sampled_from(WORDS), max_size=14).map(" ".join)
@@ -165,13 +165,43 @@ def test_one_tokenizer_for_all_of_a_data_set():
     """Also where a part of it is in another script: draws of a part are scored as the whole."""
     right = [TEXTS["zh"][0]] * 6 + [TEXTS["en"][0]] * 2
     answers = [{"output": text, "reference": text} for text in right]
-    assert "BLEU is 100 whichever of these 8 answers" in interval_widths(answers, draws=4).alt
+    assert "BLEU is 100 for every sample of these 8 answers" in interval_widths(answers, draws=4).alt
     assert corpus_scores(right[-1:], right[-1:], 0, "zh")["bleu_tokenizer"] == "zh"
 
 
 def test_where_no_run_of_four_can_match_it_is_said():
     found = corpus_scores(["yes it is", "no"], ["yes it is", "no"], 0)
     assert found["bleu"] == 0
-    assert found["bleu_note"].startswith("BLEU says nothing here")
+    assert found["bleu_note"].startswith("BLEU is not meaningful here")
     assert "longest reference has 3" in found["bleu_note"]
     assert corpus_scores(["a b c d"], ["a b c d"], 0)["bleu_note"] == ""
+
+
+# --- further metrics -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outputs", "references", "share"),
+    [
+        (["yes", "a\n b ", "no", ""], ["yes", "a b", "No", "x"], 0.5),
+        (["", "x"], [" \n", "x"], 1.0),
+        (["x"], ["y"], 0.0),
+    ],
+)
+def test_exact_match_is_the_share_of_equal_lines(outputs, references, share):
+    more = corpus_scores(outputs, references, resamples=0)["more"]
+    assert more == {"exact match": share}
+    assert set(more) == set(METRICS)
+
+
+def test_a_metric_of_the_registry_is_in_the_scores_with_the_texts_as_they_are(monkeypatch):
+    calls = []
+    monkeypatch.setitem(METRICS, "lines", lambda outputs, references: calls.append((outputs, references)) or 2.5)
+    scores = corpus_scores(["a\nb"], ["c  d"], resamples=0)
+    assert list(scores["more"]) == ["exact match", "lines"] and scores["more"]["lines"] == 2.5
+    assert calls == [(["a\nb"], ["c  d"])]
+
+
+def test_a_metric_needs_a_reference_for_each_output():
+    with pytest.raises(ValueError, match="shorter"):
+        METRICS["exact match"](["a", "b"], ["a"])

@@ -75,6 +75,8 @@ def test_every_checkpoint_is_scored_in_step_order(run, results):
         low, high = found["bleu_interval"]
         assert low <= high
     assert summary["checkpoints"][0]["loss"] != summary["checkpoints"][1]["loss"]
+    assert [set(c["more"]) for c in summary["checkpoints"]] == [{"exact match"}] * 3
+    assert [r["more"] for r in results_of(run)] == [c["more"] for c in summary["checkpoints"]]
     assert "Step 10" in (results / "summary.md").read_text()
 
 

@@ -118,6 +118,52 @@ def test_a_summary_is_text_for_any_names_and_answers(tmp_path_factory, text, nam
     assert read_json(folder / "summary.json", Summary)["run"] == one_line(name)
 
 
+LEAKAGE = {"exact": 0, "near": 0, "of": 2, "excluded": False, "rows": {}}
+
+
+def written_summary(folder, results):
+    """The score table of `summary.md` as cells, and the checkpoints of `summary.json`."""
+    run = SimpleNamespace(name="r", config=SimpleNamespace(strategy="zero2"))
+    write_summary(folder, run, asdict(EvalSettings()), results, {}, LEAKAGE)
+    lines = (folder / "summary.md").read_text(encoding="utf-8").splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return table, read_json(folder / "summary.json", Summary)["checkpoints"]
+
+
+def test_a_summary_has_a_column_per_further_metric_and_an_empty_cell_where_a_result_lacks_it(tmp_path):
+    results = [
+        result(0, "old"),
+        result(3, "new") | {"more": {"exact match": 0.25}},
+        result(6, "newer") | {"more": {"exact match": 1.0, "mean words": 7.5}},
+    ]
+    table, checkpoints = written_summary(tmp_path, results)
+    assert table[0][-3:] == ["perplexity", "exact match", "mean words"]
+    assert [row[-2:] for row in table[2:]] == [["", ""], ["0.250", ""], ["1.000", "7.500"]]
+    assert {len(row) for row in table} == {9}
+    assert ["more" in checkpoint for checkpoint in checkpoints] == [False, True, True]
+    assert checkpoints[2]["more"] == {"exact match": 1.0, "mean words": 7.5}
+
+
+def test_a_summary_of_results_without_further_metrics_has_no_more_columns(tmp_path):
+    table, checkpoints = written_summary(tmp_path, [result(0, "old")])
+    assert table[0][-1] == "perplexity" and {len(row) for row in table} == {7}
+    assert "more" not in checkpoints[0]
+
+
+@given(anything)
+@example("a|b")
+def test_the_name_of_a_metric_is_text(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("evaluation")
+    name = name.encode(errors="replace").decode()
+    run = SimpleNamespace(name="r", config=SimpleNamespace(strategy="zero2"))
+    write_summary(folder, run, asdict(EvalSettings()), [result(0, "x") | {"more": {name: 1.0}}], {}, LEAKAGE)
+    page = MARKDOWN[1]((folder / "summary.md").read_text(encoding="utf-8"))
+    seen = Seen(page)
+    assert set(seen.tags) <= {"h1", "h2", "p", "pre", "code", "table", "thead", "tbody", "tr", "th", "td", "br"}
+    assert not seen.others
+    assert page.count("<th") - page.count("<thead") == page.count("<td") == 8
+
+
 @given(anything, anything)
 def test_tables_hold_only_the_elements_that_are_written_here(text, other):
     answers = [Answer(text, True), Answer(other, False)]

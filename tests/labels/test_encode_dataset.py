@@ -119,7 +119,7 @@ def test_train_on_all_the_last_or_each_answer(version):
 def test_a_system_prompt_out_of_place_has_its_line(version, warned):
     made = Conversation("x", TURNS)
     _, ledger = encoded([made], version)
-    line = f"system prompt not where inference has it ({version}): train on each answer to mend"
+    line = f"system prompt not where inference puts it ({version}): train on each answer to fix this"
     assert ledger.repaired[line].rows == warned
     for train_on in ("each", "last"):
         assert line not in encoded([made], version, train_on=train_on)[1].repaired
