@@ -1,8 +1,9 @@
-"""What this machine can run, what is missing, what that costs, and how to get it.
+"""Check what this machine can run: what is missing, what depends on it, and how to install it.
 
     minisft doctor
 
-Only what every part of the course needs is required. All else may be missing: `ABOUT` says what still works.
+Only what every part of the course needs is required. For everything else `ABOUT` lists what still
+works without it.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ MODEL_PARAMETERS = 134_515_008  # SmolLM2-135M, whose embedding is also its outp
 CHECKPOINT = MODEL_PARAMETERS * 4  # bytes: fp32 weights
 ONE_RANK = MODEL_PARAMETERS * 16  # bytes: fp32 weights and gradients, and Adam's two moments
 SHARED_PER_RANK = 2 * (1 << 20) + 2 * (32 << 20)  # bytes: the buffers in DeepSpeed's csrc/cpu/comm/shm.cpp
-EPOCHS = 8  # the default run keeps a checkpoint of each
+EPOCHS = 8  # the default run keeps one checkpoint per epoch
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. `consequence` and `remedy` are empty where nothing is missing."""
+    """One check of the machine. `consequence` and `remedy` are empty if the check passed."""
 
     name: str
     ok: bool
@@ -49,24 +50,29 @@ class Check:
 
 @dataclass(frozen=True)
 class MachineReport:
+    """The results of all checks."""
+
     checks: tuple[Check, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether all that every part of the course needs is there."""
+        """Whether every required check passed."""
         return all(check.ok for check in self.checks if check.required)
 
     @property
     def exit_code(self) -> int:
-        """0, also where only optional things are missing; else 1."""
+        """0 if every required check passed, else 1."""
         return 0 if self.ok else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: `ok`, and `checks` with every field of each."""
+        """For JSON: `ok`, and `checks` with all fields of each check."""
         return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
 
     def text(self, brief: bool = False) -> str:
-        """A line for each check; under one that failed, its consequence and remedy. `brief`: only those."""
+        """One line per check, with the consequence and remedy of each failed one.
+
+        `brief` omits passed checks.
+        """
         width = max((len(check.name) for check in self.checks), default=0) + 2
         lines = []
         for check in self.checks:
@@ -82,12 +88,15 @@ class MachineReport:
 
 
 def examine() -> MachineReport:
-    """Look at the machine and its environment. Changes nothing; imports torch (seconds), never deepspeed."""
+    """Check the machine and its environment.
+
+    Changes nothing; imports torch (seconds), never deepspeed.
+    """
     checks = []
     for name, look in LOOK.items():
         try:
             ok, detail = look()
-        except (UserError, OSError) as error:  # a folder that cannot be found, or not be looked into
+        except (UserError, OSError) as error:  # a folder that cannot be found or read
             ok, detail = False, one_line(error)
         consequence, remedy = ABOUT[name]
         missing = ("", "") if ok else (" ".join(consequence.split()), " ".join(remedy.split()))
@@ -95,9 +104,9 @@ def examine() -> MachineReport:
     return MachineReport(tuple(checks))
 
 
-# --- looking: each returns whether all is well, and what was found ------------------------------------------
+# --- the checks ------------------------------------------------------------------------------------------------
 
-Found = tuple[bool, str]
+Found = tuple[bool, str]  # whether the check passed, and the detail for the report
 
 
 def _python() -> Found:
@@ -109,7 +118,7 @@ def _platform() -> Found:
 
 
 def _packages() -> Found:
-    """Everything that minisft's own metadata names, the notebooks' packages included."""
+    """All packages that minisft's metadata requires, including those for the notebooks."""
     try:
         lines = requires("minisft") or []
     except PackageNotFoundError:
@@ -124,7 +133,7 @@ def _packages() -> Found:
 def _torch() -> Found:
     try:
         import torch
-    except Exception as error:  # a broken installation is a finding, whatever it raises
+    except Exception as error:  # a broken installation may raise anything
         return False, f"cannot be imported ({type(error).__name__}: {error})".replace("\n", " ")
     able = torch.cpu.get_capabilities()
     fast = [label for key, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if able.get(key)]
@@ -140,19 +149,19 @@ def _gpus() -> Found:
     try:
         import torch
 
-        found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    except Exception:  # the check of PyTorch tells why
-        found = []
-    if not found:
-        return False, "none that PyTorch can use, though nvidia-smi is here" if shutil.which("nvidia-smi") else "none"
+        gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    except Exception:  # the check of PyTorch reports the reason
+        gpus = []
+    if not gpus:
+        return False, "none usable by PyTorch, but nvidia-smi is installed" if shutil.which("nvidia-smi") else "none"
     # bf16 arithmetic came with compute capability 8.0 (Ampere).
-    each = [f"{p.name}, {_gib(p.total_memory)}, {'bf16' if p.major >= 8 else 'fp16, no bf16'}" for p in found]
-    return True, f"{len(found)}: {'; '.join(each)}"
+    described = [f"{p.name}, {_gib(p.total_memory)}, {'bf16' if p.major >= 8 else 'fp16, no bf16'}" for p in gpus]
+    return True, f"{len(gpus)}: {'; '.join(described)}"
 
 
 def _deepspeed() -> Found:
-    found = _version("deepspeed")
-    return found is not None, found or "not installed"
+    installed = _version("deepspeed")
+    return installed is not None, installed or "not installed"
 
 
 def _cores() -> Found:
@@ -173,21 +182,21 @@ def _cache_disk() -> Found:
     missing = [wheel for wheel in (SMOLLM2, SHAREGPT) if pinned_wheels.wheel_damage(wheel)]
     ok, detail = _disk(cache_dir(), sum(wheel.space for wheel in missing))
     names = " and ".join(wheel.name for wheel in missing)
-    return ok, f"{detail}; {f'{names} not fetched yet' if missing else 'model and data are here'}"
+    return ok, f"{detail}; {f'{names} not fetched yet' if missing else 'model and data are cached'}"
 
 
-def _disk(place: Path, need: int) -> Found:
-    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        return False, f"{place} cannot be written to"
-    free = shutil.disk_usage(there).free
-    return free >= need, f"{_gib(free)} free at {place}"
+def _disk(folder: Path, need: int) -> Found:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return False, f"{folder} cannot be written to"
+    free = shutil.disk_usage(existing).free
+    return free >= need, f"{_gib(free)} free at {folder}"
 
 
 def _shared_memory() -> Found:
-    place = Path("/dev/shm")  # noqa: S108 (looked at, never written)
-    free = shutil.disk_usage(place).free if place.is_dir() else 0
-    return free >= 2 * SHARED_PER_RANK, f"{_gib(free)} free in {place}"
+    folder = Path("/dev/shm")  # noqa: S108 (only read)
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    return free >= 2 * SHARED_PER_RANK, f"{_gib(free)} free in {folder}"
 
 
 def _loopback() -> Found:
@@ -200,7 +209,7 @@ def _loopback() -> Found:
 
 
 def _compiler() -> Found:
-    wanted = os.environ.get("CXX") or "c++"  # as torch.utils.cpp_extension chooses
+    wanted = os.environ.get("CXX") or "c++"  # the same choice as torch.utils.cpp_extension
     return _program(wanted, os.environ.get("PATH", ""))
 
 
@@ -210,12 +219,12 @@ def _python_headers() -> Found:
 
 
 def _ninja() -> Found:
-    # A run gets this interpreter's folder first on PATH, so a ninja beside it serves with nothing activated.
+    # A run gets this interpreter's folder first on PATH, so a ninja there works without activation.
     return _program("ninja", os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
 def _environment_path() -> Found:
-    # torch.utils.cpp_extension does not quote the folder of its libraries when it links.
+    # torch.utils.cpp_extension does not quote the folder of its libraries for the linker.
     return not any(map(str.isspace, sys.prefix)), sys.prefix
 
 
@@ -243,7 +252,7 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB"
 
 
-# --- what to look at, and what it means if it is missing: (consequence, remedy) -----------------------------
+# --- the checks by name, and (consequence, remedy) if one fails --------------------------------------------------
 
 LOOK = {
     "Python": _python,
@@ -265,23 +274,22 @@ LOOK = {
 }
 REQUIRED = {"Python", "packages", "PyTorch"}
 
-NO_OP = """DeepSpeed builds a small C++ op at its first run on a CPU (about 30 s): zero0 to zero3 do not
-run there. Vanilla, ddp, evaluation and the notebooks' reading
-parts still work."""
+NO_OP = """DeepSpeed compiles a small C++ op at its first run on a CPU (about 30 s). Without it zero0 to
+zero3 do not run there. Vanilla, ddp, evaluation and the notebooks' reading parts still work."""
 
 ABOUT = {
     "Python": (
-        "minisft is written for Python 3.11 and newer.",
-        "Make the environment with such a Python: MINISFT_PYTHON=python3.11 launchers/setup.sh",
+        "minisft needs Python 3.11 or newer.",
+        "Create the environment with such a Python: MINISFT_PYTHON=python3.11 launchers/setup.sh",
     ),
     "platform": (
-        """DeepSpeed and the locked versions are tested on Linux x86-64 alone. Vanilla, evaluation and
+        """DeepSpeed and the locked versions are tested only on Linux x86-64. Vanilla, evaluation and
         the notebooks' reading parts should work wherever PyTorch does.""",
         "Use a Linux x86-64 machine, virtual machine or container for the distributed parts.",
     ),
     "packages": (
-        "Whatever imports them does not run.",
-        "Run launchers/setup.sh, or activate the environment that it made.",
+        "Commands and notebooks that import them do not run.",
+        "Run launchers/setup.sh, or activate the environment that it created.",
     ),
     "PyTorch": ("No model can be loaded.", "Run launchers/setup.sh."),
     "DeepSpeed": (
@@ -289,50 +297,50 @@ ABOUT = {
         "Run launchers/setup.sh.",
     ),
     "GPUs": (
-        """Training runs on the CPU, which the course's own short runs are made for. fp16 and
-        runs of full size want a GPU. All else works.""",
-        "Where there is an NVIDIA GPU: see that nvidia-smi lists it and that PyTorch is a CUDA build.",
+        """Training runs on the CPU; the short runs of the course are designed for it. fp16 and
+        full-size runs need a GPU. Everything else works.""",
+        "If the machine has an NVIDIA GPU, check that nvidia-smi lists it and that PyTorch is a CUDA build.",
     ),
     "CPU cores": (
-        "Ranks share one core: distributed runs work, and take about twice as long.",
+        "Ranks share one core: distributed runs work, but take about twice as long.",
         "Give the container or virtual machine two cores.",
     ),
     "memory": (
         f"""Each rank of SmolLM2-135M holds {_gib(ONE_RANK)} of weights, gradients and optimizer states
-        before any activation, so runs of two ranks may be killed. One rank, and the notebooks' toys,
-        still work.""",
+        before any activation, so runs with two ranks may be killed. Runs with one rank and the notebooks'
+        toy examples still work.""",
         "Close other programs, or use a machine with 8 GiB.",
     ),
     "disk, outputs": (
         f"""A default run keeps {EPOCHS} checkpoints of {_gib(CHECKPOINT)} for SmolLM2-135M. The
-        course's short runs need less, and a run refuses to start if its own do not fit.""",
+        course's short runs need less, and a run refuses to start if its checkpoints do not fit.""",
         "Free some space, or set MINISFT_OUTPUTS to a folder on another disk.",
     ),
     "disk, cache": (
-        "The model and the data do not fit: what uses them does not run. The notebooks' toys still work.",
+        "The model and the data do not fit, so nothing that uses them runs. The notebooks' toy examples still work.",
         "Free some space, or set MINISFT_CACHE to a folder on another disk.",
     ),
     "C++ compiler": (
         NO_OP,
-        "Install one (Debian, Ubuntu: apt install g++; conda: gxx_linux-64), or name yours in CXX.",
+        "Install one (Debian, Ubuntu: apt install g++; conda: gxx_linux-64), or set CXX to an installed one.",
     ),
     "Python headers": (
         NO_OP,
-        "Install them (Debian, Ubuntu: apt install python3-dev), or use a Python that has them.",
+        "Install them (Debian, Ubuntu: apt install python3-dev), or use a Python that includes them.",
     ),
     "ninja": (NO_OP, "Run launchers/setup.sh: it is one of the locked packages."),
     "environment path": (
-        f"PyTorch's build tool stumbles over the space in this path. {NO_OP}",
+        f"PyTorch's build tool fails because this path contains a space. {NO_OP}",
         """Move the repository to a path without spaces and run launchers/setup.sh again, or run it while a
         virtual environment at such a path is active.""",
     ),
     "shared memory": (
-        f"""DeepSpeed's C++ op takes {SHARED_PER_RANK >> 20} MiB for each rank: zero0 to zero3 on a CPU
-        may die of a bus error. Vanilla and ddp still work.""",
-        "Give the container more, for instance --shm-size=1g.",
+        f"""DeepSpeed's C++ op takes {SHARED_PER_RANK >> 20} MiB per rank: zero0 to zero3 on a CPU
+        may end with a bus error. Vanilla and ddp still work.""",
+        "Give the container more shared memory, for example --shm-size=1g.",
     ),
     "loopback port": (
-        "The ranks of a run cannot meet: ddp and zero0 to zero3 do not start. Vanilla still works.",
-        "Let the sandbox or firewall that runs this allow connections to 127.0.0.1.",
+        "The ranks of a run cannot connect to each other: ddp and zero0 to zero3 do not start. Vanilla still works.",
+        "Allow connections to 127.0.0.1 in the sandbox or firewall.",
     ),
 }

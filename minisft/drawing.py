@@ -15,7 +15,7 @@ from typing import Any
 from minisft.files import written_whole
 from minisft.text import harmless, one_line, spelt
 
-# Okabe and Ito (2008): distinguishable with every common kind of colour vision.
+# Okabe and Ito (2008): distinguishable with every common kind of color vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 LONGEST_NAME = 24  # characters that a figure shows of a name
 

@@ -1,12 +1,14 @@
-"""Files written whole or not at all, compared by identity, and read into a checked shape.
+"""Read, write and compare files safely: atomic writes, comparison by identity, validated JSON.
 
-Files in a run folder or a cache may come from somebody else, or be damaged. So a file is never opened through a link in
-its place, JSON is parsed into a declared shape in one place, and "cannot be read" is never treated as "is not there".
+Files in a run folder or a cache may come from somebody else, or be damaged. So links are not
+followed when this package writes its own files, JSON is validated against a declared shape in one
+place, and a file that cannot be read is never treated as missing.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -17,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from minisft.errors import UserError
 from minisft.text import one_line
@@ -32,7 +34,10 @@ _STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a person gives it, `~` expanded. Raises `UserError` where nobody has that home folder."""
+    """A path given by the user, with `~` expanded.
+
+    Raises `UserError` if the home folder cannot be found.
+    """
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -40,9 +45,12 @@ def user_path(text: str | Path) -> Path:
 
 
 def cache_dir() -> Path:
-    """The folder for what was fetched: `MINISFT_CACHE`, else `minisft` in the user's cache. Raises `UserError`."""
-    if own := os.environ.get("MINISFT_CACHE"):
-        return user_path(own)
+    """The cache folder: `MINISFT_CACHE`, else `minisft` in the user's cache folder.
+
+    Raises `UserError` if there is no home folder.
+    """
+    if chosen := os.environ.get("MINISFT_CACHE"):
+        return user_path(chosen)
     try:
         return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "minisft"
     except UserError:
@@ -50,27 +58,33 @@ def cache_dir() -> Path:
 
 
 def is_same_file(one: Path, other: Path) -> bool:
-    """Whether two paths mean one file, however they are spelt; either need not exist yet."""
+    """Whether two paths mean the same file, however they are spelled.
+
+    Neither needs to exist yet.
+    """
     with suppress(OSError):
         return one.samefile(other)
     return os.path.realpath(one) == os.path.realpath(other)
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Whether `file` is `folder` or lies anywhere below it, however both are spelt; `file` need not exist yet."""
+    """Whether `file` is `folder` or is below it, however both are spelled.
+
+    `file` need not exist yet.
+    """
     real = Path(os.path.realpath(file))
-    return any(is_same_file(place, folder) for place in (real, *real.parents))
+    return any(is_same_file(path, folder) for path in (real, *real.parents))
 
 
 def require_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Raise `UserError` if an output is an input, lies in an input's folder, or is another output."""
+    """Raise `UserError` if an output is an input, is in an input folder, or is another output."""
     outputs, inputs = list(outputs), list(inputs)
     for i, output in enumerate(outputs):
         if _is_special(output):
             continue
         for source in inputs:
             if is_inside(output, source):
-                where = "lies in the folder" if source.is_dir() else "is the file"
+                where = "is inside the folder" if source.is_dir() else "is the file"
                 raise UserError(f"inputs and outputs must be different files: the output {output} {where} {source}")
         if any(is_same_file(output, other) for other in outputs[:i]):
             raise UserError(f"outputs must be different files: two of them are {output}")
@@ -81,15 +95,15 @@ def require_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 @contextmanager
 def written_whole(file: Path, private: bool = False) -> Iterator[TextIO]:
-    """A text file that appears whole or not at all; what was there before stays until then.
+    """Write a text file atomically: it replaces an earlier `file` only when the block succeeds.
 
-    A link in its place is replaced, never followed. With `private` only its owner may read it.
+    A link at `file` is replaced, never followed. With `private` only the owner may read the file.
     """
     scratch = file.with_name(f".minisft-{secrets.token_hex(6)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     handle = os.open(scratch, flags, PRIVATE if private else 0o666)
     try:
-        # Paths may have bytes that are not UTF-8; they are written as they are.
+        # Paths may contain bytes that are not UTF-8; they are written unchanged.
         with open(handle, "w", encoding="utf-8", errors="surrogateescape") as stream:  # noqa: PTH123
             yield stream
         scratch.replace(file)
@@ -99,7 +113,11 @@ def written_whole(file: Path, private: bool = False) -> Iterator[TextIO]:
 
 @contextmanager
 def user_output(file: Path) -> Iterator[TextIO]:
-    """The text file that a person asked for: written whole, through their link, or straight into a device or pipe."""
+    """Open an output file that the user named.
+
+    A regular file is written atomically, through the user's link; a device or pipe is written
+    directly. Raises `UserError` for a folder.
+    """
     if file.is_dir():
         raise UserError(f"the output {file} is a folder: give the name of a file")
     number = _stream_number(file)
@@ -112,20 +130,20 @@ def user_output(file: Path) -> Iterator[TextIO]:
     else:
         real = Path(os.path.realpath(file))
         with written_whole(real) as stream:
-            with suppress(FileNotFoundError):  # who may read it is decided already
+            with suppress(FileNotFoundError):  # an existing file keeps its permissions
                 os.fchmod(stream.fileno(), stat.S_IMODE(real.stat().st_mode))
             yield stream
 
 
 def _stream_number(file: Path) -> int | None:
-    """The number of the open stream that a path such as `/dev/stdout` means."""
+    """The descriptor of the open stream that a path such as `/dev/stdout` means, or None."""
     path = os.path.normpath(file.absolute())
     match = _STREAM.fullmatch(path)
     return int(match[1]) if match else _STREAMS.get(path)
 
 
 def _is_special(file: Path) -> bool:
-    """Whether something is there that is neither a regular file nor a folder: a device, a pipe, a socket."""
+    """Whether `file` is neither a regular file nor a folder: a device, a pipe, a socket."""
     try:
         mode = file.stat().st_mode
     except OSError:
@@ -134,9 +152,9 @@ def _is_special(file: Path) -> bool:
 
 
 def remove_all(path: Path) -> None:
-    """Remove what is at `path`: a folder with all that is in it, or a file, a link or a pipe itself.
+    """Remove a folder with its contents, or a file, a link or a pipe itself.
 
-    What cannot be removed stays. (`shutil.rmtree` opens a pipe, and waits for ever.)
+    Errors are ignored. (`shutil.rmtree` alone would open a pipe, and block forever.)
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -146,13 +164,16 @@ def remove_all(path: Path) -> None:
 
 
 def write_json(file: Path, value: Any, private: bool = False) -> None:
-    """Write `value` as JSON, whole or not at all."""
+    """Write `value` as JSON, atomically."""
     with written_whole(file, private) as stream:
         stream.write(as_json(value) + "\n")
 
 
 def as_json(value: Any) -> str:
-    """Indented JSON in plain characters; in escapes where a text, a file name say, has bytes that are not UTF-8."""
+    """Indented JSON with unescaped Unicode.
+
+    All is escaped if a text in it (a file name, for example) has bytes that are not UTF-8.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode()
@@ -162,20 +183,21 @@ def as_json(value: Any) -> str:
 
 
 def open_own(file: Path, flags: int, private: bool = False) -> int:
-    """A descriptor of a file in a folder of ours, made if missing. Raises `UserError` for links and devices.
+    """Open a file in one of this package's folders, creating it if missing; returns the descriptor.
 
-    To append to a file that has a second name, in a backup made of hard links say, a copy takes its place first.
+    Before an append to a file with several hard links (in a backup, for example), a copy replaces
+    the file. Raises `UserError` for links, pipes and devices.
     """
     try:
-        flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not keep us waiting
+        flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # never block on a pipe
         handle = os.open(file, flags, PRIVATE if private else 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
-        raise UserError(f"{file} is a link or a pipe, where a file of this package belongs: remove it") from None
+        raise UserError(f"{file} is a link or a pipe, but must be a regular file: remove it") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise UserError(f"{file} is not a regular file, and one of this package belongs there: remove it")
+        raise UserError(f"{file} is not a regular file, but must be one: remove it")
     if flags & os.O_APPEND and os.fstat(handle).st_nlink > 1:
         os.close(handle)
         with file.open("rb") as before, written_whole(file, private) as copy:
@@ -184,16 +206,14 @@ def open_own(file: Path, flags: int, private: bool = False) -> int:
     return handle
 
 
-# --- locks -------------------------------------------------------------------------------------------------
-
-
 # --- reading -----------------------------------------------------------------------------------------------
 
 
 def read_text(file: Path, errors: str = "strict", most: int | None = None) -> str | None:
-    """The text of a regular file, or None if it does not exist. Raises `UserError` if it cannot be read.
+    """The text of a regular file, or None if it does not exist.
 
-    `errors` says what becomes of bytes that are not UTF-8, as in `bytes.decode`; `most`, how many bytes are too many.
+    `errors` handles bytes that are not UTF-8, as in `bytes.decode`. Raises `UserError` if the file
+    cannot be read or is larger than `most` bytes.
     """
     try:
         stream = open_regular(file)
@@ -203,7 +223,7 @@ def read_text(file: Path, errors: str = "strict", most: int | None = None) -> st
         try:
             content = stream.read() if most is None else stream.read(most + 1)
             if most is not None and len(content) > most:
-                raise UserError(f"{file} is larger than {most / 1e6:g} MB, far more than such a file holds")
+                raise UserError(f"{file} is larger than {most / 1e6:g} MB, far larger than a valid one: check the path")
             return content.decode(errors=errors)
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not UTF-8 text ({error.reason}): it is damaged") from error
@@ -211,13 +231,16 @@ def read_text(file: Path, errors: str = "strict", most: int | None = None) -> st
             raise UserError(f"{file} cannot be read ({error.strerror}): repair or remove it") from error
 
 
-def open_regular(file: Path) -> BinaryIO:
-    """A regular file, opened to be read. Raises `FileNotFoundError`, or `UserError` for what else cannot be read."""
+def open_regular(file: Path) -> io.BufferedReader:
+    """Open a regular file for reading bytes.
+
+    Raises `FileNotFoundError`, or `UserError` if it cannot be read or is not a regular file.
+    """
     try:
-        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not keep us waiting
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # never block on a pipe
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:  # the latter for a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError for a name that no file can have
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{one_line(file)} cannot be read ({reason}): repair or remove it") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -227,7 +250,7 @@ def open_regular(file: Path) -> BinaryIO:
 
 
 def last_lines(file: Path, most_bytes: int = 1 << 16) -> list[str]:
-    """The lines at the end of a log, at most so many bytes of it; nothing where it cannot be read."""
+    """The lines in the last `most_bytes` bytes of a log; empty if it cannot be read."""
     with suppress(OSError, UserError), open_regular(file) as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - most_bytes))
         return stream.read(most_bytes).decode(errors="replace").splitlines()
@@ -235,17 +258,18 @@ def last_lines(file: Path, most_bytes: int = 1 << 16) -> list[str]:
 
 
 def read_json(file: Path, shape: type[T] | Any = None, most: int | None = None) -> T | Any:
-    """The JSON of a file, or None if there is no such file. Raises `UserError` if it is damaged or of another shape.
+    """The JSON value in a file, or None if the file does not exist.
 
-    `shape` is a type (a dataclass, a `TypedDict`, `dict[str, int]`, …) that the value must have; without one any JSON
-    is taken. `most` says how many bytes are too many.
+    `shape` is the type that the value must have (a dataclass, a `TypedDict`, `dict[str, int]`, …);
+    without it any JSON is accepted. Raises `UserError` if the file is damaged, has another shape,
+    or is larger than `most` bytes.
     """
     text = read_text(file, most=most)
     return None if text is None else parse_json(text, file, shape)
 
 
 def parse_json(text: str, file: Path, shape: type[T] | Any = None) -> T | Any:
-    """`read_json` for text that was read already; `file` is named in the `UserError`."""
+    """`read_json` for text that has been read already; the `UserError` names `file`."""
     if shape is not None:
         return _validated(text, shape, file)
     try:
@@ -255,7 +279,10 @@ def parse_json(text: str, file: Path, shape: type[T] | Any = None) -> T | Any:
 
 
 def checked(value: Any, shape: type[T] | Any, file: Path) -> T | Any:
-    """A part of a file's JSON as `shape`. Raises `UserError`, which names `file` and the first place that differs."""
+    """Validate a part of a file's JSON as `shape`.
+
+    Raises `UserError`, which names `file` and the first key that differs.
+    """
     return _validated(json.dumps(value), shape, file)
 
 
@@ -268,8 +295,8 @@ def _validated(text: str, shape: Any, file: Path) -> Any:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         if first["type"] == "json_invalid":
             raise UserError(f"{file} is not valid JSON ({first['msg'][:200]}): it is damaged") from error
-        where = ".".join(map(str, first["loc"]))[:100]
-        what = f"{where}: {first['msg']}" if where else first["msg"]
+        keys = ".".join(map(str, first["loc"]))[:100]
+        what = f"{keys}: {first['msg']}" if keys else first["msg"]
         raise UserError(f"{file} does not have the expected content ({what[:300]}): it is damaged") from error
 
 
@@ -278,6 +305,3 @@ def _adapter(shape: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(shape)
-
-
-# --- checksums ---------------------------------------------------------------------------------------------

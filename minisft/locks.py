@@ -1,4 +1,4 @@
-"""File locks: only one process at a time prepares, trains or evaluates a run, or fills the cache."""
+"""File locks: one process at a time prepares, trains or evaluates a run, or fills the cache."""
 
 from __future__ import annotations
 

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LIBC = (
-    ctypes.CDLL(None) if sys.platform == "linux" else None
-)  # loaded here: unsafe between fork and exec
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: unsafe between fork and exec
 
 
 def python(*words: str) -> list[str]:
@@ -33,7 +31,7 @@ def python(*words: str) -> list[str]:
 
 
 def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables of `base` for a child process, which imports only from installed packages and absolute paths."""
+    """The variables of `base` for a child process, without relative import paths."""
     variables = dict(base) | SAFE_PATH
     if "PYTHONPATH" in variables:  # an empty or relative entry means the current folder
         absolute = [entry for entry in variables["PYTHONPATH"].split(os.pathsep) if Path(entry).is_absolute()]
@@ -50,10 +48,11 @@ def end_with_parent() -> None:
 def run(
     words: Sequence[str], more: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command and capture its output. `more` adds environment variables to the inherited ones.
+    """Run a command and capture its output. `more` adds variables to the inherited environment.
 
     If this call fails or is interrupted, the command and its process group are killed; if this
-    process is killed, the command is too. Raises `subprocess.TimeoutExpired` after `timeout` seconds.
+    process is killed, the command is too. Raises `subprocess.TimeoutExpired` after `timeout`
+    seconds.
     """
     child = subprocess.Popen(
         words,
@@ -95,7 +94,7 @@ def lives(pid: int, began: float | None = None) -> bool:
 
 
 def start_of(pid: int) -> float | None:
-    """The start time of the process `pid`, in seconds since 1970; None if there is no such process."""
+    """The start time of the process `pid` in seconds since 1970; None if it does not exist."""
     import psutil
 
     try:

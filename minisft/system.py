@@ -1,4 +1,4 @@
-"""Query this machine: its usable cores and memory (control groups may limit both) and its host names."""
+"""Query this machine: its host names, and its cores and memory within control group limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def cores() -> int:
-    """The number of usable CPU cores, at least 1: the affinity mask, limited by the CPU quota of the control groups."""
+    """The number of usable CPU cores, at least 1: the affinity mask, limited by CPU quotas."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in _control_groups():
         quota, _, period = _read(group / "cpu.max").partition(" ")  # microseconds in each period, or "max"
@@ -24,7 +24,10 @@ def cores() -> int:
 
 
 def memory() -> tuple[int, int]:
-    """Total and free bytes of main memory, within the limits of the control groups. Page cache counts as free."""
+    """Total and free bytes of main memory, within the limits of the control groups.
+
+    Page cache counts as free.
+    """
     import psutil
 
     whole = psutil.virtual_memory()
@@ -39,7 +42,7 @@ def memory() -> tuple[int, int]:
 
 
 def _control_groups() -> Iterator[Path]:
-    """The folders of this process's control group (version 2) and its ancestors: each may set a limit."""
+    """The folders of this process's control group (v2) and its ancestors: each may set a limit."""
     lines = _read(Path("/proc/self/cgroup")).splitlines()
     own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
     folder = Path(os.path.normpath(CONTROL_GROUPS / own.strip("/")))

@@ -1,7 +1,8 @@
 """Make untrusted text safe to show in a terminal, a Markdown page or a figure.
 
-File names, JSON keys, data, a model's answers and other people's run folders all reach such a place,
-and in each of them some characters have special effects. `say` is the only function that prints.
+File names, JSON keys, data, a model's answers and other people's run folders all reach such a
+place, and in each of them some characters have special effects. `say` is the only function that
+prints.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from typing import TextIO
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|&~$:@=^\"'])")
 _SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
-# Characters that count as printable but are invisible: fillers, a joiner, variation selectors, a blank.
+# Printable by category but invisible: fillers, a joiner, variation selectors, a blank.
 _UNSEEN = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0}
 _UNSEEN |= {*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
 
 
 def harmless(text: str) -> str:
-    """Escape every control character except line feeds and tabs, so that a terminal only prints the text."""
+    """Escape every control character except line feeds and tabs, for a terminal."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else spelt(c) for c in text)
 
 
 def spelt(c: str) -> str:
-    """Escape one character: `\\x1b` if it is ASCII or an undecodable byte, else `\\u202e` or `\\U0001f600`."""
+    """Escape one character: ASCII and undecodable bytes as `\\x1b`, others as `\\u202e`."""
     code = ord(c)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as `surrogateescape` decodes it
         code -= 0xDC00
@@ -36,23 +37,26 @@ def spelt(c: str) -> str:
 
 
 def one_line(text: object, most: int = 0) -> str:
-    """The text on one line without control characters, cut to `most` characters if `most` is not 0."""
+    """The text on one line, control characters escaped, cut to `most` characters if not 0."""
     line = harmless(" ".join(str(text).split()))
     return line if not most or len(line) <= most else line[: most - 1] + "…"
 
 
 def in_markdown(text: str) -> str:
-    """The text on one line, escaped for Markdown so that nothing in it is markup, HTML or a link."""
+    """The text on one line, escaped so that nothing in it is Markdown, HTML or a link."""
     return _MARKDOWN.sub(r"\\\1", one_line(text))
 
 
 def in_markdown_block(text: str) -> str:
-    """The text as an indented Markdown block, which contains no markup. It needs an empty line before it."""
+    """The text as an indented Markdown block, which contains no markup.
+
+    It needs an empty line before it.
+    """
     return "\n".join("    " + line for line in harmless(text).splitlines() or [""])
 
 
 def visible(data: bytes) -> str:
-    """`data` with every character visible: `␣`, `⏎`, `⇥`, bytes as `\\xf0`, invisible characters as `\\u200b`."""
+    """`data` with all characters visible: `␣`, `⏎`, `⇥`, `\\xf0` a byte, `\\u200b` invisible."""
     shown, can_carry_accent = "", False  # about the previous character
     for c in data.decode("utf-8", "surrogateescape"):
         category = unicodedata.category(c)[0]

@@ -183,7 +183,9 @@ def test_more_ranks_than_cores_and_seconds_below_zero(tiny_model, small_data):
     usable = cores()
     assert (f"Warning: 9 ranks share {usable} core" in done.stderr) == (usable < 9)
     refused(
-        minisft("launch", "-s", "vanilla", "--heartbeat-timeout", -1, *data), "--heartbeat-timeout is -1", "more than 0"
+        minisft("launch", "-s", "vanilla", "--heartbeat-timeout", -1, *data),
+        "--heartbeat-timeout is -1",
+        "seconds above 0",
     )
 
 
@@ -196,8 +198,12 @@ def test_a_mistake_in_the_call_spares_the_run_that_it_would_replace(tiny_model, 
     hosts.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
     for verb, more, says in (
         ("launch", ["--heartbeat-timeout", 0], "--heartbeat-timeout is 0"),
-        ("launch", ["--hostfile", hosts, "--launcher", "none"], "minisft prepare prints a line for each host"),
-        ("launch", ["--launcher", "pdsh"], "--launcher pdsh is about other machines"),
+        (
+            "launch",
+            ["--hostfile", hosts, "--launcher", "none"],
+            "use minisft prepare, which prints one command per host",
+        ),
+        ("launch", ["--launcher", "pdsh"], "--launcher pdsh is for other machines"),
         ("prepare", ["--slurm-nodes", 3], "2 ranks cannot be divided evenly over 3 nodes"),
     ):
         refused(minisft(verb, *options, "--overwrite", *more), says)
@@ -218,4 +224,4 @@ def test_a_folder_that_has_been_removed_is_one_sentence(tmp_path):
 def test_a_command_says_where_it_is_to_be_run(tiny_model, small_data, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent)
     done = minisft("prepare", "-s", "vanilla", "--model", tiny_model, "--data", small_data)
-    assert f"To be run in the folder {Path(__file__).parents[1]}:" in done.stderr
+    assert f"Run this in the folder {Path(__file__).parents[1]}:" in done.stderr

@@ -157,7 +157,7 @@ def test_fetched_assets_need_no_more_space(monkeypatch, tmp_path):
         record = {"sha256": wheel.sha256, "files": {wheel.kept: {"bytes": 2, "sha256": "0" * 64}}}
         (file.parent / "asset.json").write_text(json.dumps(record))
     ok, detail = doctor._cache_disk()
-    assert ok and "are here" in detail
+    assert ok and "are cached" in detail
     file.unlink()  # a record alone is not the data
     ok, detail = doctor._cache_disk()
     assert not ok and detail.endswith(f"{SHAREGPT.name} not fetched yet")

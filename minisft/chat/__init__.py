@@ -1,7 +1,7 @@
-"""Chat templates and tokenizers: from a conversation to segments of text and control tokens.
+"""Chat templates and tokenizers: turn a conversation into segments, and segments into token ids.
 
-A template says who speaks in each segment and whether it is trained; a tokenizer encodes every segment alone, so text
-never becomes a control token. Mistral's own library is the reference.
+A template labels each segment with its role and whether it is trained. A tokenizer encodes every
+segment alone, so text never becomes a control token. mistral-common is the reference.
 """
 
 import lazy_loader

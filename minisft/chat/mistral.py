@@ -1,13 +1,14 @@
-"""The Mistral chat templates, as segments.
+"""The Mistral chat templates v1 to v7, as segments.
 
-    v1        <s>[INST] question [/INST] answer</s>              [INST] is text; system prompt: first question
-    v2, v3    <s> [INST] question [/INST] answer </s>            [INST] is one id; system prompt: last question
-    v7        <s> [SYSTEM_PROMPT] … [/SYSTEM_PROMPT] [INST] …    as v3; system prompt: where it stands
+    v1        <s>[INST] question [/INST] answer</s>              [INST] is text; system prompt in the first question
+    v2, v3    <s> [INST] question [/INST] answer </s>            [INST] is one id; system prompt in the last question
+    v7        <s> [SYSTEM_PROMPT] … [/SYSTEM_PROMPT] [INST] …    as v3; system prompt is a message
 
-A segment is a piece of text or one control token, and it knows who speaks, in which turn, and whether it is
-trained. Each segment is encoded alone and the ids are concatenated, exactly as mistral-common does it
-(`encode_user_message`, `encode_assistant_message`, `encode_system_message` of each `InstructTokenizer`): no marker
-has to be searched for afterwards. v3-tekken is v3 with another tokenizer.
+A segment is a piece of text or one control token, with its role, its turn, and whether it is
+trained. Each segment is encoded alone and the ids are concatenated, exactly as in mistral-common
+(`encode_user_message`, `encode_assistant_message`, `encode_system_message` of each
+`InstructTokenizer`), so the label code never has to search for markers. v3-tekken is v3 with
+another tokenizer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ SYSTEM, END_SYSTEM = "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"
 
 @dataclass(frozen=True)
 class Version:
-    """What one version does differently. `system_in` is the question that takes the system prompt; "" for none."""
+    """How one version differs.
+
+    `system_in`: the question that contains the system prompt, `first` or `last`, or "".
+    """
 
     control_tokens: tuple[str, ...] = (INST, END_INST)
     system_in: str = "last"
@@ -49,11 +53,12 @@ VERSIONS = {
 
 @dataclass(frozen=True)
 class MistralTemplate:
-    """Turns a conversation into segments.
+    """Turns a conversation into segments. Raises `UserError` for an unknown `name`.
 
-    `written_space`: v1 as one text reads `[/INST] answer`. Mistral's own tokenizers encode the answer alone and
-    mark its start with `▁`; every other tokenizer continues the text, so there the space is written. `has_bos`
-    says whether the tokenizer has a BOS token at all.
+    `written_space`: whether a space is written before an answer of v1, which as text reads
+    `[/INST] answer`. Mistral's own tokenizers encode the answer alone and mark its start with `▁`;
+    every other tokenizer continues the text, so the space must be in it. `has_bos`: whether the
+    tokenizer has a BOS token.
     """
 
     name: str = "v1"
@@ -65,7 +70,7 @@ class MistralTemplate:
             raise UserError(f"template {self.name!r} is not known: use one of {', '.join(VERSIONS)}")
 
     def fitted_to(self, tokenizer: Tokenizer) -> MistralTemplate:
-        """The same template with the space and the BOS that `tokenizer` needs."""
+        """The same template with the `written_space` and `has_bos` of `tokenizer`."""
         return replace(self, written_space=tokenizer.continues_text, has_bos=tokenizer.bos_id is not None)
 
     @property
@@ -82,22 +87,25 @@ class MistralTemplate:
 
     @property
     def system_has_its_place(self) -> bool:
-        """Whether a system prompt is a message of its own, and not part of a question."""
+        """Whether a system prompt is a separate message instead of part of a question."""
         return not self.version.system_in
 
     def trained_text(self, answer: str) -> str:
-        """An answer as it is trained: where control tokens follow, spaces at its end are cut, as Mistral does it."""
+        """An answer as it is trained.
+
+        Like Mistral, v2 and later cut trailing spaces; v1 keeps them.
+        """
         return answer if self.markers_are_text else answer.rstrip(" ")
 
     def segments(self, conversation: Conversation) -> Iterator[Segment]:
-        """The segments of a whole conversation, lazily, so that a full row can stop asking.
+        """Yield the segments of a whole conversation; the caller may stop when its row is full.
 
-        Any order of roles is normalized as Mistral's reference does it; see `normalized`.
+        Any order of roles is normalized as in Mistral's reference; see `normalized`.
         """
         messages = self.normalized(conversation.messages)
         system = "\n\n".join(m.content for m in conversation.messages if m.role == "system" and m.content)
-        users = [i for i, m in enumerate(messages) if m.role == "user"]
-        takes_system = {"first": users[:1], "last": users[-1:]}.get(self.version.system_in, [])
+        questions = [i for i, m in enumerate(messages) if m.role == "user"]
+        with_system = {"first": questions[:1], "last": questions[-1:]}.get(self.version.system_in, [])
         yield Segment("template", 0, False, control="bos")
         turn = 0
         start = "control" if self.has_bos else "nothing"
@@ -108,7 +116,7 @@ class MistralTemplate:
             elif message.role == "system":
                 yield from _enclosed(SYSTEM, message.content, END_SYSTEM, "system", turn)
             else:
-                content = f"{system}\n\n{message.content}" if system and i in takes_system else message.content
+                content = f"{system}\n\n{message.content}" if system and i in with_system else message.content
                 if self.markers_are_text:
                     yield Segment("user", turn, False, text=f"[INST] {content} [/INST]", after=start)
                 else:
@@ -124,11 +132,12 @@ class MistralTemplate:
         yield Segment("assistant", turn, message.trained, control="eos")
 
     def normalized(self, messages: tuple[Message, ...]) -> list[Message]:
-        """Mistral's own normalization (`InstructRequestNormalizer` in mistral-common).
+        """Normalize messages as `InstructRequestNormalizer` in mistral-common does.
 
-        Neighbours of one role and weight join with a blank line; v1 to v3 take the system prompts out, but a
-        system prompt between two questions keeps them apart, and a conversation that begins with an answer gets an
-        empty question first. v7 leaves every system prompt in its place.
+        Adjacent messages of one role and weight are joined with a blank line. v1 to v3 remove the
+        system prompts (`segments` adds them to a question), but two questions with a system prompt
+        between them stay separate, and a conversation that begins with an answer gets an empty
+        question first. v7 leaves every system prompt in place.
         """
         joined: list[Message] = []
         for (role, trained), group in itertools.groupby(messages, lambda m: (m.role, _weight(m))):
@@ -142,18 +151,18 @@ class MistralTemplate:
         return joined
 
     def prompt_segments(self, conversation: Conversation) -> list[Segment]:
-        """The segments before the last answer: what inference starts from, made by the same code as training."""
+        """The prompt for inference: the segments before the last answer, made as in training."""
         segments = list(self.segments(conversation))
         last = segments[-1].turn
         return [s for s in segments if s.turn < last or s.role != "assistant"]
 
     def same_at_every_turn(self, conversation: Conversation) -> bool:
-        """Whether each answer's prompt in training is what inference builds at that turn.
+        """Whether each answer's prompt in training equals the prompt of inference at that turn.
 
-        v2 and v3 put the system prompt into the last question. A conversation of several turns then shows it to
-        the model once, late, while inference shows it at every turn. v1 puts it into the first question, also where
-        it comes after answers, which inference gave without it. Training one row per answer
-        (`conversations.one_per_answer`) restores the equality.
+        v2 and v3 put the system prompt into the last question: in a conversation of several turns
+        the model sees it once, late, but at inference it sees it at every turn. v1 puts it into the
+        first question, even if it comes after answers that inference generated without it. Training
+        one row per answer (`conversations.one_per_answer`) makes the prompts equal.
         """
         roles = [m.role for m in conversation.messages if m.content or m.role != "system"]
         if self.system_has_its_place or not {"system", "user", "assistant"} <= set(roles):
@@ -164,19 +173,20 @@ class MistralTemplate:
         return "a" not in before_last.partition("s")[2]
 
     def jinja(self) -> str:
-        """The same template as a Jinja chat template, to be saved with the model for plain transformers.
+        """The same template in Jinja, to save with the model for plain transformers.
 
-        It gives the ids of training at every turn (but see `same_at_every_turn`), with three exceptions. A message
-        contains the text of an added token: plain transformers parses that, this package's tokenizers never do. A
-        control token takes in the space beside it (`lstrip`, `rstrip`). Under v1, whose markers are text, a piece of
-        the vocabulary reaches from `[/INST]` into the answer (`]▁a`); no vocabulary has such pieces that was learned
-        word by word. Like Mistral's own templates it refuses roles out of turn instead of mending them.
+        It yields the ids of training at every turn (but see `same_at_every_turn`), with three
+        exceptions. (1) A message contains the text of an added token: plain transformers parses it,
+        this package's tokenizers never do. (2) A control token absorbs the space next to it
+        (`lstrip`, `rstrip`). (3) Under v1, whose markers are text, a vocabulary piece crosses from
+        `[/INST]` into the answer (`]▁a`); vocabularies learned word by word have no such pieces.
+        Like Mistral's own templates it rejects roles out of order instead of normalizing them.
         """
         return Path(__file__).with_name(self.version.jinja_file).read_text(encoding="utf-8")
 
 
 def _weight(message: Message) -> bool:
-    """Only answers have one; other neighbours always join."""
+    """Whether an answer is trained; True for other roles, so that their neighbors always join."""
     return message.trained or message.role != "assistant"
 
 

@@ -1,8 +1,8 @@
-"""Mistral's own encoder as the oracle: ids and masks that owe nothing to this package's templates.
+"""Compute reference ids and masks with mistral-common, independently of this package's templates.
 
-Messages go through mistral-common's normalizer and its instruct tokenizer, by its public classes. The mask comes from
-encoding each normalized message on its own with the same tokenizer: an answer is trained whole, its EOS included, as
-mistral-finetune does it.
+Messages pass through the normalizer and the instruct tokenizer of mistral-common, by its public
+classes. For the mask each normalized message is encoded alone with the same tokenizer: an answer is
+trained completely, including its EOS, as in mistral-finetune.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ VERSIONS = ("v1", "v2", "v3", "v3-tekken", "v7")
 
 
 def reference(conversation: Conversation, version: str) -> tuple[list[int], list[bool]]:
-    """The ids of a whole conversation, and for each of them whether it is trained; two lists of one length.
+    """The ids of a whole conversation and a mask of the trained ones; two lists of equal length.
 
-    Any order of roles is allowed: mistral-common's validator, which would refuse some, is not asked. Raises
-    `UserError` for an unknown version and for what mistral-common cannot encode (an empty answer), and
-    `AssertionError` if mistral-common's messages do not add up to its conversation.
+    Any order of roles is allowed: mistral-common's validator, which would reject some, is not
+    called. Raises `UserError` for an unknown version and for conversations that mistral-common
+    cannot encode (an empty answer), and `AssertionError` if the ids of the single messages differ
+    from those of the conversation.
     """
     from mistral_common.exceptions import MistralCommonException
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -40,7 +41,7 @@ def reference(conversation: Conversation, version: str) -> tuple[list[int], list
 
 @functools.cache
 def _tokenizer(version: str) -> tuple[Any, Any]:
-    """The instruct tokenizer of a version, and its normalizer, made to keep the weights of answers."""
+    """The instruct tokenizer of a version, and a normalizer that keeps the weights of answers."""
     from mistral_common.protocol.instruct.messages import (
         FinetuningAssistantMessage,
         SystemMessage,
@@ -53,26 +54,28 @@ def _tokenizer(version: str) -> tuple[Any, Any]:
 
     if version not in VERSIONS:
         raise UserError(f"there is no reference for version {version!r}: use one of {', '.join(VERSIONS)}")
-    whole = MistralTokenizer.v3(is_tekken=True) if version == "v3-tekken" else getattr(MistralTokenizer, version)()
-    kind = type(get_normalizer(whole.version, None))
-    classes = (UserMessage, FinetuningAssistantMessage, ToolMessage, SystemMessage, InstructRequest)
-    return whole.instruct_tokenizer, kind(*classes, None)
+    tokenizer = MistralTokenizer.v3(is_tekken=True) if version == "v3-tekken" else getattr(MistralTokenizer, version)()
+    normalizer_class = type(get_normalizer(tokenizer.version, None))
+    normalizer = normalizer_class(
+        UserMessage, FinetuningAssistantMessage, ToolMessage, SystemMessage, InstructRequest, None
+    )
+    return tokenizer.instruct_tokenizer, normalizer
 
 
 def _messages(conversation: Conversation) -> list[Any]:
     from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage, SystemMessage, UserMessage
 
-    kinds = {"system": SystemMessage, "user": UserMessage}
+    classes = {"system": SystemMessage, "user": UserMessage}
     return [
-        kinds[m.role](content=m.content)
-        if m.role in kinds
+        classes[m.role](content=m.content)
+        if m.role in classes
         else FinetuningAssistantMessage(content=m.content, weight=float(m.trained))
         for m in conversation.messages
     ]
 
 
 def _parts(instruct: Any, request: Any) -> list[tuple[list[int], bool]]:
-    """The ids of BOS and of each message, encoded one by one, and whether they are trained."""
+    """The ids of BOS and of each message, encoded separately, and whether they are trained."""
     first, last = instruct.find_first_last_user(request)
     parts = [(instruct.start(), False)]
     for i, message in enumerate(request.messages):

@@ -15,8 +15,9 @@ from minisft.text import visible
 class MistralCommonTokenizer:
     """Mistral's own tokenizer of one template version, from the files that mistral-common ships.
 
-    Its ids are the reference. For speed, batches go directly to the underlying library: SentencePiece, or tiktoken
-    through mistral-common's `Tekkenizer`. Raises `UserError` for an unknown version.
+    Its ids are the reference. For speed, batches go directly to the underlying library:
+    SentencePiece, or tiktoken through mistral-common's `Tekkenizer`. Raises `UserError` for an
+    unknown version.
     """
 
     continues_text = False

@@ -1,7 +1,7 @@
 """How vocabularies spell text: the pieces of SentencePiece and of byte-level BPE.
 
-SentencePiece writes a space as `▁` and a byte that has no piece as `<0x0A>`. Byte-level BPE (GPT-2) writes every byte
-as one printable character, a space as `Ġ`.
+SentencePiece writes a space as `▁` and a byte that has no piece as `<0x0A>`. Byte-level BPE (GPT-2)
+writes every byte as one printable character, a space as `Ġ`.
 """
 
 from __future__ import annotations

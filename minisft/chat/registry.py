@@ -1,4 +1,4 @@
-"""The chat templates by name. To add one, add an entry; nothing else in the package knows a template's name."""
+"""The chat templates by name. To add one, add an entry: no code outside `chat/` compares names."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ if TYPE_CHECKING:
     from minisft.chat.tokenizers import Tokenizer
 
 TEMPLATES: dict[str, ChatTemplate] = {name: MistralTemplate(name) for name in VERSIONS}
-DEFAULT = "v1"  # its markers are plain text, so it works with every tokenizer and untouched embeddings
+DEFAULT = "v1"  # its markers are plain text, so it works with every tokenizer and adds no embeddings
 
 
 def template_named(name: str) -> ChatTemplate:
-    """The template of that name, for no tokenizer in particular. Raises `UserError` if there is none."""
+    """The template called `name`, not fitted to a tokenizer.
+
+    Raises `UserError` if there is none.
+    """
     if name not in TEMPLATES:
         raise UserError(f"template {name!r} is not known: use one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
 def template_for(tokenizer: Tokenizer, name: str | None = None) -> ChatTemplate:
-    """The template that `tokenizer` is set up for. Raises `UserError` if `name` is given and is another one."""
+    """The template that `tokenizer` is set up for.
+
+    Raises `UserError` if `name` is another template.
+    """
     if name is not None and template_named(name).name != tokenizer.template_name:
         raise UserError(f"tokenizer {tokenizer.name} is set up for template {tokenizer.template_name}, not {name}")
     return template_named(tokenizer.template_name).fitted_to(tokenizer)

@@ -1,9 +1,11 @@
-"""What a chat template is: the segments of a conversation, its control tokens, and the same as Jinja.
+"""The interface of a chat template: segments of a conversation, control tokens, and Jinja.
 
-A segment is a piece of text or one control token, and it knows who speaks, in which turn, and whether it is trained.
-Each segment is encoded alone and the ids are concatenated, so no marker has to be searched for afterwards.
+A segment is a piece of text or one control token, with its role, its turn, and whether it is
+trained. Each segment is encoded alone and the ids are concatenated, so the label code never has to
+search for markers.
 
-To add a template, write a class with these members in a module of this folder, and enter it in `registry`.
+To add a template, write a class with these members in a module of this folder, and add it to
+`registry`.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`text`, or the control token named by `control` (`bos`, `eos`, `[INST]`, …); exactly one of them is set.
+    """Either `text`, or a control token with the name `control` (`bos`, `eos`, `[INST]`, …).
 
-    `after` is what comes before a text in its row: `nothing`, `control` or `text`. Some tokenizers encode a text
-    differently at each of these places.
+    `after` is what precedes a text in its row: `nothing`, `control` or `text`. Some tokenizers
+    encode a text differently in each of these positions.
     """
 
     role: str
@@ -39,33 +41,33 @@ class ChatTemplate(Protocol):
 
     @property
     def name(self) -> str:
-        """The name in the registry, as `--template` takes it."""
+        """The name in the registry and for `--template`."""
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """The markers that need ids of their own, besides BOS and EOS: each opening one followed by its closing one."""
+        """The markers with ids, besides BOS and EOS: each opening one, then its closing one."""
 
     @property
     def markers_are_text(self) -> bool:
-        """Whether questions are marked by plain text (`[INST] … [/INST]`) instead of control tokens."""
+        """Whether questions are marked with plain text (`[INST] … [/INST]`), not control tokens."""
 
     def fitted_to(self, tokenizer: Tokenizer) -> ChatTemplate:
-        """The same template as `tokenizer` needs it."""
+        """The same template, adapted to `tokenizer`."""
 
     def segments(self, conversation: Conversation) -> Iterator[Segment]:
-        """The segments of a whole conversation, lazily, so that a full row can stop asking."""
+        """Yield the segments of a whole conversation; the caller may stop when its row is full."""
 
     def prompt_segments(self, conversation: Conversation) -> list[Segment]:
-        """The segments before the last answer: what inference starts from, made by the same code as training."""
+        """The prompt for inference: the segments before the last answer, made as in training."""
 
     def normalized(self, messages: tuple[Message, ...]) -> list[Message]:
-        """The messages as the template arranges them before it makes segments."""
+        """The messages in the order and form from which the segments are made."""
 
     def trained_text(self, answer: str) -> str:
-        """What is trained of an answer's text."""
+        """The part of an answer's text that is trained."""
 
     def same_at_every_turn(self, conversation: Conversation) -> bool:
-        """Whether each answer's prompt in training is what inference builds at that turn."""
+        """Whether each answer's prompt in training equals the prompt of inference at that turn."""
 
     def jinja(self) -> str:
-        """The template for plain transformers: `tokenizer.apply_chat_template` gives the ids of training."""
+        """The template in Jinja: `tokenizer.apply_chat_template` yields the ids of training."""

@@ -1,7 +1,8 @@
-"""One interface to every tokenizer: text yields text tokens only, and control tokens are looked up by name only.
+"""One interface to all tokenizers: text yields text tokens only, control tokens come by name only.
 
-A conversation is untrusted text. If it contains `</s>` or `<|im_end|>`, those characters must stay characters: a
-tokenizer that parsed them would let the data forge the end of a turn. So `encode` never returns a control id.
+A conversation is untrusted text. If it contains `</s>` or `<|im_end|>`, those characters must stay
+characters: a tokenizer that parsed them would let the data forge the end of a turn. So `encode`
+never returns a control id.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from minisft.text import visible
 class Tokenizer(Protocol):
     """The interface of a tokenizer that the rest of the package uses.
 
-    `template_name` is the chat template that the tokenizer is set up for. `continues_text`: a text that follows a text
-    is encoded as its continuation; Mistral's own tokenizers encode every text alone. `cuts_at_spaces`: no token crosses
-    a space between two words, so the ids of a text that is cut before such a space are the first ids of the whole
-    text. `added_words` maps ids to words that were added to the vocabulary but are not control tokens (`<think>` in
-    many models): a text may contain them, and each is one id.
+    `template_name` is the chat template that the tokenizer is set up for. `continues_text`: a text
+    that follows a text is encoded as its continuation; Mistral's own tokenizers encode every text
+    alone. `cuts_at_spaces`: no token crosses a space between two words, so the ids of a text that
+    is cut before such a space are the first ids of the whole text. `added_words` maps ids to words
+    that were added to the vocabulary but are not control tokens (`<think>` in many models): a text
+    may contain them, and each is one id.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Tokenizer(Protocol):
     added_words: dict[int, str]
 
     def encode(self, text: str, after: str = "control") -> list[int]:
-        """The ids of `text` alone: no BOS, no EOS, and no control token, whatever the text contains.
+        """The ids of `text` alone: no BOS, EOS or other control token, whatever the text contains.
 
         `after` is what precedes the text in its row: `nothing`, `control` or `text`.
         """
@@ -52,7 +54,7 @@ class Tokenizer(Protocol):
         """`encode` for many texts, on all cores."""
 
     def control_id(self, name: str) -> int | None:
-        """The id of `bos`, `eos`, `[INST]`, …; None if the tokenizer has no BOS and `name` is `bos`."""
+        """The id of `bos`, `eos`, `[INST]`, …; None for `bos` if the tokenizer has no BOS."""
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, control tokens written out."""
@@ -70,9 +72,9 @@ class Tokenizer(Protocol):
 class HuggingFaceTokenizer:
     """A fast tokenizer of transformers, from a model folder, set up for one chat template.
 
-    Control tokens of the template that the vocabulary lacks are added (v1 has none). `hf` then has more tokens than
-    the model, and `model.loading` grows the model's embeddings. Raises `UserError` if the folder has no fast tokenizer
-    with an EOS token.
+    Control tokens of the template that the vocabulary lacks are added (v1 has none). `hf` then has
+    more tokens than the model, and `model.loading` grows the model's embeddings. Raises `UserError`
+    if the folder has no fast tokenizer with an EOS token.
     """
 
     continues_text = True
@@ -90,7 +92,7 @@ class HuggingFaceTokenizer:
         marks = {*self.hf.all_special_tokens, *control_tokens}
         added = [token for token in serialized["added_tokens"] if not _only_spaces(token["content"])]
         control = {token["id"] for token in added if token["special"] or token["content"] in marks}
-        # The unknown token is not a forgery: some tokenizers emit it for text that they cannot encode.
+        # The unknown token is not a forgery: tokenizers emit it for text that they cannot encode.
         self.control_ids = frozenset(control - {self.hf.unk_token_id} | {self.eos_id, self.bos_id} - {None})
         words = [token for token in added if token["id"] not in control | self.control_ids]
         self.added_words = {token["id"]: token["content"] for token in words}
@@ -176,15 +178,18 @@ def _load(folder: Path | str) -> Any:
 
 
 def _only_spaces(text: str) -> bool:
-    """Some vocabularies add runs of spaces as tokens (GPT-NeoX, Gemma). They are text, not control tokens."""
+    """Some vocabularies add runs of spaces as tokens (GPT-NeoX, Gemma).
+
+    They are text, not control tokens.
+    """
     return text.replace(SPACE_MARK, " ").isspace()
 
 
 def _hide_control_tokens(serialized: dict[str, Any], control_ids: frozenset[int], words: dict[int, str]) -> bool:
     """Edit a serialized tokenizer so that it no longer recognizes control tokens in a text.
 
-    Added tokens are removed, except `words` and runs of spaces, and control tokens in the model's own vocabulary get
-    names that no text has. Returns True if a text may still yield a control id.
+    Added tokens are removed, except `words` and runs of spaces, and control tokens in the model's
+    own vocabulary get names that no text has. Returns True if a text may still yield a control id.
     """
     added = serialized["added_tokens"]
     remaining = [token for token in added if token["id"] in words or _only_spaces(token["content"])]
@@ -195,7 +200,7 @@ def _hide_control_tokens(serialized: dict[str, Any], control_ids: frozenset[int]
     if isinstance(vocabulary, list):  # Unigram: [piece, score], the index is the id
         for token_id in control_ids & set(range(len(vocabulary))):
             vocabulary[token_id][0] = _unwritable(token_id)
-        # Added tokens that the vocabulary lacks would get the next free ids, so they are entered here.
+        # Added tokens missing from the vocabulary would get the next free ids, so enter them here.
         lowest = min(score for _, score in vocabulary)
         for token_id in range(len(vocabulary), max(words, default=-1) + 1):
             vocabulary.append([words.get(token_id, _unwritable(token_id)), lowest])
@@ -218,8 +223,8 @@ def _unwritable(token_id: int) -> str:
 def _tokenizers_by_position(serialized: dict[str, Any]) -> dict[str, Any]:
     """The tokenizers for a text after nothing, after a control token, and after a text.
 
-    Many tokenizers put a space or `▁` before a text: some before every stretch between control tokens, some only at
-    the start of the row. None does so in the middle of a text.
+    Many tokenizers put a space or `▁` before a text: some before every stretch between control
+    tokens, some only at the start of the row. None does so in the middle of a text.
     """
     from tokenizers import Tokenizer as RustTokenizer
 
@@ -257,8 +262,8 @@ def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 def load_tokenizer(source: str = "smollm2", template: str | None = None) -> Tokenizer:
     """The tokenizer of `smollm2`, of a model folder or hub id, or `mistral:v1` to `mistral:v7`.
 
-    Mistral's own tokenizers have a fixed `template`; for all others the default is v1. Raises `UserError` if the
-    source cannot be found or loaded, or if the template does not fit it.
+    Mistral's own tokenizers have a fixed `template`; for all others the default is v1. Raises
+    `UserError` if the source cannot be found or loaded, or if the template does not fit it.
     """
     if source.startswith("mistral:"):
         version = source.removeprefix("mistral:")

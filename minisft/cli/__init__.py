@@ -1,4 +1,4 @@
-"""The `minisft` command: a thin layer over the package, one function per verb."""
+"""The `minisft` command line: a thin layer over the package, with one function per command."""
 
 import lazy_loader
 

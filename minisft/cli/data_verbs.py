@@ -1,4 +1,4 @@
-"""The verbs about data: fetch, encode, show, check."""
+"""The commands for data: fetch, encode, show, check."""
 
 from __future__ import annotations
 
@@ -28,41 +28,51 @@ from minisft.errors import UserError
 from minisft.files import as_json as json_text
 from minisft.text import note, say
 
+CheckedLength = Annotated[
+    int | None,
+    typer.Option(help="maximum row length, in tokens; default: 2048, or for tokenized data its longest row"),
+]
+Against = Annotated[
+    str | None, typer.Option(help="for tokenized data, the conversations it was made from: ids and labels must match")
+]
+
 
 @app.command()
 def fetch(
     model: Model = "smollm2",
     data: Data = "sharegpt",
-    verify: Annotated[bool, typer.Option("--verify", help="read every cached file again and compare it")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="compute the checksum of every cached file again")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put model and data into the cache; says from where, how large, and under which license.
+    """Download the model and the data, and print source, size and license.
 
-    What is in the cache and differs from its checksum is fetched again.
+    Cached files that do not match their checksums are fetched again.
     """
     from minisft.data import download
 
-    options = {"verify": verify, "refetch": True}
-    found = [download.find_model(model, note, **options), download.find_data(data, note, **options)]
+    assets = [
+        download.find_model(model, note, verify=verify, refetch=True),
+        download.find_data(data, note, verify=verify, refetch=True),
+    ]
     if as_json:
-        print_json([{**vars(asset), "path": str(asset.path)} for asset in found])
+        print_json([vars(asset) | {"path": str(asset.path)} for asset in assets])
     else:
-        for asset in found:
+        for asset in assets:
             say(f"{asset}\n  in {asset.path}" + (f"\n  {asset.checked}" if asset.checked else ""))
 
 
 @app.command()
 def encode(
     data: DataArgument,
-    out: Annotated[Path, typer.Option(help="the JSON lines to write: id, input_ids, labels")],
+    out: Annotated[Path, typer.Option(help="output file of JSON lines with id, input_ids and labels")],
     tokenizer: TokenizerName = "smollm2",
     template: Template = None,
     max_length: MaxLength = 2048,
     truncation: Truncation = "token",
     train_on: TrainOn = "all",
-    ledger: Annotated[Path | None, typer.Option(help="write what was dropped, where and why, as JSON")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="JSON file for the counts of dropped and repaired rows")] = None,
 ) -> None:
-    """Turn conversations into token ids and labels, one JSON line each."""
+    """Tokenize conversations into token ids and labels, one JSON line per row."""
     from minisft.chat.tokenizers import load_tokenizer
     from minisft.data.download import find_data
     from minisft.data.ledger import Ledger
@@ -70,18 +80,21 @@ def encode(
     from minisft.files import require_apart, user_output, user_path
     from minisft.labels.encode_dataset import encode_stream
 
-    book = Ledger()
+    counts = Ledger()
     source = find_data(data, note).path
-    out, ledger = user_path(out), None if ledger is None else user_path(ledger)
-    require_apart([out, *([ledger] if ledger else [])], [source, *local_paths(tokenizer)])
-    using = load_tokenizer(tokenizer, template)
-    form = template_for(using)
+    out = user_path(out)
+    outputs = [out]
+    if ledger is not None:
+        ledger = user_path(ledger)
+        outputs.append(ledger)
+    require_apart(outputs, [source, *local_paths(tokenizer)])
+    loaded_tokenizer = load_tokenizer(tokenizer, template)
     rows = encode_stream(
-        read(source, book),
-        form,
-        using,
+        read(source, counts),
+        template_for(loaded_tokenizer),
+        loaded_tokenizer,
         max_length=max_length,
-        ledger=book,
+        ledger=counts,
         truncation=truncation,
         train_on=train_on,
     )
@@ -92,25 +105,25 @@ def encode(
                 is_empty = False
                 stream.write(json.dumps({"id": row.id, "input_ids": row.input_ids, "labels": row.labels}) + "\n")
             if is_empty:
-                why = ", ".join(f"{reason} ({entry.rows})" for reason, entry in list(book.dropped.items())[:5])
+                why = ", ".join(f"{reason} ({entry.rows})" for reason, entry in list(counts.dropped.items())[:5])
                 raise UserError(f"no row of {data} is left ({why}): give a larger --max-length or other data")
     finally:
-        if ledger:  # it says why, also where no row was usable
+        if ledger:  # also written if no row was usable, because it has the reasons
             with user_output(ledger) as stream:
-                stream.write(json_text(book.to_dict()) + "\n")
-    note(book)
+                stream.write(json_text(counts.to_dict()) + "\n")
+    note(counts)
 
 
 @app.command()
 def show(
     data: DataArgument = "sharegpt",
-    row: Annotated[int, typer.Option(help="which usable conversation, from 0")] = 0,
+    row: Annotated[int, typer.Option(help="index of the conversation among the usable ones, from 0")] = 0,
     tokenizer: TokenizerName = "smollm2",
     template: Template = None,
     max_length: MaxLength = 256,
     truncation: Truncation = "token",
 ) -> None:
-    """The token lens: every token of one conversation with its label."""
+    """Show every token of one conversation with its label."""
     import itertools
 
     from minisft.chat.tokenizers import load_tokenizer
@@ -123,11 +136,13 @@ def show(
     require_truncation(truncation)
     if max_length < 2:
         raise UserError(f"max length is {max_length}: give at least 2 tokens")
-    using = load_tokenizer(tokenizer, template)
-    before = list(itertools.islice(read(find_data(data, note).path, Ledger()), min(max(0, row) + 1, sys.maxsize)))
-    if not 0 <= row < len(before):
-        raise UserError(f"--row {row} is outside {data}, which has {len(before)} usable conversations")
-    say(Lens(encode(before[row], template_for(using), using, max_length, truncation), using))
+    loaded_tokenizer = load_tokenizer(tokenizer, template)
+    conversations = read(find_data(data, note).path, Ledger())
+    first = list(itertools.islice(conversations, min(max(0, row) + 1, sys.maxsize)))
+    if not 0 <= row < len(first):
+        raise UserError(f"--row {row} is outside {data}, which has {len(first)} usable conversations")
+    encoded = encode(first[row], template_for(loaded_tokenizer), loaded_tokenizer, max_length, truncation)
+    say(Lens(encoded, loaded_tokenizer))
 
 
 @app.command()
@@ -135,20 +150,16 @@ def check(
     data: DataArgument,
     tokenizer: TokenizerName = "smollm2",
     template: Template = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="longest row, in tokens; 2048, or of tokenized data the longest, if not given")
-    ] = None,
+    max_length: CheckedLength = None,
     truncation: Truncation = "token",
     train_on: TrainOn = "all",
-    against: Annotated[
-        str | None,
-        typer.Option(help="the conversations that tokenized data was made of: its ids and labels must equal"),
-    ] = None,
+    against: Against = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check what must hold for every labelled row, on conversations or on data that is tokenized already.
+    """Check the labels of every row, for conversations or for tokenized data.
 
-    Exit code 1 and the offending rows where an invariant fails, or where a damaged file was not read to its end.
+    Prints the offending rows. The exit code is 1 if an invariant fails, or if a damaged file could
+    not be read completely.
     """
     from minisft.chat.tokenizers import load_tokenizer
     from minisft.data.download import find_data
@@ -160,18 +171,35 @@ def check(
     path = find_data(data, note).path
     tokenized = is_tokenized(path)
     if against and not tokenized:
-        raise UserError(f"--against goes with tokenized data, and {data} has conversations: leave it out")
-    using = load_tokenizer(tokenizer, template)
-    form = template_for(using)
-    settings = {"truncation": truncation, "train_on": train_on, "say": note}
-    book = Ledger()
+        raise UserError(f"--against goes with tokenized data, but {data} holds conversations: leave it out")
+    loaded_tokenizer = load_tokenizer(tokenizer, template)
+    chat_template = template_for(loaded_tokenizer)
+    ledger = Ledger()
     if tokenized:
-        source = read(find_data(against, note).path, Ledger()) if against else None
-        report = check_tokenized(Tokenized(path), form, using, max_length=max_length, against=source, **settings)
+        report = check_tokenized(
+            Tokenized(path),
+            chat_template,
+            loaded_tokenizer,
+            max_length=max_length,
+            truncation=truncation,
+            train_on=train_on,
+            against=read(find_data(against, note).path, Ledger()) if against else None,
+            say=note,
+        )
     else:
-        length = 2048 if max_length is None else max_length
-        report = check_conversations(read(path, book), form, using, max_length=length, **settings)
-    print_json(report.to_dict() | {"lost": book.lost}) if as_json else say(report)
-    for what in book.lost:
+        report = check_conversations(
+            read(path, ledger),
+            chat_template,
+            loaded_tokenizer,
+            max_length=2048 if max_length is None else max_length,
+            truncation=truncation,
+            train_on=train_on,
+            say=note,
+        )
+    if as_json:
+        print_json(report.to_dict() | {"lost": ledger.lost})
+    else:
+        say(report)
+    for what in ledger.lost:
         note(f"lost: {what}")
-    sys.exit(0 if report.ok and not book.lost else 1)
+    sys.exit(0 if report.ok and not ledger.lost else 1)

@@ -1,6 +1,6 @@
-"""The entry point: every mistake that a user can correct ends in one sentence and exit code 2.
+"""The entry point of the command line: a mistake that the user can correct ends with one sentence.
 
-Exit code 0 is success, 1 a failed run, 2 bad usage or bad input.
+Exit codes: 0 success, 1 failed run or check, 2 bad usage or bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-from minisft.cli import data_verbs, model_verbs, run_verbs  # noqa: F401 (each registers its verbs)
+from minisft.cli import data_verbs, model_verbs, run_verbs  # noqa: F401 (each registers its commands)
 from minisft.cli.options import app, complain
 from minisft.errors import UserError
 from minisft.processes import open_standard_streams
@@ -22,11 +22,11 @@ from minisft.text import note, one_line
 
 
 def main() -> None:
-    """Run the command line; every mistake that a user can correct ends in one sentence and exit code 2."""
+    """Run the command line and exit; a mistake that the user can correct exits with code 2."""
     open_standard_streams()
-    os.environ.pop("MPLBACKEND", None)  # figures are drawn to files; a wrong name would stop matplotlib
+    os.environ.pop("MPLBACKEND", None)  # figures are drawn to files; an invalid name would make matplotlib fail
     warnings.showwarning = lambda message, category, *_: note(f"{category.__name__}: {one_line(message)}")
-    for stream in (sys.stdout, sys.stderr):  # what the option parser prints may have characters that a locale lacks
+    for stream in (sys.stdout, sys.stderr):  # the option parser may print characters that the locale lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
@@ -37,19 +37,19 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except OSError as error:
-        place = f" at {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+        at_path = f" at {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             what = "no space left on device" if error.errno != errno.EFBIG else "a file would be larger than allowed"
-            _stop(f"{what}{place}: free some, or point MINISFT_CACHE and MINISFT_OUTPUTS elsewhere")
-        _stop(f"{(error.strerror or str(error)).lower()}{place}: check the path, and that you may read and write there")
+            _stop(f"{what}{at_path}: free some, or point MINISFT_CACHE and MINISFT_OUTPUTS elsewhere")
+        _stop(f"{(error.strerror or str(error)).lower()}{at_path}: check the path and your permissions")
     except Exception as error:
-        if not hasattr(error, "format_message"):  # what the option parser raises for a mistake in the call
+        if not hasattr(error, "format_message"):  # only the option parser's errors about a wrong call have it
             raise
         _stop(f"{error.format_message().rstrip('.')} (see minisft {' '.join(sys.argv[1:2])} --help)")
 
 
 def _require_a_folder() -> None:
-    """Paths mean something only while the folder that they start from is there."""
+    """Raise `UserError` if the current folder has been removed: relative paths would fail."""
     try:
         Path.cwd()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The verbs about models and machines: doctor, memory, lint, evaluate, chat, notebooks."""
+"""The commands for models and machines: doctor, memory, lint, evaluate, chat, notebooks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from minisft.text import note, say
 @app.command()
 def doctor(
     as_json: AsJson = False,
-    brief: Annotated[bool, typer.Option("--brief", help="only what is missing, and a summary")] = False,
+    brief: Annotated[bool, typer.Option("--brief", help="print only failed checks and a summary")] = False,
 ) -> None:
-    """What this machine can run, what is missing, and what works without it."""
+    """Check what this machine can run, what is missing, and what works without it."""
     from minisft.doctor import examine
 
     report = examine()
@@ -36,21 +36,24 @@ def doctor(
 @app.command()
 def memory(
     model: Annotated[str | None, typer.Option("--model", "-m", help="smollm2, a model folder, or a hub id")] = None,
-    params: Annotated[float | None, typer.Option(help="a bare number of parameters instead, e.g. 7e9")] = None,
-    ranks: Annotated[int, typer.Option(help="processes, one per GPU")] = 2,
+    params: Annotated[float | None, typer.Option(help="a number of parameters instead of a model, e.g. 7e9")] = None,
+    ranks: Annotated[int, typer.Option(help="number of processes, one per GPU")] = 2,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "bf16",
     batch_size: Annotated[int, typer.Option(help="rows per rank and micro-batch, for the activations")] = 8,
     max_length: Annotated[
-        int | None, typer.Option(help="longest row, in tokens; 2048 or the model's positions if not given")
+        int | None,
+        typer.Option(help="maximum row length, in tokens; default: 2048, or less if the model's limit is lower"),
     ] = None,
-    activation_checkpointing: Annotated[bool, typer.Option("--activation-checkpointing")] = False,
-    accumulation: Annotated[int, typer.Option(help="micro-batches per step")] = 1,
-    gpu_memory: Annotated[float | None, typer.Option(help="GB of one GPU: says what fits and what to take")] = None,
-    states_only: Annotated[bool, typer.Option("--states-only", help="leave the activations out")] = False,
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="recompute activations in the backward pass")
+    ] = False,
+    accumulation: Annotated[int, typer.Option(help="micro-batches per optimizer step")] = 1,
+    gpu_memory: Annotated[float | None, typer.Option(help="GB of one GPU; shows what fits and what to use")] = None,
+    states_only: Annotated[bool, typer.Option("--states-only", help="omit the activations")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bytes per rank and owner under every strategy, predicted without allocating any of them."""
+    """Predict the memory of each rank under every strategy, without allocating it."""
     from minisft.zero import memory_report
 
     if (model is None) == (params is None):
@@ -61,8 +64,11 @@ def memory(
     if params is not None:
         report = memory_report.memory_of_parameters(params, ranks, precision, accumulation)
     else:
-        about = (batch, trust_remote_code, note, accumulation, gpu_memory is not None)
-        report = memory_report.memory_of_model(model, ranks, precision, *about)
+        assert model is not None  # exactly one of the two is given
+        on_gpu = gpu_memory is not None
+        report = memory_report.memory_of_model(
+            model, ranks, precision, batch, trust_remote_code, note, accumulation, on_gpu
+        )
     if gpu_memory is not None:
         report.add_plan(gpu_memory * 1e9)
     print_json(report.to_dict()) if as_json else say(report.text())
@@ -71,11 +77,14 @@ def memory(
 @app.command()
 def lint(
     file: Annotated[Path, typer.Argument(help="a DeepSpeed configuration in JSON")],
-    ranks: Annotated[int | None, typer.Option(help="processes: checks the batch arithmetic")] = None,
-    params: Annotated[float | None, typer.Option(help="the model's parameters: checks the buckets")] = None,
+    ranks: Annotated[int | None, typer.Option(help="number of processes, to check the batch sizes")] = None,
+    params: Annotated[float | None, typer.Option(help="number of model parameters, to check bucket sizes")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What is wrong with a DeepSpeed configuration; exit code 1 if DeepSpeed refuses it or does not do what it says."""
+    """Find mistakes in a DeepSpeed configuration.
+
+    The exit code is 1 if DeepSpeed would reject the configuration or not do what it says.
+    """
     from minisft.zero.lint_config import lint_file
 
     if ranks is not None and ranks < 1:
@@ -86,30 +95,30 @@ def lint(
     if as_json:
         print_json([vars(finding) for finding in findings])
     else:
-        say("\n".join(map(str, findings)) or f"nothing is wrong with {file}")
+        say("\n".join(map(str, findings)) or f"no problems found in {file}")
     sys.exit(1 if any(finding.severity == "error" for finding in findings) else 0)
 
 
 @app.command()
 def evaluate(
     runs: Annotated[
-        list[str] | None, typer.Argument(help="runs by name or folder; all with checkpoints if not given")
+        list[str] | None, typer.Argument(help="runs by name or folder; all runs with checkpoints if not given")
     ] = None,
-    rows: Annotated[int, typer.Option(help="test conversations to answer")] = 12,
-    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 48,
-    batch_size: Annotated[int, typer.Option(help="conversations answered at once; changes no answer")] = 32,
-    answers: Annotated[str, typer.Option(help="of each conversation the last answer, or all")] = "last",
-    resamples: Annotated[int, typer.Option(help="bootstrap samples for the intervals; 0 for none")] = 1000,
+    rows: Annotated[int, typer.Option(help="number of test conversations")] = 12,
+    max_new_tokens: Annotated[int, typer.Option(help="maximum answer length, in tokens")] = 48,
+    batch_size: Annotated[int, typer.Option(help="conversations per batch; does not change the answers")] = 32,
+    answers: Annotated[str, typer.Option(help="answers to score in each conversation: last or all")] = "last",
+    resamples: Annotated[int, typer.Option(help="bootstrap samples for confidence intervals; 0 for none")] = 1000,
     exclude_leaked: Annotated[
-        bool, typer.Option("--exclude-leaked", help="take other conversations for those with a trained question")
+        bool, typer.Option("--exclude-leaked", help="replace test conversations whose question was also trained")
     ] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="wait for runs that are being trained")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="wait for runs that are still training")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="read every file again, also those untouched since they were hashed")
+        bool, typer.Option("--verify", help="read every file again, instead of reusing cached checksums")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """BLEU, loss and three example answers for every checkpoint, and for the model before training."""
+    """Evaluate every checkpoint and the model before training: BLEU, loss, example answers."""
     from minisft.course.figures.evaluation import draw
     from minisft.evaluation.eval_set import EvalSettings
     from minisft.evaluation.evaluate_checkpoints import evaluate_runs, runs_to_evaluate
@@ -117,14 +126,14 @@ def evaluate(
 
     settings = EvalSettings(rows, max_new_tokens, batch_size, answers, resamples, exclude_leaked)
     wanted = [Run.load(name, trust_remote_code) for name in runs] if runs else all_runs(trust_remote_code)
-    is_asked = sys.stdin is not None and sys.stdin.isatty()
-    chosen = runs_to_evaluate(wanted, wait, typer.confirm if is_asked else None, say)
+    is_interactive = sys.stdin is not None and sys.stdin.isatty()
+    chosen = runs_to_evaluate(wanted, wait, typer.confirm if is_interactive else None, say)
     if runs and not chosen:
         raise UserError(f"{wanted[0].name} is being trained: give --wait, or evaluate it when it is done")
     if not runs:
         for run in chosen:
             if not run.checkpoints:
-                say(f"{run.name} is left out: it has no checkpoint (it is {run.status})")
+                say(f"{run.name} is skipped: it has no checkpoint (status: {run.status})")
         chosen = [run for run in chosen if run.checkpoints]
     if not chosen:
         raise UserError(
@@ -141,9 +150,9 @@ def evaluate(
 @app.command()
 def chat(
     run: Annotated[str, typer.Argument(help="a run with a checkpoint, by name or folder")],
-    step: Annotated[int | None, typer.Option(help="the checkpoint of that step; the last if not given")] = None,
-    beside: Annotated[bool, typer.Option("--beside", help="let the model before training answer as well")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 200,
+    step: Annotated[int | None, typer.Option(help="step of the checkpoint; the last checkpoint if not given")] = None,
+    beside: Annotated[bool, typer.Option("--beside", help="also show answers of the model before training")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="maximum answer length, in tokens")] = 200,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a trained model: each line is a question, and Ctrl-D ends the conversation."""
@@ -157,11 +166,11 @@ def chat(
 
 @app.command()
 def notebooks(
-    paths: Annotated[list[Path] | None, typer.Argument(help="notebooks; all of the course if not given")] = None,
-    in_place: Annotated[bool, typer.Option("--in-place", help="also refresh the committed outputs")] = False,
-    timeout: Annotated[float | None, typer.Option(help="seconds for each notebook")] = None,
+    paths: Annotated[list[Path] | None, typer.Argument(help="notebook files; all of the course if not given")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="also update the outputs in the notebooks")] = False,
+    timeout: Annotated[float | None, typer.Option(help="time limit for each notebook, in seconds")] = None,
 ) -> None:
-    """Execute notebooks; writes executed copies and an HTML book under outputs/notebooks."""
+    """Execute notebooks, and write executed copies and an HTML book to outputs/notebooks."""
     from minisft.course.notebooks import execute
     from minisft.run.folder import project_root
 

@@ -1,4 +1,7 @@
-"""The command-line application, and the options that several verbs share. Those of a run come from `RunConfig`."""
+"""The command-line application, and the options that several commands share.
+
+The options of a run are derived from `RunConfig`.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ import typer
 
 from minisft.errors import UserError
 from minisft.files import as_json, user_path
-from minisft.run.config import SETTINGS, RunConfig, preset_names, preset_values
+from minisft.run.config import SETTINGS, RunConfig, preset_values
+from minisft.run.settings_file import preset_names
 from minisft.text import note, one_line, say
 
 app = typer.Typer(
-    help="Supervised fine-tuning and ZeRO, small enough to read. Start with: minisft doctor",
+    help="Supervised fine-tuning and ZeRO, small enough to read. Start with `minisft doctor`.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -30,51 +34,53 @@ Model = Annotated[str, typer.Option("--model", "-m", help="smollm2, a model fold
 Data = Annotated[str, typer.Option("--data", "-d", help="sharegpt, a file or folder, or a hub id")]
 
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="run code that comes with the model: only for those you trust")
+    bool, typer.Option("--trust-remote-code", help="run code that comes with the model; only for models that you trust")
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
-MaxLength = Annotated[int, typer.Option(help="longest row, in tokens")]
+MaxLength = Annotated[int, typer.Option(help="maximum row length, in tokens")]
 
 DataArgument = Annotated[str, typer.Argument(help="sharegpt, a file or folder, or a hub id")]
 
 TokenizerName = Annotated[
-    str, typer.Option(help="smollm2, mistral:v1|v2|v3|v3-tekken|v7, a tokenizer's folder, or a hub id")
+    str, typer.Option(help="smollm2, mistral:v1 (or v2, v3, v3-tekken, v7), a tokenizer folder, or a hub id")
 ]
 
 Template = Annotated[
-    str | None, typer.Option(help="v1, v2, v3, v3-tekken or v7; the tokenizer's own, or v1, if not given")
+    str | None,
+    typer.Option(help="v1, v2, v3, v3-tekken or v7; if not given, that of a mistral: tokenizer, else v1"),
 ]
 
-Truncation = Annotated[str, typer.Option(help="what a row that is too long loses: token, turn or drop")]
+Truncation = Annotated[str, typer.Option(help="how to shorten a row that is too long: token, turn or drop")]
 
-TrainOn = Annotated[str, typer.Option(help="all answers, the last one, or each in a row of its own")]
+TrainOn = Annotated[str, typer.Option(help="answers to train on: all, last, or each in a separate row")]
 
-Hostfile = Annotated[Path | None, typer.Option("--hostfile", "-H", help="machines, one per line: name slots=N")]
+Hostfile = Annotated[Path | None, typer.Option("--hostfile", "-H", help="file with one machine per line: NAME slots=N")]
 
 LauncherName = Annotated[
     str | None,
-    typer.Option(help="what starts the ranks on other machines: ssh (default), pdsh, or none (you, with command.txt)"),
+    typer.Option(help="how ranks start on other machines: ssh (default), pdsh, or none (you run command.txt)"),
 ]
 
 HeartbeatTimeout = Annotated[
-    float, typer.Option(help="seconds without a sign of life after which a rank is ended, and the run")
+    float, typer.Option(help="seconds without a heartbeat from a rank until the run is stopped")
 ]
 
-ProgressTimeout = Annotated[
-    float, typer.Option(help="seconds without progress of any rank after which the run is ended")
-]
+ProgressTimeout = Annotated[float, typer.Option(help="seconds without progress by any rank until the run is stopped")]
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a run of this name")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing run of this name")]
 
 Restart = Annotated[
-    bool, typer.Option("--restart", help="replace an unfinished run of these settings that cannot be resumed")
+    bool, typer.Option("--restart", help="replace an unfinished run with the same settings that cannot be resumed")
 ]
 
 
 def with_run_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options of a run, beside its own: `function` gets its settings as `settings`, a `RunConfig`."""
+    """Add one option for each run setting to a command.
+
+    `function` receives those that were given as the dictionary `options`; see `run_config`.
+    """
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "options"]
     shared = _run_options()
     names = [parameter.name for parameter in shared]
@@ -92,31 +98,34 @@ def with_run_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _run_options() -> list[inspect.Parameter]:
-    """One option for each setting, and the two that name a file or a preset to start from."""
+    """One option for each setting, and two that name a preset or a file with initial settings."""
     types = get_type_hints(RunConfig)
     parameters = [_option(name, types[name]) for name in SETTINGS]
-    for name, kind, help in (
-        ("preset", str, f"settings to start from: {' or '.join(preset_names())}; course if neither is given"),
-        ("config", Path, "a YAML file of settings to start from, or the run.json of a run"),
-    ):
-        annotation = Annotated[kind | None, typer.Option(f"--{name}", help=help)]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    preset_help = f"preset with the initial settings: {' or '.join(preset_names())} (default: course)"
+    config_help = "file with the initial settings: a YAML file, or the run.json of a run"
+    parameters.append(_parameter("preset", str, typer.Option("--preset", help=preset_help)))
+    parameters.append(_parameter("config", Path, typer.Option("--config", help=config_help)))
     return parameters
 
 
-def _option(name: str, kind: Any) -> inspect.Parameter:
-    about = SETTINGS[name]
-    kind = next((part for part in get_args(kind) if part is not NoneType), kind)
-    dashed = name.replace("_", "-")
-    flags = about.flags or ((f"--{dashed}/--no-{dashed}",) if kind is bool else (f"--{dashed}",))
-    reason = f" ({about.reason})" if about.reason else ""
-    option = typer.Option(*flags, help=f"{about.help}{reason} [{_default(name)}]", show_default=False)
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    """A keyword parameter of type `kind`; None means that its option was not given."""
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def _option(name: str, kind: Any) -> inspect.Parameter:
+    definition = SETTINGS[name]
+    kind = next((part for part in get_args(kind) if part is not NoneType), kind)  # `int | None` is `int`
+    dashed = name.replace("_", "-")
+    flags = definition.flags or ((f"--{dashed}/--no-{dashed}",) if kind is bool else (f"--{dashed}",))
+    reason = f" ({definition.reason})" if definition.reason else ""
+    option = typer.Option(*flags, help=f"{definition.help}{reason} [{_default(name)}]", show_default=False)
+    return _parameter(name, kind, option)
+
+
 def _default(name: str) -> str:
-    """The default of a setting, and what each preset has instead."""
+    """The default of a setting, and the value in each preset that differs from it."""
     default = next(f.default for f in fields(RunConfig) if f.name == name)
     values = [f"default: {_shown(default)}"]
     for preset in preset_names():
@@ -133,7 +142,10 @@ def _shown(value: Any) -> str:
 
 
 def run_config(options: dict[str, Any]) -> RunConfig:
-    """The settings that a command line asks for: those of a file or a preset, and the options that were given."""
+    """The settings of a file or a preset, overridden by the options that were given.
+
+    Raises `UserError` if both are given, or no strategy, or an unusable value.
+    """
     preset, file = options.pop("preset", None), options.pop("config", None)
     if preset and file:
         raise UserError("--preset and --config were both given: give one of them")
@@ -145,15 +157,16 @@ def run_config(options: dict[str, Any]) -> RunConfig:
 
 
 def local_paths(source: str) -> list[Path]:
-    """The path of a model or tokenizer that lies on this machine; empty for one that is known by its name."""
+    """The path of a local model or tokenizer; empty for one that is given by name."""
     path = user_path(source)
     return [path] if path.exists() else []
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON on stdout."""
     say(as_json(value))
 
 
 def complain(reason: object) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     note(f"minisft: {one_line(reason)}")

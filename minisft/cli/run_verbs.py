@@ -1,4 +1,4 @@
-"""The verbs about runs: prepare, launch, train, compare."""
+"""The commands for runs: prepare, launch, train, compare."""
 
 from __future__ import annotations
 
@@ -44,9 +44,12 @@ def prepare(
     restart: Restart = False,
     hostfile: Hostfile = None,
     launcher: LauncherName = None,
-    slurm_nodes: Annotated[int | None, typer.Option(help="write a SLURM batch script for so many nodes")] = None,
+    slurm_nodes: Annotated[int | None, typer.Option(help="write a SLURM batch script for this number of nodes")] = None,
 ) -> None:
-    """Write a run folder, print the command that trains it, and explain its parts on stderr."""
+    """Prepare a run: write its folder and print the command that trains it.
+
+    The parts of the command are explained on stderr.
+    """
     from minisft.launch import prepare_run
     from minisft.launch.commands import commands, display_path, explain, first_words, require_nodes, slurm_script
     from minisft.run.folder import project_root
@@ -57,18 +60,18 @@ def prepare(
         require_nodes(config, slurm_nodes)
     run = prepare_run.prepare(config, place=place, overwrite=overwrite, restart=restart, say=note)
     if Path.cwd() != project_root():
-        note(f"To be run in the folder {project_root()}:")
+        note(f"Run this in the folder {project_root()}:")
     if slurm_nodes is not None:
         script = run.folder / "job.sbatch"
         with written_whole(script, private=True) as stream:
             stream.write(slurm_script(run.config, run.folder, slurm_nodes, run.on_gpu))
         if not run.on_gpu:
-            note("This machine has no GPU, so the run was prepared for CPUs: prepare it on a GPU node to use its GPUs")
+            note("This machine has no GPU, so the run was prepared for CPUs: prepare it on a GPU node to use GPUs")
         say(shlex.join(["sbatch", display_path(script)]))
         return
     if place is None and not run.on_gpu:
         warn_of_cores(config, note)
-    # A finished run is returned as it is: its command.txt may be somebody else's.
+    # A finished run is not prepared again, and its command.txt may come from somebody else.
     lines = commands(run.config, run.folder, place, prepared=run.prepared) if run.status == "done" else None
     text = run.command if lines is None else "\n".join(map(str, lines))
     for part in explain(first_words(text)):
@@ -87,27 +90,27 @@ def launch(
     heartbeat_timeout: HeartbeatTimeout = HEARTBEAT_TIMEOUT,
     progress_timeout: ProgressTimeout = PROGRESS_TIMEOUT,
 ) -> None:
-    """Write a run folder, train it, and follow it to its end."""
+    """Prepare a run, train it, and show its progress until it ends."""
     from minisft.launch import prepare_run
 
     _require_timeouts(heartbeat_timeout, progress_timeout)
     config, place = _settings_and_place(options, hostfile, launcher)
     if place is not None and place.launcher == "none":
-        raise UserError("--launcher none leaves the start to you: minisft prepare prints a line for each host")
+        raise UserError("--launcher none starts no ranks: use minisft prepare, which prints one command per host")
     run = prepare_run.prepare(config, place=place, overwrite=overwrite, restart=restart, say=note)
     _launch(run, place, heartbeat_timeout, progress_timeout)
 
 
 @app.command()
 def train(
-    run: Annotated[str, typer.Argument(help="a run's name or folder, made by `minisft prepare`")],
+    run: Annotated[str, typer.Argument(help="name or folder of a run that `minisft prepare` made")],
     hostfile: Hostfile = None,
     launcher: LauncherName = None,
     heartbeat_timeout: HeartbeatTimeout = HEARTBEAT_TIMEOUT,
     progress_timeout: ProgressTimeout = PROGRESS_TIMEOUT,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train a prepared run."""
+    """Train a prepared run, or resume an unfinished one."""
     from minisft.run.folder import Run
 
     _require_timeouts(heartbeat_timeout, progress_timeout)
@@ -118,7 +121,7 @@ def train(
 def _settings_and_place(
     options: dict[str, Any], hostfile: Path | None, launcher: str | None
 ) -> tuple[RunConfig, Place | None]:
-    """The run's settings, and its hosts if a hostfile names them: one rank per slot, unless `--ranks` is given."""
+    """The settings, and the hosts of a hostfile: one rank per slot unless `--ranks` is given."""
     from minisft.launch.hosts import Place, read_hostfile
 
     if hostfile is None:
@@ -135,14 +138,14 @@ def _place(hostfile: Path | None, ranks: int, launcher: str | None) -> Place | N
     if hostfile is not None:
         return Place.of_hostfile(hostfile, ranks, launcher or "ssh")
     if launcher is not None:
-        raise UserError(f"--launcher {launcher} is about other machines: name them with --hostfile, or leave it out")
+        raise UserError(f"--launcher {launcher} is for other machines: name them with --hostfile, or leave it out")
     return None
 
 
 def _require_timeouts(heartbeat_timeout: float, progress_timeout: float) -> None:
     for what, seconds in (("--heartbeat-timeout", heartbeat_timeout), ("--progress-timeout", progress_timeout)):
         if not seconds > 0:
-            raise UserError(f"{what} is {seconds:g}: give seconds, more than 0")
+            raise UserError(f"{what} is {seconds:g}: give a number of seconds above 0")
 
 
 def _launch(run: Run, place: Place | None, heartbeat_timeout: float, progress_timeout: float) -> None:
@@ -165,7 +168,7 @@ def compare(
     runs: Annotated[list[str] | None, typer.Argument(help="runs by name or folder; all if not given")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Losses, speed, memory and communication of several runs, side by side, and which was best here."""
+    """Compare the loss, speed, memory and communication of several runs."""
     from minisft.launch.compare_runs import comparison_table, summary_rows, verdict
     from minisft.run.folder import Run, all_runs
 
@@ -175,5 +178,5 @@ def compare(
         print_json(rows)
         return
     say(comparison_table(rows))
-    if said := verdict(chosen):
-        say(f"\n{said}")
+    if conclusion := verdict(chosen):
+        say(f"\n{conclusion}")

@@ -59,8 +59,7 @@ BESIDE = (  # besides the weights, the files that a result or the soundness chec
 
 
 def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, verify: bool = False) -> list[str]:
-    """Evaluate every checkpoint of every run; returns one sentence per checkpoint or run that
-    cannot be used.
+    """Evaluate every checkpoint of every run; returns a sentence for each that cannot be used.
 
     Results are reused if the contents of all files they depend on are unchanged. Checksums of
     unmodified files are cached; with `verify` every file is read again. Raises `UserError` if a run
@@ -99,10 +98,7 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
             known[key] = scores
             origin = {"run": one_line(run.name), "step": step, "model": one_line(model.name), "key": key}
             results.append(dict(scores) | origin)
-            write_json(folder / f"checkpoint-{step}.json", results[-1])
-            _write_lines(folder / f"checkpoint-{step}.txt", (a["output"] for a in scores["answers"]))
-            for saved_answers in folder.glob(f".checkpoint-{step}-*.jsonl"):
-                saved_answers.unlink(missing_ok=True)
+            _save(folder, results[-1])
             say(_line(results[-1]))
         _remove_others(folder, {result["step"] for result in results})
         _write_lines(folder / "references.txt", (q.messages[-1].content for q in eval_set.questions))
@@ -123,10 +119,10 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
 
 
 def _require_evaluable(runs: Sequence[Run]) -> None:
-    """Raises `UserError` if a run has no checkpoint, or if two runs have the same name."""
+    """Raise `UserError` if a run has no checkpoint, or if two runs have the same name."""
     for run in runs:
         if not run.checkpoints:
-            raise UserError(f"{run.name} has no checkpoint to evaluate (it is {run.status}): train it to its end first")
+            raise UserError(f"{run.name} has no checkpoint to evaluate (it is {run.status}): train it first")
     if twice := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
         raise UserError(
             f"two of the runs are called {twice[0]}, and their results would be in the same folder: give one at a time"
@@ -195,6 +191,14 @@ def _evaluated(
     if problem := checkpoint_problem(run, folder):
         raise UserError(problem)
     return evaluate_model(run, folder, eval_set, settings, saved_answers)
+
+
+def _save(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write a checkpoint's result and answers; remove the answers saved during evaluation."""
+    write_json(folder / f"checkpoint-{result['step']}.json", result)
+    _write_lines(folder / f"checkpoint-{result['step']}.txt", (a["output"] for a in result["answers"]))
+    for saved_answers in folder.glob(f".checkpoint-{result['step']}-*.jsonl"):
+        saved_answers.unlink(missing_ok=True)
 
 
 def _remove_others(folder: Path, steps: set[int]) -> None:

@@ -139,6 +139,7 @@ class _Step:
     ended: set[int]
 
     def end(self, row: int) -> None:
+        """Mark `row` as finished."""
         self.ended.add(row)
 
 

@@ -1,7 +1,7 @@
 """Make token ids and labels: which tokens of a row are trained.
 
-`encode` turns one conversation into a row, `encode_stream` encodes whole data sets on all cores, the invariants check
-rows, and the token lens shows them.
+`encode` turns one conversation into a row, `encode_stream` encodes whole data sets on all cores,
+the invariants check rows, and the token lens shows them.
 """
 
 import lazy_loader

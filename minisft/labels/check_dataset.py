@@ -1,6 +1,7 @@
-"""Check the invariants on whole data sets: on conversations, encoded here, or on rows from any tool.
+"""Check the invariants on whole data sets: conversations encoded here, or rows from any tool.
 
-Both entry points stream their input and return a `CheckReport`, which counts checked and failed rows per invariant.
+Both entry points stream their input and return a `CheckReport`, which counts checked and failed
+rows per invariant.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ class Tally:
 
 @dataclass
 class CheckReport:
-    """The result of a check. `ok` if every invariant holds for every row."""
+    """The result of a check: the number of rows, and a tally per invariant that was checked."""
 
     rows: int = 0
     invariants: dict[str, Tally] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
+        """Whether no row violates an invariant."""
         return not any(tally.failed for tally in self.invariants.values())
 
     def add(self, checked: Iterable[str], violations: Iterable[Violation]) -> None:
-        """Count one row: the names of the invariants that were checked, and the violations found."""
+        """Count one row: the names of the invariants checked, and the violations found."""
         self.rows += 1
         for name in checked:
             self.invariants.setdefault(name, Tally()).checked += 1
@@ -59,8 +61,8 @@ class CheckReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON.
 
-        `{"ok", "rows", "invariants": {name: {"means", "checked", "failed", "first": […], "mend"}}}`, where `mend` says
-        how to fix violations.
+        `{"ok", "rows", "invariants": {name: {"means", "checked", "failed", "first": […],
+        "mend"}}}`, where `mend` says how to fix violations.
         """
         invariants = {
             name: {"means": INVARIANTS[name][0], **asdict(tally), "mend": INVARIANTS[name][1]}
@@ -96,20 +98,21 @@ def check_conversations(
 ) -> CheckReport:
     """Encode conversations as training does, and check every row against its conversation.
 
-    With one of Mistral's own tokenizers, ids and masks are also compared with those of mistral-common. `say` prints
-    progress. Raises `UserError` for invalid settings, and if no row is left to check.
+    With one of Mistral's own tokenizers, ids and masks are also compared with those of
+    mistral-common. `say` prints progress. Raises `UserError` for invalid settings, and if no row is
+    left to check.
     """
     report, ledger = CheckReport(), Ledger()
     names = [*ALWAYS, "max length", *KNOWN]
     pending: deque[Conversation] = deque()  # conversations read, whose rows have not been returned yet
 
-    def remembered() -> Iterator[Conversation]:
+    def tracked() -> Iterator[Conversation]:
         for conversation in conversations:
             pending.extend(_as_trained(conversation, train_on))
             yield conversation
 
     rows = encode_stream(
-        remembered(), template, tokenizer, max_length=max_length, ledger=ledger, truncation=truncation, train_on=train_on
+        tracked(), template, tokenizer, max_length=max_length, ledger=ledger, truncation=truncation, train_on=train_on
     )
     for row in rows:
         while (conversation := pending.popleft()).id != row.id:
@@ -128,7 +131,7 @@ def check_conversations(
         if expected:
             ids, mask = expected
             labels = [token if trained else IGNORE_INDEX for token, trained in zip(ids, mask, strict=True)]
-            # The row may have been truncated: it is compared with the first ids only.
+            # The reference is not truncated, so only its first ids are compared.
             violations += _differences(row, ids, labels, "reference", "mistral-common", tokenizer)
         report.add([*names, "reference"] if expected else names, violations)
         _progress(report, say)
@@ -147,7 +150,7 @@ def _as_trained(conversation: Conversation, train_on: str) -> list[Conversation]
 
 
 def _expected(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[bool]] | None:
-    """Return ids and mask of mistral-common, or None if it does not know the tokenizer or refuses the conversation."""
+    """Return mistral-common's ids and mask, or None if it cannot encode the conversation."""
     if not tokenizer.name.startswith("mistral:"):
         return None
     try:
@@ -159,7 +162,7 @@ def _expected(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[in
 def _differences(
     row: Row, ids: list[int], labels: list[int], invariant: str, source: str, tokenizer: Tokenizer
 ) -> Iterator[Violation]:
-    """Yield the first position where the row differs from `ids` and `labels`, which come from `source`."""
+    """Yield the first difference between the row and `ids` and `labels`, which `source` made."""
     for name, actual, expected in (("id", row.input_ids, ids), ("label", row.labels, labels)):
         for i, value in enumerate(actual):
             wanted = expected[i] if i < len(expected) else "nothing"
@@ -185,11 +188,12 @@ def check_tokenized(
 ) -> CheckReport:
     """Check rows of ids and labels from any tool.
 
-    Only a row of `max_length` tokens may lack its last EOS. Without `max_length`, rows as long as the longest row count
-    as full, and `rows` is iterated twice. `against` are the conversations that the rows were made from: ids and labels
-    must then equal those of `labels.encode` with the same `max_length`, `truncation` and `train_on`. They are matched
-    by id, best in the order of the rows, because skipped conversations stay in memory. Raises `UserError` for invalid
-    settings, and if `against` is given and a row has no id.
+    Only a row of `max_length` tokens may lack its last EOS. Without `max_length`, rows as long as
+    the longest row count as full, and `rows` is iterated twice. `against` are the conversations
+    that the rows were made from: ids and labels must then equal those of `labels.encode` with the
+    same `max_length`, `truncation` and `train_on`. They are matched by id, best in the order of the
+    rows, because skipped conversations stay in memory. Raises `UserError` for invalid settings, and
+    if `against` is given and a row has no id.
     """
     require_truncation(truncation)
     require_train_on(train_on)
@@ -251,7 +255,7 @@ def _against(
 
 
 class _ById:
-    """Finds conversations by id. Reads no further than necessary, and keeps only skipped conversations."""
+    """Finds conversations by id; reads no further than necessary, and keeps only skipped ones."""
 
     def __init__(self, conversations: Iterable[Conversation], train_on: str):
         self._unread = iter(conversations)
@@ -259,6 +263,7 @@ class _ById:
         self._skipped: dict[str, Conversation] = {}
 
     def find(self, row_id: str) -> Conversation | None:
+        """Return the conversation of a row, once; None if there is none with this id."""
         while row_id not in self._skipped:
             conversation = next(self._unread, None)
             if conversation is None:

@@ -1,7 +1,7 @@
 """Encode whole data sets on all cores: a stream of conversations in, a stream of rows out.
 
-Only one batch of conversations is in memory at a time. Each conversation is encoded only until its row is full, which
-saves most of the work at short maximum lengths.
+Only one batch of conversations is in memory at a time. Each conversation is encoded only until its
+row is full, which saves most of the work at short maximum lengths.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def encode_stream(
 ) -> Iterator[Row]:
     """Yield rows of at most `max_length` tokens, in the order of their conversations.
 
-    `truncation` is `token`, `turn` or `drop` (see `encode_row.encode`). `train_on` is `all` answers of a conversation,
-    the `last` answer only, or `each` answer in a separate row. `ledger` counts the stages templated, truncated and
-    trained; a row without a trained token is dropped and counted. Raises `UserError` for invalid settings before the
-    first row is encoded.
+    `truncation` is `token`, `turn` or `drop` (see `encode_row.encode`). `train_on` is `all` answers
+    of a conversation, the `last` answer only, or `each` answer in a separate row. `ledger` counts
+    the stages templated, truncated and trained; a row without a trained token is dropped and
+    counted. Raises `UserError` for invalid settings before the first row is encoded.
     """
     require_truncation(truncation)
     require_train_on(train_on)
@@ -45,11 +45,13 @@ def encode_stream(
 
 
 def require_train_on(train_on: str) -> None:
+    """Raise `UserError` unless `train_on` is one of `TRAIN_ON`."""
     if train_on not in TRAIN_ON:
         raise UserError(f"train on {train_on!r} is not known: use {', '.join(TRAIN_ON)}")
 
 
 def require_max_length(max_length: int) -> None:
+    """Raise `UserError` unless a row of `max_length` tokens can hold an answer."""
     if max_length < 2:
         raise UserError(f"max length {max_length} leaves no room for an answer: give at least 2 tokens")
 
@@ -65,7 +67,7 @@ def _encode(
 ) -> Iterator[Row]:
     prepared = _prepared(conversations, template, ledger, train_on)
     while batch := list(itertools.islice(prepared, BATCH)):
-        # Slightly more tokens per character than measured so far, so most rows are full after one round.
+        # Characters per token, 10% more than measured so far: most rows are full after one round.
         guess = 1.1 / (ledger.tokens_per_character or 0.22)
         drafts = [Draft(conversation, template, tokenizer, max_length, guess) for conversation in batch]
         _fill(drafts, tokenizer)
@@ -96,7 +98,7 @@ def _prepared(
 
 
 def _fill(drafts: list[Draft], tokenizer: Tokenizer) -> None:
-    """Encode the texts that the drafts request, all drafts in one batch, until none requests more."""
+    """Encode the texts that the drafts request, all in one batch, until none requests more."""
     while drafts:
         requests = [(draft, wanted) for draft in drafts if (wanted := draft.wanted())]
         texts: dict[str, list[str]] = {}  # by `Segment.after`: each batch has one kind of predecessor

@@ -1,8 +1,8 @@
 """Encode one conversation: build `input_ids` and `labels` from its segments in one pass.
 
-A label is the token's own id if the token is trained, otherwise -100, which the loss ignores. Ids and labels are
-appended together, segment by segment, so they always correspond. Labels are not shifted, because the model does that:
-`labels[i]` is predicted from `input_ids[:i]`.
+A label is the token's own id if the token is trained, otherwise -100, which the loss ignores. Ids
+and labels are appended together, segment by segment, so they always correspond. Labels are not
+shifted, because the model does that: `labels[i]` is predicted from `input_ids[:i]`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRUNCATIONS = ("token", "turn", "drop")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training example: `input_ids` and `labels` of equal length; `truncated` if it did not fit."""
+    """One training example: ids and labels of equal length; `truncated` if it did not fit."""
 
     id: str
     input_ids: list[int]
@@ -45,9 +45,9 @@ def encode(
 ) -> Row:
     """Encode a conversation into a row of at most `max_length` tokens.
 
-    `truncation` is `token` (cut after exactly `max_length` tokens), `turn` (keep only answers that fit completely) or
-    `drop` (a row that does not fit is empty). An answer that is cut gets no EOS, so the model does not learn to stop
-    there.
+    `truncation` is `token` (cut after exactly `max_length` tokens), `turn` (keep only answers that
+    fit completely) or `drop` (a row that does not fit is empty). An answer that is cut gets no EOS,
+    so the model does not learn to stop there.
     """
     draft = Draft(conversation, template, tokenizer, max_length)
     while wanted := draft.wanted():
@@ -56,7 +56,7 @@ def encode(
 
 
 def encode_segments(segments: Iterable[Segment], tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of complete segments. A control token that the tokenizer lacks (BOS, for some) is omitted."""
+    """Return the ids of complete segments, without control tokens that the tokenizer lacks."""
     ids: list[int] = []
     for segment in segments:
         if segment.control:
@@ -74,9 +74,9 @@ def _control_ids(control: str, tokenizer: Tokenizer) -> list[int]:
 class Draft:
     """An unfinished row, which requests no more encoded text than it can hold.
 
-    `wanted()` returns the texts to encode next, as pairs of `Segment.after` and text; it is empty once the row is full
-    or complete. `add()` takes their ids. The caller encodes, so `encode_dataset` can encode hundreds of drafts in one
-    batch.
+    `wanted()` returns the texts to encode next, as pairs of `Segment.after` and text; it is empty
+    once the row is full or complete. `add()` takes their ids. The caller encodes, so
+    `encode_dataset` can encode hundreds of drafts in one batch.
     """
 
     def __init__(
@@ -168,9 +168,10 @@ _BETWEEN_WORDS = re.compile(r"[A-Za-z](?= [A-Za-z])")
 
 
 def cut_point(text: str, characters: int) -> int:
-    """Return where to cut `text` after at least `characters`: before a space between two words, or at its end.
+    """Return where to cut `text` after at least `characters`.
 
-    A tokenizer with `cuts_at_spaces` gives the part before the cut the same ids alone as in the complete text.
+    The cut is before a space between two words, or at the end of the text. A tokenizer with
+    `cuts_at_spaces` gives the part before the cut the same ids alone as in the complete text.
     """
     if characters + 100 >= len(text):
         return len(text)
@@ -179,5 +180,6 @@ def cut_point(text: str, characters: int) -> int:
 
 
 def require_truncation(truncation: str) -> None:
+    """Raise `UserError` unless `truncation` is one of `TRUNCATIONS`."""
     if truncation not in TRUNCATIONS:
         raise UserError(f"truncation {truncation!r} is not known: use {', '.join(TRUNCATIONS)}")

@@ -1,13 +1,13 @@
-"""What must hold for every labelled row, whoever made it.
+"""Check the invariants that every labelled row must satisfy, whichever tool made it.
 
-`check_row` finds the first token that breaks each invariant. If the conversation behind the row is known, its segments
-are encoded once more, one by one, and the row must equal them; if not, the template's own marks tell prompts from
-answers. `INVARIANTS` says what each means and how to mend it.
+`check_row` finds the first token that violates each invariant. If the conversation of the row is
+known, its segments are encoded again, one by one, and the row must equal them. Otherwise the
+template's markers separate prompts from answers. `INVARIANTS` explains each invariant and how to
+fix a violation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,33 +18,34 @@ from minisft.labels.encode_row import IGNORE_INDEX, encode_segments
 from minisft.labels.parse_rows import Found, ParsedRow, by_control_tokens, by_text, describe
 from minisft.text import one_line
 
+# Name -> (what it means, how to fix a violation).
 INVARIANTS = {
     "row": (
-        "a row is two lists of token ids that the tokenizer has",
-        "mend or drop these rows, and check that --tokenizer is the one that made them",
+        "ids and labels are lists of token ids in the tokenizer's vocabulary",
+        "repair or drop these rows, and check that --tokenizer is the one that made them",
     ),
-    "length": ("ids and labels have one length", "build both in one pass, token by token"),
+    "length": ("ids and labels have the same length", "build both in one pass, token by token"),
     "labels": (
-        "each label is -100 or the id at its own position",
-        "do not shift labels (the model does), and let no collator rebuild them",
+        "each label is -100 or the id at the same position",
+        "do not shift labels (the model does), and do not let a collator rebuild them",
     ),
     "max length": ("no row is longer than the maximum", "truncate ids and labels together"),
-    "bos": ("one BOS, as the first token", "let either the template or the tokenizer add it, not both"),
+    "bos": ("there is one BOS, the first token", "let either the template or the tokenizer add it, not both"),
     "control": (
-        "control tokens are exactly those of the template",
-        "encode text with the parsing of special tokens off, so that no text forges a turn, and remove padding",
+        "the control tokens are exactly those of the template",
+        "encode text without parsing special tokens, so that it cannot forge a turn, and remove padding",
     ),
-    "text": ("text tokens are what template and tokenizer make of the conversation", "encode the row again"),
-    "trained control": ("EOS is the only control token that is trained", "mask BOS and the marks of the template"),
+    "text": ("text tokens equal those of the template and tokenizer", "encode the row again"),
+    "trained control": ("EOS is the only trained control token", "mask BOS and the template's markers"),
     "eos": (
         "every answer ends in a trained EOS, unless the row was cut there",
-        "append the real EOS id after each answer and train it; if rows were cut, give --max-length",
+        "append the real EOS id to each answer and train it; if rows were cut, give --max-length",
     ),
     "prompt": ("no token of a prompt is trained", "mask by segment, not by searching for text or markers"),
-    "whole": ("an answer is trained from its first token, or not at all", "mask by segment, not by prefix lengths"),
+    "whole": ("an answer is trained from its first token or not at all", "mask by segment, not by prefix lengths"),
     "answers": ("the trained spans, decoded, are the answers", "mask by segment, not by searching for text"),
-    "cut": ("a row is cut only where it is full", "do not cut characters or turns before encoding"),
-    "targets": ("a row has a token to learn from", "drop rows without one: their loss is NaN or a false 0"),
+    "cut": ("a row is cut only at the maximum length", "do not cut characters or turns before encoding"),
+    "targets": ("a row has a trained token", "drop rows without one: their loss is NaN or a false 0"),
     "reference": ("ids and mask equal those of mistral-common", "encode each message alone, as mistral-common does"),
     "against": ("ids and labels equal those of minisft encode", "encode the row again"),
 }
@@ -54,7 +55,7 @@ KNOWN = ("text", "answers", "cut")
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One broken invariant: in which row (its id), which answer (from 0) and at which token (its position)."""
+    """One violated invariant: the row's id, the answer's index (from 0), the token's position."""
 
     row: str
     turn: int | None
@@ -63,10 +64,10 @@ class Violation:
     message: str
 
     def __str__(self) -> str:
-        places = [f"row {one_line(self.row)}"]
-        places += [] if self.turn is None else [f"turn {self.turn}"]
-        places += [] if self.token is None else [f"token {self.token}"]
-        return f"{', '.join(places)}: {self.message}"
+        location = [f"row {one_line(self.row)}"]
+        location += [] if self.turn is None else [f"turn {self.turn}"]
+        location += [] if self.token is None else [f"token {self.token}"]
+        return f"{', '.join(location)}: {self.message}"
 
 
 def check_row(
@@ -80,47 +81,47 @@ def check_row(
     conversation: Conversation | None = None,
     truncation: str = "token",
 ) -> list[Violation]:
-    """The violated invariants of one row, each at its first token; empty if all hold.
+    """Return the violated invariants of one row, each at its first token; empty if all hold.
 
-    `input_ids` and `labels` should be lists of ints of one length; whatever else they are is reported. A row of
-    `max_length` tokens may have been cut; without `max_length`, none was. `conversation` is the row's own, with
-    those answers marked that it trains, and makes the check exact; `truncation` is how it was cut, as in
-    `labels.encode`.
+    `input_ids` and `labels` should be lists of ints of equal length; anything else is reported. A
+    row of `max_length` tokens may have been cut; without `max_length` no row was. `conversation` is
+    the conversation of the row, with `trained` set for the answers that the row trains; it makes
+    the check exact. `truncation` is how the row was cut, as in `encode_row.encode`.
     """
-    found: dict[str, Violation] = {}
+    first: dict[str, Violation] = {}
 
-    def note(violations: Iterator[tuple[str, int | None, str]]) -> None:
+    def note(violations: Found) -> None:
         for invariant, token, message in violations:
-            if invariant in found:  # a row may break it at every token, and finding the turn takes a while
+            if invariant in first:  # may be violated at every token, and finding the turn is slow
                 continue
             turn = None if token is None else _turn(input_ids, token, tokenizer)
-            found[invariant] = Violation(row, turn, token, invariant, message)
+            first[invariant] = Violation(row, turn, token, invariant, message)
 
     note(_malformed(input_ids, labels, tokenizer))
-    if found:
-        return list(found.values())
+    if first:
+        return list(first.values())
     labelled = ParsedRow(input_ids, labels, tokenizer, full=max_length is not None and len(input_ids) >= max_length)
     controls = [i for i, token in enumerate(input_ids) if token in tokenizer.control_ids]
     note(_labels(labelled, controls))
     note(_bos(labelled))
     if max_length is not None and len(input_ids) > max_length:
-        note(iter([("max length", max_length, f"{len(input_ids)} tokens, and {max_length} are allowed")]))
+        note(iter([("max length", max_length, f"{len(input_ids)} tokens, but at most {max_length} are allowed")]))
     if conversation:
         note(_as_encoded(labelled, conversation, template, max_length, truncation))
     elif template.markers_are_text:
         note(by_text(labelled, controls))
     else:
         note(by_control_tokens(labelled, template, controls))
-    return list(found.values())
+    return list(first.values())
 
 
 def _turn(ids: list[int], position: int, tokenizer: Tokenizer) -> int:
-    """The number of answers that ended before this token."""
+    """Return the number of answers that ended before this position."""
     start = 1 if ids[:1] == [tokenizer.bos_id] else 0
     return ids[start:position].count(tokenizer.eos_id)
 
 
-# --- whatever the template ---------------------------------------------------------------------------------
+# --- for any template ---------------------------------------------------------------------------
 
 
 def _malformed(ids: Any, labels: Any, tokenizer: Tokenizer) -> Found:
@@ -128,15 +129,15 @@ def _malformed(ids: Any, labels: Any, tokenizer: Tokenizer) -> Found:
         if not isinstance(values, list):
             yield "row", None, f"{name} is {_kind(values)}, not a list of ids"
             return
-        wrong = next((i for i, value in enumerate(values) if type(value) is not int), None)
-        if wrong is not None:
-            yield "row", None, f"{name} has {_kind(values[wrong])} at position {wrong}, not an id"
+        position = next((i for i, value in enumerate(values) if type(value) is not int), None)
+        if position is not None:
+            yield "row", None, f"{name} has {_kind(values[position])} at position {position}, not an id"
             return
     if not ids:
         yield "row", None, "no tokens at all"
     elif min(ids) < 0 or max(ids) >= tokenizer.vocab_size:
-        wrong = next(i for i, token in enumerate(ids) if not 0 <= token < tokenizer.vocab_size)
-        yield "row", wrong, f"id {ids[wrong]} is not one of the tokenizer's {tokenizer.vocab_size}"
+        position = next(i for i, token in enumerate(ids) if not 0 <= token < tokenizer.vocab_size)
+        yield "row", position, f"id {ids[position]} is not one of the tokenizer's {tokenizer.vocab_size} ids"
     elif len(ids) != len(labels):
         yield "length", None, f"{len(ids)} ids and {len(labels)} labels"
 
@@ -150,7 +151,7 @@ def _labels(row: ParsedRow, controls: list[int]) -> Found:
         if row.trained(i) and (row.ids[i] != row.tokenizer.eos_id or i < row.start):
             yield "trained control", i, f"{row.piece(i)} is trained"
     if row.first_trained(1, len(row.ids)) is None:  # the first token is never predicted
-        yield "targets", None, f"none of its {len(row.ids)} tokens is trained"
+        yield "targets", None, f"none of the row's {len(row.ids)} tokens is trained"
 
 
 def _bos(row: ParsedRow) -> Found:
@@ -163,35 +164,35 @@ def _bos(row: ParsedRow) -> Found:
         yield (
             "bos",
             row.ids.index(bos, 1),
-            f"BOS again; it is there {row.ids.count(bos)} times (packed rows need position_ids)",
+            f"BOS again; it occurs {row.ids.count(bos)} times (packed rows need position_ids)",
         )
     elif bos == row.tokenizer.eos_id and row.ids[1:2] == [bos]:
         yield "bos", 1, "BOS again"
 
 
-# --- the conversation is known -----------------------------------------------------------------------------
+# --- when the conversation is known -------------------------------------------------------------
 
 
 def _as_encoded(
     row: ParsedRow, conversation: Conversation, template: ChatTemplate, max_length: int | None, truncation: str
 ) -> Found:
-    """Against the conversation's segments, each encoded alone and whole."""
+    """Compare a row with the segments of its conversation, each encoded alone and completely."""
     tokenizer = row.tokenizer
     expected: list[int] = []
     mask: list[bool] = []
-    ends = []  # after each answer
+    ends = []  # the position after each answer
     for segment in template.segments(conversation):
         ids = encode_segments([segment], tokenizer)
         expected += ids
         mask += [segment.trained] * len(ids)
         if segment.control == "eos":
             ends.append(len(expected))
-    same = _same(row.ids, expected)
+    same = _common_prefix(row.ids, expected)
     if same < len(row.ids):
         wanted = expected[same] if same < len(expected) else None
-        control = {row.ids[same], wanted} & tokenizer.control_ids
-        belongs = "nothing" if wanted is None else describe(wanted, tokenizer)
-        yield "control" if control else "text", same, f"{row.piece(same)} stands where {belongs} belongs"
+        is_control = bool({row.ids[same], wanted} & tokenizer.control_ids)
+        correct = "no token" if wanted is None else describe(wanted, tokenizer)
+        yield "control" if is_control else "text", same, f"{row.piece(same)} is where {correct} should be"
     yield from _mask(row, mask[:same])
     length = len(row.ids)
     if same == length < len(expected):
@@ -202,8 +203,8 @@ def _as_encoded(
     yield from _answers(row, template, conversation, whole=length >= len(expected))
 
 
-def _same(ids: list[int], expected: list[int]) -> int:
-    """How many first ids are equal."""
+def _common_prefix(ids: list[int], expected: list[int]) -> int:
+    """Return how many ids are equal from the start."""
     pairs = enumerate(zip(ids, expected, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(expected)))
 
@@ -211,10 +212,11 @@ def _same(ids: list[int], expected: list[int]) -> int:
 def _mask(row: ParsedRow, mask: list[bool]) -> Found:
     for i, wanted in enumerate(mask):
         if row.trained(i) and not wanted:
-            yield "prompt", i, f"{row.piece(i)} is trained, and is not part of a trained answer"
+            yield "prompt", i, f"{row.piece(i)} is trained but is not part of a trained answer"
         elif wanted and not row.trained(i):
-            goes_on = row.ids[i] == row.tokenizer.eos_id or (row.trained(i - 1) and mask[i - 1])
-            yield "eos" if goes_on else "whole", i, f"{row.piece(i)} of an answer is not trained"
+            # Training stops within the answer or before its EOS, or else it starts too late.
+            stops_early = row.ids[i] == row.tokenizer.eos_id or (row.trained(i - 1) and mask[i - 1])
+            yield "eos" if stops_early else "whole", i, f"{row.piece(i)} of an answer is not trained"
 
 
 def _answers(row: ParsedRow, template: ChatTemplate, conversation: Conversation, whole: bool) -> Found:
@@ -225,9 +227,9 @@ def _answers(row: ParsedRow, template: ChatTemplate, conversation: Conversation,
         spelt = row.spelt(start, end - complete)
         if not _spells(spelt, answer, row.tokenizer, complete or end < len(row.ids)):
             shown = spelt[:40].decode(errors="replace")
-            yield "answers", start, f"trained is {shown!r}, the answer is {answer[:40]!r}"
+            yield "answers", start, f"the trained text is {shown!r}, but the answer is {answer[:40]!r}"
     if len(spans) > len(answers) or (whole and len(spans) < len(answers)):
-        yield "answers", None, f"{len(spans)} trained spans, and {len(answers)} answers to train"
+        yield "answers", None, f"{len(spans)} trained spans, but {len(answers)} answers to train"
 
 
 def _is_trained(message: Message) -> bool:
@@ -235,7 +237,7 @@ def _is_trained(message: Message) -> bool:
 
 
 def _trained_spans(row: ParsedRow) -> list[tuple[int, int]]:
-    """Where each run of trained tokens starts and ends; an EOS ends a run, too."""
+    """Return (start, end) of each run of trained tokens; an EOS also ends a run."""
     spans = []
     start: int | None = None
     for i, (token, label) in enumerate(zip(row.ids, row.labels, strict=True)):
@@ -252,15 +254,18 @@ def _trained_spans(row: ParsedRow) -> list[tuple[int, int]]:
 
 
 def _spells(spelt: bytes, answer: str, tokenizer: Tokenizer, complete: bool) -> bool:
-    """Whether `spelt` is the answer, or its beginning; one space before it is the template's or the tokenizer's."""
+    """Whether `spelt` is the answer, or its beginning if not `complete`.
+
+    The template or the tokenizer may add one space before it.
+    """
 
     def fits(text: bytes) -> bool:
-        wholes = (text, b" " + text)
-        return spelt in wholes if complete else any(whole.startswith(spelt) for whole in wholes)
+        variants = (text, b" " + text)
+        return spelt in variants if complete else any(variant.startswith(spelt) for variant in variants)
 
     if fits(answer.encode()) or fits(answer.replace("▁", " ").encode()):  # SentencePiece writes `▁` for a space
         return True
-    # Some tokenizers cannot spell every text (lower case, NFC, an unknown token): then it is what they make of it.
+    # Some tokenizers change text (lower case, NFC, unknown tokens): compare with their output.
     return tokenizer.continues_text and fits(
         b"".join(map(tokenizer.token_bytes, tokenizer.encode(answer, after="text")))
     )

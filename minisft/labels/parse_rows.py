@@ -1,7 +1,7 @@
-"""Where prompts and answers are in a row of unknown origin, by the marks of its template alone.
+"""Find prompts and answers in a row of unknown origin, using only the template's markers.
 
-v2 and later have ids for `[INST]` and `[/INST]`. v1 writes them as text, and only EOS is sure; what it asks here is
-that every trained run comes right after the text `[/INST]`.
+Templates v2 and later have ids for `[INST]` and `[/INST]`. v1 writes them as text, so only EOS is
+certain; the check for v1 is that every trained run directly follows the text `[/INST]`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Found = Iterator[tuple[str, int | None, str]]  # the violated invariant, the pos
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """A well-formed row: `ids` and `labels` of one length; `full` if it may have been cut."""
+    """A well-formed row: ids and labels of equal length; `full` if it may have been cut."""
 
     ids: list[int]
     labels: list[int]
@@ -27,36 +27,43 @@ class ParsedRow:
 
     @property
     def start(self) -> int:
-        """Where the text begins: after BOS, if that is where it should be."""
+        """The position where the text begins: after BOS, if the row starts with it."""
         return 1 if self.ids[:1] == [self.tokenizer.bos_id] else 0
 
     def trained(self, position: int) -> bool:
+        """Whether the token at `position` is trained."""
         return self.labels[position] != IGNORE_INDEX
 
     def first_trained(self, begin: int, end: int) -> int | None:
+        """Return the first trained position in [`begin`, `end`), or None."""
         return next((i for i in range(begin, end) if self.labels[i] != IGNORE_INDEX), None)
 
     def piece(self, position: int) -> str:
+        """Describe the token at `position`."""
         return describe(self.ids[position], self.tokenizer)
 
     def spelt(self, begin: int, end: int) -> bytes:
+        """Return the text of the tokens in [`begin`, `end`), as bytes."""
         return b"".join(map(self.tokenizer.token_bytes, self.ids[begin:end]))
 
 
 def describe(token_id: int, tokenizer: Tokenizer) -> str:
+    """Return a token's id and text, for messages."""
     return f"id {token_id} ({tokenizer.piece(token_id)})"
 
 
 def by_control_tokens(row: ParsedRow, template: ChatTemplate, controls: list[int]) -> Found:
-    """`[INST] … [/INST]` and `[SYSTEM_PROMPT] … [/SYSTEM_PROMPT]` are prompts; what follows, up to EOS, is an answer.
+    """Check a row whose template has control tokens for its markers.
 
-    `controls` are the positions of all control tokens.
+    `[INST] … [/INST]` and `[SYSTEM_PROMPT] … [/SYSTEM_PROMPT]` are prompts; the tokens after them,
+    up to EOS, are an answer. `controls` are the positions of all control tokens.
     """
     names = [row.tokenizer.control_id(name) for name in template.control_tokens]
     closing_of = dict(zip(names[::2], names[1::2], strict=True))
     eos, bos = row.tokenizer.eos_id, row.tokenizer.bos_id
-    begin, closing, asked = row.start, None, False  # the current stretch, and what ends it if it is a prompt
-    before: bool | None = None  # whether the answer that ends where the stretch begins is trained
+    begin, asked = row.start, False  # start of the current span, and whether it follows a question
+    closing: int | None = None  # the token that ends the current span, if it is a prompt
+    before: bool | None = None  # whether the answer directly before the current span is trained
     for i in (i for i in controls if i >= row.start):
         token = row.ids[i]
         if closing is not None and token == closing:
@@ -71,31 +78,31 @@ def by_control_tokens(row: ParsedRow, template: ChatTemplate, controls: list[int
             before = row.first_trained(begin, i + 1) is not None
             begin, asked = i + 1, False
         elif token != bos or bos == eos:
-            yield "control", i, f"{row.piece(i)} has no place here"
+            yield "control", i, f"{row.piece(i)} is not allowed here"
     last = len(row.ids) - 1
     is_second = closing is None and _is_second(row, before, begin, len(row.ids))
     if closing is not None:
         yield from _prompt(row, begin, len(row.ids))
     elif begin <= last:
         if not asked and not is_second:
-            yield "control", begin, f"{row.piece(begin)} stands where a question or a system prompt should begin"
+            yield "control", begin, f"{row.piece(begin)} is where a question or a system prompt should begin"
         yield from _answer(row, begin, len(row.ids))
     if (closing is not None or asked or is_second) and not row.full:
         yield "eos", last, f"the row ends in {row.piece(last)}, not in EOS"
 
 
 def by_text(row: ParsedRow, controls: list[int]) -> Found:
-    """v1: every stretch up to an EOS is `[INST] question [/INST] answer`, in text."""
+    """Check a row of template v1: up to each EOS it is `[INST] question [/INST] answer`."""
     eos, bos = row.tokenizer.eos_id, row.tokenizer.bos_id
     begin = row.start
-    before: bool | None = None  # whether the answer that ends where the stretch begins is trained
+    before: bool | None = None  # whether the answer directly before the current span is trained
     for i in (i for i in controls if i >= row.start):
         if row.ids[i] == eos and i > begin:
             yield from _exchange(row, begin, i + 1, before)
             before = row.first_trained(begin, i + 1) is not None
             begin = i + 1
         elif row.ids[i] != bos or bos == eos:
-            yield "control", i, f"{row.piece(i)} has no place here"
+            yield "control", i, f"{row.piece(i)} is not allowed here"
     last = len(row.ids) - 1
     if begin <= last:
         yield from _exchange(row, begin, len(row.ids), before)
@@ -110,11 +117,11 @@ def _exchange(row: ParsedRow, begin: int, end: int, before: bool | None) -> Foun
         return
     question = row.spelt(begin, end if trained is None else trained).strip(b" ")
     if not question.startswith(b"[INST]") and not (row.full and end == len(row.ids) and b"[INST]".startswith(question)):
-        yield "control", begin, f"{row.piece(begin)} stands where a question's [INST] should begin"
+        yield "control", begin, f"{row.piece(begin)} is where a question's [INST] should begin"
     if trained is None:
         return
     if not question.endswith(b"[/INST]"):
-        yield "prompt", trained, f"{row.piece(trained)} is trained, and does not come right after [/INST]"
+        yield "prompt", trained, f"{row.piece(trained)} is trained but does not directly follow [/INST]"
     _, _, after = row.spelt(trained, end).partition(b"[INST]")
     if b"[/INST]" in after:
         yield "prompt", trained, "[INST] … [/INST] is trained (if the answer quotes it, give --against)"
@@ -122,9 +129,10 @@ def _exchange(row: ParsedRow, begin: int, end: int, before: bool | None) -> Foun
 
 
 def _is_second(row: ParsedRow, before: bool | None, begin: int, end: int) -> bool:
-    """Whether a stretch can be an answer that follows an answer: one of them is trained, and the other is not.
+    """Whether a span can be an answer directly after an answer: exactly one of the two is trained.
 
-    Answers of one weight are joined; answers of different weight stay apart. `before` is None where no answer precedes.
+    Consecutive answers of equal weight are joined, those of different weight are not. `before` is
+    None if no answer precedes.
     """
     if before is None or begin == end or row.ids[begin] == row.tokenizer.eos_id:
         return False
@@ -150,5 +158,5 @@ def _run(row: ParsedRow, trained: int, end: int) -> Found:
     stop = next((i for i in range(trained, end) if not row.trained(i)), None)
     if stop is not None:
         is_eos = row.ids[stop] == row.tokenizer.eos_id
-        what = "its EOS is not trained" if is_eos else f"training stops at {row.piece(stop)}"
-        yield "eos", stop, f"{what}, and began at token {trained}"
+        problem = "its EOS is not trained" if is_eos else f"training stops at {row.piece(stop)}"
+        yield "eos", stop, f"{problem}, but started at token {trained}"

@@ -1,7 +1,8 @@
-"""Reading data that is tokenized already: rows of `input_ids` and `labels`, whichever tool wrote them.
+"""Read data that is already tokenized: rows of `input_ids` and `labels` from any tool.
 
-JSON lines (as `minisft encode` writes them) or a JSON list, Parquet, an Arrow stream or file, a folder of such files,
-and what `save_to_disk` of `datasets` wrote. One batch of rows is in memory at a time.
+Formats: JSON lines (as `minisft encode` writes them), a JSON list, Parquet, an Arrow stream or
+file, a folder of such files, and a folder written by `save_to_disk` of `datasets`. Only one batch
+of rows is in memory at a time.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from minisft.data.ledger import Ledger
 from minisft.data.messages import as_text
 from minisft.data.read_files import rows_of
 from minisft.errors import UserError
+from minisft.labels.encode_row import IGNORE_INDEX
 
 PER_TOKEN = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as it stands; `problem` says why it could not be read, and then it has no ids.
+    """One row as the file has it; `problem` is why it cannot be read, and then it has no ids.
 
-    `id` is the row's own, or None; `where` names it in any case.
+    `id` is the row's id, or None if it has none; `where` always names the row (file and line).
     """
 
     where: str
@@ -37,7 +39,7 @@ class RawRow:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """The rows of a file or folder, as often as they are asked for. Iterating raises `UserError` for a bad file."""
+    """The rows of a file or folder; iterating raises `UserError` for a bad file."""
 
     path: Path
 
@@ -49,13 +51,16 @@ class Tokenized:
             parts = _parts(row)
             for number, part in enumerate(parts, 1):
                 yield _raw(where if len(parts) == 1 else f"{where}, part {number}", part)
-        yield from (RawRow(self.path.name, None, None, None, what) for what in ledger.lost)
+        yield from (RawRow(self.path.name, None, None, None, problem) for problem in ledger.lost)
         if empty:
             raise UserError(f"{self.path} has no rows: tokenize the data again")
 
 
 def is_tokenized(path: Path) -> bool:
-    """Whether the data has the columns `input_ids` or `labels`, by its first row. Raises `UserError` if unreadable."""
+    """Whether the first row has a column `input_ids` or `labels`.
+
+    Raises `UserError` if the data cannot be read.
+    """
     _, row = next(rows_of(path, Ledger()), (None, None))
     return isinstance(row, dict) and bool({"input_ids", "labels"} & set(row))
 
@@ -76,29 +81,29 @@ def _raw(where: str, row: Any) -> RawRow:
 
 
 def _contradiction(row: dict[str, Any]) -> str:
-    """What an attention mask or positions say that no model should be given; empty if nothing."""
+    """Return how the attention mask or the positions contradict the row; "" if they do not."""
     ids, labels, mask, positions = (row.get(name) for name in PER_TOKEN)
     if not (isinstance(ids, list) and isinstance(labels, list) and len(ids) == len(labels)):
-        return ""  # said of the row itself
+        return ""  # `check_row` reports this
     for name, column in (("attention_mask", mask), ("position_ids", positions)):
         if column is None:
             continue
         if not isinstance(column, list) or len(column) != len(ids) or not all(type(one) is int for one in column):
-            return f"{name} is not {len(ids)} whole numbers, one for each token"
-    seen = [i for i in range(len(ids)) if mask is None or mask[i] != 0]
+            return f"{name} is not {len(ids)} whole numbers, one per token"
+    visible = [i for i in range(len(ids)) if mask is None or mask[i] != 0]
     if mask is not None:
-        hidden = set(range(len(ids))).difference(seen)
-        if trained := [i for i in sorted(hidden) if labels[i] != -100]:
-            return f"token {trained[0]} is trained, and attention_mask hides it"
-        if seen and seen[-1] - seen[0] + 1 != len(seen):
+        hidden = set(range(len(ids))).difference(visible)
+        if trained := [i for i in sorted(hidden) if labels[i] != IGNORE_INDEX]:
+            return f"token {trained[0]} is trained, but attention_mask hides it"
+        if visible and visible[-1] - visible[0] + 1 != len(visible):
             return "attention_mask hides tokens inside the row"
-    if positions is not None and [positions[i] for i in seen] != list(range(len(seen))):
+    if positions is not None and [positions[i] for i in visible] != list(range(len(visible))):
         return "position_ids do not count 0, 1, 2, … from the first token"
     return ""
 
 
 def _parts(row: Any) -> list[Any]:
-    """The rows that were packed into one; each begins where its positions, or its lengths, begin again."""
+    """Return the rows that were packed into this one; only itself if it is not packed."""
     if not isinstance(row, dict):
         return [row]
     columns = {name: row[name] for name in PER_TOKEN if isinstance(row.get(name), list)}
@@ -108,18 +113,18 @@ def _parts(row: Any) -> list[Any]:
     starts = _starts(columns, row.get("seq_lengths"), size)[1:]
     if not starts:
         return [row]
-    bounds = zip([0, *starts], [*starts, size], strict=True)  # padding before the first part goes with it
+    bounds = zip([0, *starts], [*starts, size], strict=True)  # padding before the first part belongs to it
     return [{name: column[start:stop] for name, column in columns.items()} for start, stop in bounds]
 
 
 def _starts(columns: dict[str, list[Any]], lengths: Any, size: int) -> list[int]:
-    """Where the parts of a row begin, by whichever column tells."""
+    """Return where the parts of a packed row start; empty if no column marks them."""
     mask = columns.get("attention_mask", [1] * size)
     if (positions := columns.get("position_ids")) is not None:
         return [i for i in range(size) if positions[i] == 0 and mask[i] != 0]
     if isinstance(lengths, list) and all(type(n) is int and n > 0 for n in lengths) and sum(lengths) == size:
         return [0, *itertools.accumulate(lengths[:-1])]
-    if 2 in mask:  # axolotl numbers the parts
+    if 2 in mask:  # axolotl numbers the parts in the mask
         return [i for i in range(size) if mask[i] != 0 and (i == 0 or mask[i] != mask[i - 1])]
     return []
 
@@ -130,9 +135,14 @@ def _id(row: dict[str, Any]) -> str | None:
 
 
 def _without_padding(row: dict[str, Any]) -> tuple[Any, Any]:
-    """Padding that an `attention_mask` marks is no part of the row, unless it has labels."""
+    """Return ids and labels without the padding that `attention_mask` marks.
+
+    A token with a label is not padding.
+    """
     ids, labels, mask = row["input_ids"], row["labels"], row.get("attention_mask")
-    if not all(isinstance(column, list) and len(column) == len(ids) for column in (ids, labels, mask)):
+    if mask is None or not all(isinstance(column, list) and len(column) == len(ids) for column in (ids, labels, mask)):
         return ids, labels
-    kept = [i for i, (seen, label) in enumerate(zip(mask, labels, strict=True)) if seen != 0 or label != -100]
-    return [ids[i] for i in kept], [labels[i] for i in kept]
+    real = [
+        i for i, (visible, label) in enumerate(zip(mask, labels, strict=True)) if visible != 0 or label != IGNORE_INDEX
+    ]
+    return [ids[i] for i in real], [labels[i] for i in real]

@@ -1,4 +1,4 @@
-"""The token lens as a figure: tiles of text, one per token."""
+"""Draw the token lens as a figure: tiles of text, one per token."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from minisft.drawing import Picture, drawable, figure_of, picture_of
 def draw_tokens(
     tiles: Sequence[tuple[str, tuple[str, ...], list[float]]], title: str, legend: str, alt: str, width: float
 ) -> Picture:
-    """Tiles of text, with the kinds and the losses of the token lens, in lines of `width` points."""
+    """Draw tiles (text, kinds, losses) in lines of `width` points.
+
+    Losses are bars below their tile, in nats; `alt` is the alternative text.
+    """
     from textwrap import wrap
 
     edges = {"target": ("#8a5a00", "-"), "control": ("#0072B2", "-"), "padding": ("#777777", "--")}
-    character, gap = 6.02, 13.0  # points; of DejaVu Sans Mono at 10 points, and between two tiles
-    pitch = 42 if any(losses for _, _, losses in tiles) else 27
+    character, gap = 6.02, 13.0  # points: a character of DejaVu Sans Mono at 10 points; between tiles
+    pitch = 42 if any(losses for _, _, losses in tiles) else 27  # points between lines
     heading = wrap(title, int(width / 7.2))
     placed, x, y = [], gap, 18 + 17 * len(heading)
     for text, kinds, losses in tiles:

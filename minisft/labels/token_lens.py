@@ -1,7 +1,7 @@
-"""The token lens: every token of a row with its label, in a notebook, in a terminal or as a figure.
+"""The token lens: show every token of a row with its label, in notebooks, terminals and figures.
 
-A row holds untrusted text. Whatever is shown goes through `visible` first, so that it can only be read: no
-character of it moves the cursor, turns the line around or hides. On a page it is escaped as well.
+The text of a row is untrusted. All of it passes through `visible`, so that no character can move
+the cursor, change the direction of the line or hide. In HTML it is also escaped.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any
 
 from minisft.chat.tokenizers import Tokenizer
 from minisft.labels.encode_row import IGNORE_INDEX, Row
-from minisft.labels.token_lens_html import (  # noqa: F401
+from minisft.labels.token_lens_html import (
     FOLD,
-    KEPT,
     KINDS,
     LONGEST,
     MOST_LOSS,
@@ -31,12 +30,12 @@ from minisft.labels.token_lens_html import (  # noqa: F401
 )
 from minisft.text import visible
 
-_WIDTHS = {"position": 8, "id": 7, "label": 7, "predicts": 8, "loss": 6}  # in a terminal
+_WIDTHS = {"position": 8, "id": 7, "label": 7, "predicts": 8, "loss": 6}  # columns in a terminal
 
 
 @dataclass(frozen=True)
 class Box:
-    """Tokens `start` up to `stop`, shown as one: a single token, or several that only together make characters."""
+    """Tokens `start` to `stop` shown as one: a single token, or several that form characters."""
 
     start: int
     stop: int
@@ -46,7 +45,7 @@ class Box:
 
 @dataclass(frozen=True, repr=False)
 class Lens:
-    """Shows `row`. `losses` has one loss for each token (None: no loss), `attention_mask` a 0 for padding."""
+    """Shows `row`. `losses` are in nats, None where unknown; `attention_mask` is 0 for padding."""
 
     row: Row
     tokenizer: Tokenizer
@@ -64,38 +63,42 @@ class Lens:
     def __str__(self) -> str:
         return self.to_text()
 
-    # --- what each token is --------------------------------------------------------------------------------
+    # --- what each token is -----------------------------------------------------------------------
 
     def is_trained(self, i: int) -> bool:
-        """Whether the loss sees token `i`; before token 0 there is nothing to predict it from."""
+        """Whether token `i` is in the loss; token 0 never is, because nothing precedes it."""
         return i > 0 and self.row.labels[i] != IGNORE_INDEX
 
     def is_padding(self, i: int) -> bool:
+        """Whether the attention mask hides token `i`."""
         return self.attention_mask is not None and not self.attention_mask[i]
 
     def kinds(self, i: int) -> tuple[str, ...]:
-        """What token `i` is: at most one of padding and control, and whether it is a target."""
-        control = self.row.input_ids[i] in self.tokenizer.control_ids
-        sort = "padding" if self.is_padding(i) else "control" if control else ""
-        training = "target" if self.is_trained(i) else "" if sort else "prompt"
-        return tuple(filter(None, (sort, training)))
+        """Return the kinds of token `i`: padding or control, and target; or only prompt."""
+        is_control = self.row.input_ids[i] in self.tokenizer.control_ids
+        role = "padding" if self.is_padding(i) else "control" if is_control else ""
+        training = "target" if self.is_trained(i) else "" if role else "prompt"
+        return tuple(filter(None, (role, training)))
 
     def loss(self, i: int) -> float | None:
-        known = i > 0 and self.losses is not None and self.losses[i] is not None
-        return float(self.losses[i]) if known else None
+        """Return the loss of token `i` in nats, or None if there is none."""
+        loss = None if i < 1 or self.losses is None else self.losses[i]
+        return None if loss is None else float(loss)
 
     @cached_property
     def boxes(self) -> list[Box]:
-        found, start = [], 0
+        """The boxes of the row, in order; each token is in exactly one."""
+        boxes: list[Box] = []
+        start = 0
         while start < len(self.row.input_ids):
             stop = self._box_stop(start)
             text = visible(b"".join(map(self.tokenizer.token_bytes, self.row.input_ids[start:stop])))
-            found.append(Box(start, stop, text, self.kinds(start)))
+            boxes.append(Box(start, stop, text, self.kinds(start)))
             start = stop
-        return found
+        return boxes
 
     def _box_stop(self, start: int) -> int:
-        """After as many tokens of one kind as make whole characters, or after one if no number of them does."""
+        """The end of the shortest run of one kind that is whole characters; else `start` + 1."""
         kinds, decoder = self.kinds(start), getincrementaldecoder("utf-8")()
         for i in range(start, len(self.row.input_ids)):
             if "control" in kinds or self.kinds(i) != kinds:
@@ -104,7 +107,7 @@ class Lens:
                 decoder.decode(self.tokenizer.token_bytes(self.row.input_ids[i]))
             except UnicodeDecodeError:
                 break
-            if not decoder.getstate()[0]:  # no byte is left waiting for others
+            if not decoder.getstate()[0]:  # no incomplete character remains
                 return i + 1
         return start + 1
 
@@ -113,7 +116,10 @@ class Lens:
         return [box for box in self.boxes for _ in range(box.start, box.stop)]
 
     def facts(self, i: int) -> dict[str, str]:
-        """All that is known about token `i`, in words; position `i` predicts the label of the next one."""
+        """Return everything known about token `i`, as text by column name.
+
+        `predicts` is the label of the next token, which is predicted at position `i`.
+        """
         box, kinds, loss = self._box_of[i], self.kinds(i), self.loss(i)
         text, size = visible(self.tokenizer.token_bytes(self.row.input_ids[i])), box.stop - box.start
         predicts = i + 1 < len(self.row.labels) and self.is_trained(i + 1)
@@ -129,66 +135,69 @@ class Lens:
             "token": text if size == 1 else f"{text} ({i - box.start + 1} of {size} tokens of {box.text})",
         }
 
-    # --- what the row is -----------------------------------------------------------------------------------
+    # --- what the row is --------------------------------------------------------------------------
 
     @cached_property
     def verdict(self) -> str:
-        """The row in one line: how much of it is trained, and whether its answers end as they should."""
+        """The row in one line: how many tokens are trained, and whether its answers end in EOS."""
         ids, labels = self.row.input_ids, self.row.labels
         trained = [i for i in range(len(ids)) if self.is_trained(i)]
         padding = [i for i in range(len(ids)) if self.is_padding(i)]
-        said = [f"{len(trained)} of {count_of(len(ids), 'token')} trained" if trained else "no token is trained"]
+        parts = [f"{len(trained)} of {count_of(len(ids), 'token')} trained" if trained else "no token is trained"]
         if trained:
-            said.append(self._how_answers_end())
-        if self.row.truncated and "cut off" not in said[-1]:
-            said.append("the row was cut off")
+            parts.append(self._how_answers_end())
+        if self.row.truncated and "cut off" not in parts[-1]:
+            parts.append("the row was cut off")
         if padding:
-            said.append(f"{count_of(len(padding), 'token')} of padding")
-        if wrong := sum(map(self.is_trained, padding)):
-            said.append(f"padding trained by mistake: {count_of(wrong, 'token')}")
-        if wrong := sum(labels[i] != ids[i] for i in trained):
-            said.append(f"labels that are not their token's id: {wrong}")
-        return "; ".join(said)
+            parts.append(f"{count_of(len(padding), 'token')} of padding")
+        if count := sum(map(self.is_trained, padding)):
+            parts.append(f"padding trained by mistake: {count_of(count, 'token')}")
+        if count := sum(labels[i] != ids[i] for i in trained):
+            parts.append(f"labels that are not their token's id: {count}")
+        return "; ".join(parts)
 
     def _how_answers_end(self) -> str:
-        """An answer is a stretch of trained tokens, which a trained EOS ends too."""
+        """Describe how the answers end.
+
+        An answer is a run of trained tokens, which a trained EOS also ends.
+        """
         labels, eos_id = self.row.labels, self.tokenizer.eos_id
         trained = [*map(self.is_trained, range(len(labels))), False]
         ends = [i for i, label in enumerate(labels) if trained[i] and (label == eos_id or not trained[i + 1])]
-        wrong = {n: "does not end in EOS" for n, end in enumerate(ends, 1) if labels[end] != eos_id}
-        count, right = len(ends), len(ends) - len(wrong)
-        if count in wrong and ends[-1] + 1 == self.cut_at:
-            wrong[count] = "was cut off"
+        problems = {n: "does not end in EOS" for n, end in enumerate(ends, 1) if labels[end] != eos_id}
+        count, correct = len(ends), len(ends) - len(problems)
+        if count in problems and ends[-1] + 1 == self.cut_at:
+            problems[count] = "was cut off"
         if count == 1:
-            return f"the answer {wrong.get(1, 'ends in EOS')}"
-        if not wrong:
+            return f"the answer {problems.get(1, 'ends in EOS')}"
+        if not problems:
             return f"{'both' if count == 2 else f'all {count}'} answers end in EOS"
-        which = [f"answer {n} {what}" for n, what in wrong.items()]
-        if len(which) > 4:
-            which[2:-1] = [f"nor do {len(which) - 3} more"]
-        return f"{right or 'none'} of {count} answers end{'s' * (right < 2)} in EOS: {', '.join(which)}"
+        sentences = [f"answer {n} {problem}" for n, problem in problems.items()]
+        if len(sentences) > 4:
+            sentences[2:-1] = [f"nor do {len(sentences) - 3} more"]
+        return f"{correct or 'none'} of {count} answers end{'s' * (correct < 2)} in EOS: {', '.join(sentences)}"
 
     @cached_property
     def cut_at(self) -> int | None:
-        """Where the row was cut off, if it was: after its last token that is no padding."""
+        """The position where the row was cut off, before any padding; None if it was not."""
         if not self.row.truncated:
             return None
         return max((i + 1 for i in range(len(self.row.input_ids)) if not self.is_padding(i)), default=0)
 
     @cached_property
     def loss_line(self) -> str:
-        """The mean loss over the trained tokens, in words; empty if no loss is known."""
+        """The mean loss over the trained tokens, as text; empty if no loss is known."""
         known = [loss for i in range(len(self.row.labels)) if self.is_trained(i) and (loss := self.loss(i)) is not None]
         if not known:
             return ""
         return f"mean loss over the {count_of(len(known), 'trained token')}: {math.fsum(known) / len(known):.3f} nats"
 
-    # --- how it is shown -----------------------------------------------------------------------------------
+    # --- how it is shown --------------------------------------------------------------------------
 
     def _walk(
         self, items: Sequence[Any], show: Callable[[Any], Any], note: Callable[[str, str], Any], fold: int
     ) -> list:
-        """Each of `items` shown, boxes or tokens, with notes where the row was cut off or a long middle is left out."""
+        """Show each of `items` (boxes or tokens), with notes at the cut and at a folded middle."""
         head, middle, tail = folded(items, fold)
         shown = []
         for n, item in enumerate([*head, *tail], 1):
@@ -200,7 +209,7 @@ class Lens:
         return shown
 
     def _more(self, items: Sequence[Any]) -> str:
-        """What a fold holds: `1,204 more tokens (812 prompt, 392 trained)`."""
+        """Describe folded items, for example `1,204 more tokens (812 prompt, 392 trained)`."""
         tokens = range(items[0].start, items[-1].stop)
         trained = sum(map(self.is_trained, tokens))
         padding = sum(self.is_padding(i) and not self.is_trained(i) for i in tokens)
@@ -218,7 +227,7 @@ class Lens:
         return names if self.losses is not None else names[:-1]
 
     def to_text(self, full: bool = False) -> str:
-        """One line for each token; without the middle of a long row, unless `full`."""
+        """Return one line per token; the middle of a long row is omitted unless `full`."""
 
         def line(facts: dict[str, str]) -> str:
             numbers = " ".join(f"{facts[name]:>{width}}" for name, width in _WIDTHS.items() if name in facts)
@@ -232,7 +241,7 @@ class Lens:
         return "\n".join(filter(None, (self.verdict, self.loss_line, line({n: n for n in self._columns}), *lines)))
 
     def figure(self, title: str = "", width: float = 660) -> Any:
-        """The row as a `Picture`, `width` points wide; the verdict is its title unless you give one."""
+        """Draw the row as a `Picture`, `width` points wide; the default title is the verdict."""
         from minisft.labels.token_figure import draw_tokens
 
         def tile(box: Box) -> tuple[str, tuple[str, ...], list[float]]:
@@ -240,17 +249,17 @@ class Lens:
             return f"{marks_of(box.kinds)} {box.text}".strip(), box.kinds, list(map(bar_height, losses))
 
         tiles = self._walk(self.boxes, tile, lambda kind, text: (f"{KINDS[kind].mark} {text}", (kind,), []), FOLD)
-        legend = [f"{KINDS[kind].mark} {kind}: {KINDS[kind].meaning}".strip() for kind in self._present]
-        legend = "     ".join([*legend, *filter(None, [self.loss_line])])
+        entries = [f"{KINDS[kind].mark} {kind}: {KINDS[kind].meaning}".strip() for kind in self._present]
+        legend = "     ".join([*entries, *filter(None, [self.loss_line])])
         alt = f"A row as {count_of(len(self.row.input_ids), 'token')}; {self.row.trained} of them are trained, marked ●"
         alt = ". ".join(filter(None, (alt, self.verdict, self.loss_line)))
         return draw_tokens(tiles, title or self.verdict, legend, alt, width)
 
     @property
     def _present(self) -> list[str]:
-        """The kinds that this row has."""
-        found = {kind for box in self.boxes for kind in box.kinds}
-        return [kind for kind in KINDS if kind in found]
+        """The kinds of token in this row, in the order of `KINDS`."""
+        present = {kind for box in self.boxes for kind in box.kinds}
+        return [kind for kind in KINDS if kind in present]
 
     def _repr_html_(self) -> str:
         parts = folded(self.boxes, FOLD)
@@ -264,7 +273,7 @@ class Lens:
         )
 
     def _strip(self, boxes: Sequence[Box]) -> str:
-        """Boxes for the eye; for the ear there is the table."""
+        """The boxes as HTML, hidden from screen readers, which read the table instead."""
         shown = self._walk(boxes, self._box_html, lambda kind, text: box_html((kind,), text), LONGEST)
         style = "font-family:monospace;line-height:1.6;margin:6px 0;word-break:break-all"
         return f'<div aria-hidden="true" style="{style}">{"".join(shown)}</div>' if shown else ""
@@ -282,7 +291,7 @@ class Lens:
     def _legend(self) -> str:
         entries = [f"{box_html((kind,), kind)} {KINDS[kind].meaning}" for kind in self._present]
         if len(self.boxes) < len(self.row.input_ids):
-            entries.append("<sup>2</sup> two tokens that only together make characters")
+            entries.append("<sup>2</sup> two tokens that only together form characters")
         if self.losses is not None:
             entries.append(
                 f"{loss_bar(2, True)} loss of 2 nats, {loss_bar(MOST_LOSS, True)} of {MOST_LOSS:.0f} or more"
@@ -311,12 +320,12 @@ class Lens:
 
 
 def lens(row: Row, tokenizer: Tokenizer, model: Any = None) -> Lens:
-    """The lens on `row`; with a causal language model of transformers, also its loss on each token."""
+    """Return the lens on `row`; with a causal language model, also its loss on each token."""
     return Lens(row, tokenizer, None if model is None else token_losses(model, row.input_ids))
 
 
 def token_losses(model: Any, input_ids: list[int]) -> list[float | None]:
-    """The cross-entropy of each token given those before it, in nats; the first has none before it and no loss."""
+    """Return the cross-entropy of each token in nats; None for the first, which has no context."""
     import torch
 
     if len(input_ids) < 2:

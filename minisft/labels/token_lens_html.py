@@ -1,4 +1,4 @@
-"""The marks, colors and HTML boxes that the token lens is made of."""
+"""Marks, colors and HTML boxes of the token lens."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-FOLD, KEPT = 400, 200  # of more boxes or lines than FOLD, only KEPT at either end stay open
-LONGEST = 2000  # of more rows in the table or boxes within the fold, only KEPT at either end are there at all
-MOST_LOSS = 8.0  # nats: a bar grows no higher
+FOLD, KEPT = 400, 200  # of more than FOLD boxes or lines, all but KEPT at each end are folded
+LONGEST = 2000  # of more than LONGEST table rows or folded boxes, all but KEPT at each end are omitted
+MOST_LOSS = 8.0  # nats: the height of the highest bar
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a kind of token looks: each has a mark and a shape besides its colour, and suits a light and a dark page."""
+    """How a kind of token is drawn: a mark and shape for any page color and without color."""
 
     mark: str
     meaning: str
@@ -33,21 +33,24 @@ KINDS = {
 
 
 def folded(items: Sequence[Any], limit: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """Split `items` into head, middle and tail; the middle is empty up to `limit` items."""
     if len(items) <= limit:
         return items, items[:0], items[:0]
     return items[:KEPT], items[KEPT:-KEPT], items[-KEPT:]
 
 
 def count_of(count: int, noun: str) -> str:
+    """Return a count with its noun, for example `1 token` or `1,204 tokens`."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def marks_of(kinds: Iterable[str]) -> str:
+    """Return the marks of several kinds, concatenated."""
     return "".join(KINDS[kind].mark for kind in kinds)
 
 
 def box_html(kinds: tuple[str, ...], text: str, title: str = "", below: str = "", align: str = "baseline") -> str:
-    """One box. A `bdi` keeps its text's direction to itself even where a page drops all styles."""
+    """Return one box as HTML; `bdi` isolates its text's direction even without styles."""
     style = ";".join(KINDS[kind].style for kind in reversed(kinds))
     mark = f"<small>{marks_of(kinds)}</small>&nbsp;" if marks_of(kinds) else ""
     title = f' title="{escape(title)}"' if title else ""
@@ -58,11 +61,12 @@ def box_html(kinds: tuple[str, ...], text: str, title: str = "", below: str = ""
 
 
 def bar_height(loss: float) -> float:
-    """How high a bar stands, in nats: never quite gone, never above MOST_LOSS; there stands what is no number, too."""
+    """Return a bar's height in nats, from 0.5 (to be visible) to `MOST_LOSS`, also for NaN."""
     return MOST_LOSS if math.isnan(loss) else max(0.5, min(loss, MOST_LOSS))
 
 
 def loss_bar(loss: float, trained: bool) -> str:
+    """Return a loss as an HTML bar; it is paler if the token is not trained."""
     height = round(2 * bar_height(loss))
     style = f"display:inline-block;width:7px;margin:0 1px;padding-top:{round(2 * MOST_LOSS) - height}px"
     return f'<i style="{style};border-bottom:{height}px solid{"" if trained else ";opacity:.4"}"></i>'

@@ -1,4 +1,4 @@
-"""A run: its settings, and the folder through which the notebook and the training processes communicate.
+"""A run: its settings, and the folder that connects the notebook and the training processes.
 
 They share no memory. A run folder may come from somebody else, so every file in it is validated
 against a declared shape when it is read.

@@ -45,8 +45,8 @@ GLOBAL_BATCH = "global_batch"  # key of a settings file: rows per optimizer step
 class RunConfig:
     """Every setting of a run. Raises `UserError` for an unusable value.
 
-    The defaults of learning rate, epochs, batch size, weight decay, clipping and length are those of
-    the work that this course follows (`presets/full.yaml`).
+    The defaults of learning rate, epochs, batch size, weight decay, clipping and length are those
+    of the work that this course follows (`presets/full.yaml`).
     """
 
     # The model and the data
@@ -95,7 +95,7 @@ class RunConfig:
     )
     train_on: str = setting(
         "all",
-        "answers to train on: all of a conversation, only the last, or each in a separate row",
+        "answers to train on: all, last, or each in a separate row",
         choices=TRAIN_ON,
         shapes_rows=True,
     )
@@ -107,7 +107,7 @@ class RunConfig:
     )
     max_rows: int | None = setting(
         None,
-        "train on at most this many conversations; all if not given",
+        "train on only the first conversations, at most this many; all if not given",
         limit=AT_LEAST_1,
         shapes_rows=True,
     )
@@ -221,12 +221,18 @@ class RunConfig:
 
     @classmethod
     def course(cls, strategy: str = "vanilla", **changes: Any) -> RunConfig:
-        """The small preset, `presets/course.yaml`. `MINISFT_COURSE_STEPS` overrides its number of steps."""
+        """The small preset, `presets/course.yaml`.
+
+        `MINISFT_COURSE_STEPS` overrides its number of steps.
+        """
         return cls.from_preset("course", strategy=strategy, **changes)
 
     @classmethod
     def from_preset(cls, preset: str, **changes: Any) -> RunConfig:
-        """The settings of a preset, overridden by `changes`. Raises `UserError` for an unknown preset."""
+        """The settings of a preset, overridden by `changes`.
+
+        Raises `UserError` for an unknown preset.
+        """
         if preset not in preset_names():
             raise UserError(f"unknown preset {preset!r}: use {' or '.join(preset_names())}")
         values = dict(preset_values(preset))
@@ -311,7 +317,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def _as_number(name: str, value: Any) -> Any:
-    """Convert text to a number for a float setting: YAML reads 8e-6, without a decimal point, as text."""
+    """Convert text to float for a float setting: YAML reads 8e-6, without a point, as text."""
     default = next((f.default for f in dataclasses.fields(RunConfig) if f.name == name), None)
     if isinstance(value, str) and isinstance(default, float):
         try:
@@ -329,7 +335,7 @@ def usual_ranks() -> int:
 
 
 def require_utf8(what: str, path: str) -> None:
-    """Raise `UserError` if `path` is not UTF-8, which the libraries that read and write data need."""
+    """Raise `UserError` if `path` is not UTF-8, as the libraries for reading data require."""
     try:
         path.encode()
     except UnicodeEncodeError:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def project_root() -> Path:
-    """The nearest folder at or above the current one that contains `launchers/`; else the current folder."""
+    """The nearest folder at or above the current one with the launchers; else the current one."""
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / "launchers" / "run_zero.sh").exists()), here)
 
@@ -71,7 +71,10 @@ class Run:
 
     @classmethod
     def load(cls, name: str | Path, trust_remote_code: bool = False) -> Run:
-        """Load a run by its name under `outputs/model` or by its folder. Raises `UserError` if there is none."""
+        """Load a run by its name under `outputs/model` or by its folder.
+
+        Raises `UserError` if there is none.
+        """
         by_name = outputs_root() / "model" / str(name)
         folder = by_name if (by_name / "run.json").exists() else user_path(name)
         if not (folder / "run.json").exists():
@@ -102,12 +105,15 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """12 characters that identify the settings, the model and the rows that the folder was prepared for."""
+        """12 characters that identify the prepared settings, model and rows."""
         parts = [read_text(self.folder / name) or "" for name in ("run.json", "data/made_of.json")]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
     def wrote(self, record: Manifest | DoneRecord) -> bool:
-        """Whether a manifest or `DONE` belongs to this run. Earlier versions name no run, and count as its own."""
+        """Whether a manifest or `DONE` belongs to this run.
+
+        Earlier versions name no run, and count as its own.
+        """
         return record.get("run") in (None, self.identity)
 
     @property
@@ -220,7 +226,7 @@ class Run:
 
 
 def all_runs(trust_remote_code: bool = False) -> list[Run]:
-    """Every run under `outputs/model`: runs named after a strategy in their order, then the others by name."""
+    """Every run under `outputs/model`: those named after strategies first, the others by name."""
     runs = [Run(p.parent.absolute(), trust_remote_code) for p in (outputs_root() / "model").glob("[!.]*/run.json")]
     order = {strategy: i for i, strategy in enumerate(STRATEGIES)}
     return sorted(runs, key=lambda run: (order.get(run.name, len(order)), run.name))
@@ -229,15 +235,15 @@ def all_runs(trust_remote_code: bool = False) -> list[Run]:
 def lock_file(folder: Path) -> Path:
     """The lock file that a process holds while it prepares or trains a run.
 
-    It is beside the folder, because the folder may be replaced. For a link it is beside the target, so
-    that all paths to one folder share one lock.
+    It is beside the folder, because the folder may be replaced. For a link it is beside the target,
+    so that all paths to one folder share one lock.
     """
     folder = folder.resolve()
     return folder.with_name(f".{folder.name}.lock")
 
 
 def require_own_files(run: Run) -> None:
-    """Raise `UserError` for a link, a pipe or a device in a run folder, or a file in a folder's place.
+    """Raise `UserError` for links, pipes and devices in a run folder, and for misplaced files.
 
     Training would write to and remove the target of a link, and block forever on a pipe.
     """
@@ -271,5 +277,8 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def manifest_of(checkpoint: Path) -> Manifest | None:
-    """The manifest of a checkpoint, or None if it has none. Raises `UserError` if the manifest is damaged."""
+    """The manifest of a checkpoint, or None if it has none.
+
+    Raises `UserError` if the manifest is damaged.
+    """
     return read_json(checkpoint / MANIFEST, Manifest)

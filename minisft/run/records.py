@@ -17,7 +17,7 @@ Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """`run.json`: the settings, the initial model with its checksums, and the choices made for this machine."""
+    """`run.json`: the settings, the initial model, and the choices made for this machine."""
 
     config: dict[str, Any]
     model_folder: Annotated[str, Field(pattern=r"^[^\x00]*$")]
@@ -44,7 +44,7 @@ class Metric(TypedDict):
     bytes: NotRequired[Annotated[list[int], Field(min_length=1)]]
 
 
-# One rank's entry in `memory.json`. Some of its keys contain a space, which class syntax does not allow.
+# One rank's entry in `memory.json`. Class syntax does not allow its keys with spaces.
 RankMemory = TypedDict(
     "RankMemory",
     {
@@ -97,14 +97,14 @@ class FailureRecord(TypedDict):
 
 
 class HostsRecord(TypedDict):
-    """`hosts.json`: the hosts that a run was prepared for, with their numbers of ranks, and the launcher."""
+    """`hosts.json`: the launcher, and the number of ranks on each host."""
 
     launcher: str
     hosts: dict[str, int]
 
 
 class Example(TypedDict):
-    """One scored answer: the question's id, its last user turn, the reference answer and the model's."""
+    """One scored answer: id and last user turn of the question, reference, model's answer."""
 
     id: str
     prompt: str
@@ -164,7 +164,7 @@ class Summary(TypedDict):
 
 @dataclass(frozen=True)
 class RankHeartbeat:
-    """`ranks/rankN.json`: a rank's latest heartbeat, and when each phase began (seconds since 1970)."""
+    """`ranks/rankN.json`: a rank's heartbeat, and when each phase began (seconds since 1970)."""
 
     rank: Annotated[int, Field(ge=0)]
     host: str

@@ -1,4 +1,4 @@
-"""What a field of `RunConfig` carries besides its type and default: help, reason, choices and limit."""
+"""The metadata of a field of `RunConfig`: help, reason, choices and limit."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from minisft.course.experiments.resharding import AS_IT_IS, MENDED, UNIVERSAL, Resumed, as_table, resume_matrix
+from minisft.course.experiments.resharding import AS_IT_IS, REPAIRED, UNIVERSAL, Resumed, as_table, resume_matrix
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +28,15 @@ def test_with_fewer_ranks_only_universal_checkpoints_go_on(attempts):
 
 
 @pytest.mark.distributed
-def test_stage_3_takes_up_a_universal_checkpoint_wrongly_and_can_be_mended(attempts):
-    wrong, mended = by_case(attempts)[3, 3, UNIVERSAL], by_case(attempts)[3, 3, MENDED]
+def test_stage_3_takes_up_a_universal_checkpoint_wrongly_and_can_be_repaired(attempts):
+    wrong, repaired = by_case(attempts)[3, 3, UNIVERSAL], by_case(attempts)[3, 3, REPAIRED]
     assert wrong.verdict == "wrong"
     assert wrong.decays == (0.5, 0.5)
     assert wrong.one_counter
     assert wrong.difference > 1e-3
-    assert mended.verdict == "exact"
-    assert (mended.decays, mended.one_counter) == ((0.5, 0.0), False)
-    assert not [a for a in attempts if a.way == MENDED and a.stage != 3]
+    assert repaired.verdict == "exact"
+    assert (repaired.decays, repaired.one_counter) == ((0.5, 0.0), False)
+    assert not [a for a in attempts if a.way == REPAIRED and a.stage != 3]
 
 
 def test_the_table_has_a_column_for_each_target_and_a_line_for_each_checkpoint():

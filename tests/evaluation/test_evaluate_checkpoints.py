@@ -458,7 +458,7 @@ def test_without_names_all_runs_with_checkpoints_are_evaluated(run, tiny_model, 
     prepare(RunConfig.course("ddp", model=str(tiny_model), data=str(small_data), max_characters=None), say=quiet)
     done = minisft("evaluate", "--rows", 2, "--max-new-tokens", 2)
     assert done.returncode == 0, done.stderr
-    assert "ddp is left out: it has no checkpoint (it is prepared)" in done.stdout
+    assert "ddp is skipped: it has no checkpoint (status: prepared)" in done.stdout
     assert (own_outputs / "evaluation" / "vanilla" / "summary.json").exists()
     assert (own_outputs / "evaluation" / "scores.png").stat().st_size > 10_000
 

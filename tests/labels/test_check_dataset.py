@@ -144,7 +144,7 @@ def test_padding_that_the_mask_marks_is_left_out(run, written, rows):
     assert run("check", written("parquet", [padded(row, -100) for row in rows]), *V3)[0] == 0
     code, out, _ = run("check", written("parquet", [padded(row, 2) for row in rows]), *V3)
     assert code == 1
-    assert "is trained, and attention_mask hides it" in out
+    assert "is trained, but attention_mask hides it" in out
 
 
 def packed(rows, how, left=0):
@@ -194,7 +194,7 @@ def test_rows_that_are_packed_without_a_mark_are_wrong(run, written, rows):
         ({"position_ids": [0, "x", "x", "x"]}, "not 4 whole numbers"),
         ({"position_ids": [0, 1]}, "not 4 whole numbers"),
         ({"attention_mask": [1, 0, 1, 1]}, "hides tokens inside the row"),
-        ({"attention_mask": [1, 1, 0, 0]}, "token 2 is trained, and attention_mask hides it"),
+        ({"attention_mask": [1, 1, 0, 0]}, "token 2 is trained, but attention_mask hides it"),
         ({"attention_mask": [0.5, 0.5, 0.5, 0.5]}, "not 4 whole numbers"),
     ],
 )

@@ -12,7 +12,9 @@ from samples import BOS, EOS, Bytes
 
 from minisft.chat.registry import template_for
 from minisft.labels.encode_row import IGNORE_INDEX, Row
-from minisft.labels.token_lens import FOLD, KEPT, LONGEST, Lens, lens, visible
+from minisft.labels.token_lens import Lens, lens
+from minisft.labels.token_lens_html import FOLD, KEPT, LONGEST
+from minisft.text import visible
 
 
 def make_row(*parts, truncated=False):

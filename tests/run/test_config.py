@@ -36,7 +36,7 @@ def test_the_course_has_one_global_batch(strategy):
         ({"strategy": "zero9"}, "unknown strategy 'zero9': use one of vanilla"),
         ({"strategy": "zero2", "ranks": 0}, "ranks is 0: give at least 1"),
         ({"strategy": "zero2", "ranks": -1}, "ranks is -1"),
-        ({"strategy": "vanilla", "ranks": 2}, "vanilla is one process"),
+        ({"strategy": "vanilla", "ranks": 2}, "vanilla runs in one process"),
         ({"batch_size": 0}, "batch size is 0"),
         ({"max_steps": 0}, "max steps is 0"),
         ({"learning_rate": float("nan")}, "learning rate is nan"),

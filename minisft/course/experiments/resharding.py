@@ -33,7 +33,7 @@ ROWS = 6  # per step, divided among the ranks
 STEPS = 3  # before the checkpoint, and again after it
 DECAYS = (0.5, 0.0)  # of the two param groups; large, so decaying the wrong parameter shows at once
 SAME = 1e-6  # largest weight difference that rounding explains (gradients summed in another order)
-AS_IT_IS, UNIVERSAL, MENDED = WAYS = ("as it is", "universal", "universal, mended")
+AS_IT_IS, UNIVERSAL, REPAIRED = WAYS = ("as it is", "universal", "universal, repaired")
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _load_all(folder: Path, rank: int, ranks: int) -> list[Resumed]:
         for way in (AS_IT_IS, UNIVERSAL):
             attempts.append(_load(folder, saved, stage, way, rank, ranks))
         if len(set(attempts[-1].decays)) == 1 or attempts[-1].one_counter:
-            attempts.append(_load(folder, saved, stage, MENDED, rank, ranks))
+            attempts.append(_load(folder, saved, stage, REPAIRED, rank, ranks))
     return attempts
 
 
@@ -244,7 +244,7 @@ def _load(folder: Path, saved: int, stage: int, way: str, rank: int, ranks: int)
         if any(refusals):  # every rank must return, or the others would wait for it in training
             return replace(attempt, refusal=next(filter(None, refusals)))
         states = [state for state in _adamw(engine).state.values() if "step" in state]
-        if way == MENDED:
+        if way == REPAIRED:
             for group, decay in zip(engine.optimizer.param_groups, DECAYS, strict=True):
                 group["weight_decay"] = decay
             for state in states:
