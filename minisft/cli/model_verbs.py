@@ -26,11 +26,15 @@ def doctor(
     as_json: AsJson = False,
     brief: Annotated[bool, typer.Option("--brief", help="print only failed checks and a summary")] = False,
 ) -> None:
-    """Check what this machine can run, what is missing, and what works without it."""
+    """Check what this machine can run, what is missing, and what works without it.
+
+    Exit code 1 if something is missing that every part of the course needs.
+    """
     from minisft.doctor import examine
 
     report = examine()
     print_json(report.to_dict()) if as_json else say(report.text(brief=brief))
+    sys.exit(report.exit_code)
 
 
 @app.command()

@@ -57,11 +57,6 @@ def _loaded(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
         return None, one_line(error, 200)
 
 
-def new_rows(tokenizer: HuggingFaceTokenizer, vocabulary: int) -> int:
-    """Return how many embeddings a model with `vocabulary` tokens lacks for this tokenizer."""
-    return max(0, len(tokenizer.hf) - vocabulary)
-
-
 def _initialize_new_rows(model: Any, tokenizer: HuggingFaceTokenizer, old_size: int) -> None:
     """Set each new control token's row to the mean of its text's rows, and other new rows to the
     overall mean.

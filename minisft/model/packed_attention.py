@@ -66,9 +66,7 @@ def per_document_attention(
     dropout = dropout if module.training else 0.0
     grouped = query.shape[1] != key.shape[1]
     device = query.device.type
-    if torch.is_autocast_enabled(
-        device
-    ):  # under autocast, rotary embeddings make query and key fp32 but value stays half
+    if torch.is_autocast_enabled(device):  # it leaves query and key in fp32 after the rotary embedding, value in half
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     dtype = query.dtype
     if device == "cuda" and dtype in (torch.bfloat16, torch.float16) and not dropout:
@@ -79,10 +77,7 @@ def per_document_attention(
             q,
             k,
             v,
-            cu_seq_q=cu_seq_lens_q,
-            cu_seq_k=cu_seq_lens_q,
-            max_q=max_length_q,
-            max_k=max_length_q,
+            *(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q),  # of the queries and of the keys
             scale=scaling,
             window_size=(-1, 0),  # causal
             enable_gqa=grouped,

@@ -7,12 +7,13 @@ from samples import size, texts_of
 from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.course.figures.runs import before_and_after, comparison, loss_curves, memory_bars
-from minisft.course.figures.tokens import token_flow, token_lanes, token_strip
+from minisft.course.figures.tokens import token_flow, token_lanes
 from minisft.data.conversations import clean
 from minisft.data.ledger import Ledger
 from minisft.drawing import Picture, drawable
 from minisft.files import write_json
 from minisft.labels.encode_row import encode
+from minisft.labels.token_lens import Lens
 from minisft.launch.launch_run import prepare
 from minisft.run.config import RunConfig
 from minisft.zero.measured_memory import OWNERS
@@ -63,12 +64,12 @@ def test_before_and_after_says_what_happened():
     assert size(before_and_after([summary(3.0, 0.1)]))[0] > 600
 
 
-def test_a_token_strip_draws_dollar_signs_as_text(tiny_model):
+def test_a_lens_draws_dollar_signs_as_text(tiny_model):
     """Matplotlib would read `$…$` as a formula and fail on what is none."""
     tokenizer = HuggingFaceTokenizer(tiny_model)
     talk = clean(sharegpt_row("x", ("human", "$\\frac{ costs $5"), ("gpt", "ok $_{")), "here", Ledger())
     row = encode(talk, template_for(tokenizer), tokenizer, 99)
-    assert f"{row.trained} of them" in token_strip(talk, row, tokenizer).alt
+    assert f"{row.trained} of them" in Lens(row, tokenizer).figure().alt
 
 
 def pirate():

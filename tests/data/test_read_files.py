@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_conversations import rows as any_rows
 
-from minisft.data import read_files
+from minisft.data import json_text, read_files
 from minisft.data.conversations import Message
 from minisft.data.data_files import DataFile, _Plain
 from minisft.data.ledger import Ledger
@@ -304,7 +304,7 @@ def test_a_row_across_many_chunks_is_read_whole(file, monkeypatch):
     text = "[" + json.dumps(rows[0]) + ", " + broken + ",\n" + ", ".join(map(json.dumps, rows[1:])) + "\n]"
     file.write_text(text, encoding="utf-8")
     for chunk in itertools.chain(range(1, 40), range(40, 400, 7)):
-        monkeypatch.setattr(read_files, "CHUNK", chunk)
+        monkeypatch.setattr(json_text, "CHUNK", chunk)
         found = list(rows_of(file, Ledger()))
         assert [row for _, row in found if isinstance(row, dict)] == rows, chunk
         assert len(found) == 4
@@ -313,8 +313,8 @@ def test_a_row_across_many_chunks_is_read_whole(file, monkeypatch):
 @pytest.mark.parametrize("form", ["list", "lines"])
 def test_damage_without_an_end_is_not_read_into_memory(file, monkeypatch, form):
     """After an unclosed bracket the rest of a list is lost; JSON lines continue on the next line."""
-    monkeypatch.setattr(read_files, "CHUNK", 100)
-    monkeypatch.setattr(read_files, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(json_text, "CHUNK", 100)
+    monkeypatch.setattr(json_text, "LONGEST_ROW", 1000)
     rows = [json.dumps(good("r0")), '{"id": [[[', *(json.dumps(good(f"r{i}")) for i in range(1, 500))]
     file.write_text("[" + ",".join(rows) + "]" if form == "list" else "\n".join(rows) + "\n" + "x" * 2500)
     ids, ledger = ids_in(file)
@@ -373,7 +373,7 @@ def test_good_rows_among_broken_ones_are_all_found(file, monkeypatch, form):
     parts = [json.dumps(good(f"r{i}")) if i % 3 else BROKEN[list(BROKEN)[i % 7]] for i in range(1, 60)]
     file.write_text("[" + ",\n".join(parts) + "]" if form == "list" else "\n".join(parts))
     for chunk in (1, 2, 7, 64, 1000, 1 << 20):
-        monkeypatch.setattr(read_files, "CHUNK", chunk)
+        monkeypatch.setattr(json_text, "CHUNK", chunk)
         assert ids_in(file)[0] == [f"r{i}" for i in range(1, 60) if i % 3]
 
 
@@ -589,7 +589,7 @@ def test_half_a_surrogate_pair_is_replaced_and_counted(file, form):
 
 
 def test_a_character_across_two_chunks_stays_whole(file, monkeypatch):
-    monkeypatch.setattr(read_files, "CHUNK", 7)
+    monkeypatch.setattr(json_text, "CHUNK", 7)
     file.write_text(json.dumps([sharegpt_row("a", ("human", "é🙂" * 50), ("gpt", "ok"))], ensure_ascii=False))
     (found,) = read(file, Ledger())
     assert found.messages[0].content == "é🙂" * 50

@@ -7,10 +7,9 @@ from typing import Any
 
 from minisft.chat.mistral import Segment
 from minisft.chat.tokenizers import Tokenizer
-from minisft.data.conversations import Conversation
 from minisft.data.ledger import Ledger
 from minisft.drawing import Picture, drawable, figure_of, picture_of
-from minisft.labels.encode_row import Row, encode_segments
+from minisft.labels.encode_row import encode_segments
 
 LANE_COLOURS = {
     "system prompt": "#56B4E9",
@@ -24,16 +23,6 @@ WHY_LESS = {
     "truncated": "did not fit in the row",
     "trained": "prompts: read, not trained",
 }
-
-
-def token_strip(conversation: Conversation, row: Row, tokenizer: Tokenizer, width: float = 660) -> Picture:
-    """Draw one encoded conversation as colored tokens, trained ones in orange; `width` is in
-    points.
-    """
-    from minisft.labels.token_lens import Lens
-
-    title = f"{conversation_turns(conversation)} become {len(row.input_ids)} tokens; "
-    return Lens(row, tokenizer).figure(title + f"the loss sees the {row.trained} in orange", width)
 
 
 def token_lanes(lanes: Mapping[str, tuple[Iterable[Segment], Tokenizer]], marked: str, title: str) -> Picture:
@@ -145,9 +134,3 @@ def token_flow(ledger: Ledger) -> Picture:
     axes.set_title(title)
     counts = "; ".join(f"{s} {r:,} rows, {t:.1f} million tokens" for s, r, t in zip(stages, rows, tokens, strict=True))
     return picture_of(figure, f"{title}: {counts}.")
-
-
-def conversation_turns(conversation: Conversation) -> str:
-    """Describe the number of turns, for example "2 questions and answers"."""
-    questions = sum(m.role == "user" for m in conversation.messages)
-    return f"{questions} question{'s' if questions > 1 else ''} and answer{'s' if questions > 1 else ''}"
