@@ -11,6 +11,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,9 @@ from minisft.chat.pieces import BYTE_OF, SPACE_MARK, bytes_of_piece, no_piece_cr
 from minisft.chat.registry import DEFAULT, template_named
 from minisft.data.model_folder import clean_logs, require_tokenizer_class
 from minisft.errors import UserError
-from minisft.text import visible
+from minisft.text import one_line, visible
+
+MOST_TOKENS = 10_000_000  # of a vocabulary; the largest published ones have 260,000
 
 
 class Tokenizer(Protocol):
@@ -83,10 +86,20 @@ class HuggingFaceTokenizer:
         self.name, self.template_name = Path(folder).name, template
         control_tokens = template_named(template).control_tokens
         self.hf = _load(folder)
+        with _damage_named(folder):
+            self._examine(control_tokens)
+
+    def _examine(self, control_tokens: Sequence[str]) -> None:
+        """Find the control tokens, and make the tokenizers that cannot recognize them in a text."""
         self._add_control_tokens(control_tokens)
         self.bos_id, self.eos_id = self.hf.bos_token_id, self.hf.eos_token_id
         self.pad_id = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
         self.vocab_size = max(self.hf.get_vocab().values()) + 1
+        if self.vocab_size > MOST_TOKENS:
+            raise UserError(
+                f"the tokenizer {self.name} has the id {self.vocab_size - 1}, and at most {MOST_TOKENS} is allowed: "
+                "save another one"
+            )
 
         serialized = json.loads(self.hf.backend_tokenizer.to_str())
         marks = {*self.hf.all_special_tokens, *control_tokens}
@@ -117,7 +130,8 @@ class HuggingFaceTokenizer:
         return self.encode_batch([text], after)[0]
 
     def encode_batch(self, texts: Sequence[str], after: str = "control") -> list[list[int]]:
-        encodings = self._at[after].encode_batch_fast(texts, add_special_tokens=False)
+        with _damage_named(self.name):
+            encodings = self._at[after].encode_batch_fast(texts, add_special_tokens=False)
         batch_ids = [encoding.ids for encoding in encodings]
         if self._forgeable:
             self._refuse_forged(texts, batch_ids)
@@ -158,18 +172,25 @@ class HuggingFaceTokenizer:
         return bytes_of_piece(piece.removeprefix("##"))
 
 
+@contextmanager
+def _damage_named(source: Path | str) -> Iterator[None]:
+    """Turn what a damaged tokenizer raises into a `UserError`; a panic in Rust is not even an `Exception`."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = one_line(error, 200)
+        raise UserError(f"the tokenizer in {source} cannot be loaded ({reason}): save one there") from error
+
+
 def _load(folder: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     require_tokenizer_class(Path(folder))
     clean_logs()
-    try:
+    with _damage_named(folder):
         hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # damage raises many kinds of errors; a panic in Rust is not an Exception
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the tokenizer in {folder} cannot be loaded ({reason}): save one there") from error
     if not hf.is_fast:
         raise UserError(f"the tokenizer in {folder} has no tokenizer.json: save a fast tokenizer there")
     if hf.eos_token_id is None:
@@ -196,6 +217,8 @@ def _hide_control_tokens(serialized: dict[str, Any], control_ids: frozenset[int]
     serialized["added_tokens"] = remaining
     serialized |= {"post_processor": None, "truncation": None, "padding": None}
     model = serialized["model"]
+    if "dropout" in model:
+        model["dropout"] = None  # it would encode a text differently each time
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):  # Unigram: [piece, score], the index is the id
         for token_id in control_ids & set(range(len(vocabulary))):

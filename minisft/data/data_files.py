@@ -166,6 +166,7 @@ class _Unpacked(io.RawIOBase):
     def __init__(self, packed: io.BufferedReader, codec: str, file: DataFile, ledger: Ledger):
         self._packed, self._codec, self._file, self._ledger = packed, codec, file, ledger
         self._read = 0
+        self._ended = False  # after an error a stream may return its undecoded buffer
         self._most = max(_LEAST, _RATIO * os.fstat(packed.fileno()).st_size)
         if codec == "gzip":
             self._stream = gzip.GzipFile(fileobj=packed)
@@ -179,12 +180,16 @@ class _Unpacked(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int:
         target = memoryview(buffer)
+        if self._ended:
+            return 0
         if self._read > self._most:
+            self._ended = True
             self._ledger.lose(f"{self._file.name} unpacks to more than {self._most:,} bytes; the rest was not read")
             return 0
         try:
             data = self._stream.read(min(len(target), _PIECE))
         except (OSError, EOFError, zlib.error):
+            self._ended = True
             if not self._read:
                 raise UserError(f"data file {self._file.path} is damaged {self._codec}: fetch it again") from None
             self._ledger.lose(f"{self._file.name} is cut off or damaged {self._codec} after {self._read:,} bytes")

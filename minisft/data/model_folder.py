@@ -28,7 +28,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 LAYERS = re.compile(r"n_layers?|num_(hidden_)?layers")
 # Suffixes of the files that a model and its tokenizer are read from.
-OF_A_MODEL = (".safetensors", ".json", ".jinja", ".model", ".txt")
+WEIGHTS_SUFFIX = ".safetensors"
+OF_A_MODEL = (WEIGHTS_SUFFIX, ".json", ".jinja", ".model", ".txt")
 MOST_BYTES = 4_000_000  # size limit of a config.json: transformers copies it several times
 # Largest allowed values by key. transformers allocates lists of layers and tables of positions and
 # frequencies before it reads a tensor, so a huge number would fill the memory.
@@ -332,3 +333,11 @@ def _tensor(file: Path, name: str) -> Any:
 
     with safe_open(file, "pt") as stream:
         return stream.get_tensor(name)
+
+
+def small_model_files(folder: Path) -> list[Path]:
+    """The files of a model apart from its weights: config, tokenizer, template; sorted by name."""
+    files = (
+        file for file in folder.iterdir() if file.name.endswith(OF_A_MODEL) and not file.name.endswith(WEIGHTS_SUFFIX)
+    )
+    return sorted(file for file in files if file.is_file())

@@ -22,8 +22,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minisft.checksums import Digests, code_digest
+from minisft import checksums
+from minisft.checksums import Digests, code_digest, digest
 from minisft.data.conversations import Conversation
+from minisft.data.model_folder import small_model_files
 from minisft.errors import UserError
 from minisft.evaluation.answers import Answer, answer_loss, generate, load_to_answer
 from minisft.evaluation.eval_set import (
@@ -48,14 +50,7 @@ from minisft.training.dataset import MADE_OF, require_as_made
 Say = Callable[[str], None]
 EXAMPLES = 3
 OWNER = "run.json"  # in a results folder: which run folder the results belong to
-BESIDE = (  # besides the weights, the files that a result or the soundness check depends on
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "manifest.json",
-    "model.safetensors.index.json",
-)
+MOST_RESULTS = 500  # remembered as written by this machine
 
 
 def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, verify: bool = False) -> list[str]:
@@ -180,8 +175,27 @@ def results_of(run: Run) -> list[CheckpointResult]:
 
 
 def _cached_result(folder: Path, step: int, key: str) -> CheckpointResult | None:
-    result = read_cache(folder / f"checkpoint-{step}.json", CheckpointResult)
-    return result if result is not None and result["key"] == key else None
+    """The result in `folder`, if this machine wrote it, as it is, for the same key."""
+    file = folder / f"checkpoint-{step}.json"
+    result = read_cache(file, CheckpointResult)
+    is_known = result is not None and result["key"] == key and _written_results().get(digest(file)) == key
+    return result if is_known else None
+
+
+def _written_results() -> dict[str, str]:
+    """The keys of the results that this machine wrote, by checksum: a result file could be edited."""
+    return read_cache(_results_memory(), dict[str, str]) or {}
+
+
+def _results_memory() -> Path:
+    return checksums.digest_memory().with_name("results.json")
+
+
+def _remember_result(key: str, file: Path) -> None:
+    recent = dict(list(_written_results().items())[-MOST_RESULTS:])
+    with suppress(OSError, UserError):  # a cache that cannot be written costs time only
+        _results_memory().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_results_memory(), recent | {digest(file): key})
 
 
 def _evaluated(
@@ -195,7 +209,9 @@ def _evaluated(
 
 def _save(folder: Path, result: Mapping[str, Any]) -> None:
     """Write a checkpoint's result and answers; remove the answers saved during evaluation."""
-    write_json(folder / f"checkpoint-{result['step']}.json", result)
+    file = folder / f"checkpoint-{result['step']}.json"
+    write_json(file, result)
+    _remember_result(result["key"], file)
     _write_lines(folder / f"checkpoint-{result['step']}.txt", (a["output"] for a in result["answers"]))
     for saved_answers in folder.glob(f".checkpoint-{result['step']}-*.jsonl"):
         saved_answers.unlink(missing_ok=True)
@@ -300,7 +316,7 @@ def _key(run: Run, model: Path, eval_set: EvalSet, settings: EvalSettings, diges
     relevant = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "exclude_leaked")}
     sums = [[str(file.name), digests.of(file)] for file in weight_files(model)]
     for folder in (model, run.model_folder):
-        sums += [[name, digests.of(folder / name)] for name in BESIDE if (folder / name).exists()]
+        sums += [[file.name, digests.of(file)] for file in small_model_files(folder)]
     device = [run.precision, torch.cuda.get_device_name()] if torch.cuda.is_available() else ["fp32", "cpu"]
     relevant["tokenizer"] = tokenizer_for([question.messages[-1].content for question in eval_set.questions])
     code = code_digest("data", "chat", "labels", "model", "evaluation")

@@ -201,8 +201,10 @@ def _beside(folder: Path, what: str) -> Path:
 
 def _put_back(folder: Path, say: Say) -> None:
     """Undo a replacement that was killed halfway: give the earlier run its name again."""
-    if not os.path.lexists(folder) and (old := _beside(folder, "removed")).is_dir():
-        old.rename(folder)
+    old = _beside(folder, "removed")
+    is_free = not os.path.lexists(folder) or (not folder.is_symlink() and _is_empty(folder))
+    if is_free and old.is_dir():
+        old.rename(folder)  # an empty folder in its place is replaced
         say(f"replacing {folder.name} was interrupted: the earlier run is back")
 
 

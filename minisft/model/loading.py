@@ -27,8 +27,8 @@ def load_model(folder: Path, tokenizer: HuggingFaceTokenizer, trust_remote_code:
     if problem:
         raise UserError(f"{folder} is not a checkpoint that transformers can load ({problem})")
     old_size = model.config.get_text_config().vocab_size
-    if len(tokenizer.hf) > old_size:
-        model.resize_token_embeddings(len(tokenizer.hf), mean_resizing=False)
+    if tokenizer.vocab_size > old_size:  # ids may have gaps, so there may be fewer tokens than that
+        model.resize_token_embeddings(tokenizer.vocab_size, mean_resizing=False)
         _initialize_new_rows(model, tokenizer, old_size)
     return model
 

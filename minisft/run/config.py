@@ -248,7 +248,7 @@ class RunConfig:
 
         Raises `UserError` if the file cannot be read, or holds unknown or unusable settings.
         """
-        values = read_settings(user_path(file))
+        values = read_values(user_path(file))
         if values.pop("trust_remote_code", False) and not changes.get("trust_remote_code"):
             note(f"{one_line(file)} requests to run code of the model: give --trust-remote-code if you trust it")
         return cls._from_values(values, changes, Path(file))
@@ -260,16 +260,25 @@ class RunConfig:
         global_batch = values.pop(GLOBAL_BATCH, None)
         settings = checked(values, values_shape(), file) | changes
         is_one_process = strategy_named(settings.get("strategy", "vanilla")).is_one_process
-        if "ranks" not in changes and is_one_process:
-            settings["ranks"] = 1
+        if is_one_process and "ranks" not in changes and ("strategy" in changes or settings.get("ranks") is None):
+            settings["ranks"] = 1  # the ranks of the file are for other strategies
         elif settings.get("ranks") is None:
             settings["ranks"] = usual_ranks()
+        if global_batch is not None and "batch_size" in values:
+            raise UserError(f"{one_line(file)} has both {GLOBAL_BATCH} and batch_size: remove one of the two")
         config = cls(**settings)
         if global_batch is None or "batch_size" in changes:
             return config
-        if not isinstance(global_batch, int) or global_batch < 1:
-            raise UserError(f"{file}: {GLOBAL_BATCH} is {global_batch!r}: give a number of rows, at least 1")
-        return dataclasses.replace(config, batch_size=max(1, global_batch // (config.accumulation * config.ranks)))
+        if not isinstance(global_batch, int) or isinstance(global_batch, bool) or global_batch < 1:
+            raise UserError(f"{one_line(file)}: {GLOBAL_BATCH} is {global_batch!r}: give a number of rows, at least 1")
+        per_rank = max(1, global_batch // (config.accumulation * config.ranks))
+        config = dataclasses.replace(config, batch_size=per_rank)
+        if config.global_batch != global_batch:
+            note(
+                f"The global batch is {config.global_batch} rows, not {global_batch}: {config.ranks} ranks x "
+                f"{config.accumulation} micro-batches do not divide {global_batch}"
+            )
+        return config
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], file: Path = Path("run.json")) -> RunConfig:
@@ -308,23 +317,7 @@ def values_shape() -> Any:
 
 @functools.cache
 def preset_values(preset: str) -> dict[str, Any]:
-    return read_settings(PRESETS / f"{preset}.yaml")
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """`settings_file.read_values`, with numbers for the settings that are numbers."""
-    return {name: _as_number(name, value) for name, value in read_values(file).items()}
-
-
-def _as_number(name: str, value: Any) -> Any:
-    """Convert text to float for a float setting: YAML reads 8e-6, without a point, as text."""
-    default = next((f.default for f in dataclasses.fields(RunConfig) if f.name == name), None)
-    if isinstance(value, str) and isinstance(default, float):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return read_values(PRESETS / f"{preset}.yaml")
 
 
 def usual_ranks() -> int:

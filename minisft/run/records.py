@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Metric(TypedDict):
 
     step: int
     loss: float
-    tokens: int
-    trained_tokens: int
+    tokens: Count
+    trained_tokens: Count
     seconds: float
     warm_up: bool
     epoch: NotRequired[float]

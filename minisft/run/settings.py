@@ -21,7 +21,7 @@ AT_LEAST_2_TOKENS = Limit(lambda value: value >= 2, "at least 2 tokens")
 POSITIVE = Limit(lambda value: math.isfinite(value) and value > 0, "a positive number")
 NOT_NEGATIVE = Limit(lambda value: math.isfinite(value) and value >= 0, "0 or a positive number")
 FRACTION = Limit(lambda value: 0 <= value < 1, "a fraction from 0 to 1")
-COUNT_OR_NONE = Limit(lambda value: value >= 0, "0 for none, or a number of test rows")
+COUNT_OR_NONE = Limit(lambda value: 0 <= value <= 10**9, "0 for none, or a number of test rows")
 SEED = Limit(lambda value: 0 <= value < 2**32, f"a whole number from 0 to {2**32 - 1}")
 
 

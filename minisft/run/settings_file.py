@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import read_text
+from minisft.files import parse_json, read_text
 from minisft.text import one_line
 
 PRESETS = Path(__file__).with_name("presets")
 MOST_BYTES = 1_000_000  # size limit of a settings file
+CONSTANTS = {"true": True, "false": False, "null": None, "~": None, "": None}
+WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
+NUMBER = re.compile(r"[-+]?[0-9]{0,30}\.?[0-9]{0,30}([eE][-+]?[0-9]{1,5})?")
 
 
 def preset_names() -> list[str]:
@@ -21,22 +25,61 @@ def preset_names() -> list[str]:
 def read_values(file: Path) -> dict[str, Any]:
     """The values in a YAML file, or in the `run.json` of a run, by setting.
 
-    Raises `UserError` if there is no such file, or if it does not hold one value for each name.
+    A value of a YAML file is text unless it is a plain number, true, false or null; `RunConfig` gives
+    it the type of its setting. YAML's other notations (1:30 is ninety, 010 is eight, merged
+    mappings) are not read. Raises `UserError` if there is no such file, if it is not valid, or if it
+    does not hold one value for each name.
     """
-    import yaml
-
     text = read_text(file, most=MOST_BYTES)
     if text is None:
         raise UserError(f"{one_line(file)} does not exist: give a YAML file of settings, or a run's run.json")
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{one_line(file)} is not valid YAML ({one_line(error, 200)}): correct it") from error
+    if text.lstrip().startswith("{"):
+        return _json_values(parse_json(text, file), file)
+    return _yaml_values(text, file)
+
+
+def _json_values(values: Any, file: Path) -> dict[str, Any]:
     if isinstance(values, dict) and isinstance(values.get("config"), dict):  # a run.json
         values = values["config"]
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise UserError(f"{one_line(file)} does not hold settings: write a line 'name: value' for each")
-    for name, value in values.items():
+    for name, value in values.items() if isinstance(values, dict) else ():
         if not isinstance(value, str | int | float | None):
             raise UserError(f"{one_line(file)}: {one_line(name, 80)} is not a single value: write 'name: value'")
+    return values if isinstance(values, dict) else _not_settings(file)
+
+
+def _yaml_values(text: str, file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{one_line(file)} is not valid YAML ({one_line(error, 200)}): correct it") from error
+    if not isinstance(root, yaml.MappingNode):
+        return _not_settings(file)
+    values: dict[str, Any] = {}
+    for key, value in root.value:
+        if not isinstance(key, yaml.ScalarNode):
+            return _not_settings(file)
+        name = one_line(key.value, 80)
+        if not isinstance(value, yaml.ScalarNode):
+            raise UserError(f"{one_line(file)}: {name} is not a single value: write 'name: value'")
+        if key.value in values:
+            raise UserError(f"{one_line(file)}: {name} is there twice: remove one of the two")
+        values[key.value] = value.value if value.style else _plain_value(value.value)
     return values
+
+
+def _plain_value(text: str) -> Any:
+    """An unquoted value: a number, true, false, null, or else text."""
+    if text.lower() in CONSTANTS:
+        return CONSTANTS[text.lower()]
+    if WHOLE.fullmatch(text):
+        return int(text)
+    try:
+        return float(text) if NUMBER.fullmatch(text) else text
+    except ValueError:
+        return text
+
+
+def _not_settings(file: Path) -> Any:
+    raise UserError(f"{one_line(file)} does not hold settings: write a line 'name: value' for each")

@@ -91,6 +91,8 @@ def _difference_to_written(run: Run, folder: Path) -> str:
     """
     if folder == run.model_folder:
         return changed_model(run)
+    if changed := changed_model(run, weights=False):  # prompts are made with the start model's tokenizer
+        return changed
     manifest = manifest_of(folder) or {}
     step = manifest.get("step")
     if step is not None and folder in run.checkpoints and step != checkpoint_step(folder):

@@ -24,7 +24,7 @@ from minisft.chat.tokenizers import Tokenizer
 from minisft.checksums import Digests, code_digest, digest
 from minisft.data.conversations import Conversation
 from minisft.data.ledger import Ledger
-from minisft.data.model_folder import OF_A_MODEL
+from minisft.data.model_folder import OF_A_MODEL, WEIGHTS_SUFFIX, small_model_files
 from minisft.data.read_files import read
 from minisft.data.splits import assign, count_side, select
 from minisft.errors import UserError
@@ -77,9 +77,11 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
 def describe_rows(config: RunConfig, source: Path, model: Path, digests: Digests) -> dict[str, Any]:
     """Return what the rows depend on: code, settings, data, and the tokenizer in `model`."""
     sources = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
-    tokenizer = [file for file in (*sorted(model.glob("*token*")), model / "config.json") if file.is_file()]
-    # Row ids contain the name of their file, so the name matters as well; its folder does not.
-    files = [[file.name, digests.of(file)] for file in (*sources, *tokenizer)]
+    # Row ids contain the name of their file, and hidden folders are not read: so names inside the folder matter.
+    names = [file.name if source.is_file() else str(file.relative_to(source)) for file in sources]
+    files = [[name, digests.of(file)] for name, file in zip(names, sources, strict=True)]
+    # Any small file of a model may be part of its tokenizer: vocab.json, merges.txt, tokenizer.model, ...
+    files += [[file.name, digests.of(file)] for file in small_model_files(model)]
     return {"code": code_digest(*CODE), "files": files, **config.values_that_shape_rows()}
 
 
@@ -94,7 +96,7 @@ def copy_known_rows(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) 
     if known is None:
         return None
     for run in runs:
-        with suppress(OSError):  # the run may be removed at this moment
+        with suppress(OSError, UserError):  # the run may be removed at this moment
             if _sums(run) == known.sha256:
                 folder.mkdir(parents=True)
                 for name in FILES:
@@ -141,10 +143,15 @@ def model_files(folder: Path, digests: Digests) -> dict[str, str]:
     return {file.name: digests.of(file) for file in files}
 
 
-def changed_model(run: Run) -> str:
-    """Describe the first file of the start model that has changed since `prepare`; "" if none."""
+def changed_model(run: Run, weights: bool = True) -> str:
+    """Describe the first file of the start model that has changed since `prepare`; "" if none.
+
+    Without `weights` only config and tokenizer are compared.
+    """
     digests = Digests()
     for name, expected in run.model_files.items():
+        if not weights and name.endswith(WEIGHTS_SUFFIX):
+            continue
         file = run.model_folder / name
         if not file.is_file():
             return f"{file} was removed after the run was prepared"

@@ -80,8 +80,9 @@ def require_space(config: RunConfig, rows: int, parameters: int) -> None:
 def run_state_bytes(config: RunConfig, model: Any, precision: str, on_gpu: bool) -> float:
     """Predict the model-state bytes of the fullest rank; on a GPU, only GPU memory counts."""
     from minisft.zero import state_memory
+    from minisft.zero.parameter_shapes import Shapes
 
-    shapes = state_memory.Shapes.of_config(model, config.trust_remote_code)
+    shapes = Shapes.of_config(model, config.trust_remote_code)
     deepspeed = state_memory.generated_config(shapes, config.strategy, config.ranks, precision)
     held = state_memory.predict_states(shapes, config.strategy, config.ranks, precision, deepspeed)
     if on_gpu:

@@ -13,11 +13,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "communication": ["bytes_sent", "predict_traffic"],
         "lint_config": ["lint"],
         "memory_report": ["Batch", "memory_of_model"],
+        "parameter_shapes": ["Shapes"],
         "planner": ["plan"],
         "state_memory": [
             "FORMULAS",
             "OWNERS",
-            "Shapes",
             "bytes_on_gpu",
             "generated_config",
             "paper_formula",

@@ -293,3 +293,38 @@ def test_a_tokenizer_altered_anywhere_is_loaded_or_refused_in_one_sentence(tiny_
         tokenizer.decode(tokenizer.encode("the cat <s> sat"))
     except UserError as error:
         assert "\n" not in str(error)
+
+
+def damaged(tiny_model, tmp_path, change):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    change(tokenizer)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.mark.attack("9")
+def test_dropout_of_merges_does_not_change_the_ids(tiny_model, tmp_path):
+    folder = damaged(tiny_model, tmp_path, lambda tokenizer: tokenizer["model"].update(dropout=0.5))
+    text = "the cat sat on a mat and saw red rain " * 5
+    assert {tuple(HuggingFaceTokenizer(folder).encode(text)) for _ in range(5)} == {
+        tuple(HuggingFaceTokenizer(tiny_model).encode(text))
+    }
+
+
+@pytest.mark.attack("15")
+def test_a_tokenizer_that_fails_later_is_one_sentence(tiny_model, tmp_path):
+    pattern = {"type": "Split", "pattern": {"Regex": "(a|a|aa)+$"}, "behavior": "Isolated", "invert": False}
+    folder = damaged(tiny_model, tmp_path, lambda tokenizer: tokenizer.update(pre_tokenizer=pattern))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        HuggingFaceTokenizer(folder).encode("a" * 60 + "!")
+
+
+@pytest.mark.attack("12")
+def test_an_id_beyond_any_vocabulary_is_refused(tiny_model, tmp_path):
+    def grow(tokenizer):
+        tokenizer["model"]["vocab"]["zzz"] = 4_000_000_000
+
+    with pytest.raises(UserError, match="the id 4000000000"):
+        HuggingFaceTokenizer(damaged(tiny_model, tmp_path, grow))

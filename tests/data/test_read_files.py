@@ -886,3 +886,19 @@ def test_the_packaged_sharegpt_is_read_to_its_last_whole_conversation():
     assert len(test) + leaked == round(0.1 * len(conversations))
     assert len(train) + len(test) + leaked == len(conversations)
     assert {origin(c.id) for c in train}.isdisjoint(origin(c.id) for c in test)
+
+
+@pytest.mark.attack("9")
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [("zst", lambda b: pyarrow.compress(b, "zstd", asbytes=True)), ("gz", gzip.compress)]
+)
+def test_a_byte_after_the_end_of_a_compressed_file_adds_no_rows(tmp_path, suffix, pack):
+    """A stream that failed may return its undecoded buffer when it is read again."""
+    lines = "".join(json.dumps(good(f"r{i}")) + "\n" for i in range(20_000)).encode()
+    file = tmp_path / f"rows.jsonl.{suffix}"
+    file.write_bytes(pack(lines) + b"\n")
+    ledger = Ledger()
+    ids = [conversation.id for conversation in read(file, ledger)]
+    assert len(ids) == len(set(ids)) <= 20_000
+    assert len(ids) > 19_000 or ledger.lost
+    assert len(ledger.lost) <= 1

@@ -510,3 +510,30 @@ def test_answers_are_escaped_in_html(tiny_model, run):
     assert "step 10" in html
     chosen = found[0]["answers"][4]
     assert escape(chosen["prompt"]) in through_training(found, [chosen["id"]])
+
+
+@pytest.mark.attack("9")
+def test_a_result_that_was_edited_is_computed_again(run, results):
+    evaluate_runs([run], QUICK, say=quiet)
+    file = (
+        results / "checkpoint-3.json"
+        if (results / "checkpoint-3.json").exists()
+        else sorted(results.glob("checkpoint-*.json"))[-1]
+    )
+    honest = read_json(file)
+    write_json(file, honest | {"bleu": 99.9, "loss": 0.01})
+    evaluate_runs([run], QUICK, say=quiet)
+    assert read_json(file)["bleu"] == honest["bleu"] and read_json(file)["loss"] == pytest.approx(honest["loss"])
+
+
+@pytest.mark.attack("9")
+def test_no_checkpoint_is_scored_with_another_tokenizer(run, results):
+    evaluate_runs([run], QUICK, say=quiet)
+    file = run.model_folder / "tokenizer_config.json"
+    text = file.read_text()
+    try:
+        file.write_text(text + " ")
+        broken = evaluate_runs([run], QUICK, say=quiet)
+        assert len(broken) > 1 and all("has changed since the run was prepared" in line for line in broken)
+    finally:
+        file.write_text(text)

@@ -330,3 +330,41 @@ def test_a_line_for_another_host_waits_for_no_supervisor_that_nobody_starts(conf
     for supervised in ("", "a-mark"):
         lines = map(str, commands(config(), tmp_path, place, supervised))
         assert all(("MINISFT_SUPERVISOR=:0" in line) == bool(supervised) for line in lines)
+
+
+@pytest.mark.attack("9")
+def test_another_vocabulary_or_a_hidden_folder_makes_the_rows_anew(
+    config, tiny_model, small_data, tmp_path, monkeypatch
+):
+    calls = []
+    real = preparing.write_data
+    monkeypatch.setattr(preparing, "write_data", lambda *a: calls.append(1) or real(*a))
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "merges.txt").write_text("#version: 0.2\n")
+    data = tmp_path / "data"
+    for name in ("x", "y"):
+        (data / name).mkdir(parents=True)
+        rows = json.loads(small_data.read_text())
+        (data / name / f"{name}.json").write_text(json.dumps([row | {"id": name + row["id"]} for row in rows]))
+    prepare(config("vanilla", model=str(model), data=str(data)))
+    prepare(config("vanilla", model=str(model), data=str(data), name="same"))
+    assert len(calls) == 1
+    (model / "merges.txt").write_text("#version: 0.2\na b\n")
+    prepare(config("vanilla", model=str(model), data=str(data), name="vocabulary"))
+    assert len(calls) == 2
+    (data / "x").rename(data / ".x")
+    prepare(config("vanilla", model=str(model), data=str(data), name="hidden"))
+    assert len(calls) == 3
+
+
+@pytest.mark.attack("4")
+def test_an_earlier_run_comes_back_into_an_empty_folder(config):
+    run = prepare(config("vanilla"))
+    (run.folder / "checkpoint-9").mkdir()
+    (run.folder / "checkpoint-9" / "model.safetensors").write_bytes(b"weights")
+    run.folder.rename(run.folder.with_name(f".{run.name}.removed"))  # as a killed replacement leaves it
+    run.folder.mkdir()
+    with pytest.raises(UserError):  # it holds weights, so it is not prepared from the beginning
+        prepare(config("vanilla"))
+    assert (run.folder / "checkpoint-9" / "model.safetensors").exists()

@@ -186,7 +186,7 @@ def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a transformers config"):
         memory_of_model(str(file), 2, "bf16", None, say=lambda line: None)
     file.write_text('{"model_type": "nonesuch"}')
-    with pytest.raises(UserError, match="transformers knows"):
+    with pytest.raises(UserError, match="transformers does not know"):
         memory_of_model(str(file), 2, "bf16", None, say=lambda line: None)
     file.write_text('{"model_type": "t5"}')
     for name in (str(file), str(tmp_path)):
