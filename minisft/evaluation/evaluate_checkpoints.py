@@ -22,8 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minisft import checksums
-from minisft.checksums import Digests, code_digest, digest
+from minisft.checksums import Digests, code_digest
 from minisft.data.conversations import Conversation
 from minisft.data.model_folder import small_model_files
 from minisft.errors import UserError
@@ -39,6 +38,7 @@ from minisft.evaluation.eval_set import (
 )
 from minisft.evaluation.metrics import as_line, corpus_scores, tokenizer_for
 from minisft.evaluation.report import interval_told, write_summary
+from minisft.evaluation.result_cache import cached_result, remember_result
 from minisft.files import is_same_file, open_own, read_json, read_text, write_json, written_whole
 from minisft.locks import open_lock, try_lock
 from minisft.run.folder import Run, checkpoint_step, lock_file, outputs_root
@@ -50,7 +50,6 @@ from minisft.training.dataset import MADE_OF, require_as_made
 Say = Callable[[str], None]
 EXAMPLES = 3
 OWNER = "run.json"  # in a results folder: which run folder the results belong to
-MOST_RESULTS = 500  # remembered as written by this machine
 
 
 def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, verify: bool = False) -> list[str]:
@@ -79,7 +78,7 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
         for step, model in steps_of(run):
             try:
                 key = _key(run, model, eval_set, settings, digests)
-                scores = known.get(key) or _cached_result(folder, step, key)
+                scores = known.get(key) or cached_result(folder, step, key)
                 if scores is None:
                     scores = _evaluated(run, model, eval_set, settings, folder / f".checkpoint-{step}-{key}.jsonl")
                 # With new digests: `digests` counts, and with `verify` reads, each file once only.
@@ -174,30 +173,6 @@ def results_of(run: Run) -> list[CheckpointResult]:
 # --- one checkpoint -----------------------------------------------------------------------------
 
 
-def _cached_result(folder: Path, step: int, key: str) -> CheckpointResult | None:
-    """The result in `folder`, if this machine wrote it, as it is, for the same key."""
-    file = folder / f"checkpoint-{step}.json"
-    result = read_cache(file, CheckpointResult)
-    is_known = result is not None and result["key"] == key and _written_results().get(digest(file)) == key
-    return result if is_known else None
-
-
-def _written_results() -> dict[str, str]:
-    """The keys of the results that this machine wrote, by checksum: a result file could be edited."""
-    return read_cache(_results_memory(), dict[str, str]) or {}
-
-
-def _results_memory() -> Path:
-    return checksums.digest_memory().with_name("results.json")
-
-
-def _remember_result(key: str, file: Path) -> None:
-    recent = dict(list(_written_results().items())[-MOST_RESULTS:])
-    with suppress(OSError, UserError):  # a cache that cannot be written costs time only
-        _results_memory().parent.mkdir(parents=True, exist_ok=True)
-        write_json(_results_memory(), recent | {digest(file): key})
-
-
 def _evaluated(
     run: Run, folder: Path, eval_set: EvalSet, settings: EvalSettings, saved_answers: Path
 ) -> dict[str, Any]:
@@ -211,7 +186,7 @@ def _save(folder: Path, result: Mapping[str, Any]) -> None:
     """Write a checkpoint's result and answers; remove the answers saved during evaluation."""
     file = folder / f"checkpoint-{result['step']}.json"
     write_json(file, result)
-    _remember_result(result["key"], file)
+    remember_result(result["key"], file)
     _write_lines(folder / f"checkpoint-{result['step']}.txt", (a["output"] for a in result["answers"]))
     for saved_answers in folder.glob(f".checkpoint-{result['step']}-*.jsonl"):
         saved_answers.unlink(missing_ok=True)
