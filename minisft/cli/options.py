@@ -14,6 +14,7 @@ from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 from minisft.errors import UserError
 from minisft.files import as_json, user_path
@@ -21,7 +22,19 @@ from minisft.run.config import SETTINGS, RunConfig, preset_values
 from minisft.run.settings_file import preset_names
 from minisft.text import note, one_line, say
 
+VERBS = (  # in the order in which they are used
+    *("doctor", "fetch", "encode", "show", "check", "memory", "lint"),
+    *("prepare", "launch", "train", "compare", "evaluate", "chat", "notebooks"),
+)
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=VERBS.index)
+
+
 app = typer.Typer(
+    cls=_InOrder,
     help="Supervised fine-tuning and ZeRO, small enough to read. Start with `minisft doctor`.",
     no_args_is_help=True,
     add_completion=False,
