@@ -31,12 +31,13 @@ PATIENCE = 1000  # rows without a usable conversation before a file is refused
 SAMPLE = 1 << 22  # characters of the first rows that decide whether a file is HTML-escaped
 
 
-def read(path: Path | str, ledger: Ledger) -> Iterator[Conversation]:
+def read(path: Path | str, ledger: Ledger, is_clean: bool = False) -> Iterator[Conversation]:
     """Yield each usable conversation of a file (JSON, JSON lines, Parquet, Arrow) or folder.
 
     Counts the stages raw and cleaned in `ledger`, and numbers repeated ids so that every id is
     unique. Raises `UserError` if the path does not exist, is empty, has another format, or has no
-    usable conversation.
+    usable conversation. A file that was written from clean conversations (`is_clean`) is not judged
+    for HTML escaping again: `&lt;` in it is what somebody wrote.
     """
     path = Path(path)
     used: dict[str, int] = {}  # id -> the last number tried for a repetition of it
@@ -44,7 +45,7 @@ def read(path: Path | str, ledger: Ledger) -> Iterator[Conversation]:
     for where, row, escaped in _judged_rows(path, ledger):
         rows += 1
         ledger.count("raw", characters=sum(map(len, texts_of(row))))
-        conversation = clean(row, where, ledger, escaped)
+        conversation = clean(row, where, ledger, escaped and not is_clean)
         if conversation is None:
             if not used and rows >= PATIENCE:  # a large file of another format is refused early
                 break

@@ -112,7 +112,7 @@ def make_eval_set(run: Run, settings: EvalSettings, folder: Path, digests: Diges
 
 def _fitting(run: Run, file: Path) -> Iterator[Conversation]:
     tokenizer, template = load_template(run.model_folder, run.config.template)
-    for conversation in read(file, Ledger()):
+    for conversation in read(file, Ledger(), is_clean=True):
         row = encode(conversation, template, tokenizer, run.config.max_length)
         if not row.truncated and questions_of(conversation, "all"):
             yield conversation

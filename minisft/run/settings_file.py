@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,28 @@ def read_values(file: Path) -> dict[str, Any]:
     if text is None:
         raise UserError(f"{one_line(file)} does not exist: give a YAML file of settings, or a run's run.json")
     if text.lstrip().startswith("{"):
-        return _json_values(parse_json(text, file), file)
+        parse_json(text, file)  # for its errors
+        return _json_values(json.loads(text, object_pairs_hook=lambda pairs: _without_repetition(pairs, file)), file)
     return _yaml_values(text, file)
 
 
 def _json_values(values: Any, file: Path) -> dict[str, Any]:
-    if isinstance(values, dict) and isinstance(values.get("config"), dict):  # a run.json
+    is_run_json = isinstance(values, dict) and "model_folder" in values and isinstance(values.get("config"), dict)
+    if is_run_json:
         values = values["config"]
     for name, value in values.items() if isinstance(values, dict) else ():
         if not isinstance(value, str | int | float | None):
             raise UserError(f"{one_line(file)}: {one_line(name, 80)} is not a single value: write 'name: value'")
     return values if isinstance(values, dict) else _not_settings(file)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{one_line(file)}: {one_line(twice, 80)} is there twice: remove one of the two")
+    return values
 
 
 def _yaml_values(text: str, file: Path) -> dict[str, Any]:

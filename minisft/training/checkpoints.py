@@ -73,14 +73,16 @@ def seal(run: Run, folder: Path, about: dict[str, Any]) -> Path:
 def rotate(run: Run, keep: int | None) -> None:
     """Remove all checkpoints except the last `keep` and the best one (lowest test loss).
 
-    `None` keeps all. A checkpoint without a manifest, or with a damaged one, is never removed.
+    `None` keeps all. A checkpoint without a manifest, with a damaged one, or with that of another
+    run is never removed.
     """
     if keep is None:
         return
     needed = {*run.checkpoints[-keep:], run.best_checkpoint}
     for folder in set(run.checkpoints) - needed:
         with suppress(UserError):  # a damaged manifest: this checkpoint may be the best
-            if manifest_of(folder) is not None:
+            manifest = manifest_of(folder)
+            if manifest is not None and run.wrote(manifest):
                 remove(folder)
 
 

@@ -214,7 +214,7 @@ def _encoded(
 def _test_rows(config: RunConfig, tokenizer: Tokenizer, file: Path) -> Iterator[Row]:
     if not config.eval_rows or not file.stat().st_size:
         return iter(())
-    rows = _encoded(read(file, Ledger()), config, tokenizer, Ledger())
+    rows = _encoded(read(file, Ledger(), is_clean=True), config, tokenizer, Ledger())
     return itertools.islice(rows, config.eval_rows)
 
 

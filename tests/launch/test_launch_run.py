@@ -12,6 +12,8 @@ import time
 import pytest
 from conftest import sharegpt_row
 
+from minisft.data.ledger import Ledger
+from minisft.data.read_files import read
 from minisft.errors import UserError
 from minisft.launch import launch_run as launching
 from minisft.launch import prepare_run as preparing
@@ -368,3 +370,40 @@ def test_an_earlier_run_comes_back_into_an_empty_folder(config):
     with pytest.raises(UserError):  # it holds weights, so it is not prepared from the beginning
         prepare(config("vanilla"))
     assert (run.folder / "checkpoint-9" / "model.safetensors").exists()
+
+
+@pytest.mark.attack("9")
+def test_test_rows_are_the_texts_of_the_data(config, tmp_path):
+    """A file is judged for HTML escaping as a whole; its test side alone may look escaped and is not judged again."""
+    rows = [
+        sharegpt_row(f"e{i}", ("human", f"q{i}"), ("gpt", "write &lt;b&gt; for it and a &amp;&amp; b"))
+        for i in range(32)
+    ]
+    rows += [sharegpt_row(f"p{i}", ("human", f"q{i}"), ("gpt", "if a < b && c > d")) for i in range(8)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for seed in range(4):
+        settings = {"data": str(tmp_path / "rows.json"), "max_characters": None, "seed": seed, "name": f"s{seed}"}
+        run = prepare(config("vanilla", **settings))
+        written = {
+            json.loads(line)["id"]: line for line in (run.folder / "data" / "test.jsonl").read_text().splitlines()
+        }
+        read_back = list(read(run.folder / "data" / "test.jsonl", Ledger(), is_clean=True))
+        assert [c.id for c in read_back] == list(written)
+        for conversation in read_back:
+            assert (
+                conversation.messages[-1].content in json.loads(written[conversation.id])["conversations"][-1]["value"]
+            )
+            assert ("&lt;" in conversation.messages[-1].content) == conversation.id.startswith("e")
+
+
+@pytest.mark.attack("4")
+def test_rotation_keeps_the_checkpoints_of_another_run(config):
+    from minisft.training.checkpoints import rotate
+
+    run = prepare(config("vanilla"))
+    for step, owner in ((2, "another run"), (4, run.identity), (6, run.identity)):
+        folder = run.folder / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps({"step": step, "run": owner, "files": {}}))
+    rotate(run, keep=1)
+    assert [folder.name for folder in run.checkpoints] == ["checkpoint-2", "checkpoint-6"]

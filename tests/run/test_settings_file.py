@@ -51,6 +51,8 @@ def test_a_file_gives_no_consent(file, capsys):
         ("global_batch: 8\nbatch_size: 2\n", "both global_batch and batch_size"),
         ("seed: 1\nseed: 2\n", "seed is there twice"),
         ("config: {strategy: zero2}\nlearning_rate: 1e-3\n", "config is not a single value"),
+        ('{"seed": 1, "seed": 2}', "seed is there twice"),
+        ('{"config": {"seed": 5}, "learning_rate": 0.5}', "config is not a single value"),
         ("lerning_rate: 1\n", "lerning_rate"),
         ("strategy: vanilla\nranks: 4\n", "runs in one process, but ranks is 4"),
         ("epochs: 1:30\n", "epochs"),
