@@ -19,6 +19,7 @@ from minisft.errors import UserError
 from minisft.files import cache_dir, open_regular, read_json, write_json
 
 JUST_NOW = 100_000_000  # nanoseconds; the clocks of file systems advance in steps of up to 10 ms
+DIGESTS = "digests.json"  # in the cache folder
 MOST_DIGESTS = 500  # maximum number of cached checksums
 
 
@@ -35,16 +36,32 @@ def digest(file: Path, sync: bool = False) -> str:
 
 def digest_memory() -> Path:
     """The cache file of `Digests`. Raises `UserError` if there is no folder for a cache."""
-    return cache_dir() / "digests.json"
+    return cache_dir() / DIGESTS
+
+
+def remembered(name: str, shape: Any = dict[str, Any]) -> Any:
+    """The dictionary in the file `name` of this machine's cache; empty if it cannot be used."""
+    with suppress(OSError, UserError):
+        return read_json(digest_memory().with_name(name), shape) or {}
+    return {}
+
+
+def remember(name: str, key: str, value: Any, most: int) -> None:
+    """Add an entry to the file `name` of this machine's cache, which keeps the `most` latest ones."""
+    entries = {known: entry for known, entry in remembered(name).items() if known != key} | {key: value}
+    with suppress(OSError, UserError):  # a cache that cannot be written only costs time
+        file = digest_memory().with_name(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, dict(list(entries.items())[-most:]))
 
 
 class Digests:
     """Checksums of files by content, cached in the cache folder for files that have not changed.
 
     A file counts as unchanged if its device, inode, size, and times of modification and change
-    (mtime, ctime) are the same. Every write updates ctime, and a program cannot set it back. With
-    `verify` every file is read again. `read` and `remembered` count the files that were hashed and
-    those whose checksum came from the cache.
+    (mtime, ctime) are the same. A write updates ctime, and a program cannot set it back, but a write
+    through a memory map may update it late. With `verify` every file is read again. `read` and
+    `remembered` count the files that were hashed and those whose checksum came from the cache.
     """
 
     def __init__(self, verify: bool = False):
@@ -56,9 +73,8 @@ class Digests:
         with open_regular(file) as stream:
             before = os.fstat(stream.fileno())
         identity = [before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns]
-        known = self._known()
         key = os.path.realpath(file)
-        entry = known.get(key)
+        entry = remembered(DIGESTS).get(key)
         if not self.verify and isinstance(entry, list) and entry[:-1] == identity:
             self.remembered += 1
             return entry[-1]
@@ -66,12 +82,7 @@ class Digests:
         self.read += 1
         if time.time_ns() - before.st_ctime_ns < JUST_NOW:  # a later write may get the same time
             return checksum
-        with suppress(OSError, UserError):  # without the cache the next call only takes longer
-            memory = digest_memory()
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            known.pop(key, None)
-            recent = dict(list(known.items())[-MOST_DIGESTS:])
-            write_json(memory, recent | {key: [*identity, checksum]})
+        remember(DIGESTS, key, [*identity, checksum], MOST_DIGESTS)
         return checksum
 
     @property
@@ -80,12 +91,6 @@ class Digests:
         if not self.remembered:
             return f"{self.read} {'file' if self.read == 1 else 'files'} read and hashed"
         return f"{self.remembered} of {self.read + self.remembered} checksums remembered (files untouched since)"
-
-    def _known(self) -> dict[str, Any]:
-        with suppress(UserError, OSError):  # a damaged cache counts as empty
-            if isinstance(entries := read_json(digest_memory()), dict):
-                return entries
-        return {}
 
 
 @cache
@@ -97,12 +102,12 @@ def code_digest(*parts: str) -> str:
     recomputation is cheaper than a stale result.
     """
     package = Path(__file__).parent
-    digest = hashlib.sha256()
+    hasher = hashlib.sha256()
     for part in parts:
         path = package / part
         files = path.rglob("*") if path.is_dir() else [path.with_suffix(".py")]
         for file in sorted(file for file in files if file.suffix in (".py", ".jinja")):
-            digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes() + b"\0")
+            hasher.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes() + b"\0")
     for library in ("transformers", "tokenizers", "mistral-common", "sentencepiece", "sacrebleu", "torch"):
-        digest.update(f"{library} {version(library)}\0".encode())
-    return digest.hexdigest()[:16]
+        hasher.update(f"{library} {version(library)}\0".encode())
+    return hasher.hexdigest()[:16]

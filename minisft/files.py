@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -268,12 +268,20 @@ def read_json(file: Path, shape: type[T] | Any = None, most: int | None = None) 
     return None if text is None else parse_json(text, file, shape)
 
 
-def parse_json(text: str, file: Path, shape: type[T] | Any = None) -> T | Any:
-    """`read_json` for text that has been read already; the `UserError` names `file`."""
+def parse_json(
+    text: str,
+    file: Path,
+    shape: type[T] | Any = None,
+    pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> T | Any:
+    """`read_json` for text that has been read already; the `UserError` names `file`.
+
+    Without a shape, `pairs` makes a value of each object's names and values, as in `json.loads`.
+    """
     if shape is not None:
         return _validated(text, shape, file)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({str(error)[:200]}): it is damaged") from error
 

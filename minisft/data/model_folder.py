@@ -13,15 +13,14 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minisft import checksums
-from minisft.checksums import Digests
+from minisft.checksums import Digests, remember, remembered
 from minisft.errors import UserError
-from minisft.files import read_json, write_json
+from minisft.files import read_json
 from minisft.text import harmless, one_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -48,6 +47,7 @@ OWN_CODE = {
 BUFFERS = ("inv_freq", "masked_bias", "position_ids")  # constants stored in older checkpoints; no model reads them
 _RANK_FILES = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _TOKENIZER_CLASS = re.compile(r"(?!Auto|Rag)\w*(Tokenizer|TokenizerFast|Backend)")
+FINITE = "finite.json"  # in the cache folder, by checksum
 MOST_REMEMBERED = 500  # checksums of files whose values were all finite
 
 
@@ -211,29 +211,15 @@ def not_finite_reason(weights: Iterable[Path]) -> str:
 
     Checksums of finite files are remembered in the cache, so unchanged files are read only once.
     """
-    finite, digests = _known_finite(), Digests()
+    finite, digests = remembered(FINITE), Digests()
     for file in weights:
         content = digests.of(file)
         if content in finite:
             continue
         if reason := _bad_values(file):
             return reason
-        finite = [*finite[1 - MOST_REMEMBERED :], content]
-        with suppress(OSError, UserError):  # without a writable cache the next check only takes longer
-            _finite_file().parent.mkdir(parents=True, exist_ok=True)
-            write_json(_finite_file(), finite)
+        remember(FINITE, content, True, MOST_REMEMBERED)
     return ""
-
-
-def _finite_file() -> Path:
-    """The cache file with the checksums of weight files whose values are all finite."""
-    return checksums.digest_memory().with_name("finite.json")
-
-
-def _known_finite() -> list[str]:
-    with suppress(OSError, UserError):  # without a readable cache the files are examined again
-        return read_json(_finite_file(), list[str]) or []
-    return []
 
 
 def _bad_values(file: Path) -> str:

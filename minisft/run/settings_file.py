@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -34,28 +33,16 @@ def read_values(file: Path) -> dict[str, Any]:
     text = read_text(file, most=MOST_BYTES)
     if text is None:
         raise UserError(f"{one_line(file)} does not exist: give a YAML file of settings, or a run's run.json")
-    if text.lstrip().startswith("{"):
-        parse_json(text, file)  # for its errors
-        return _json_values(json.loads(text, object_pairs_hook=lambda pairs: _without_repetition(pairs, file)), file)
-    return _yaml_values(text, file)
+    return _json_values(text, file) if text.lstrip().startswith("{") else _yaml_values(text, file)
 
 
-def _json_values(values: Any, file: Path) -> dict[str, Any]:
-    is_run_json = isinstance(values, dict) and "model_folder" in values and isinstance(values.get("config"), dict)
-    if is_run_json:
+def _json_values(text: str, file: Path) -> dict[str, Any]:
+    values = parse_json(text, file, pairs=lambda pairs: _once_each(pairs, file))
+    if "model_folder" in values and isinstance(values.get("config"), dict):  # a run.json
         values = values["config"]
-    for name, value in values.items() if isinstance(values, dict) else ():
+    for name, value in values.items():
         if not isinstance(value, str | int | float | None):
-            raise UserError(f"{one_line(file)}: {one_line(name, 80)} is not a single value: write 'name: value'")
-    return values if isinstance(values, dict) else _not_settings(file)
-
-
-def _without_repetition(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{one_line(file)}: {one_line(twice, 80)} is there twice: remove one of the two")
+            raise _not_single(name, file)
     return values
 
 
@@ -66,19 +53,28 @@ def _yaml_values(text: str, file: Path) -> dict[str, Any]:
         root = yaml.compose(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{one_line(file)} is not valid YAML ({one_line(error, 200)}): correct it") from error
-    if not isinstance(root, yaml.MappingNode):
-        return _not_settings(file)
-    values: dict[str, Any] = {}
+    if not isinstance(root, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in root.value):
+        raise UserError(f"{one_line(file)} does not hold settings: write a line 'name: value' for each")
+    pairs = []
     for key, value in root.value:
-        if not isinstance(key, yaml.ScalarNode):
-            return _not_settings(file)
-        name = one_line(key.value, 80)
         if not isinstance(value, yaml.ScalarNode):
-            raise UserError(f"{one_line(file)}: {name} is not a single value: write 'name: value'")
-        if key.value in values:
-            raise UserError(f"{one_line(file)}: {name} is there twice: remove one of the two")
-        values[key.value] = value.value if value.style else _plain_value(value.value)
+            raise _not_single(key.value, file)
+        pairs.append((key.value, value.value if value.style else _plain_value(value.value)))
+    return _once_each(pairs, file)
+
+
+def _once_each(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
+    """The pairs as a dictionary. Raises `UserError` if a name is there twice."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise UserError(f"{one_line(file)}: {one_line(name, 80)} is there twice: remove one of the two")
+        values[name] = value
     return values
+
+
+def _not_single(name: str, file: Path) -> UserError:
+    return UserError(f"{one_line(file)}: {one_line(name, 80)} is not a single value: write 'name: value'")
 
 
 def _plain_value(text: str) -> Any:
@@ -91,7 +87,3 @@ def _plain_value(text: str) -> Any:
         return float(text) if NUMBER.fullmatch(text) else text
     except ValueError:
         return text
-
-
-def _not_settings(file: Path) -> Any:
-    raise UserError(f"{one_line(file)} does not hold settings: write a line 'name: value' for each")

@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from minisft import checksums
 from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import Tokenizer
-from minisft.checksums import Digests, code_digest, digest
+from minisft.checksums import Digests, code_digest, digest, remember, remembered
 from minisft.data.conversations import Conversation
 from minisft.data.ledger import Ledger
 from minisft.data.model_folder import OF_A_MODEL, WEIGHTS_SUFFIX, small_model_files
@@ -43,6 +42,7 @@ TRAIN, TEST, TEST_ROWS = FILES = "train.arrow", "test.jsonl", "test.arrow"
 MADE_OF = "made_of.json"
 CODE = ("data", "chat", "labels", "training/dataset")  # the code that decides the rows, besides settings and data
 ROWS_AT_ONCE = 256
+KNOWN_ROWS = "rows.json"  # in the cache folder
 MOST_REMEMBERED = 200  # row sets in the cache, which later runs with the same settings can copy
 
 
@@ -92,7 +92,7 @@ def copy_known_rows(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) 
     `wanted` come from this machine's own cache, not from a run folder, which may come from somebody
     else: only files with the same content are copied.
     """
-    known = _known_rows().get(_key(wanted))
+    known = remembered(KNOWN_ROWS, dict[str, MadeRows]).get(_key(wanted))
     if known is None:
         return None
     for run in runs:
@@ -113,10 +113,7 @@ def remember_rows(wanted: dict[str, Any], rows: int, folder: Path) -> None:
     """Record in `folder` and in this machine's cache what the rows in `folder` were made from."""
     made = MadeRows(rows, _sums(folder.parent))
     _describe(folder, wanted, made)
-    recent = dict(list(_known_rows().items())[-MOST_REMEMBERED:])
-    with suppress(OSError, UserError):  # a cache that cannot be written only costs time
-        _cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_json(_cache_file(), {key: vars(value) for key, value in recent.items()} | {_key(wanted): vars(made)})
+    remember(KNOWN_ROWS, _key(wanted), vars(made), MOST_REMEMBERED)
 
 
 def made_by_this_code(run_folder: Path) -> bool:
@@ -173,16 +170,6 @@ class MadeRows:
     rows: int
     sha256: dict[str, str]
     made_of: dict[str, Any] = field(default_factory=dict)
-
-
-def _cache_file() -> Path:
-    return checksums.digest_memory().with_name("rows.json")
-
-
-def _known_rows() -> dict[str, MadeRows]:
-    with suppress(UserError):
-        return read_json(_cache_file(), dict[str, MadeRows]) or {}
-    return {}
 
 
 def _key(wanted: dict[str, Any]) -> str:
