@@ -34,15 +34,15 @@ def digest(file: Path, sync: bool = False) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def digest_memory() -> Path:
-    """The cache file of `Digests`. Raises `UserError` if there is no folder for a cache."""
-    return cache_dir() / DIGESTS
+def memory_folder() -> Path:
+    """The folder for what this machine computed. Raises `UserError` if there is no home folder."""
+    return cache_dir()
 
 
 def remembered(name: str, shape: Any = dict[str, Any]) -> Any:
     """The dictionary in the file `name` of this machine's cache; empty if it cannot be used."""
     with suppress(OSError, UserError):
-        return read_json(digest_memory().with_name(name), shape) or {}
+        return read_json(memory_folder() / name, shape) or {}
     return {}
 
 
@@ -50,9 +50,9 @@ def remember(name: str, key: str, value: Any, most: int) -> None:
     """Add an entry to the file `name` of this machine's cache, which keeps the `most` latest ones."""
     entries = {known: entry for known, entry in remembered(name).items() if known != key} | {key: value}
     with suppress(OSError, UserError):  # a cache that cannot be written only costs time
-        file = digest_memory().with_name(name)
+        file = memory_folder() / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, dict(list(entries.items())[-most:]))
+        write_json(file, dict(list(entries.items())[-most:]), private=True)
 
 
 class Digests:

@@ -62,20 +62,30 @@ def minisft(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def save_checkpoint(model: object, tokenizer_folder: Path, folder: Path) -> None:
-    """A checkpoint as a run leaves it: weights, config, and the tokenizer with its chat template."""
+    """A checkpoint as a run leaves it: weights, config, tokenizer with its chat template, and manifest."""
     from minisft.chat.tokenizers import HuggingFaceTokenizer
 
     tokenizer = HuggingFaceTokenizer(tokenizer_folder)
     tokenizer.hf.chat_template = template_for(tokenizer).jinja()
     model.save_pretrained(folder)
     tokenizer.hf.save_pretrained(folder)
+    write_manifest(folder)
+
+
+def write_manifest(folder: Path, **about: object) -> None:
+    """The manifest of a checkpoint as it is now."""
+    from minisft.checksums import digest
+
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"]
+    sums = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": digest(p)} for p in files}
+    (folder / "manifest.json").write_text(json.dumps({"files": sums} | about))
 
 
 @pytest.fixture(autouse=True)
 def own_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test writes its runs into its own folder, and remembers checksums there."""
     monkeypatch.setenv("MINISFT_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.setattr("minisft.checksums.digest_memory", lambda: tmp_path / ".cache" / "digests.json")
+    monkeypatch.setattr("minisft.checksums.memory_folder", lambda: tmp_path / ".cache")
     return tmp_path / "outputs"
 
 

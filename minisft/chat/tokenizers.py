@@ -18,11 +18,13 @@ from typing import Any, Protocol
 from minisft.chat.mistral_tokenizer import MistralCommonTokenizer
 from minisft.chat.pieces import BYTE_OF, SPACE_MARK, bytes_of_piece, no_piece_crosses_a_space
 from minisft.chat.registry import DEFAULT, template_named
-from minisft.data.model_folder import clean_logs, require_tokenizer_class
+from minisft.data.model_folder import clean_logs, require_own_tokenizer
 from minisft.errors import UserError
+from minisft.files import read_json
 from minisft.text import one_line, visible
 
 MOST_TOKENS = 10_000_000  # of a vocabulary; the largest published ones have 260,000
+MOST_GROWTH = 1_000  # characters that a normalizer or decoder may make of one; more would fill the memory
 
 
 class Tokenizer(Protocol):
@@ -31,7 +33,8 @@ class Tokenizer(Protocol):
     `template_name` is the chat template that the tokenizer is set up for. `continues_text`: a text
     that follows a text is encoded as its continuation; Mistral's own tokenizers encode every text
     alone. `cuts_at_spaces`: no token crosses a space between two words, so the ids of a text that
-    is cut before such a space are the first ids of the whole text. `added_words` maps ids to words
+    is cut before such a space are the first ids of the whole text. `unk_id` stands for text that
+    has no token. `added_words` maps ids to words
     that were added to the vocabulary but are not control tokens (`<think>` in many models): a text
     may contain them, and each is one id.
     """
@@ -39,6 +42,7 @@ class Tokenizer(Protocol):
     name: str
     template_name: str
     bos_id: int | None
+    unk_id: int | None
     eos_id: int
     pad_id: int
     vocab_size: int
@@ -92,7 +96,7 @@ class HuggingFaceTokenizer:
     def _examine(self, control_tokens: Sequence[str]) -> None:
         """Find the control tokens, and make the tokenizers that cannot recognize them in a text."""
         self._add_control_tokens(control_tokens)
-        self.bos_id, self.eos_id = self.hf.bos_token_id, self.hf.eos_token_id
+        self.bos_id, self.eos_id, self.unk_id = self.hf.bos_token_id, self.hf.eos_token_id, self.hf.unk_token_id
         self.pad_id = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
         self.vocab_size = max(self.hf.get_vocab().values()) + 1
         if self.vocab_size > MOST_TOKENS:
@@ -106,7 +110,7 @@ class HuggingFaceTokenizer:
         added = [token for token in serialized["added_tokens"] if not _only_spaces(token["content"])]
         control = {token["id"] for token in added if token["special"] or token["content"] in marks}
         # The unknown token is not a forgery: tokenizers emit it for text that they cannot encode.
-        self.control_ids = frozenset(control - {self.hf.unk_token_id} | {self.eos_id, self.bos_id} - {None})
+        self.control_ids = frozenset(control - {self.unk_id} | {self.eos_id, self.bos_id} - {None})
         words = [token for token in added if token["id"] not in control | self.control_ids]
         self.added_words = {token["id"]: token["content"] for token in words}
         self._forgeable = _hide_control_tokens(serialized, self.control_ids, self.added_words)
@@ -187,15 +191,30 @@ def _damage_named(source: Path | str) -> Iterator[None]:
 def _load(folder: Path | str) -> Any:
     from transformers import AutoTokenizer
 
-    require_tokenizer_class(Path(folder))
+    require_own_tokenizer(Path(folder))
     clean_logs()
     with _damage_named(folder):
+        serialized = read_json(Path(folder) / "tokenizer.json", dict[str, Any]) or {}
+        if max(_growth(serialized.get(part)) for part in ("normalizer", "decoder")) > MOST_GROWTH:
+            raise UserError(
+                f"the tokenizer in {folder} makes more than {MOST_GROWTH} characters of one: save another one"
+            )
         hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not hf.is_fast:
         raise UserError(f"the tokenizer in {folder} has no tokenizer.json: save a fast tokenizer there")
     if hf.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no EOS token: set eos_token in its tokenizer_config.json")
     return hf
+
+
+def _growth(component: dict[str, Any] | None) -> float:
+    """How many characters the replacements of a normalizer or decoder make, at most, of one character."""
+    growth = 1.0
+    for part in _parts(component):
+        if part["type"] == "Replace":  # a regular expression may match a single character, or none
+            replaced = len(part["pattern"].get("String", "")) or 1
+            growth *= max(1, len(part["content"]) / replaced)
+    return growth
 
 
 def _only_spaces(text: str) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from minisft.data.data_files import DataFile
+from minisft.data.ledger import Ledger
 from minisft.data.messages import KEYS, UnusableRow
 from minisft.errors import UserError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 PARQUET = b"PAR1"
 ARROW_STREAM, ARROW_FILE = b"\xff\xff\xff\xff", b"ARROW1"
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 TOKENIZED = ("input_ids", "labels", "attention_mask", "position_ids", "seq_lengths")
 AT_ONCE = 256  # rows converted to Python objects at a time
 # Rows, values or unpacked bytes per byte of the file. A file that claims more is a bomb.
@@ -33,10 +35,11 @@ def is_table(head: bytes) -> bool:
     return head.startswith((PARQUET, ARROW_STREAM, ARROW_FILE))
 
 
-def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes) -> Iterator[tuple[str, Any]]:
+def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes, ledger: Ledger) -> Iterator[tuple[str, Any]]:
     """Yield each row of a Parquet or Arrow file as a pair of its name and its values.
 
-    `stream` is the open file and `head` its first bytes. A row with an unreadable value (text that
+    `stream` is the open file and `head` its first bytes. `ledger` records an Arrow stream that does
+    not end where its file ends. A row with an unreadable value (text that
     is not UTF-8, a date before the year 1) is an `UnusableRow`. Raises `UserError` if the file is
     damaged or compressed as a whole.
     """
@@ -57,6 +60,8 @@ def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes) -> Ite
                 for row in _rows(batch.slice(start, AT_ONCE), kind):
                     yield f"{file.name} row {number}", row
                     number += 1
+        if head.startswith(ARROW_STREAM) and (problem := _end_problem(stream, size)):
+            ledger.lose(f"{file.name} {problem} after {number:,} rows")
     except (pyarrow.ArrowException, ValueError, LookupError, ArithmeticError, MemoryError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"data file {file.path} is damaged {kind} ({reason}): fetch or write it again") from error
@@ -87,6 +92,15 @@ def _arrow_batches(stream: io.BufferedReader, head: bytes) -> Iterable[pyarrow.R
         return iter(pyarrow.ipc.open_stream(stream))
     arrow_file = pyarrow.ipc.open_file(stream)
     return map(arrow_file.get_batch, range(arrow_file.num_record_batches))
+
+
+def _end_problem(stream: io.BufferedReader, size: int) -> str:
+    """How the end of an Arrow stream, which has been read, differs from the end of its file."""
+    end = stream.tell()
+    if end < size:
+        return "has more data, which was not read,"
+    stream.seek(max(0, end - len(STREAM_END)))
+    return "" if stream.read() == STREAM_END else "is cut off"
 
 
 def _require_backed(column: pyarrow.Array) -> None:

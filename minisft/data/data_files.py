@@ -11,6 +11,7 @@ import io
 import os
 import stat
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,19 +58,20 @@ class _Splits(TypedDict):
 def files_of(path: Path, ledger: Ledger) -> list[DataFile]:
     """Return the file itself, or the data files of a folder and its subfolders, sorted by path.
 
-    Hidden files and files of other types are skipped, with a note in `ledger`. In a folder written
-    by `save_to_disk`, the state files determine which files are read. Raises `UserError` if the
-    folder has no data file or cannot be read.
+    Hidden files, files of other types and links to folders are skipped, with a note in `ledger`. In
+    a folder written by `save_to_disk`, the state files determine which files are read. Raises
+    `UserError` if the folder has no data file, or if a part of it cannot be read.
     """
     try:
         if not path.is_dir():
             return [DataFile(path, one_line(path.name))]
         if any((path / name).is_file() for name in DESCRIPTIONS[1:]):
             return _saved_files(path)
-        all_files = sorted(file for file in path.rglob("*") if not file.is_dir())
+        all_files = sorted(_everything_in(path))
         data_files = [file for file in all_files if _is_data(file, path)]
     except OSError as error:
-        raise UserError(f"data folder {path} cannot be read ({error.strerror}): check the path") from error
+        where = path if error.filename is None else error.filename
+        raise UserError(f"data folder {one_line(where)} cannot be read ({error.strerror}): check the path") from error
     if not data_files:
         raise UserError(f"folder {path} has no .json, .jsonl or .parquet file: give a file of conversations")
     skipped = sorted(set(all_files) - set(data_files))
@@ -78,6 +80,17 @@ def files_of(path: Path, ledger: Ledger) -> list[DataFile]:
         more = ", …" if len(skipped) > NAMED else ""
         ledger.note(f"files in the folder that were not read: {len(skipped):,} ({names}{more})")
     return [DataFile(file, one_line(file.name)) for file in data_files]
+
+
+def _everything_in(folder: Path) -> Iterator[Path]:
+    """All files in a folder and its subfolders, and links to other folders, which are not followed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        yield from (Path(parent) / name for name in files)
+        yield from (link for name in folders if (link := Path(parent) / name).is_symlink())
 
 
 def _is_data(file: Path, folder: Path) -> bool:

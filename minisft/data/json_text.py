@@ -15,6 +15,7 @@ from typing import Any
 from minisft.data.conversations import UnusableRow
 
 BAD_ROW = "row is not valid JSON"
+TWICE = "row has a key twice"
 TOO_DEEP = "row is nested too deeply"
 CHUNK = 1 << 22  # bytes read at a time
 LONGEST_ROW = 1 << 28  # characters; only damage makes a row longer
@@ -29,6 +30,26 @@ class NoEndError(ValueError):
     """The next value does not end in this file or within `LONGEST_ROW` characters."""
 
 
+class KeyTwiceError(ValueError):
+    """An object has a key twice: readers differ in which value they take."""
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise KeyTwiceError
+    return values
+
+
+# `strict=False` accepts raw line ends inside strings.
+_JSON = json.JSONDecoder(strict=False, object_pairs_hook=_object_of)
+
+
+def parse_row(text: str) -> Any:
+    """The JSON value that is all of `text`. Raises `ValueError` or `RecursionError`."""
+    return _JSON.decode(text)
+
+
 class JsonText:
     """The JSON text of a file, read in chunks as needed.
 
@@ -41,7 +62,6 @@ class JsonText:
         self._stream = stream
         # A byte that is not UTF-8 becomes a lone surrogate, which `clean` replaces and reports.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._json = json.JSONDecoder(strict=False)  # accept raw line ends inside strings
         self._buffer = ""
         self._start = 0  # index in the buffer of the first unused character
         self._ended = False
@@ -98,14 +118,14 @@ class JsonText:
         end = self._end_of_value()
         start, self._start = self._start, end
         try:
-            return json.loads(self._buffer[start:end], strict=False)
+            return parse_row(self._buffer[start:end])
         except (ValueError, RecursionError) as error:
             return unreadable_row(error)
 
     def _parsed(self) -> Any:
         while True:
             try:
-                value, end = self._json.raw_decode(self._buffer, self._start)
+                value, end = _JSON.raw_decode(self._buffer, self._start)
             except json.JSONDecodeError as error:
                 # An error near the end of the buffer may only mean that the value continues. 16
                 # characters are longer than any literal or escape that can be split there.
@@ -145,4 +165,6 @@ class JsonText:
 
 
 def unreadable_row(error: Exception) -> UnusableRow:
+    if isinstance(error, KeyTwiceError):
+        return UnusableRow(TWICE)
     return UnusableRow(TOO_DEEP if isinstance(error, RecursionError) else BAD_ROW)

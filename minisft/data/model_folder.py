@@ -76,11 +76,16 @@ def model_json(file: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     return values
 
 
-def require_tokenizer_class(folder: Path) -> None:
-    """Raise `UserError` if `tokenizer_class` is not a tokenizer.
+def require_own_tokenizer(folder: Path) -> None:
+    """Raise `UserError` if a model's JSON names a tokenizer outside of the folder, or no tokenizer.
 
-    transformers would load any class of that name that it has.
+    transformers would read any file, and load any class of that name that it has.
     """
+    files = (_json(folder / "tokenizer_config.json") or {}).get("fast_tokenizer_files", [])
+    if not isinstance(files, list) or not all(isinstance(name, str) and Path(name).name == name for name in files):
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'} names files elsewhere (fast_tokenizer_files): remove that key"
+        )
     for name in ("tokenizer_config.json", "config.json"):
         class_name = (_json(folder / name) or {}).get("tokenizer_class")
         if class_name is not None and not (isinstance(class_name, str) and _TOKENIZER_CLASS.fullmatch(class_name)):

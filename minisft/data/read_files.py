@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,7 @@ def _rows_of_file(file: DataFile, ledger: Ledger) -> Iterator[tuple[str, Any]]:
     with open_data(file, ledger) as stream:
         head = stream.peek()
         if is_table(head):
-            yield from rows_of_table(file, stream, head)
+            yield from rows_of_table(file, stream, head, ledger)
             return
         if head.startswith(BOM):
             ledger.repair("byte-order mark: removed", file.name)
@@ -123,9 +122,6 @@ def _rows_of_file(file: DataFile, ledger: Ledger) -> Iterator[tuple[str, Any]]:
                 raise UserError(
                     f"data file {file.path} is not JSON, JSON lines or Parquet: it starts with {head[:20]!r}"
                 )
-
-
-# --- JSON text ---------------------------------------------------------------------------------------------
 
 
 # --- JSON files --------------------------------------------------------------------------------------------
@@ -167,7 +163,7 @@ def _rows_of_lines(file: DataFile, stream: io.BufferedReader, ledger: Ledger) ->
         if not text:
             continue
         try:
-            row = json.loads(text, strict=False)
+            row = json_text.parse_row(text)
         except (ValueError, RecursionError) as error:
             # "Extra data": the line begins with a whole value, so it is a broken line and not the
             # start of a longer object.
@@ -179,7 +175,7 @@ def _rows_of_lines(file: DataFile, stream: io.BufferedReader, ledger: Ledger) ->
             if has_comma:
                 ledger.repair(COMMA, where)
         # The only line of a file may be an object around all rows.
-        if first and not stream.peek(1) and (rows := _wrapped(row, file)) is not None:
+        if first and not stream.peek(1) and (rows := _wrapped(row, file, ledger)) is not None:
             yield from ((f"{file.name} row {i}", row) for i, row in enumerate(rows))
             return
         first = False
@@ -220,16 +216,17 @@ def _rows_of_objects(file: DataFile, ledger: Ledger) -> Iterator[tuple[str, Any]
                 return
             if text.skip_commas():
                 ledger.repair(COMMA, where)
-            rows = _wrapped(value, file) if number == 0 else None
+            rows = _wrapped(value, file, ledger) if number == 0 else None
             for row in [value] if rows is None else rows:
                 yield f"{file.name} row {number}", row
                 number += 1
 
 
-def _wrapped(value: Any, file: DataFile) -> list[Any] | None:
+def _wrapped(value: Any, file: DataFile, ledger: Ledger) -> list[Any] | None:
     """The rows of `{"data": [row, …]}`, under any key; None if `value` is itself a row.
 
-    Raises `UserError` if several keys hold lists of rows.
+    A note names the other keys that hold lists or objects. Raises `UserError` if several keys hold
+    lists of rows.
     """
     if not isinstance(value, dict) or has_known_shape(value):
         return None
@@ -240,4 +237,8 @@ def _wrapped(value: Any, file: DataFile) -> list[Any] | None:
             f"data file {file.path} has several lists of rows, under the keys {keys}: "
             "save the list to be read as a separate file"
         )
+    beside = [k for k, v in value.items() if k not in lists and v and isinstance(v, list | dict)]
+    if lists and beside:
+        keys = ", ".join(one_line(key[:80], 40) for key in beside[:8])
+        ledger.note(f"{file.name}: keys beside the rows that were not read: {keys}")
     return next(iter(lists.values()), None)

@@ -14,18 +14,20 @@ from typing import Any
 from minisft.chat.registry import template_for
 from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import HuggingFaceTokenizer
-from minisft.checksums import Digests, code_digest
+from minisft.checksums import Digests, code_digest, remember, remembered
 from minisft.data.conversations import Conversation, one_per_answer
 from minisft.data.ledger import Ledger
 from minisft.data.read_files import read
 from minisft.errors import UserError
 from minisft.evaluation.contamination import Overlap, Prompt, find_overlaps, trained_texts
-from minisft.files import read_json, write_json
+from minisft.files import read_json
 from minisft.labels.encode_row import encode, encode_segments
 from minisft.run.folder import Run
 from minisft.training.dataset import TEST, TRAIN, load_rows
 
 ANSWERS = ("last", "all")
+LEAKS = "leaks.json"  # in the cache folder: which questions leaked, by question set and rows
+MOST_LEAKS = 50
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,10 @@ class EvalSet:
         }
 
 
-def make_eval_set(run: Run, settings: EvalSettings, folder: Path, digests: Digests | None = None) -> EvalSet:
+def make_eval_set(run: Run, settings: EvalSettings, digests: Digests | None = None) -> EvalSet:
     """Choose the first test conversations whose prompt and answer fit in the run's maximum length.
 
-    `folder` caches which questions leaked. Raises `UserError` if no test conversation can be used.
+    Raises `UserError` if no test conversation can be used.
     """
     file = run.folder / "data" / TEST
     if not file.exists() or file.stat().st_size == 0:
@@ -97,7 +99,7 @@ def make_eval_set(run: Run, settings: EvalSettings, folder: Path, digests: Diges
         questions = {c.id: questions_of(c, settings.answers) for c in more}
         seen += sum(map(len, questions.values()))
         by_id = {q.id: q for own in questions.values() for q in own}
-        new_leaks = _leaks(run, by_id, folder, digests or Digests())
+        new_leaks = _leaks(run, by_id, digests or Digests())
         leaks |= new_leaks
         chosen += [
             c for c in more if not settings.exclude_leaked or not new_leaks.keys() & {q.id for q in questions[c.id]}
@@ -132,8 +134,8 @@ def prompt_ids(conversation: Conversation, template: ChatTemplate, tokenizer: Hu
     return encode_segments(template.prompt_segments(conversation), tokenizer)
 
 
-def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path, digests: Digests) -> dict[str, Overlap]:
-    """Return which questions are in the run's training rows; cached in `folder`."""
+def _leaks(run: Run, questions: Mapping[str, Conversation], digests: Digests) -> dict[str, Overlap]:
+    """Return which questions are in the run's training rows; remembered in the cache folder."""
     tokenizer, template = load_template(run.model_folder, run.config.template)
     prompts = {
         question_id: Prompt(
@@ -147,11 +149,10 @@ def _leaks(run: Run, questions: Mapping[str, Conversation], folder: Path, digest
         raise UserError(f"{run.name} has no training rows ({data / TRAIN}): prepare it again with --overwrite")
     code = code_digest("data", "chat", "labels", "evaluation")
     key = fingerprint([code, list(map(asdict, prompts.values())), digests.of(data / TRAIN)])
-    file = folder / f".leaks-{key}.json"
-    if (cached := read_cache(file, dict[str, Overlap])) is not None:
-        return cached
+    if (known := remembered(LEAKS, dict[str, dict[str, Overlap]]).get(key)) is not None:
+        return known
     overlaps = find_overlaps(prompts, trained_texts(load_rows(data), tokenizer))
-    write_json(file, {question_id: asdict(overlap) for question_id, overlap in overlaps.items()})
+    remember(LEAKS, key, {question_id: asdict(overlap) for question_id, overlap in overlaps.items()}, MOST_LEAKS)
     return overlaps
 
 

@@ -11,13 +11,11 @@ unchanged; each answer is saved as soon as it is complete, so an interrupted eva
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,8 +36,8 @@ from minisft.evaluation.eval_set import (
 )
 from minisft.evaluation.metrics import as_line, corpus_scores, tokenizer_for
 from minisft.evaluation.report import interval_told, write_summary
-from minisft.evaluation.result_cache import cached_result, remember_result
-from minisft.files import is_same_file, open_own, read_json, read_text, write_json, written_whole
+from minisft.evaluation.result_cache import SavedAnswers, cached_result, remember_result
+from minisft.files import is_same_file, read_json, write_json, written_whole
 from minisft.locks import open_lock, try_lock
 from minisft.run.folder import Run, checkpoint_step, lock_file, outputs_root
 from minisft.run.records import CheckpointResult, ResultsOwner, Summary
@@ -72,7 +70,7 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
         before = run.identity
         if (run.folder / "data" / MADE_OF).exists():  # runs of earlier versions have no checksums
             require_as_made(run.folder)
-        eval_set = make_eval_set(run, settings, folder, digests)
+        eval_set = make_eval_set(run, settings, digests)
         results: list[dict[str, Any]] = []
         unusable: dict[int, str] = {}
         for step, model in steps_of(run):
@@ -80,7 +78,7 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
                 key = _key(run, model, eval_set, settings, digests)
                 scores = known.get(key) or cached_result(folder, step, key)
                 if scores is None:
-                    scores = _evaluated(run, model, eval_set, settings, folder / f".checkpoint-{step}-{key}.jsonl")
+                    scores = _evaluated(run, model, eval_set, settings, SavedAnswers(key))
                 # With new digests: `digests` counts, and with `verify` reads, each file once only.
                 is_same = run.identity == before and _key(run, model, eval_set, settings, Digests()) == key
             except (UserError, FileNotFoundError, PermissionError) as error:
@@ -174,7 +172,7 @@ def results_of(run: Run) -> list[CheckpointResult]:
 
 
 def _evaluated(
-    run: Run, folder: Path, eval_set: EvalSet, settings: EvalSettings, saved_answers: Path
+    run: Run, folder: Path, eval_set: EvalSet, settings: EvalSettings, saved_answers: SavedAnswers
 ) -> dict[str, Any]:
     """Run `evaluate_model` if the checkpoint is sound; raises `UserError` if it is not."""
     if problem := checkpoint_problem(run, folder):
@@ -183,13 +181,12 @@ def _evaluated(
 
 
 def _save(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write a checkpoint's result and answers; remove the answers saved during evaluation."""
+    """Write a checkpoint's result and answers; remove the answers saved meanwhile."""
     file = folder / f"checkpoint-{result['step']}.json"
     write_json(file, result)
     remember_result(result["key"], file)
     _write_lines(folder / f"checkpoint-{result['step']}.txt", (a["output"] for a in result["answers"]))
-    for saved_answers in folder.glob(f".checkpoint-{result['step']}-*.jsonl"):
-        saved_answers.unlink(missing_ok=True)
+    SavedAnswers(result["key"]).remove()
 
 
 def _remove_others(folder: Path, steps: set[int]) -> None:
@@ -202,26 +199,24 @@ def _remove_others(folder: Path, steps: set[int]) -> None:
 
 
 def evaluate_model(
-    run: Run, folder: Path, exam: EvalSet, settings: EvalSettings, kept: Path | None = None
+    run: Run, folder: Path, eval_set: EvalSet, settings: EvalSettings, saved_answers: SavedAnswers | None = None
 ) -> dict[str, Any]:
-    """Load one checkpoint with plain transformers, answer the questions of `exam`, and score the
-    answers.
+    """Load one checkpoint with plain transformers, answer the questions, and score the answers.
 
-    Answers are saved to the file `kept`, and those already in it are reused. Returns the scores of
+    Every answer is added to `saved_answers`, and those in it are reused. Returns the scores of
     `corpus_scores`, the share of answers that `stopped` by themselves, the teacher-forced `loss` in
     nats per token of the reference answers, their `perplexity`, and every answer with its prompt
     and reference.
     """
     tokenizer, template = load_template(run.model_folder, run.config.template)
     model = load_to_answer(folder, tokenizer, run.precision, run.trust_remote_code)
-    answers = _answers(
-        model, exam.questions, template, tokenizer, settings, kept, one_line(f"{run.name} {folder.name}")
-    )
-    loss, trained_tokens = answer_loss(model, exam.questions, template, tokenizer)
-    references = [q.messages[-1].content.strip() for q in exam.questions]
+    questions, label = eval_set.questions, one_line(f"{run.name} {folder.name}")
+    answers = _answers(model, questions, template, tokenizer, settings, saved_answers, label)
+    loss, trained_tokens = answer_loss(model, questions, template, tokenizer)
+    references = [q.messages[-1].content.strip() for q in questions]
     rows = [
         {"id": q.id, "prompt": _last_user_message(q), "reference": r, "output": a.text, "stopped": a.stopped}
-        for q, r, a in zip(exam.questions, references, answers, strict=True)
+        for q, r, a in zip(questions, references, answers, strict=True)
     ]
     return {
         "rows": len(rows),
@@ -246,40 +241,22 @@ def _answers(
     template: Any,
     tokenizer: Any,
     settings: EvalSettings,
-    saved_answers: Path | None,
+    saved_answers: SavedAnswers | None,
     label: str,
 ) -> list[Answer]:
     """Answer all questions, with a progress bar; answers already in `saved_answers` are reused."""
     from tqdm import tqdm
 
-    answers = {} if saved_answers is None else _read_saved(saved_answers, len(questions))
+    answers = {} if saved_answers is None else saved_answers.read(len(questions))
     missing = [i for i in range(len(questions)) if i not in answers]
     prompts = [prompt_ids(questions[i], template, tokenizer) for i in missing]
     with tqdm(total=len(questions), initial=len(answers), desc=label, unit="answer", leave=False, disable=None) as bar:
         for i, answer in generate(model, prompts, tokenizer, settings.max_new_tokens, settings.batch_size):
             answers[missing[i]] = answer
             if saved_answers is not None:
-                handle = open_own(saved_answers, os.O_WRONLY | os.O_APPEND, private=True)
-                with os.fdopen(handle, "a", encoding="utf-8") as stream:
-                    stream.write(json.dumps([missing[i], answer.text, answer.stopped]) + "\n")
+                saved_answers.add(missing[i], answer)
             bar.update()
     return [answers[i] for i in range(len(questions))]
-
-
-def _read_saved(file: Path, questions: int) -> dict[int, Answer]:
-    """Return the saved answers by question index, and drop an incomplete last line."""
-    complete_lines, _, _ = (read_text(file, errors="replace") or "").rpartition("\n")
-    if not complete_lines:
-        return {}
-    with written_whole(file, private=True) as stream:
-        stream.write(complete_lines + "\n")
-    answers = {}
-    for line in complete_lines.split("\n"):
-        with suppress(ValueError, TypeError):  # a damaged line: its answer is generated again
-            index, text, stopped = json.loads(line)
-            if 0 <= index < questions:
-                answers[index] = Answer(str(text), bool(stopped))
-    return answers
 
 
 def _key(run: Run, model: Path, eval_set: EvalSet, settings: EvalSettings, digests: Digests) -> str:

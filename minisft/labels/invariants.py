@@ -8,6 +8,7 @@ fix a violation.
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,6 +229,11 @@ def _answers(row: ParsedRow, template: ChatTemplate, conversation: Conversation,
         if not _spells(spelt, answer, row.tokenizer, complete or end < len(row.ids)):
             shown = spelt[:40].decode(errors="replace")
             yield "answers", start, f"the trained text is {shown!r}, but the answer is {answer[:40]!r}"
+        elif (
+            complete and row.tokenizer.unk_id not in row.ids[start:end] and _letters(spelt) < _letters(answer.encode())
+        ):
+            shown = spelt[:40].decode(errors="replace")
+            yield "answers", start, f"letters of the answer have no token: {shown!r} is trained"
     if len(spans) > len(answers) or (whole and len(spans) < len(answers)):
         yield "answers", None, f"{len(spans)} trained spans, but {len(answers)} answers to train"
 
@@ -269,6 +275,11 @@ def _spells(spelt: bytes, answer: str, tokenizer: Tokenizer, complete: bool) -> 
     return tokenizer.continues_text and fits(
         b"".join(map(tokenizer.token_bytes, tokenizer.encode(answer, after="text")))
     )
+
+
+def _letters(text: bytes) -> int:
+    """The number of letters and digits, however accents are written."""
+    return sum(map(str.isalnum, unicodedata.normalize("NFKC", text.decode(errors="ignore"))))
 
 
 def _kind(value: Any) -> str:

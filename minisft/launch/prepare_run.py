@@ -206,6 +206,11 @@ def _put_back(folder: Path, say: Say) -> None:
     if is_free and old.is_dir():
         old.rename(folder)  # an empty folder in its place is replaced
         say(f"replacing {folder.name} was interrupted: the earlier run is back")
+    elif old.is_dir() and not _is_empty(old):
+        raise UserError(
+            f"{display_path(old)} holds an earlier run, which an interrupted replacement has left there: remove it, "
+            "or move it away"
+        )
 
 
 def _replace(folder: Path, new: Path) -> None:

@@ -99,7 +99,7 @@ def _difference_to_written(run: Run, folder: Path) -> str:
         return f"its manifest is that of step {step}"
     if not run.wrote(manifest):
         return "its manifest is that of another run"
-    return checkpoint_damage(folder, {name for name in manifest.get("files", ()) if name.endswith(OF_A_MODEL)})
+    return checkpoint_damage(folder, only=OF_A_MODEL)
 
 
 def _without_values(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,6 +21,7 @@ from minisft.checksums import digest
 from minisft.errors import UserError
 from minisft.files import is_inside, read_json, read_text, remove_all, write_json, written_whole
 from minisft.run.folder import MANIFEST, Run, checkpoint_step, manifest_of
+from minisft.text import one_line
 from minisft.zero.strategies import strategy_named
 
 SCRATCH = ".saving"
@@ -173,10 +173,7 @@ def _resume_problem(run: Run, folder: Path) -> str:
 
     transformers silently skips states that are missing, so they are checked here.
     """
-    listed = set((manifest_of(folder) or {}).get("files", ()))
-    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
-    if unlisted := sorted(present - listed):
-        return f"{MANIFEST} does not name {unlisted[0]}"
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     if not run.wrote(manifest_of(folder) or {}):
         return "it was written by another run"
     ranks = run.config.ranks
@@ -210,22 +207,25 @@ def is_trained(folder: Path) -> bool:
     return state is not None and state.global_step >= state.max_steps
 
 
-def checkpoint_damage(folder: Path, only: Collection[str] | None = None) -> str:
-    """Describe the first file that differs from the manifest; "" if none does.
+def checkpoint_damage(folder: Path, only: tuple[str, ...] = ("",)) -> str:
+    """Describe the first file that differs from the manifest, or is not in it; "" if none is.
 
-    `only` limits the check to files of these names.
+    Only files whose names end in one of `only` are compared.
     """
     try:
         manifest = manifest_of(folder)
     except UserError as error:
         return str(error)
     if manifest is None:
-        return ""
+        return f"it has no {MANIFEST}"
     if "files" not in manifest:
         return f"{MANIFEST} does not name its files"
+    present = (str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    if unlisted := sorted(name for name in {*present} - {MANIFEST, *manifest["files"]} if name.endswith(only)):
+        return f"{MANIFEST} does not name {one_line(unlisted[0])}"
     for name, expected in manifest["files"].items():
         file = folder / name
-        if only is not None and name not in only:
+        if not name.endswith(only):
             continue
         if not is_inside(file, folder):
             return f"{MANIFEST} names a file outside of the checkpoint, {name}"

@@ -22,6 +22,7 @@ from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import Tokenizer
 from minisft.checksums import Digests, code_digest, digest, remember, remembered
 from minisft.data.conversations import Conversation
+from minisft.data.data_files import files_of
 from minisft.data.ledger import Ledger
 from minisft.data.model_folder import OF_A_MODEL, WEIGHTS_SUFFIX, small_model_files
 from minisft.data.read_files import read
@@ -76,13 +77,12 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
 
 def describe_rows(config: RunConfig, source: Path, model: Path, digests: Digests) -> dict[str, Any]:
     """Return what the rows depend on: code, settings, data, and the tokenizer in `model`."""
-    sources = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
-    # Row ids contain the name of their file, and hidden folders are not read: so names inside the folder matter.
-    names = [file.name if source.is_file() else str(file.relative_to(source)) for file in sources]
-    files = [[name, digests.of(file)] for name, file in zip(names, sources, strict=True)]
+    ledger = Ledger()  # its notes name files that are not read
+    # The names of the rows contain the names of their files.
+    files = [[file.name, digests.of(file.path)] for file in files_of(source, ledger)]
     # Any small file of a model may be part of its tokenizer: vocab.json, merges.txt, tokenizer.model, ...
     files += [[file.name, digests.of(file)] for file in small_model_files(model)]
-    return {"code": code_digest(*CODE), "files": files, **config.values_that_shape_rows()}
+    return {"code": code_digest(*CODE), "files": files, "notes": ledger.notes, **config.values_that_shape_rows()}
 
 
 def copy_known_rows(wanted: dict[str, Any], runs: Iterable[Path], folder: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given, settings
@@ -243,6 +244,34 @@ def test_what_cannot_be_used_is_said_in_one_sentence(tmp_path):
     hf.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no EOS token"):
         HuggingFaceTokenizer(tmp_path)
+
+
+@pytest.mark.attack("6")
+@pytest.mark.parametrize("names", [["../tokenizer.4.0.0.json"], ["/tmp/tokenizer.4.0.0.json"], "tokenizer.4.json", [3]])
+def test_a_tokenizer_is_read_from_its_own_folder(tiny_model, tmp_path, names):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copy(tiny_model / "tokenizer.json", tmp_path / "tokenizer.4.0.0.json")
+    file = folder / "tokenizer_config.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps(about | {"fast_tokenizer_files": names}))
+    with pytest.raises(UserError, match=r"names files elsewhere \(fast_tokenizer_files\)"):
+        HuggingFaceTokenizer(folder)
+    file.write_text(json.dumps(about | {"fast_tokenizer_files": ["tokenizer.json"]}))
+    HuggingFaceTokenizer(folder)
+
+
+@pytest.mark.attack("12")
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+def test_a_text_does_not_grow_without_end(tiny_model, tmp_path, part):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    about = json.loads((folder / "tokenizer.json").read_text())
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    key = "normalizers" if part == "normalizer" else "decoders"
+    for times, refused in ((2, False), (40, True)):
+        parts = [double] * times + ([about["decoder"]] if part == "decoder" else [])
+        (folder / "tokenizer.json").write_text(json.dumps(about | {part: {"type": "Sequence", key: parts}}))
+        with pytest.raises(UserError, match="characters of one") if refused else nullcontext():
+            HuggingFaceTokenizer(folder)
 
 
 @pytest.mark.attack("15")

@@ -172,8 +172,8 @@ def test_values_are_looked_at_without_a_cache(folder, monkeypatch):
     def nowhere():
         raise UserError("there is no home folder for the cache")
 
-    for memory in (nowhere, lambda: Path("/dev/null/digests.json")):
-        monkeypatch.setattr("minisft.checksums.digest_memory", memory)
+    for memory in (nowhere, lambda: Path("/dev/null")):
+        monkeypatch.setattr("minisft.checksums.memory_folder", memory)
         assert model_problem(folder) == ""
 
 

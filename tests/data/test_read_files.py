@@ -1,5 +1,6 @@
 """Every kind of dirt in a file, and the line in the ledger that it must produce."""
 
+import errno
 import gzip
 import itertools
 import json
@@ -886,6 +887,73 @@ def test_the_packaged_sharegpt_is_read_to_its_last_whole_conversation():
     assert len(test) + leaked == round(0.1 * len(conversations))
     assert len(train) + len(test) + leaked == len(conversations)
     assert {origin(c.id) for c in train}.isdisjoint(origin(c.id) for c in test)
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize("form", ["list", "lines", "objects", "after damage"])
+def test_a_row_with_a_key_twice_is_dropped_and_counted(tmp_path, form):
+    twice = json.dumps(good("twice")).replace('"id"', '"conversations": [], "id"')
+    rows = [json.dumps(good("a")), twice, json.dumps(good("b"))]
+    if form == "after damage":
+        rows.insert(0, '{"id": tru}')
+    if form == "objects":
+        text = "\n".join(json.dumps(json.loads(row), indent=1) if row != twice else row for row in rows)
+    else:
+        text = "\n".join(rows) if form == "lines" else f"[{','.join(rows)}]"
+    (tmp_path / "rows.json").write_text(text)
+    ledger = Ledger()
+    assert [c.id for c in read(tmp_path / "rows.json", ledger)] == ["a", "b"]
+    assert ledger.dropped["row has a key twice"].rows == 1
+
+
+@pytest.mark.attack("16")
+def test_what_lies_beside_the_rows_is_named(tmp_path):
+    for name, more in (("some", {"version": "1", "more": {"0": GOOD}}), ("none", {"version": "1", "more": []})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"data": [GOOD], **more}))
+        ledger = Ledger()
+        assert len(list(read(tmp_path / f"{name}.json", ledger))) == 1
+        named = ["some.json: keys beside the rows that were not read: more"] if name == "some" else []
+        assert ledger.notes == named
+
+
+@pytest.mark.attack("9")
+@pytest.mark.parametrize("how", ["whole", "cut", "two"])
+def test_an_arrow_stream_ends_where_its_file_ends(tmp_path, how):
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist([good(f"r{i}") for i in range(4)])
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    stream = sink.getvalue().to_pybytes()
+    content = {"whole": stream, "cut": stream[:-8], "two": stream * 2}[how]
+    (tmp_path / "rows.arrow").write_bytes(content)
+    ledger = Ledger()
+    assert len(list(read(tmp_path / "rows.arrow", ledger))) == 4
+    said = {"whole": "", "cut": "is cut off after 4 rows", "two": "has more data, which was not read, after 4 rows"}
+    assert " ".join(ledger.lost).removeprefix("rows.arrow ") == said[how]
+
+
+@pytest.mark.attack("6")
+def test_linked_folders_are_named_and_unreadable_ones_refused(tmp_path, monkeypatch):
+    elsewhere, data = tmp_path / "elsewhere", tmp_path / "data"
+    for folder in (elsewhere, data / "closed"):
+        folder.mkdir(parents=True)
+        (folder / "rows.json").write_text(json.dumps([GOOD]))
+    (data / "link").symlink_to(elsewhere)
+    ledger = Ledger()
+    assert len(list(read(data, ledger))) == 1
+    assert ledger.notes == ["files in the folder that were not read: 1 (link)"]
+    real = os.scandir
+
+    def closed(folder):
+        if str(folder).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match=r"closed cannot be read \(Permission denied\)"):
+        list(read(data, Ledger()))
 
 
 @pytest.mark.attack("9")

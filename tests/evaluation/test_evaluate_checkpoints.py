@@ -9,17 +9,17 @@ from html import escape
 
 import pytest
 import torch
-from conftest import minisft, save_checkpoint, sharegpt_row
+from conftest import minisft, save_checkpoint, sharegpt_row, write_manifest
 
 from minisft import checksums
 from minisft.chat.tokenizers import HuggingFaceTokenizer
-from minisft.checksums import digest
 from minisft.errors import UserError
 from minisft.evaluation import answers, evaluate_checkpoints
 from minisft.evaluation.answers import Answer, answer_loss, ask, generate
-from minisft.evaluation.eval_set import EvalSettings, load_template, make_eval_set, prompt_ids
+from minisft.evaluation.eval_set import LEAKS, EvalSettings, load_template, make_eval_set, prompt_ids
 from minisft.evaluation.evaluate_checkpoints import evaluate_runs, results_folder, results_of, runs_to_evaluate
 from minisft.evaluation.report import side_by_side, through_training
+from minisft.evaluation.result_cache import SavedAnswers
 from minisft.files import read_json, write_json
 from minisft.labels.encode_row import IGNORE_INDEX, encode
 from minisft.launch.launch_run import launch, prepare
@@ -102,12 +102,14 @@ def test_the_sacrebleu_command_gives_the_same_score(run, results):
 def test_perfect_answers_in_chinese_score_100_with_one_tokenizer_for_all_checkpoints(
     tiny_model, tmp_path, monkeypatch, own_outputs
 ):
+    from transformers import AutoModelForCausalLM
+
     answers = ["法国的首都是巴黎。", "天空是蓝色的。", "一年有十二个月。"]
     rows = [sharegpt_row(f"z{i:03}k", ("human", f"问题 {i}"), ("gpt", answers[i % 3])) for i in range(40)]
     (tmp_path / "zh.json").write_text(json.dumps(rows))
     about = {"model": str(tiny_model), "data": str(tmp_path / "zh.json"), "name": "zh", "max_characters": None}
     run = prepare(RunConfig.course("vanilla", **about), say=quiet)
-    shutil.copytree(tiny_model, run.folder / "checkpoint-3")
+    save_checkpoint(AutoModelForCausalLM.from_pretrained(tiny_model), tiny_model, run.folder / "checkpoint-3")
 
     def perfect(model, questions, *rest):
         return [Answer(question.messages[-1].content, True) for question in questions]
@@ -147,6 +149,7 @@ def test_a_result_belongs_to_all_files_that_it_depends_on(run, calls, name):
     calls.clear()
     with (run.checkpoints[1] / name).open("a") as stream:
         stream.write(" \n")
+    write_manifest(run.checkpoints[1])
     evaluate_runs([run], QUICK, say=quiet)
     assert calls == ["checkpoint-10"]
 
@@ -155,7 +158,7 @@ def test_a_checkpoint_that_breaks_later_is_named_and_its_results_go(run, results
     evaluate_runs([run], QUICK, say=quiet)
     (run.checkpoints[0] / "tokenizer.json").unlink()
     (broken,) = evaluate_runs([run], QUICK, say=quiet)
-    assert "checkpoint-9 cannot be used: it has no tokenizer.json" in broken
+    assert "checkpoint-9 cannot be used: tokenizer.json is missing" in broken
     assert [r["step"] for r in results_of(run)] == [0, 10]
     assert not list(results.glob("checkpoint-9.*"))
 
@@ -165,8 +168,9 @@ def test_damaged_results_are_made_again(run, results, calls, content):
     evaluate_runs([run], QUICK, say=quiet)
     whole = read_json(results / "checkpoint-9.json")
     calls.clear()
-    leaks = next(results.glob(".leaks-*"))
-    for file in (results / "checkpoint-9.json", checksums.digest_memory(), leaks):
+    leaks = checksums.memory_folder() / LEAKS
+    assert leaks.is_file()
+    for file in (results / "checkpoint-9.json", leaks.with_name(checksums.DIGESTS), leaks):
         file.write_bytes(content.encode("utf-8", "surrogateescape"))
     assert evaluate_runs([run], QUICK, say=quiet) == []
     assert calls == ["checkpoint-9"]
@@ -177,7 +181,8 @@ def test_a_line_that_was_being_written_is_cut_off(run, results, monkeypatch):
     evaluate_runs([run], QUICK, say=quiet)
     found = read_json(results / "checkpoint-10.json")
     (results / "checkpoint-10.json").unlink()
-    kept = results / f".checkpoint-10-{found['key']}.jsonl"
+    kept = SavedAnswers(found["key"]).file
+    kept.parent.mkdir(exist_ok=True)
     first = found["answers"][0]
     lines = [json.dumps([0, first["output"], first["stopped"]]), "[99, 1, 2]", "nonsense", '[1, "the ca']
     kept.write_text("\n".join(lines))
@@ -221,6 +226,20 @@ def test_two_evaluations_of_one_run_do_not_mix(run, results):
     assert not (results / "summary.json").exists()
 
 
+@pytest.mark.attack("9")
+def test_what_lies_in_a_folder_of_results_is_no_answer_and_no_verdict_on_leaks(run, results, calls):
+    evaluate_runs([run], QUICK, say=quiet)
+    (found,) = (result for result in results_of(run) if result["step"] == 10)
+    (results / "checkpoint-10.json").unlink()
+    forged = "".join(json.dumps([i, q["reference"], True]) + "\n" for i, q in enumerate(found["answers"]))
+    (results / f".checkpoint-10-{found['key']}.jsonl").write_text(forged)
+    for leaks in checksums.remembered(LEAKS):
+        (results / f".leaks-{leaks}.json").write_text("{}")
+    evaluate_runs([run], QUICK, say=quiet)
+    assert read_json(results / "checkpoint-10.json") == found
+    assert SavedAnswers(found["key"]).read(99) == {}, "its answers are in the result now"
+
+
 @pytest.mark.attack("4")
 def test_another_run_of_the_same_name_replaces_no_results(run, results, tmp_path):
     evaluate_runs([run], QUICK, say=quiet)
@@ -241,13 +260,25 @@ def test_another_run_of_the_same_name_replaces_no_results(run, results, tmp_path
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_a_checkpoint_whose_settings_differ_from_its_manifest_is_not_scored(run, results, name):
     checkpoint = run.folder / "checkpoint-9"
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": digest(f)} for f in checkpoint.iterdir()}
-    write_json(checkpoint / "manifest.json", {"step": 9, "run": run.identity, "files": files})
+    write_manifest(checkpoint, step=9, run=run.identity)
     assert evaluate_runs([run], QUICK, say=quiet) == []
     file = checkpoint / name
     file.write_text(file.read_text().replace("0", "1", 1))
     (broken,) = evaluate_runs([run], QUICK, say=quiet)
     assert "checkpoint-9 cannot be used" in broken
+
+
+@pytest.mark.attack("9")
+def test_a_checkpoint_that_its_run_did_not_write_is_not_scored(run, results):
+    first, second = run.checkpoints
+    (first / "manifest.json").unlink()
+    (second / "extra.safetensors").write_bytes((second / "model.safetensors").read_bytes())
+    broken = evaluate_runs([run], QUICK, say=quiet)
+    assert [sentence.partition("cannot be used: ")[2] for sentence in broken] == [
+        "it has no manifest.json",
+        "manifest.json does not name extra.safetensors",
+    ]
+    assert [r["step"] for r in results_of(run)] == [0]
 
 
 @pytest.mark.attack("9")
@@ -264,7 +295,7 @@ def test_a_start_model_or_a_test_set_that_changed_is_not_scored(tiny_model, smal
     shutil.copytree(tiny_model, model)
     config = RunConfig.course("vanilla", model=str(model), data=str(small_data), max_characters=None)
     run = prepare(config, say=quiet)
-    shutil.copytree(tiny_model, run.folder / "checkpoint-9")
+    write_manifest(shutil.copytree(tiny_model, run.folder / "checkpoint-9"))
     evaluate_runs([run], QUICK, say=quiet)
     about = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(about | {"rms_norm_eps": 10.0}))
@@ -332,7 +363,7 @@ def test_batching_does_not_change_answers_or_loss(tiny_model, run, monkeypatch):
 
     tokenizer, template = load_template(tiny_model, "v1")
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    conversations = make_eval_set(run, replace(QUICK, rows=7), run.folder).conversations
+    conversations = make_eval_set(run, replace(QUICK, rows=7)).conversations
     prompts = [prompt_ids(c, template, tokenizer) for c in conversations]
     together = dict(generate(model, prompts, tokenizer, 8, 7))
     assert together == {i: found for i, p in enumerate(prompts) for _, found in generate(model, [p], tokenizer, 8, 1)}
@@ -357,7 +388,7 @@ def test_a_reply_ends_at_eos_and_holds_no_prompt(tiny_model, monkeypatch):
 
 def test_every_answer_is_asked_after_what_was_said_before_it(run, results):
     several = replace(QUICK, answers="all")
-    exam = make_eval_set(run, several, run.folder)
+    exam = make_eval_set(run, several)
     assert sum(c.answers for c in exam.conversations) == len(exam.questions) > len(exam.conversations)
     tokenizer, template = load_template(run.model_folder, "v1")
     for question in exam.questions:
@@ -398,16 +429,16 @@ def leaky(tiny_model, tmp_path):
 
 
 def test_questions_that_were_trained_are_counted_and_can_be_left_out(leaky):
-    exam = make_eval_set(leaky, QUICK, leaky.folder)
+    exam = make_eval_set(leaky, QUICK)
     assert len(exam.conversations) == 3
     assert len(exam.leaks) == 1
     about = exam.leakage(QUICK)
     assert (about["of"], about["exact"], about["near"], about["excluded"]) == (3, 0, 1, False)
     without = replace(QUICK, exclude_leaked=True)
-    clean = make_eval_set(leaky, without, leaky.folder)
+    clean = make_eval_set(leaky, without)
     asked = {q.id for q in exam.questions}
     assert {q.id for q in clean.questions} == asked - exam.leaks.keys()
-    one = make_eval_set(leaky, replace(without, rows=2), leaky.folder)
+    one = make_eval_set(leaky, replace(without, rows=2))
     assert len(one.questions) == 2, "another takes the place of one that leaked"
     assert clean.leakage(without)["excluded"]
 

@@ -1,5 +1,7 @@
 """Each invariant catches a row that was broken on purpose, and good rows break none."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -215,6 +217,23 @@ def test_another_conversation(tokenizer):
     broken = found(tokenizer, ids, labels, conversation=other)
     assert broken["text"].token == starts[0]
     assert "birds" in broken["answers"].message
+
+
+@pytest.mark.attack("9")
+def test_letters_that_no_token_stands_for(tiny_model, tmp_path):
+    """A vocabulary without `s`: the tokenizer skips it, and says nothing."""
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    about = json.loads((tmp_path / "tokenizer.json").read_text())
+    about["model"]["vocab"] = {piece: i for piece, i in about["model"]["vocab"].items() if "s" not in piece}
+    about["model"]["merges"] = [pair for pair in about["model"]["merges"] if "s" not in "".join(pair)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(about))
+    lossy = HuggingFaceTokenizer(tmp_path)
+    for answer, broken in (("and saw red rain", True), ("on a mat", False)):
+        conversation = talk(("user", "the cat"), ("assistant", answer))
+        row = encode(conversation, template_for(lossy), lossy, 999)
+        violations = found(lossy, row.input_ids, row.labels, conversation=conversation)
+        assert ("answers" in violations) == broken
+    assert "letters of the answer have no token" not in str(found(lossy, row.input_ids, row.labels))
 
 
 def test_a_question_that_is_trained_in_place_of_its_answer(tokenizer):

@@ -360,6 +360,34 @@ def test_another_vocabulary_or_a_hidden_folder_makes_the_rows_anew(
     assert len(calls) == 3
 
 
+@pytest.mark.attack("9")
+def test_a_split_behind_a_link_makes_the_rows_anew(config, small_data, tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    calls = []
+    real = preparing.write_data
+    monkeypatch.setattr(preparing, "write_data", lambda *a: calls.append(1) or real(*a))
+    rows = json.loads(small_data.read_text())
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "data")
+    (tmp_path / "data" / "train").rename(tmp_path / "elsewhere")
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "elsewhere")
+    prepare(config("vanilla", data=str(tmp_path / "data")))
+    Dataset.from_list(rows[:-3]).save_to_disk(tmp_path / "elsewhere")
+    prepare(config("vanilla", data=str(tmp_path / "data"), name="again"))
+    assert len(calls) == 2
+
+
+@pytest.mark.attack("4")
+def test_an_earlier_run_beside_another_is_not_removed(config):
+    run = prepare(config("vanilla"))
+    earlier = run.folder.with_name(f".{run.name}.removed")
+    (earlier / "checkpoint-9").mkdir(parents=True)
+    for settings in ({}, {"learning_rate": 0.5}):
+        with pytest.raises(UserError, match=r"\.vanilla\.removed holds an earlier run"):
+            prepare(config("vanilla", **settings), overwrite=bool(settings))
+    assert (earlier / "checkpoint-9").exists()
+
+
 @pytest.mark.attack("4")
 def test_an_earlier_run_comes_back_into_an_empty_folder(config):
     run = prepare(config("vanilla"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import minisft, save_checkpoint
+from conftest import minisft, save_checkpoint, write_manifest
 
 from minisft.checksums import digest
 from minisft.errors import UserError
@@ -48,8 +48,7 @@ def add_checkpoint(run, step=3, **manifest):
 
     folder = run.folder / f"checkpoint-{step}"
     save_checkpoint(AutoModelForCausalLM.from_pretrained(run.model_folder), run.model_folder, folder)
-    if manifest:
-        write_json(folder / "manifest.json", {"step": step} | manifest)
+    write_manifest(folder, **{"step": step} | manifest)
     return folder
 
 
@@ -57,7 +56,7 @@ def add_checkpoint(run, step=3, **manifest):
 def run(config):
     """A run that looks finished, with everything that a run writes."""
     run = prepare(config(), say=quiet)
-    add_checkpoint(run, test_loss=2.0, resumable=False, files={})
+    add_checkpoint(run, test_loss=2.0, resumable=False)
     line = {"step": 1, "loss": 2.0, "tokens": 9, "trained_tokens": 4, "seconds": 0.5, "warm_up": False}
     (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     held = {"rank": 0, "at rest": {"parameters": 4}, "after backward": {"parameters": 4}, "peak": 9}
@@ -361,9 +360,7 @@ def test_a_checkpoint_without_its_states_is_not_resumed_from(config, lost):
 def seal_again(folder, lost=""):
     """A manifest that agrees with what is there, but for what was `lost` with it."""
     (folder / lost).unlink(missing_ok=True) if lost not in ("", "manifest") else None
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"]
-    sums = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": digest(p)} for p in files}
-    write_json(folder / "manifest.json", {"step": 3, "resumable": True, "files": {} if lost == "manifest" else sums})
+    write_manifest(folder, step=3, resumable=True, **({"files": {}} if lost == "manifest" else {}))
 
 
 @attack("4")
@@ -677,10 +674,10 @@ def test_weights_that_were_changed_in_secret_are_scored_again(run, monkeypatch):
     monkeypatch.setattr(evaluate_checkpoints, "evaluate_model", lambda *a: calls.append(a[1].name) or real(*a))
     evaluate_runs([run], QUICK, say=quiet)
     calls.clear()
-    (run.checkpoints[0] / "manifest.json").unlink()
-    evaluate_runs([run], QUICK, say=quiet)
-    calls.clear()
     change_in_secret(run.checkpoints[0] / "model.safetensors")
+    assert "differs from its checksum" in evaluate_runs([run], QUICK, say=quiet)[0]
+    assert calls == []
+    write_manifest(run.checkpoints[0], step=3)
     said = []
     evaluate_runs([run], QUICK, say=said.append)
     assert calls == ["checkpoint-3"]

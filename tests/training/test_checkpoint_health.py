@@ -6,11 +6,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import save_checkpoint
+from conftest import save_checkpoint, write_manifest
 from safetensors.torch import load_file, save_file
 
 from minisft.chat.tokenizers import HuggingFaceTokenizer
-from minisft.checksums import digest
 from minisft.launch.launch_run import prepare
 from minisft.run.config import RunConfig
 from minisft.training.checkpoint_health import checkpoint_problem
@@ -64,8 +63,6 @@ def as_shards(folder):
 
 def flip_a_byte(folder):
     file = folder / "model.safetensors"
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)}}
-    (folder / "manifest.json").write_text(json.dumps({"files": files}))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -164,6 +161,8 @@ def test_a_sound_checkpoint_has_no_ailment(prepared, checkpoint):
 def test_what_is_wrong_is_said_in_one_line(prepared, checkpoint, kind):
     spoil, said = BREAK[kind]
     spoil(checkpoint)
+    if kind not in ("a byte is flipped", "a manifest without files"):
+        write_manifest(checkpoint)
     found = checkpoint_problem(prepared, checkpoint)
     assert "\n" not in found
     assert re.search(said, found)
@@ -176,6 +175,7 @@ def test_several_files_are_read_and_a_missing_one_is_named(prepared, checkpoint,
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(checkpoint, max_shard_size="50KB")
     files = sorted(checkpoint.glob("model-*.safetensors"))
     assert len(files) > 1
+    write_manifest(checkpoint)
     assert checkpoint_problem(prepared, checkpoint) == ""
     files[1].unlink()
     assert checkpoint_problem(prepared, checkpoint) == f"{files[1].name} is missing"
@@ -228,5 +228,6 @@ def test_models_that_are_saved_under_other_names_are_sound(tiny_model, small_dat
     save_checkpoint(model, tiny_model, folder)
     if kind == "float8":
         edit_weights(folder, lambda w: w.update({name: t.to(torch.float8_e4m3fn) for name, t in w.items()}))
+        write_manifest(folder)
     assert checkpoint_problem(run, folder) == ""
     assert checkpoint_problem(run, run.model_folder) == ""
