@@ -14,6 +14,7 @@ import unicodedata
 from typing import TextIO
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|&~$:@=^\"'])")
+UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))  # decimal, as hardware is sold
 _SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 # Printable by category but invisible: fillers, a joiner, variation selectors, a blank.
 _UNSEEN = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0}
@@ -70,6 +71,22 @@ def visible(data: bytes) -> str:
             can_carry_accent = True
         shown += c
     return shown or "∅"
+
+
+def unit_for(largest: float) -> tuple[float, str]:
+    """Return (bytes per unit, name) of the largest unit that is not larger than `largest` bytes."""
+    return next(((size, name) for size, name in UNITS if largest >= size), (1.0, "bytes"))
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes in the unit that fits: `1.50 GB`."""
+    unit, name = unit_for(size)
+    return f"{size / unit:,.2f} {name}" if unit > 1 else f"{size:,.0f} {name}"
+
+
+def in_gigabytes(size: float | None) -> str:
+    """A number of bytes for a column in which all have one unit: `0.27 GB`; `-` for None."""
+    return "-" if size is None else f"{size / 1e9:.2f} GB"
 
 
 def say(text: object = "", *, to: TextIO | None = None, end: str = "\n") -> None:

@@ -5,6 +5,7 @@ To add a metric, write `metric(outputs, references) -> float` and add it to `MET
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -66,16 +67,14 @@ def corpus_scores(
     BLEU and chrF treat each text as one line, with any white space as one space. Raises `UserError`
     without outputs.
     """
-    from sacrebleu.metrics import BLEU, CHRF
-
     if not outputs:
         raise UserError("there is no answer to score: evaluate at least one row")
     tokenize = tokenize or tokenizer_for(references)
     output_lines, reference_lines = list(map(as_line, outputs)), list(map(as_line, references))
     scores: dict[str, Any] = {"bleu_tokenizer": tokenize}
-    metrics: dict[str, Any] = {"bleu": BLEU(tokenize=tokenize), "chrf": CHRF()}
+    bleu, chrf = _metrics()
+    metrics: dict[str, Any] = {"bleu": bleu(tokenize=tokenize), "chrf": chrf()}
     for name, metric in metrics.items():
-        _return_python_floats(metric)
         score = metric.corpus_score(output_lines, [reference_lines], n_bootstrap=resamples or 1)
         scores[name] = score.score
         edges = (score._mean - score._ci, score._mean + score._ci)
@@ -115,13 +114,11 @@ def paired_bootstrap(
     sacreBLEU's paired bootstrap (Koehn 2004): each sample of questions scores both systems. Raises
     `UserError` without references.
     """
-    from sacrebleu.metrics import BLEU
     from sacrebleu.significance import PairedTest
 
     if not references:
         raise UserError("there is no answer to compare: evaluate at least one row")
-    metric = BLEU(tokenize=tokenizer_for(references))
-    _return_python_floats(metric)
+    metric = _metrics()[0](tokenize=tokenizer_for(references))
     systems: list[tuple[str, Sequence[str]]] = [
         ("before", list(map(as_line, before))),
         ("after", list(map(as_line, after))),
@@ -133,19 +130,27 @@ def paired_bootstrap(
     return 1.0 if a.score == b.score else float(b.p_value)  # sacreBLEU calls a difference of 0 significant
 
 
-def _return_python_floats(metric: Any) -> None:
-    """Make all scores of `metric` Python floats.
+@functools.cache
+def _metrics() -> tuple[type, type]:
+    """sacreBLEU's BLEU and chrF, whose scores are Python floats.
 
     sacreBLEU 2.6 mixes in NumPy floats and then cannot average them.
     """
-    compute = metric._compute_score_from_stats
+    from sacrebleu import metrics
 
-    def as_float(statistics: Any) -> Any:
-        result = compute(statistics)
-        result.score = float(result.score)
-        return result
+    class PythonFloats:
+        def _compute_score_from_stats(self, stats: Any) -> Any:
+            result = super()._compute_score_from_stats(stats)  # type: ignore[misc]
+            result.score = float(result.score)
+            return result
 
-    metric._compute_score_from_stats = as_float
+    class BLEU(PythonFloats, metrics.BLEU):  # the name is part of the results
+        pass
+
+    class CHRF(PythonFloats, metrics.CHRF):
+        pass
+
+    return BLEU, CHRF
 
 
 def as_line(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from minisft.run.folder import Run, checkpoint_step
-from minisft.text import one_line
+from minisft.text import in_gigabytes, one_line
 from minisft.training.metrics_log import speed
 from minisft.zero.communication import bytes_sent
 from minisft.zero.measured_memory import OTHER
@@ -139,15 +139,11 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"{one_line(row['run']):<14} {row['status']:<10} {row['ranks']:>5} {row['steps']:>5} "
             f"{_number(row['first_loss'], '.4f'):>10} {_number(row['last_loss'], '.4f'):>10} "
-            f"{_number(row['tokens_per_second'], ',.0f'):>9} {_size(row['model_state_bytes']):>12} "
-            f"{_size(row['peak_bytes']):>10} {_size(row['sent_bytes']):>10}"
+            f"{_number(row['tokens_per_second'], ',.0f'):>9} {in_gigabytes(row['model_state_bytes']):>12} "
+            f"{in_gigabytes(row['peak_bytes']):>10} {in_gigabytes(row['sent_bytes']):>10}"
         )
     return "\n".join(lines)
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form if abs(value) < 1e12 else ".3g")
-
-
-def _size(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e9:.2f} GB"

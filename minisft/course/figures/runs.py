@@ -8,6 +8,7 @@ from typing import Any
 from minisft.drawing import PALETTE, Picture, figure_of, in_figure, legend_below, picture_of
 from minisft.launch.compare_runs import join_names, least_state_memory, model_states, summary_rows
 from minisft.run.folder import Run
+from minisft.text import in_gigabytes
 from minisft.zero.measured_memory import OTHER
 
 OWNER_COLOURS = {
@@ -91,15 +92,11 @@ def comparison(runs: Sequence[Run]) -> Picture:
     least = f", and {join_names(list(map(in_figure, lightest)))} held the least between steps" if lightest else ""
     figure.suptitle(f"On this machine {in_figure(fastest)} was the fastest{least}")
     each = "; ".join(
-        f"{name} {row['tokens_per_second'] or 0:,.0f} tokens/s, {_gigabytes(row['model_state_bytes'])} of states, "
-        f"{_gigabytes(row['peak_bytes'])} at the peak, {_gigabytes(row['sent_bytes'])} sent per step"
+        f"{name} {row['tokens_per_second'] or 0:,.0f} tokens/s, {in_gigabytes(row['model_state_bytes'])} of states, "
+        f"{in_gigabytes(row['peak_bytes'])} at the peak, {in_gigabytes(row['sent_bytes'])} sent per step"
         for name, row in rows.items()
     )
     return picture_of(figure, f"Runs side by side: {each}.")
-
-
-def _gigabytes(size: float | None) -> str:
-    return f"{(size or 0) / 1e9:.2f} GB"
 
 
 def memory_bars(runs: Sequence[Run]) -> Picture:

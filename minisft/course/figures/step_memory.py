@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from minisft.course.figures.runs import OWNER_COLOURS
-from minisft.course.figures.zero import unit_for
 from minisft.drawing import PALETTE, Picture, figure_of, in_figure, picture_of
+from minisft.text import unit_for
 from minisft.zero.activation_trace import ACTIVATIONS, BACKWARD, LOGITS
 from minisft.zero.peak_memory import STEP_OWNER
 

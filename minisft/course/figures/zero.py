@@ -8,18 +8,13 @@ from collections.abc import Mapping, Sequence
 from minisft.course.figures.runs import OWNER_COLOURS
 from minisft.drawing import PALETTE, Picture, figure_of, in_figure, picture_of
 from minisft.run.folder import Run
+from minisft.text import unit_for
 from minisft.zero.communication import OPERATIONS, bytes_sent, predict_traffic
 from minisft.zero.parameter_shapes import Shapes, partition_size
 from minisft.zero.planner import RESERVED, Plan
 from minisft.zero.state_memory import MOMENTS, OWNERS, paper_formula, predict_states, total_bytes
 
 STAGES = ("nothing split", "ZeRO-1: optimizer states", "ZeRO-2: and gradients", "ZeRO-3: and parameters")
-UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-
-
-def unit_for(largest: float) -> tuple[float, str]:
-    """Return (bytes per unit, name) of the largest unit that is not larger than `largest` bytes."""
-    return next(((size, name) for size, name in UNITS if largest >= size), (1.0, "bytes"))
 
 
 def predicted_bars(
