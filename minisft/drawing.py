@@ -1,8 +1,8 @@
-"""What every figure is made with: colours, names that are drawn literally, and pictures that carry a text.
+"""Shared by all figures: colors, names that are drawn literally, and pictures with alternative text.
 
 matplotlib reads `$…$` as a formula, hides a label that begins with an underscore, and draws a box for a character that
-its font lacks. Run folders and data may have any name, so names go through `in_figure`, and other texts are drawn
-with `parse_math=False`.
+its font lacks. Run folders and data may have any name, so names go through `in_figure`, and other text is drawn with
+`parse_math=False`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from minisft.text import harmless, one_line, spelt
 
 # Okabe and Ito (2008): distinguishable with every common kind of color vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-LONGEST_NAME = 24  # characters that a figure shows of a name
+LONGEST_NAME = 24  # characters of a name that a figure shows
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ def picture_of(figure: Any, alt: str) -> Picture:
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     drawn, out = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
-    # A palette looks the same and is a third of the size, in notebooks that are kept under version control.
-    few_colours = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    few_colours.save(out, "PNG", optimize=True, dpi=(110, 110))
+    # A palette looks the same at a third of the size, which matters for notebooks under version control.
+    few_colors = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few_colors.save(out, "PNG", optimize=True, dpi=(110, 110))
     return Picture(out.getvalue(), harmless(alt))
 
 
 def legend_below(figure: Any, axes: Any) -> None:
-    """A legend of what is drawn in `axes` below the whole of a figure, in as many columns as have room."""
+    """Add a legend for `axes` below the whole figure, in as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
     columns = max(1, min(len(labels), 100 // (6 + max(map(len, labels), default=0))))
     figure.legend(handles, labels, frameon=False, ncols=columns, loc="outside lower center")
@@ -74,7 +74,7 @@ def legend_below(figure: Any, axes: Any) -> None:
 def in_figure(name: object) -> str:
     """A name as matplotlib draws it in a title, a legend or beside an axis: on one line and literally.
 
-    It is no formula, and has no leading underscore, which would hide it in a legend.
+    Escapes `$`, which would begin a formula, and masks a leading underscore, which would hide the name in a legend.
     """
     line = drawable(one_line(name, LONGEST_NAME) or "∅", "DejaVu Sans:bold")
     line = (line if len(line) <= LONGEST_NAME else line[: LONGEST_NAME - 1] + "…").replace("$", r"\$")
@@ -82,11 +82,11 @@ def in_figure(name: object) -> str:
 
 
 def drawable(text: str, face: str = "DejaVu Sans Mono:bold") -> str:
-    """`text` with what the font cannot draw, or would draw onto its neighbour, spelt out."""
+    """`text` with the characters spelled out that the font cannot draw, or would draw over their neighbors."""
     from unicodedata import bidirectional, combining
 
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont(face))
-    plain = (font.get_char_index(ord(c)) and not combining(c) and bidirectional(c) not in ("R", "AL") for c in text)
-    return "".join(c if drawn else spelt(c) for c, drawn in zip(text, plain, strict=True)).replace("◌\\", "\\")
+    can_draw = (font.get_char_index(ord(c)) and not combining(c) and bidirectional(c) not in ("R", "AL") for c in text)
+    return "".join(c if drawn else spelt(c) for c, drawn in zip(text, can_draw, strict=True)).replace("◌\\", "\\")

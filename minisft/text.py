@@ -81,7 +81,7 @@ def unit_for(largest: float) -> tuple[float, str]:
 def in_bytes(size: float) -> str:
     """A number of bytes in the unit that fits: `1.50 GB`."""
     unit, name = unit_for(size)
-    return f"{size / unit:,.2f} {name}" if unit > 1 else f"{size:,.0f} {name}"
+    return f"{size / unit:,.2f} {name}" if unit > 1 else f"{size:,.0f} B"
 
 
 def in_gigabytes(size: float | None) -> str:

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minisft.chat.template import Segment
 from minisft.data.conversations import Conversation, Message
@@ -68,6 +68,10 @@ class MistralTemplate:
     def __post_init__(self) -> None:
         if self.name not in VERSIONS:
             raise UserError(f"template {self.name!r} is not known: use one of {', '.join(VERSIONS)}")
+
+    def stop_tokens(self, hf: Any) -> tuple[str, ...]:
+        """EOS alone."""
+        return (hf.eos_token,)
 
     def fitted_to(self, tokenizer: Tokenizer) -> MistralTemplate:
         """The same template with the `written_space` and `has_bos` of `tokenizer`."""
@@ -155,6 +159,8 @@ class MistralTemplate:
         segments = list(self.segments(conversation))
         last = segments[-1].turn
         return [s for s in segments if s.turn < last or s.role != "assistant"]
+
+    difference = "system prompt not where inference puts it"
 
     def same_at_every_turn(self, conversation: Conversation) -> bool:
         """Whether each answer's prompt in training equals the prompt of inference at that turn.

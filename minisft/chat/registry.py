@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minisft.chat.mistral import VERSIONS, MistralTemplate
+from minisft.chat.own_template import OwnTemplate
 from minisft.chat.template import ChatTemplate
 from minisft.errors import UserError
 
 if TYPE_CHECKING:
     from minisft.chat.tokenizers import Tokenizer
 
-TEMPLATES: dict[str, ChatTemplate] = {name: MistralTemplate(name) for name in VERSIONS}
+TEMPLATES: dict[str, ChatTemplate] = {name: MistralTemplate(name) for name in VERSIONS} | {"own": OwnTemplate()}
 DEFAULT = "v1"  # its markers are plain text, so it works with every tokenizer and adds no embeddings
 
 

@@ -12,12 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from minisft.data.conversations import Conversation, Message
+from minisft.errors import UserError
 
 if TYPE_CHECKING:
     from minisft.chat.tokenizers import Tokenizer
+
+
+class RefusedConversation(UserError):
+    """Why a template cannot write a conversation; the message becomes a reason in the ledger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +56,20 @@ class ChatTemplate(Protocol):
     def markers_are_text(self) -> bool:
         """Whether questions are marked with plain text (`[INST] … [/INST]`), not control tokens."""
 
+    def stop_tokens(self, hf: Any) -> tuple[str, ...]:
+        """The tokens of a transformers tokenizer at which generation stops.
+
+        The first one ends an answer.
+        """
+
     def fitted_to(self, tokenizer: Tokenizer) -> ChatTemplate:
         """The same template, adapted to `tokenizer`."""
 
     def segments(self, conversation: Conversation) -> Iterator[Segment]:
-        """Yield the segments of a whole conversation; the caller may stop when its row is full."""
+        """Yield the segments of a whole conversation; the caller may stop when its row is full.
+
+        Raises `RefusedConversation`.
+        """
 
     def prompt_segments(self, conversation: Conversation) -> list[Segment]:
         """The prompt for inference: the segments before the last answer, made as in training."""
@@ -67,7 +81,14 @@ class ChatTemplate(Protocol):
         """The part of an answer's text that is trained."""
 
     def same_at_every_turn(self, conversation: Conversation) -> bool:
-        """Whether each answer's prompt in training equals the prompt of inference at that turn."""
+        """Whether each answer's prompt in training equals the prompt of inference at that turn.
+
+        Raises `RefusedConversation`.
+        """
+
+    @property
+    def difference(self) -> str:
+        """What makes a prompt differ where `same_at_every_turn` is false, for the ledger."""
 
     def jinja(self) -> str:
         """The template in Jinja: `tokenizer.apply_chat_template` yields the ids of training."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,23 +80,26 @@ class HuggingFaceTokenizer:
     """A fast tokenizer of transformers, from a model folder, set up for one chat template.
 
     Control tokens of the template that the vocabulary lacks are added (v1 has none). `hf` then has
-    more tokens than the model, and `model.loading` grows the model's embeddings. Raises `UserError`
-    if the folder has no fast tokenizer with an EOS token.
+    more tokens than the model, and `model.loading` grows the model's embeddings. `eos_id` is the
+    token that ends an answer in the template; `stop_ids` are all at which generation stops, this one
+    first. Raises `UserError` if the folder has no fast tokenizer with an EOS token.
     """
 
     continues_text = True
 
     def __init__(self, folder: Path | str, template: str = DEFAULT):
         self.name, self.template_name = Path(folder).name, template
-        control_tokens = template_named(template).control_tokens
+        named = template_named(template)
         self.hf = _load(folder)
         with _damage_named(folder):
-            self._examine(control_tokens)
+            self._add_control_tokens(named.control_tokens)
+            stop_tokens = named.stop_tokens(self.hf)
+            self.stop_ids: list[int] = self.hf.convert_tokens_to_ids(list(stop_tokens))
+            self._examine({*named.control_tokens, *stop_tokens})
 
-    def _examine(self, control_tokens: Sequence[str]) -> None:
+    def _examine(self, control_tokens: Collection[str]) -> None:
         """Find the control tokens, and make the tokenizers that cannot recognize them in a text."""
-        self._add_control_tokens(control_tokens)
-        self.bos_id, self.eos_id, self.unk_id = self.hf.bos_token_id, self.hf.eos_token_id, self.hf.unk_token_id
+        self.bos_id, self.eos_id, self.unk_id = self.hf.bos_token_id, self.stop_ids[0], self.hf.unk_token_id
         self.pad_id = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
         self.vocab_size = max(self.hf.get_vocab().values()) + 1
         if self.vocab_size > MOST_TOKENS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
-from minisft.chat.template import ChatTemplate
+from minisft.chat.template import ChatTemplate, RefusedConversation
 from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation, one_per_answer, only_last_answer
 from minisft.data.ledger import Ledger
@@ -19,6 +19,9 @@ from minisft.text import one_line
 
 BATCH = 256  # conversations in memory
 TRAIN_ON = ("all", "last", "each")
+MARKER = 32  # characters of a text that may be a template's marker
+MOST_MARKERS = 1_000
+REFUSED = "refused by the chat template"
 
 
 def encode_stream(
@@ -65,12 +68,22 @@ def _encode(
     truncation: str,
     train_on: str,
 ) -> Iterator[Row]:
-    prepared = _prepared(conversations, template, ledger, train_on)
+    prepared = _prepared(conversations, train_on)
+    markers: dict[tuple[str, str], list[int]] = {}
     while batch := list(itertools.islice(prepared, BATCH)):
         # Characters per token, 10% more than measured so far: most rows are full after one round.
         guess = 1.1 / (ledger.tokens_per_character or 0.22)
-        drafts = [Draft(conversation, template, tokenizer, max_length, guess) for conversation in batch]
-        _fill(drafts, tokenizer)
+        drafts = []
+        for conversation in batch:
+            try:
+                if train_on == "all" and not template.same_at_every_turn(conversation):
+                    ledger.repair(_other_prompts(template), conversation.id)
+                drafts.append(Draft(conversation, template, tokenizer, max_length, guess))
+            except RefusedConversation as reason:
+                ledger.drop(REFUSED, conversation.id)
+                if ledger.dropped[REFUSED].rows == 1:
+                    ledger.note(f"the first conversation that the template {template.name} refused: {reason}")
+        _fill(drafts, tokenizer, markers)
         for draft in drafts:
             row = draft.row(truncation)
             for word in tokenizer.added_words.keys() & row.input_ids if tokenizer.added_words else ():
@@ -80,34 +93,40 @@ def _encode(
                 yield row
 
 
-def _prepared(
-    conversations: Iterable[Conversation], template: ChatTemplate, ledger: Ledger, train_on: str
-) -> Iterator[Conversation]:
+def _prepared(conversations: Iterable[Conversation], train_on: str) -> Iterator[Conversation]:
     for conversation in conversations:
         if train_on == "each":
             yield from one_per_answer(conversation)
-            continue
-        if train_on == "last":
-            conversation = only_last_answer(conversation)
-        elif not template.same_at_every_turn(conversation):
-            ledger.repair(
-                f"system prompt not where inference puts it ({template.name}): train on each answer to fix this",
-                conversation.id,
-            )
-        yield conversation
+        else:
+            yield only_last_answer(conversation) if train_on == "last" else conversation
 
 
-def _fill(drafts: list[Draft], tokenizer: Tokenizer) -> None:
-    """Encode the texts that the drafts request, all in one batch, until none requests more."""
+def _other_prompts(template: ChatTemplate) -> str:
+    return f"{template.difference} ({template.name}): train on each answer to fix this"
+
+
+def _fill(drafts: list[Draft], tokenizer: Tokenizer, markers: dict[tuple[str, str], list[int]]) -> None:
+    """Encode the texts that the drafts request, all in one batch, until none requests more.
+
+    `markers` keeps the ids of short texts, because every row has the same ones.
+    """
     while drafts:
         requests = [(draft, wanted) for draft in drafts if (wanted := draft.wanted())]
-        texts: dict[str, list[str]] = {}  # by `Segment.after`: each batch has one kind of predecessor
+        ids = {request: markers[request] for _, wanted in requests for request in wanted if request in markers}
+        texts: dict[str, dict[str, None]] = {}  # by `Segment.after`: each batch has one kind of predecessor
         for _, wanted in requests:
             for after, text in wanted:
-                texts.setdefault(after, []).append(text)
-        ids = {after: iter(tokenizer.encode_batch(group, after)) for after, group in texts.items()}
+                if (after, text) not in ids:
+                    texts.setdefault(after, {})[text] = None
+        for after, group in texts.items():
+            encoded = dict(
+                zip(((after, text) for text in group), tokenizer.encode_batch(list(group), after), strict=True)
+            )
+            ids |= encoded
+            if len(markers) < MOST_MARKERS:
+                markers |= {request: own for request, own in encoded.items() if len(request[1]) <= MARKER}
         for draft, wanted in requests:
-            draft.add([next(ids[after]) for after, _ in wanted])
+            draft.add([ids[request] for request in wanted])
         drafts = [draft for draft, _ in requests]
 
 

@@ -1,7 +1,7 @@
-"""What the installed DeepSpeed does with a configuration, found out by asking its own classes.
+"""Finds what the installed DeepSpeed refuses or ignores in a configuration, by running its own classes.
 
-Its configuration class reads an object that notes which keys are read: what nobody reads is ignored. Its engine makes
-the optimizer and the scheduler, for one parameter, without the kernels that it would compile for them.
+Its configuration class parses an object that records which keys are read: a key that is never read is ignored. Its
+engine builds the optimizer and the scheduler for one parameter, without compiling their kernels.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from unittest import mock
 
 from minisft.text import one_line
-from minisft.zero.lint_finding import Finding, display_value, is_number, meant
+from minisft.zero.lint_finding import Finding, display_value, is_number, suggest
 from minisft.zero.lint_keys import BATCH_KEYS, PARALLEL_KEYS, TOP_KEYS
 
-# Of DeepSpeed's configuration classes, where in a file their settings are.
+# Where in a file each of DeepSpeed's configuration classes has its settings.
 BLOCKS = {
     "DeepSpeedZeroConfig": ("zero_optimization",),
     "DeepSpeedFP16Config": ("fp16",),
@@ -27,7 +27,7 @@ BLOCKS = {
     "CompileConfig": ("compile",),
     "HybridEngineConfig": ("hybrid_engine",),
 }
-# What Trainer fills in where a file says "auto", as values of the right kind.
+# Stand-ins, of the right type, for the values that Trainer fills in where a file says "auto".
 FILLED: dict[str, dict[str, Any]] = {
     "optimizer": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
     "scheduler": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-3, "warmup_num_steps": 1, "total_num_steps": 2},
@@ -39,7 +39,7 @@ MOST_ERRORS = 50
 
 
 class Block(dict):
-    """A JSON object that records which of its keys are read; `whole` once it was iterated or copied."""
+    """A JSON object that records which of its keys are read; `whole` means that it was iterated or copied."""
 
     def __init__(self, values: Mapping[str, Any]):
         super().__init__({key: Block(value) if isinstance(value, dict) else value for key, value in values.items()})
@@ -76,44 +76,44 @@ class Block(dict):
         return dict(self)
 
 
-def examined(config: Mapping[str, Any], known: Container[str] = ()) -> list[Finding]:
+def deepspeed_findings(config: Mapping[str, Any], known: Container[str] = ()) -> list[Finding]:
     """What DeepSpeed refuses or ignores in a configuration, except the keys in `known`; empty if it is not installed.
 
-    The batch sizes are left to `lint`, and so is "auto", which Trainer fills in first or DeepSpeed drops.
+    `lint` checks the batch sizes, and "auto", which Trainer replaces beforehand or DeepSpeed drops.
     """
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips its probing for accelerators, and a warning
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips its search for accelerators, and a warning
     try:
         from deepspeed.runtime.config import DeepSpeedConfig
     except ImportError:
         return []
-    given = {key: value for key, value in _filled(config).items() if key not in BATCH_KEYS + PARALLEL_KEYS}
-    block = Block(given | {"train_micro_batch_size_per_gpu": 1})
+    settings = {key: value for key, value in _filled(config).items() if key not in BATCH_KEYS + PARALLEL_KEYS}
+    block = Block(settings | {"train_micro_batch_size_per_gpu": 1})
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         parsed = DeepSpeedConfig(block)
-    except Exception as error:  # what it raises is of many kinds
+    except Exception as error:  # it raises exceptions of many types
         culprit = _culprit(DeepSpeedConfig, block, str(error))
-        found = [] if culprit in known else _refused(error, culprit)
+        findings = [] if culprit in known else _refused(error, culprit)
     else:
-        found = [*_unread(block), *_engine_refuses(parsed, config)]
+        findings = [*_unread(block), *_engine_refuses(parsed, config)]
     finally:
         logger.setLevel(level)
-    return [finding for finding in found if finding.key not in known]
+    return [finding for finding in findings if finding.key not in known]
 
 
 def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without "auto", or with what Trainer puts there."""
+    """The configuration with each "auto" removed, or replaced where Trainer would fill in a value."""
     filled = _without_auto(config)
     for name, values in FILLED.items():
-        given = config.get(name)
-        if isinstance(given, Mapping) and isinstance(params := given.get("params"), Mapping):
-            own = {key: values[key] for key, value in params.items() if value == "auto" and key in values}
-            filled[name]["params"] = dict(params) | own
+        block = config.get(name)
+        if isinstance(block, Mapping) and isinstance(params := block.get("params"), Mapping):
+            replaced = {key: values[key] for key, value in params.items() if value == "auto" and key in values}
+            filled[name]["params"] = dict(params) | replaced
     return filled
 
 
@@ -123,11 +123,11 @@ def _without_auto(value: Any) -> Any:
     return value
 
 
-def _culprit(read: Callable[[Block], Any], block: Block, reason: str) -> str:
-    """The key that DeepSpeed refuses for this reason even alone; empty if only several together are refused."""
+def _culprit(parse: Callable[[Block], Any], block: Block, reason: str) -> str:
+    """The key that DeepSpeed refuses for this reason even on its own; empty if it only refuses a combination."""
     for key in [key for key in dict.keys(block) if key in TOP_KEYS]:
         try:
-            read(Block({key: block[key], "train_micro_batch_size_per_gpu": 1}))
+            parse(Block({key: block[key], "train_micro_batch_size_per_gpu": 1}))
         except Exception as error:
             if str(error) == reason:
                 return key
@@ -136,36 +136,36 @@ def _culprit(read: Callable[[Block], Any], block: Block, reason: str) -> str:
 
 def _refused(error: Exception, key: str) -> list[Finding]:
     if not hasattr(error, "errors"):
-        of = f" for its {key}" if key else ""
-        return [Finding("error", "DeepSpeed", f"refuses the file{of}: {one_line(error, 200)}")]
+        because = f" because of {key}" if key else ""
+        return [Finding("error", "DeepSpeed", f"refuses the file{because}: {one_line(error, 200)}")]
     block = BLOCKS.get(getattr(error, "title", ""), ())
     return [
-        Finding("error", ".".join(map(str, (*block, *one["loc"]))) or "DeepSpeed", f"DeepSpeed refuses: {one['msg']}")
-        for one in error.errors(include_url=False, include_input=False)[:MOST_ERRORS]
+        Finding("error", ".".join(map(str, (*block, *each["loc"]))) or "DeepSpeed", f"DeepSpeed refuses: {each['msg']}")
+        for each in error.errors(include_url=False, include_input=False)[:MOST_ERRORS]
     ]
 
 
-def _unread(block: Block, *place: str) -> Iterator[Finding]:
+def _unread(block: Block, *path: str) -> Iterator[Finding]:
     """The keys that DeepSpeed did not read, in the blocks that it reads key by key."""
     for name, inner in dict.items(block):
-        where = (*place, name)
-        if not isinstance(inner, Block) or where[1:] == ("params",):  # those go to a class
+        inner_path = (*path, name)
+        if not isinstance(inner, Block) or inner_path[1:] == ("params",):  # params are passed to a class
             continue
-        yield from _unread(inner, *where)
+        yield from _unread(inner, *inner_path)
         if inner.whole or not inner.read:
             continue
         for key in [key for key in dict.keys(inner) if key not in inner.read]:
             severity = "warning" if key.startswith("_") else "error"
-            belongs = ": it belongs inside params" if key in FILLED.get(name, ()) else meant(key, inner.read)
-            yield Finding(severity, ".".join((*where, key)), f"is ignored by DeepSpeed{belongs}")
+            hint = ": it belongs inside params" if key in FILLED.get(name, ()) else suggest(key, inner.read)
+            yield Finding(severity, ".".join((*inner_path, key)), f"is ignored by DeepSpeed{hint}")
 
 
 def _engine_refuses(parsed: Any, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """What an engine raises of a configuration that the class takes: of data types, optimizer and scheduler."""
+    """What an engine refuses in a configuration that parses: its data types, optimizer and scheduler."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     class Engine(DeepSpeedEngine):
-        """Of an engine what its settings decide."""
+        """An engine with only the attributes that its settings decide."""
 
         def __init__(self) -> None:
             self.__dict__.update(_config=parsed, client_optimizer=None, has_moe_layers=False, overlap_step=False)
@@ -182,27 +182,26 @@ def _engine_refuses(parsed: Any, config: Mapping[str, Any]) -> Iterator[Finding]
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """DeepSpeed's optimizers can be made on any machine, and cannot step: their kernels are not compiled."""
+    """Lets any machine construct DeepSpeed's optimizers, which then cannot step: no kernels are compiled."""
     from deepspeed.ops.op_builder.builder import OpBuilder
     from deepspeed.ops.op_builder.cpu.no_impl import NotImplementedBuilder
 
     with ExitStack() as stack:
         for builder in (OpBuilder, NotImplementedBuilder):
-            stack.enter_context(mock.patch.object(builder, "load", lambda *given, **more: mock.Mock()))
+            stack.enter_context(mock.patch.object(builder, "load", lambda *args, **kwargs: mock.Mock()))
         yield
 
 
 def _data_types(engine: Any) -> Iterator[Finding]:
     try:
-        computed, kept = engine.get_data_types()
+        model_dtype, gradient_dtype = engine.get_data_types()
         engine._assert_valid_mixed_precision_config()
     except Exception as error:
         yield Finding("error", "data_types", f"DeepSpeed refuses it: {one_line(error, 200)}")
         return
-    if not engine.zero_optimization() and computed != kept:
-        yield Finding(
-            "error", "data_types.grad_accum_dtype", f"DeepSpeed refuses {kept} at stage 0, where {computed} computes"
-        )
+    if not engine.zero_optimization() and model_dtype != gradient_dtype:
+        message = f"DeepSpeed refuses {gradient_dtype} at stage 0 if the model computes in {model_dtype}"
+        yield Finding("error", "data_types.grad_accum_dtype", message)
 
 
 def _optimizer(engine: Any) -> Iterator[Finding]:
@@ -212,31 +211,31 @@ def _optimizer(engine: Any) -> Iterator[Finding]:
 
     name, params = engine.optimizer_name(), engine.optimizer_params() or {}
     if name is None:
-        yield Finding("error", "optimizer.type", "is not given: DeepSpeed refuses to train, for it has no optimizer")
+        yield Finding("error", "optimizer.type", "is not given, and DeepSpeed needs one: use AdamW, for example")
         return
     if not engine._is_supported_optimizer(name):
-        hint = meant(name, [*DEEPSPEED_OPTIMIZERS, *optim.__all__], "take AdamW, say")
+        hint = suggest(name, [*DEEPSPEED_OPTIMIZERS, *optim.__all__], "use AdamW, for example")
         yield Finding("error", "optimizer.type", f"DeepSpeed refuses {display_value(name)}{hint}")
         return
-    for key, numbers in NUMBERS.items():
-        if key in params and not _numbers(params[key], numbers):
-            wanted = "a number" if numbers == 1 else f"a list of {numbers} numbers"
+    for key, count in NUMBERS.items():
+        if key in params and not _are_numbers(params[key], count):
+            wanted = "a number" if count == 1 else f"a list of {count} numbers"
             yield Finding("error", f"optimizer.params.{key}", f"is {display_value(params[key])}: give {wanted}")
             return
     engine._config.optimizer_params = params = dict(params)
-    made = yield from _made("optimizer", params, lambda: engine._configure_basic_optimizer([_parameter()]))
-    if made and "lr" not in params:
-        rate = made.param_groups[0].get("lr")
-        message = f"is not given, so DeepSpeed trains at {rate}, whatever Trainer's learning rate is"
+    built = yield from _build("optimizer", params, lambda: engine._configure_basic_optimizer([_parameter()]))
+    if built and "lr" not in params:
+        rate = built.param_groups[0].get("lr")
+        message = f"is not given, so DeepSpeed trains at {rate}, regardless of Trainer's learning rate"
         yield Finding("warning", "optimizer.params.lr", message)
     if name == "muon":
         known = {*engine._MUON_HALF_KEYS, *engine._ADAM_HALF_KEYS, *MUON_KEYS}
         for key in [key for key in params if key not in known]:
-            yield Finding("error", f"optimizer.params.{key}", f"is ignored by DeepSpeed{meant(key, known)}")
+            yield Finding("error", f"optimizer.params.{key}", f"is ignored by DeepSpeed{suggest(key, known)}")
         return
-    tested = made is None or type(made) in ZERO_SUPPORTED_OPTIMIZERS or engine.zero_allow_untested_optimizer()
+    tested = built is None or type(built) in ZERO_SUPPORTED_OPTIMIZERS or engine.zero_allow_untested_optimizer()
     if engine.zero_optimization() and not tested:
-        message = f"DeepSpeed refuses {name} under ZeRO: take AdamW, or set zero_allow_untested_optimizer"
+        message = f"DeepSpeed refuses {name} under ZeRO: use AdamW, or set zero_allow_untested_optimizer"
         yield Finding("error", "optimizer.type", message)
 
 
@@ -248,25 +247,25 @@ def _scheduler(engine: Any) -> Iterator[Finding]:
     own, of_torch = lr_schedules.VALID_LR_SCHEDULES, optim.lr_scheduler.__all__
     wrapped = engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled()
     if name is None:
-        message = "is not given: the whole block is ignored by DeepSpeed, and Trainer makes no other"
+        message = "is not given: DeepSpeed ignores the whole block, and Trainer creates no scheduler of its own"
         yield Finding("error", "scheduler.type", message)
     elif name in of_torch and wrapped:
-        message = f"DeepSpeed refuses {name}, of PyTorch, under ZeRO or in half precision: take one of {', '.join(own)}"
+        message = f"DeepSpeed refuses PyTorch's {name} under ZeRO or in half precision: use one of {', '.join(own)}"
         yield Finding("error", "scheduler.type", message)
     elif name not in (*own, *of_torch):
-        hint = meant(str(name), own if wrapped else [*own, *of_torch], f"take one of {', '.join(own)}")
+        hint = suggest(str(name), own if wrapped else [*own, *of_torch], f"use one of {', '.join(own)}")
         yield Finding("error", "scheduler.type", f"DeepSpeed refuses {display_value(name)}{hint}")
     elif params is None:
-        yield Finding("error", "scheduler.params", "is not given: DeepSpeed refuses it, write at least {}")
+        yield Finding("error", "scheduler.params", "is not given, which DeepSpeed refuses: write at least {}")
     else:
         engine._config.scheduler_params = params = dict(params)
         optimizer = optim.AdamW([_parameter()])
-        yield from _made("scheduler", params, lambda: engine._scheduler_from_config(optimizer))
+        yield from _build("scheduler", params, lambda: engine._scheduler_from_config(optimizer))
 
 
-def _numbers(value: Any, how_many: int) -> bool:
-    given = value if how_many > 1 and isinstance(value, list) else [value]
-    return len(given) == how_many and all(map(is_number, given))
+def _are_numbers(value: Any, count: int) -> bool:
+    values = value if count > 1 and isinstance(value, list) else [value]
+    return len(values) == count and all(map(is_number, values))
 
 
 def _parameter() -> Any:
@@ -277,12 +276,12 @@ def _parameter() -> Any:
     return parameter
 
 
-def _made(block: str, params: dict[str, Any], make: Callable[[], Any]) -> Generator[Finding, None, Any]:
-    """What `make` returns for `params`, and the findings on the way; unknown keys are removed until it succeeds."""
+def _build(block: str, params: dict[str, Any], make: Callable[[], Any]) -> Generator[Finding, None, Any]:
+    """The result of `make`. Yields a finding per failure; removes unknown keys from `params` until it succeeds."""
     for _ in range(MOST_ERRORS):
         try:
             return make()
-        except Exception as error:  # each class has its own
+        except Exception as error:  # each class raises its own
             reason = "it needs the package mup" if isinstance(error, NameError) else one_line(error, 200)
             unknown = _UNKNOWN.search(reason)
             key = unknown[1] if unknown else None
@@ -290,7 +289,7 @@ def _made(block: str, params: dict[str, Any], make: Callable[[], Any]) -> Genera
                 yield Finding("error", f"{block}.params" if params else block, f"DeepSpeed refuses it: {reason}")
                 return None
             yield Finding(
-                "error", f"{block}.params.{key}", f"DeepSpeed refuses it{meant(key, FILLED[block].keys() - {key})}"
+                "error", f"{block}.params.{key}", f"DeepSpeed refuses it{suggest(key, FILLED[block].keys() - {key})}"
             )
             del params[key]
     return None

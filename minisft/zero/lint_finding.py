@@ -1,4 +1,4 @@
-"""A finding of the linter, and how a value and a misspelt key are shown in it."""
+"""A finding of the linter, and how it shows values and corrects the spelling of keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minisft.text import one_line
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing in a configuration. `error`: DeepSpeed refuses it, or does not do what it says; else a `warning`."""
+    """One problem in a configuration: `error` if DeepSpeed refuses it or does not do what it says, else a `warning`."""
 
     severity: str
     key: str
@@ -30,11 +30,11 @@ def is_number(value: Any) -> bool:
 
 
 def display_value(value: Any) -> str:
-    """A value as it is in the file, on one line and cut where it is long."""
+    """A value as it is in the file, on one line and shortened if long."""
     return one_line(json.dumps(value), 60)
 
 
-def meant(key: str, known: Iterable[str], otherwise: str = "no such key is known") -> str:
-    """The end of a sentence about an unknown key: the known one that is spelt most like it."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.75) if len(key) < 80 else []
-    return f": did you mean {close[0]}?" if close else f": {otherwise}"
+def suggest(key: str, known: Iterable[str], fallback: str = "unknown key") -> str:
+    """The end of a sentence about an unknown key: the known key with the closest spelling, or `fallback`."""
+    closest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.75) if len(key) < 80 else []
+    return f": did you mean {closest[0]}?" if closest else f": {fallback}"

@@ -1,4 +1,4 @@
-"""The keys that DeepSpeed 0.19 reads, after its `runtime/config.py`; a test compares them with its classes."""
+"""The keys that DeepSpeed 0.19 reads, taken from its `runtime/config.py`; a test compares them with its classes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OBJECT_KEYS = _words(
     weight_quantization
     """
 )
-# Of `zero_optimization`, the stages at which a key does something.
+# The keys of `zero_optimization`, each with the stages at which it has an effect.
 ZERO_KEYS: dict[str, tuple[int, ...]] = {
     "stage": (0, 1, 2, 3),
     "contiguous_gradients": (1, 2, 3),
@@ -84,7 +84,7 @@ DEPRECATED_ZERO_KEYS = {
     "cpu_offload_use_pin_memory": "pin_memory inside offload_optimizer",
     "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
 }
-# DeepSpeed's own names of these fields, which it takes as well; Trainer does not look for them.
+# DeepSpeed's own names for these fields, which it also accepts; Trainer does not look for them.
 ALIASES = {
     key.removeprefix("stage3_"): key
     for key in ZERO_KEYS
@@ -107,4 +107,4 @@ HALF_KEYS = {
     ),
 }
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-PARALLEL_KEYS = ("sequence_parallel_size", "data_parallel_size")  # they ask for as many processes
+PARALLEL_KEYS = ("sequence_parallel_size", "data_parallel_size")  # these need that many processes

@@ -1,6 +1,6 @@
-"""What a live engine really holds, in bytes per owner: tensors found through the garbage collector.
+"""Measures what a live engine really holds, in bytes per owner. The garbage collector lists the tensors.
 
-Each storage counts once, however many views it has. On a GPU only tensors on that GPU count.
+Each storage counts once, no matter how many views it has. On a GPU only tensors on that GPU count.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ OWNERS = (*PREDICTED_OWNERS, OTHER)
 
 
 def measure(model: Any, optimizer: Any, device_type: str, buckets: Mapping[int, int] | None = None) -> dict[str, int]:
-    """Bytes that this rank holds now, by owner: `OWNERS`, those of `minisft.zero.state_memory` and one for all else.
+    """Bytes that this rank holds now, by owner: those of `minisft.zero.state_memory`, and one for everything else.
 
     `model` is the engine's module and `optimizer` what steps it (torch's, or Trainer's or DeepSpeed's wrapper of it).
-    `fp32 masters` are optimizer parameters that are no model parameters; `buckets` what DeepSpeed reduces gradients
-    through; `persistent parameters` those that stage 3 keeps whole beside its slices; `offload buffers` what lies
-    between a GPU and offloaded states. `other tensors` are buffers, batches, and everything else that is alive.
-    `buckets` are storages, address to bytes, that are known to be alive though Python may not see them: DDP's.
+    `fp32 masters` are optimizer parameters that are not model parameters; DeepSpeed reduces gradients through its
+    `buckets`; stage 3 keeps `persistent parameters` whole in addition to its slices; `offload buffers` are used for
+    copies between a GPU and offloaded states. `other tensors` are model buffers, batches, and all other live tensors.
+    The argument `buckets` maps addresses to bytes, for live storages that Python may not see: those of DDP.
     """
     held = dict.fromkeys(OWNERS, 0)
     for owner, size in owned_storages(model, optimizer, device_type, buckets).values():
@@ -34,7 +34,7 @@ def measure(model: Any, optimizer: Any, device_type: str, buckets: Mapping[int, 
 def owned_storages(
     model: Any, optimizer: Any, device_type: str, buckets: Mapping[int, int] | None = None
 ) -> dict[int, tuple[str, int]]:
-    """Every storage that `measure` counts: its address, its owner and its bytes."""
+    """Every storage that `measure` counts, by address: its owner and its bytes."""
     import torch
 
     owner_of: dict[int, str] = {}
@@ -74,23 +74,23 @@ def owned_storages(
 
 
 def live_tensors() -> list[Any]:
-    """Every tensor with values that Python can reach, on whatever device."""
+    """Every tensor with values that Python can reach, on any device."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
-    # isinstance would wake up proxies and deprecated names
+    # isinstance would resolve lazy proxies and deprecated names
     kinds = ((thing, type(thing)) for thing in gc.get_objects())
     return [thing for thing, kind in kinds if issubclass(kind, torch.Tensor) and not issubclass(kind, FakeTensor)]
 
 
 def _claim_deepspeed(wrapper: Any, claim: Callable[[str, Any], None]) -> None:
-    """What a ZeRO optimizer holds beside the optimizer that it wraps."""
-    # Stage 3 lends its masters to the inner optimizer only while it steps, and keeps its gradients allocated.
+    """Claim what a ZeRO optimizer holds in addition to the optimizer that it wraps."""
+    # Stage 3 gives its masters to the inner optimizer only while that steps, and keeps its gradients allocated.
     for tensor in getattr(wrapper, "fp32_partitioned_groups_flat", []):
         claim("fp32 masters", tensor)
         claim("gradients", tensor.grad)
     claim("gradients", getattr(wrapper, "grad_partitions_flat_buffer", None))
-    # Stages 1 and 2 keep what a rank's slice needs of the gradients, whole parameters' and padding.
+    # Stages 1 and 2 keep the gradients of every parameter that touches the rank's slice, and its padding.
     for tensors in (getattr(wrapper, "averaged_gradients", None) or {}).values():
         for tensor in tensors or ():
             claim("gradients", tensor)
@@ -98,7 +98,7 @@ def _claim_deepspeed(wrapper: Any, claim: Callable[[str, Any], None]) -> None:
         buffers = bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
         for tensor in buffers:
             claim("buckets", tensor)
-    # Offloading: a gradient passes through a buffer here and one there; steps and micro-batches have theirs.
+    # Offloading copies gradients through one buffer on each side; steps and accumulation have their own.
     claim("buckets", getattr(wrapper, "temp_grad_buffer_for_gpu_offload", None))
     claim("offload buffers", getattr(wrapper, "temp_grad_buffer_for_cpu_offload", None))
     for tensor in getattr(wrapper, "param_buffer_of_bit16_for_cpu_offload_groups", []):
@@ -114,7 +114,7 @@ def peak_bytes(device_type: str) -> int:
 
         return torch.cuda.max_memory_allocated()
     try:
-        # Linux's figure for this program: `ru_maxrss` begins with what the process held that started it.
+        # Linux's peak of this program alone: `ru_maxrss` starts at what the parent process held.
         status = Path("/proc/self/status").read_text(encoding="utf-8")
     except FileNotFoundError:
         import resource

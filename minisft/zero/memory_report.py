@@ -11,7 +11,7 @@ from minisft.errors import UserError
 from minisft.files import read_json, user_path
 from minisft.model.configs import model_config, positions_of, require_positions
 from minisft.model.meta_model import MOST_PARAMETERS
-from minisft.text import say
+from minisft.text import in_bytes, say
 from minisft.zero.communication import bytes_sent, predict_traffic
 from minisft.zero.parameter_shapes import Shapes
 from minisft.zero.peak_memory import at_peak
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 LENGTH = 2048  # tokens
 MOST_RANKS, MOST_ACCUMULATION = 100_000, 1_000_000
-MOST_ROWS = 512  # of one rank's micro-batch: beyond any, and each is traced
-MOST_TOKENS = 2**31 - 1  # PyTorch counts where rows begin in 32 bits
-SHOWN = 8  # ranks whose numbers are all written out; beyond, the fullest stands for all
+MOST_ROWS = 512  # of one rank's micro-batch: each row is traced, and real ones have fewer
+MOST_TOKENS = 2**31 - 1  # PyTorch stores the offsets of the rows in 32 bits
+SHOWN = 8  # up to this many ranks are all listed; of more, only the fullest
 STAGE_FORMULAS = {None: "plain", 0: "stage 0", 1: "stage 1, 2", 2: "stage 1, 2", 3: "stage 3"}
 
 
@@ -51,7 +51,7 @@ def _formulas(strategy: str) -> dict[str, str]:
 class Batch:
     """A micro-batch of `rows` rows of `length` tokens, all of them trained.
 
-    The default length is `LENGTH`, or the number of positions of the model if that is less.
+    The default length is `LENGTH`, or the model's number of positions if that is smaller.
     """
 
     rows: int
@@ -100,14 +100,14 @@ class MemoryReport:
         )
 
     def _peaks(self) -> dict[str, float]:
-        """Bytes on the GPU at the worst moment, of each strategy whose peak is known."""
+        """Peak bytes on the GPU of each strategy whose peak is known."""
         if self.shapes is None or not self.activations:
             return {}
-        known = {name: about for name, about in self.strategies.items() if "peak" in about["ranks"][0]}
-        return {name: _most(about, "peak") for name, about in known.items()}
+        known = {name: entry for name, entry in self.strategies.items() if "peak" in entry["ranks"][0]}
+        return {name: _fullest(entry, "peak") for name, entry in known.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
+        report: dict[str, Any] = {
             "model": self.model,
             "parameters": int(self.parameters),
             "precision": self.precision,
@@ -118,51 +118,51 @@ class MemoryReport:
             "note": self.note,
         }
         if self.activations:
-            found["activations"] = self.activations
+            report["activations"] = self.activations
         if self.shapes is not None:
-            found["communication"] = {
+            report["communication"] = {
                 name: predict_traffic(self.shapes, name, self.ranks, self.precision, self.accumulation)
                 for name in self.strategies
             }
-            found["formulas"] = {name: _formulas(name) for name in self.strategies}
+            report["formulas"] = {name: _formulas(name) for name in self.strategies}
         if self.plan is not None:
             best = self.plan.best and self.plan.best.strategy
             options = [vars(option) | {"fits": option.fits} for option in self.plan.options]
-            found["plan"] = {"best": best, "reason": self.plan.reason, "options": options}
-        return found
+            report["plan"] = {"best": best, "reason": self.plan.reason, "options": options}
+        return report
 
     def text(self) -> str:
         lines = [f"{self.model}: {self.parameters:,.0f} parameters, {self.precision}, {self.ranks} rank(s)", self.basis]
         lines.append("")
         if self.shapes is None:
             lines.append(f"{'':<10} {'states':>12}")
-            lines += [f"{name:<10} {_size(held['states']):>12}" for name, held in self.strategies.items()]
+            lines += [f"{name:<10} {in_bytes(entry['states']):>12}" for name, entry in self.strategies.items()]
         else:
             lines.append(
-                f"{'fullest rank':<14} {'at rest':>12} {'after backward':>15} {'at the peak':>13} {'sent a step':>13}"
+                f"{'fullest rank':<14} {'at rest':>12} {'after backward':>15} {'at the peak':>13} {'sent per step':>13}"
             )
-            for name, found in self.strategies.items():
-                fullest = [_most(found, moment) for moment in (*MOMENTS, "peak") if moment in found["ranks"][0]]
-                cells = [_size(held) for held in fullest] + ["-"] * (3 - len(fullest))
-                moved = predict_traffic(self.shapes, name, self.ranks, self.precision, self.accumulation)
-                cells.append(_size(bytes_sent(moved, self.ranks)))
+            for name, entry in self.strategies.items():
+                sizes = [_fullest(entry, moment) for moment in (*MOMENTS, "peak") if moment in entry["ranks"][0]]
+                cells = [in_bytes(size) for size in sizes] + ["-"] * (3 - len(sizes))
+                traffic = predict_traffic(self.shapes, name, self.ranks, self.precision, self.accumulation)
+                cells.append(in_bytes(bytes_sent(traffic, self.ranks)))
                 lines.append(f"{name:<14} {cells[0]:>12} {cells[1]:>15} {cells[2]:>13} {cells[3]:>13}")
-            if any("in main memory" in found for found in self.strategies.values()):
-                lines += ["", "of what is offloaded, the part on the GPU; --json has all owners"]
+            if any("in main memory" in entry for entry in self.strategies.values()):
+                lines += ["", "with offloading, only what is on the GPU is counted; --json lists all owners"]
         if self.note:
             lines += ["", self.note]
         if self.plan is not None:
-            aside = f"{RESERVED / 1e9:g} GB of each GPU are set aside for CUDA"
+            reserved = f"{RESERVED / 1e9:g} GB of each GPU are set aside for CUDA"
             if not self.activations:
-                aside += ", and activations are not counted"
-            lines += ["", f"{self.plan.reason} ({aside})"]
+                reserved += ", and activations are not counted"
+            lines += ["", f"{self.plan.reason} ({reserved})"]
         return "\n".join(lines)
 
 
-def _most(about: dict[str, Any], moment: str) -> int:
-    """Bytes on the GPU of the rank that holds the most."""
-    away = about.get("in main memory", ())
-    return max(sum(size for owner, size in rank[moment].items() if owner not in away) for rank in about["ranks"])
+def _fullest(entry: dict[str, Any], moment: str) -> int:
+    """Bytes on the GPU of the rank that holds the most there."""
+    offloaded = entry.get("in main memory", ())
+    return max(sum(size for owner, size in rank[moment].items() if owner not in offloaded) for rank in entry["ranks"])
 
 
 def memory_of_parameters(parameters: float, ranks: int, precision: str = "bf16", accumulation: int = 1) -> MemoryReport:
@@ -171,7 +171,7 @@ def memory_of_parameters(parameters: float, ranks: int, precision: str = "bf16",
         raise UserError(f"{parameters:g} parameters: give a number from 1 to {MOST_PARAMETERS:g}, e.g. 7e9")
     _require(ranks, precision, accumulation)
     if precision == "fp32":
-        raise UserError("a bare number goes by the paper's formula, which is for half precision: give --model for fp32")
+        raise UserError("a bare number uses the paper's formula, which is for half precision: give --model for fp32")
     chosen = [s for s in STRATEGIES.values() if (ranks == 1 or not s.is_one_process) and not s.offloads]
     states = {s.name: {"states": int(paper_formula(parameters, ranks, s.stage))} for s in chosen}
     basis = f"by the paper's formula alone ({PAPER}): no buckets, padding or activations; --model is exact"
@@ -199,10 +199,10 @@ def memory_of_model(
     accumulation: int = 1,
     on_gpu: bool = False,
 ) -> MemoryReport:
-    """Exact states of every rank, and the peak of a step with `batch`, of a model by its config alone.
+    """Exact states of every rank, and the peak of a step with `batch`, from a model's config alone.
 
-    A step has `accumulation` such micro-batches. `on_gpu` predicts for GPUs, whatever machine this is. Raises
-    `UserError` for a model, a batch or a number of ranks that cannot be.
+    A step has `accumulation` such micro-batches. `on_gpu` predicts for GPUs, on any machine. Raises `UserError`
+    for an impossible model, batch or number of ranks.
     """
     _require(ranks, precision, accumulation)
     config = _config(name, trust_remote_code, say)
@@ -247,7 +247,7 @@ def memory_of_model(
 
 
 def _config(name: str, trust_remote_code: bool, say: Callable[[str], None]) -> Any:
-    """The transformers config of a model: weights are not needed where its folder or file is at hand."""
+    """The transformers config of a model; a local folder or config file needs no weights."""
     from minisft.data import download
 
     path = user_path(name)
@@ -290,12 +290,12 @@ def _traces(
             note = str(error)
     if note and traces:
         failed = "ddp, which keeps fp32 weights" if True in traces else "ZeRO, which keeps weights in half precision"
-        note = f"of {failed}: {note}"
+        note = f"for {failed}: {note}"
     return traces, note
 
 
 def _activations(traces: dict[bool, ActivationTrace], batch: Batch) -> dict[str, Any]:
-    """What a micro-batch needs besides the states; of half-precision weights, where those were traced."""
+    """What a micro-batch needs besides the states; with half-precision weights if those were traced."""
     if not traces:
         return {}
     trace = traces[max(traces)]
@@ -307,10 +307,3 @@ def _activations(traces: dict[bool, ActivationTrace], batch: Batch) -> dict[str,
         "peak": trace.peak,
         "peak_freeing": trace.peak_freeing,
     }
-
-
-def _size(held: float) -> str:
-    for size, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if held >= size:
-            return f"{held / size:,.2f} {name}"
-    return f"{held:,.0f} B"

@@ -1,7 +1,7 @@
-"""Chooses a strategy for a model on given GPUs: what fits, what is left, which is the cheapest, and why.
+"""Chooses a strategy for a model on given GPUs: which ones fit, with how much to spare, and which is cheapest.
 
 States come from `minisft.zero.state_memory`: exact for a model whose shapes are known, by the paper's formula for a
-bare number of parameters. Cheapest means the least traffic between the ranks: where less splitting fits, it sends less.
+bare number of parameters. Cheapest means the least traffic between the ranks: the less is split, the less is sent.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from minisft.zero.state_memory import (
 from minisft.zero.strategies import STRATEGIES, strategy_named
 
 # At equal traffic the simplest comes first. Offloading comes last: main memory is an order of magnitude slower to reach
-# than another GPU. DeepSpeed's stage 0 is ddp over again.
+# than another GPU. DeepSpeed's stage 0 is left out, because it does the same as ddp.
 CANDIDATES = tuple(name for name, s in STRATEGIES.items() if not s.is_one_process and s.stage != 0)
 MOST_GPU = 1e15  # bytes
-RESERVED = 1.5e9  # bytes of a GPU that are never ours: the CUDA context, the libraries' workspaces, fragmentation
+RESERVED = 1.5e9  # bytes of a GPU that no run can use: the CUDA context, the libraries' workspaces, fragmentation
 
 
 @dataclass(frozen=True)
 class Option:
-    """One strategy on one GPU: bytes of states, of everything, and left over (negative: it does not fit)."""
+    """One strategy on one GPU: bytes of states, total bytes, and bytes left over (negative if it does not fit)."""
 
     strategy: str
     states: float
@@ -50,11 +50,11 @@ class Plan:
 
 
 def traffic(strategy: str, accumulation: int = 1, precision: str = "bf16") -> int:
-    """What a rank sends per optimizer step, in multiples of the parameters' bytes at `precision`, on many ranks.
+    """What a rank sends per optimizer step, in multiples of the parameters' bytes at `precision`, for many ranks.
 
     Rajbhandari et al. 2020, section 7: 2 for data parallelism and stages 1 and 2, 3 for stage 3. With accumulation,
     stage 2 reduces every micro-batch's gradients and stage 3 gathers for each; ddp and stage 1 reduce once. In half
-    precision ddp's gradients are still fp32 (autocast), twice as much. `minisft.zero.communication` has it in bytes.
+    precision ddp's gradients are still fp32 (autocast), twice as much. `minisft.zero.communication` gives bytes.
     """
     stage = strategy_named(strategy).stage
     if strategy_named(strategy).is_one_process:
@@ -78,8 +78,8 @@ def plan(
 ) -> Plan:
     """What each strategy needs on one of `ranks` GPUs of `gpu_bytes` each, and the cheapest one that fits.
 
-    `peaks` gives a strategy's bytes on the GPU at the worst moment where they are known; for the others the states
-    after backward and `activation_bytes` of a micro-batch are added up. Raises `UserError` for impossible numbers.
+    `peaks` holds the peak bytes on the GPU of each strategy for which they are known; for the others the states after
+    backward and the micro-batch's `activation_bytes` are added up. Raises `UserError` for impossible numbers.
     """
     if not RESERVED < gpu_bytes <= MOST_GPU:
         raise UserError(
@@ -91,8 +91,8 @@ def plan(
         states = state_bytes(model, strategy, ranks, precision)
         needed = (peaks or {}).get(strategy, states + activation_bytes)
         options.append(Option(strategy, states, needed, gpu_bytes - RESERVED - needed))
-    able = [option for option in options if option.fits]
-    if not able:
+    fitting = [option for option in options if option.fits]
+    if not fitting:
         leanest = min(options, key=lambda option: option.total)
         return Plan(
             tuple(options),
@@ -104,21 +104,21 @@ def plan(
     def price(option: Option) -> tuple[bool, int]:
         return strategy_named(option.strategy).offloads, traffic(option.strategy, accumulation, precision)
 
-    best = min(able, key=lambda option: (price(option), options.index(option)))
+    best = min(fitting, key=lambda option: (price(option), options.index(option)))
     reason = f"{best.strategy} fits with {best.left / 1e9:,.1f} GB to spare"
-    below = [o for o in options if not o.fits and price(o)[1] <= price(best)[1]]
-    if below:
-        reason += f"; {', '.join(o.strategy for o in below)} would send no more, but {_does(below)} not fit"
+    too_large = [o for o in options if not o.fits and price(o)[1] <= price(best)[1]]
+    if too_large:
+        reason += f"; {', '.join(o.strategy for o in too_large)} would send no more, but {_does(too_large)} not fit"
     else:
         reason += ", and nothing that fits sends less"
     if strategy_named(best.strategy).offloads and isinstance(model, Shapes):
-        main = main_memory_bytes(model, best.strategy, ranks, precision) / 1e9
-        reason += f"; it needs {main:,.1f} GB of main memory for each GPU as well"
+        gigabytes = main_memory_bytes(model, best.strategy, ranks, precision) / 1e9
+        reason += f"; it needs {gigabytes:,.1f} GB of main memory for each GPU as well"
     return Plan(tuple(options), best, reason)
 
 
 def candidates(model: Shapes | float, ranks: int) -> tuple[str, ...]:
-    """The strategies to consider. A bare number does not tell what ZeRO-3 gathers if the parameters are offloaded."""
+    """The strategies to consider. A bare number does not determine what ZeRO-3 gathers with offloading."""
     is_exact = isinstance(model, Shapes)
     names = tuple(name for name in CANDIDATES if is_exact or not STRATEGIES[name].offloads_parameters)
     return names if ranks > 1 else ("vanilla", *names[1:])
@@ -129,27 +129,26 @@ def _does(options: list[Option]) -> str:
 
 
 def state_bytes(model: Shapes | float, strategy: str, ranks: int, precision: str = "bf16") -> float:
-    """Bytes of states on the GPU of the rank that holds the most, after backward; of a bare number by the paper's
-    formula."""
+    """Bytes of states on the GPU of the fullest rank, after backward; for a bare number, by the paper's formula."""
     if isinstance(model, Shapes):
-        return max(there for there, _ in _by_place(model, strategy, ranks, precision))
+        return max(on_gpu for on_gpu, _ in _states_by_device(model, strategy, ranks, precision))
     if ranks < 1 or not model > 0:
         raise UserError(f"{model:g} parameters on {ranks} ranks: give at least one of each")
     return model * _per_parameter(strategy, ranks)
 
 
 def main_memory_bytes(model: Shapes, strategy: str, ranks: int, precision: str = "bf16") -> int:
-    """Bytes of states in main memory for the rank that holds the most there, after backward, if it is offloaded."""
-    return max(away for _, away in _by_place(model, strategy, ranks, precision))
+    """Bytes of offloaded states in main memory, after backward, for the rank that holds the most there."""
+    return max(in_main_memory for _, in_main_memory in _states_by_device(model, strategy, ranks, precision))
 
 
-def _by_place(model: Shapes, strategy: str, ranks: int, precision: str) -> Iterator[tuple[int, int]]:
-    """Bytes of states after backward, on a rank's GPU and in its main memory, of the ranks that differ."""
+def _states_by_device(model: Shapes, strategy: str, ranks: int, precision: str) -> Iterator[tuple[int, int]]:
+    """Bytes of states after backward, on the GPU and in main memory, of each distinct rank."""
     config = generated_config(model, strategy, ranks, precision)
     for rank in distinct(predict_states(model, strategy, ranks, precision, config)):
         held = rank["after backward"]
-        there = total_bytes(bytes_on_gpu(held, config))
-        yield there, total_bytes(held) - there
+        on_gpu = total_bytes(bytes_on_gpu(held, config))
+        yield on_gpu, total_bytes(held) - on_gpu
 
 
 def _per_parameter(strategy: str, ranks: int) -> float:

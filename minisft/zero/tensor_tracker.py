@@ -1,8 +1,8 @@
-"""Every tensor's birth and death: how much is alive when, and who holds it at the worst moment.
+"""Tracks tensors from allocation to release: the bytes alive at each moment, and their owners at the peak.
 
-A dispatch mode sees each tensor that PyTorch makes, and a finalizer sees its storage go. It counts real tensors and
-fake ones (`FakeTensorMode`, which computes shapes alone) in the same way, to the byte. What a kernel takes for itself
-and gives back before it returns is not seen, nor what C++ allocates without PyTorch's dispatcher.
+A dispatch mode sees each tensor that PyTorch makes, and a finalizer sees the release of its storage. Real tensors and
+fake ones (`FakeTensorMode`, which computes shapes only) are counted the same way, to the byte. What a kernel allocates
+and frees before it returns is not seen, nor what C++ allocates without PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes alive after one allocation or release, by owner, and the phase that it happened in."""
+    """Bytes alive after one allocation or release, by owner, and the phase in which it happened."""
 
     phase: str
     held: dict[str, int]
@@ -34,9 +34,9 @@ class Moment:
 class TensorTracker(TorchDispatchMode):
     """Counts the bytes of tensors made while it is active, by the owner that is current when they are made.
 
-    `held` is what is alive now; `peak` the moment of the most; `timeline` the total after each change, with its
-    phase. Views count nothing: storages do, each once. An owner that is found out later (`name`) shows in `summary`
-    from the tensor's birth on.
+    `held` is what is alive now; `peak` is the moment with the most; `timeline` is the total after each change, with
+    its phase. Each storage counts once; views add nothing. If an owner becomes known only later (`name`), `summary`
+    counts the tensor as its own from the allocation on.
     """
 
     def __init__(self, owner: str = "activations", phase: str = "forward"):
@@ -44,28 +44,28 @@ class TensorTracker(TorchDispatchMode):
         self.owner, self.phase = owner, phase
         self.held: dict[str, int] = {}
         self.peak = Moment(phase, {})
-        self._events: list[tuple[str, list[Any], int]] = []  # phase, entry as in `_known`, 1 for a birth or -1
+        self._events: list[tuple[str, list[Any], int]] = []  # phase, entry of `_known`, 1 (allocated) or -1 (released)
         self._known: dict[int, list[Any]] = {}  # storage -> [owner, bytes]; the finalizer shares the list
         self._total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.see(leaf)
-        return found
+        return result
 
     def see(self, tensor: torch.Tensor, owner: str | None = None) -> None:
-        """Count the storage of `tensor`, unless it is known; with `owner`, it belongs to that one from now on.
+        """Count the storage of `tensor`, unless it is counted already; `owner`, if given, owns it from now on.
 
-        For tensors that were there before as well: a dispatch mode only meets those that are made under it.
+        Also counts tensors made before the mode was active, which the dispatch mode itself does not see.
         """
         storage = tensor.untyped_storage()
         key = storage._cdata
         entry = self._known.get(key)
         if entry is None:
             entry = self._known[key] = [owner or self.owner, storage.nbytes()]
-            weakref.finalize(storage, self._gone, key, entry)
+            weakref.finalize(storage, self._released, key, entry)
             self._change(entry, 1)
         elif owner is not None and owner != entry[0]:
             self.held[entry[0]] -= entry[1]
@@ -73,16 +73,16 @@ class TensorTracker(TorchDispatchMode):
             entry[0] = owner
 
     def name(self, tensor: torch.Tensor, owner: str) -> None:
-        """Let the storage of `tensor` belong to `owner`, if it is counted at all."""
+        """Make `owner` the owner of the storage of `tensor`, if it is counted at all."""
         if tensor.untyped_storage()._cdata in self._known:
             self.see(tensor, owner)
 
     def ignore(self, tensor: torch.Tensor) -> None:
-        """Never count this one: it was there before."""
+        """Never count the storage of `tensor`, which existed before."""
         self._known.setdefault(tensor.untyped_storage()._cdata, ["", 0])
 
     def summary(self) -> dict[str, Any]:
-        """The peak's phase, owners and total; the most of each phase; and the whole timeline, as plain values."""
+        """The peak's phase, owners and total; the maximum of each phase; and the whole timeline, as plain values."""
         timeline = self.timeline
         most: dict[str, int] = {}
         for phase, held in timeline:
@@ -91,8 +91,8 @@ class TensorTracker(TorchDispatchMode):
         by_owner: dict[str, int] = {}
         for _, (owner, size), sign in self._events[: worst + 1]:
             by_owner[owner] = by_owner.get(owner, 0) + sign * size
-        phase, whole = timeline[worst]
-        peak = {"phase": phase, "total": whole, "held": {owner: size for owner, size in by_owner.items() if size}}
+        phase, total = timeline[worst]
+        peak = {"phase": phase, "total": total, "held": {owner: size for owner, size in by_owner.items() if size}}
         return {"peak": peak, "most": most, "timeline": timeline}
 
     @property
@@ -108,7 +108,7 @@ class TensorTracker(TorchDispatchMode):
         finally:
             self.owner = before
 
-    def _gone(self, key: int, entry: list[Any]) -> None:
+    def _released(self, key: int, entry: list[Any]) -> None:
         if self._known.get(key) is entry:
             del self._known[key]
         self._change(entry, -1)

@@ -250,7 +250,7 @@ def test_sequence_parallel_ranks_share_rows():
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match="no file"):
         lint_file(tmp_path / "none.json")
-    with pytest.raises(UserError, match="no text file"):
+    with pytest.raises(UserError, match="not a text file"):
         lint_file(tmp_path)
 
 

@@ -158,7 +158,7 @@ def test_of_a_model_that_only_one_way_can_trace_that_one_is_known(tmp_path):
     report = memory_of_model(str(file), 2, "bf16", Batch(1, 8), on_gpu=True)
     assert "peak" in report.strategies["zero2"]["ranks"][0]
     assert "peak" not in report.strategies["ddp"]["ranks"][0]
-    assert report.note.startswith("of ddp, which keeps fp32 weights: ")
+    assert report.note.startswith("for ddp, which keeps fp32 weights: ")
     report.add_plan(80e9)
     assert "activations are not counted" not in report.text()
 
@@ -207,7 +207,7 @@ def test_lint_says_what_is_wrong_and_exits_1(tmp_path):
     assert "does nothing at stage 2" in done.stdout
     done = minisft("lint", str(file), "--ranks", "3")
     assert done.returncode == 1
-    assert "no multiple of 3 ranks" in done.stdout
+    assert "not a multiple of 3 ranks" in done.stdout
     assert minisft("lint", str(tmp_path / "none.json")).returncode == 2
 
 

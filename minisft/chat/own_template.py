@@ -1,0 +1,427 @@
+"""A model's own chat template (Jinja), as segments: which characters of what it renders are whose.
+
+The template renders a whole conversation as text. To label that text exactly, three places must be
+known: what came from the messages (it may not become a control token), where each answer begins
+(where the template's generation prompt ends), and the token that ends it (where generation stops).
+
+1. The roles of a conversation are rendered once with markers in the place of the contents. What
+   lies between the markers is the template's own text; `add_generation_prompt` shows where each
+   answer begins. This layout serves all conversations with these roles.
+2. Each conversation is rendered as it is. If this text is the layout, filled with the contents,
+   the layout labels it.
+3. Otherwise the template changes contents (it removes earlier reasoning, for example): each answer
+   then begins where the prompt of its own turn ends, one rendering per answer.
+
+A conversation that the template refuses, or that cannot be labelled exactly, raises
+`RefusedConversation`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minisft.chat.template import RefusedConversation, Segment
+from minisft.data.conversations import Conversation, Message
+from minisft.errors import UserError
+from minisft.files import read_json
+from minisft.text import one_line
+
+if TYPE_CHECKING:
+    from minisft.chat.tokenizers import Tokenizer
+
+MOST_SECONDS = 10.0  # for rendering one conversation
+MOST_LAYOUTS = 1_000  # role sequences whose layout is kept
+# In front of and behind a marker: what is missing in the rendering, the template strips.
+SPACE = " \n "
+# Written in the place of a control token that a content spells, while the template is rendered.
+HIDING = "\ufdd2"  # a noncharacter of Unicode: no text has it
+_HIDDEN = re.compile(f"{HIDING}(\\d+){HIDING}")
+
+
+@dataclass(frozen=True)
+class ControlToken:
+    """A control token that template text may contain; some absorb the white space beside them."""
+
+    content: str
+    lstrip: bool
+    rstrip: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a rendering: text of the template, or a message's content (`message` is its index).
+
+    `answer` is the index of the answer that the piece is trained for, or None.
+    """
+
+    text: str
+    message: int | None = None
+    answer: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the template writes around the contents of conversations with the same roles.
+
+    `pieces` with a `message` have the text `l`, `r`, both or neither: the sides that are stripped.
+    `same`: whether each answer's prompt is the beginning of the whole rendering.
+    """
+
+    pieces: tuple[Piece, ...]
+    same: bool
+
+    def filled(self, contents: Sequence[str]) -> list[Piece]:
+        """The pieces with the contents of a conversation."""
+        filled = []
+        for piece in self.pieces:
+            if piece.message is not None:
+                content = contents[piece.message]
+                content = content.lstrip() if "l" in piece.text else content
+                content = content.rstrip() if "r" in piece.text else content
+                piece = Piece(content, piece.message, piece.answer)
+            filled.append(piece)
+        return filled
+
+
+@dataclass(frozen=True)
+class OwnTemplate:
+    """The chat template of a tokenizer of transformers; useful after `fitted_to` only.
+
+    `source` is its Jinja, `variables` are the special tokens that it may use, `control` are the
+    control tokens by content, and `stops` the contents of the tokens at which generation stops, the
+    one that ends an answer first.
+    """
+
+    name: str = "own"
+    source: str = ""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    control: Mapping[str, ControlToken] = field(default_factory=dict)
+    stops: tuple[str, ...] = ()
+    control_tokens: tuple[str, ...] = ()  # none that the vocabulary lacks
+    markers_are_text: bool = False
+    _layouts: dict[tuple[str, ...], Layout | None] = field(default_factory=dict, compare=False, repr=False)
+    _latest: list[Any] = field(default_factory=list, compare=False, repr=False)  # a conversation and its labels
+
+    def fitted_to(self, tokenizer: Tokenizer) -> OwnTemplate:
+        """The template of `tokenizer`. Raises `UserError` if it has none that can be used."""
+        hf = getattr(tokenizer, "hf", None)
+        if hf is None:
+            raise UserError(f"the tokenizer {tokenizer.name} has no chat template in Jinja: use another --template")
+        return own_template(hf)
+
+    def stop_tokens(self, hf: Any) -> tuple[str, ...]:
+        """The tokens at which generation stops, the one that ends an answer first."""
+        return own_template(hf).stops
+
+    # --- rendering ---------------------------------------------------------------------------------
+
+    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
+        """The text of messages, with a generation prompt if `prompt`.
+
+        Raises `RefusedConversation` with the template's own words.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            with _time_limit():
+                rendered: Any = render_jinja_template(
+                    [chat], chat_template=self.source, add_generation_prompt=prompt, **self.variables
+                )
+        except Exception as error:  # a template may raise anything
+            raise RefusedConversation(f"the template refuses it: {one_line(error, 100)}") from error
+        return rendered[0][0]  # the texts of several chats, and their generation spans
+
+    # --- layouts -----------------------------------------------------------------------------------
+
+    def layout(self, roles: tuple[str, ...]) -> Layout | None:
+        """The layout of conversations with these roles; None if they have to be labelled one by one.
+
+        Raises `RefusedConversation`.
+        """
+        if roles not in self._layouts:
+            if len(self._layouts) >= MOST_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[roles] = self.new_layout(roles)
+        return self._layouts[roles]
+
+    def new_layout(self, roles: tuple[str, ...]) -> Layout | None:
+        markers = [f"m4rk{i}kr4m" for i in range(len(roles))]
+        messages = [Message(role, f"{SPACE}{mark}{SPACE}") for role, mark in zip(roles, markers, strict=True)]
+        whole = self.render(messages)
+        if any(whole.count(mark) != 1 for mark in markers):
+            return None
+        places = sorted((whole.index(mark), i) for i, mark in enumerate(markers))
+        spans: list[tuple[int, int, int, str]] = []  # start and end of a content, message, stripped sides
+        for start, i in places:
+            end = start + len(markers[i])
+            left, right = whole.endswith(SPACE, 0, start), whole.startswith(SPACE, end)
+            sides = "" if left else "l", "" if right else "r"
+            spans.append((start - len(SPACE) * left, end + len(SPACE) * right, i, "".join(sides)))
+        answers: dict[int, tuple[int, int]] = {}
+        same = True
+        for number, (start, end, i, _) in enumerate(spans):
+            if roles[i] != "assistant":
+                continue
+            before = spans[number - 1][1] if number else 0
+            after = spans[number + 1][0] if number + 1 < len(spans) else len(whole)
+            begin = self._begin(whole, messages[:i], before, start)
+            same = same and begin >= 0
+            if begin < 0:  # the prompt of this turn is not the beginning: find the end of the prompt alone
+                begin = self._begin_by_prompt(whole, messages[:i], markers[:i], before, start)
+            stop = self._stop(whole, end, after)
+            answers[i] = begin, stop
+        return Layout(tuple(_pieces(whole, spans, answers)), same)
+
+    def _begin(self, whole: str, prompt: Sequence[Message], before: int, start: int) -> int:
+        """Where the answer after `prompt` begins in `whole`; -1 if `whole` does not begin with it."""
+        text = self.render(prompt, prompt=True)
+        return len(text) if whole.startswith(text) and before <= len(text) <= start else -1
+
+    def _begin_by_prompt(
+        self, whole: str, prompt: Sequence[Message], markers: Sequence[str], before: int, start: int
+    ) -> int:
+        text = self.render(prompt, prompt=True)
+        last = max((text.rfind(mark) + len(mark) for mark in markers if mark in text), default=0)
+        last += len(SPACE) * text.startswith(SPACE, last)
+        tail = text[last:]
+        if not whole.startswith(tail, before) or before + len(tail) > start:
+            raise RefusedConversation("the template's generation prompt is not what it writes before an answer")
+        return before + len(tail)
+
+    def _stop(self, text: str, begin: int, end: int) -> int:
+        """The end of the token that ends an answer, whose content ends at `begin`."""
+        found = list(self.control_pattern.finditer(text, begin, end))
+        stop = next((match for match in found if match[0] in self.stops), found[0] if found else None)
+        if stop is None:
+            raise RefusedConversation("the template ends an answer without a token at which generation could stop")
+        return stop.end()
+
+    @property
+    def control_pattern(self) -> re.Pattern[str]:
+        return _pattern(tuple(self.control))
+
+    # --- labelling ---------------------------------------------------------------------------------
+
+    def labelled(self, conversation: Conversation) -> tuple[list[Piece], bool]:
+        """The pieces of a conversation's rendering, and whether inference sees the same prompts.
+
+        Raises `RefusedConversation`.
+        """
+        if not self._latest or self._latest[0] is not conversation:
+            messages = conversation.messages
+            if any(HIDING in message.content for message in messages):
+                raise RefusedConversation("a text has U+FDD2, which is no character")
+            layout = self.layout(tuple(message.role for message in messages))
+            pieces = layout.filled([message.content for message in messages]) if layout else []
+            rendered = self.render(messages)
+            if layout is None or "".join(piece.text for piece in pieces) != rendered:
+                labels = self.labelled_by_prompts(messages)
+            else:
+                labels = pieces, layout.same
+            self._latest[:] = [conversation, labels]
+        return self._latest[1]
+
+    def labelled_by_prompts(self, messages: Sequence[Message]) -> tuple[list[Piece], bool]:
+        """`labelled` without a layout: each answer begins where its turn's own prompt ends.
+
+        An answer whose content the template changes is not trained; the second value is then False.
+        Texts of contents that spell a control token are stand-ins in the pieces. Raises
+        `RefusedConversation`.
+        """
+        hidden = [Message(m.role, self._hidden(m.content), m.trained) for m in messages]
+        whole = self.render(hidden)
+        if self._shown(whole) != self.render(messages):
+            raise RefusedConversation("the template treats control tokens in a text in a way of its own")
+        answers: list[tuple[int, int, int]] = []
+        same = True
+        for i, message in enumerate(hidden):
+            if message.role != "assistant":
+                continue
+            prompt = self.render(hidden[:i], prompt=True)
+            begin = len(prompt)
+            if not whole.startswith(prompt) or (answers and begin < answers[-1][1]):
+                same = False
+                continue
+            stop = self._stop(whole, begin, len(whole))
+            if "".join(message.content.split()) not in "".join(whole[begin:stop].split()):
+                same = False
+                continue
+            answers.append((begin, stop, i))
+        pieces = []
+        cursor = 0
+        for begin, stop, i in answers:
+            pieces += [Piece(whole[cursor:begin]), Piece(whole[begin:stop], answer=i)]
+            cursor = stop
+        return [*pieces, Piece(whole[cursor:])], same
+
+    def _hidden(self, text: str) -> str:
+        names = list(self.control)
+        return self.control_pattern.sub(lambda match: f"{HIDING}{names.index(match[0])}{HIDING}", text)
+
+    def _shown(self, text: str) -> str:
+        names = list(self.control)
+        return _HIDDEN.sub(lambda match: names[int(match[1])], text)
+
+    # --- the interface of a chat template ----------------------------------------------------------
+
+    def segments(self, conversation: Conversation) -> Iterator[Segment]:
+        """The segments of a whole conversation. Raises `RefusedConversation` at once."""
+        pieces, _ = self.labelled(conversation)
+        return self._segments(pieces, conversation.messages)
+
+    def prompt_segments(self, conversation: Conversation) -> list[Segment]:
+        """The template's own generation prompt for the last answer."""
+        messages = [Message(m.role, self._hidden(m.content)) for m in conversation.messages[:-1]]
+        turn = sum(message.role == "assistant" for message in messages)
+        pieces = [Piece(self.render(messages, prompt=True))]
+        return [*self._segments(pieces, conversation.messages, turn)]
+
+    def normalized(self, messages: tuple[Message, ...]) -> list[Message]:
+        """The messages as they are: the template decides."""
+        return list(messages)
+
+    def trained_text(self, answer: str) -> str:
+        """The answer without the white space around it, which the template may add or strip."""
+        return answer.strip()
+
+    difference = "the template changes earlier turns later"
+
+    def same_at_every_turn(self, conversation: Conversation) -> bool:
+        """Whether each answer's prompt in training equals the prompt of inference at that turn."""
+        return self.labelled(conversation)[1]
+
+    def jinja(self) -> str:
+        """The model's own template."""
+        return self.source
+
+    def _segments(self, pieces: Sequence[Piece], messages: Sequence[Message], turn: int = 0) -> Iterator[Segment]:
+        """Split pieces at the template's control tokens, and where an answer begins or ends."""
+        after = "nothing"
+        roles = [message.role for message in messages]
+        for answer, texts in itertools.groupby(pieces, key=lambda piece: piece.answer):
+            trained = answer is not None and messages[answer].trained
+            role = "template" if answer is None else roles[answer]
+            for text, control in self._split(texts):
+                if control is None:
+                    yield Segment(role, turn, trained, text=self._shown(text), after=after)
+                    after = "text"
+                else:
+                    is_end = answer is not None and control == self.stops[0]
+                    yield Segment(role, turn, trained, control="eos" if is_end else control)
+                    after = "control"
+            turn += answer is not None
+
+    def _split(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, str | None]]:
+        """Yield (text, None) and (…, control token) of adjacent pieces; contents have no control tokens."""
+        text = ""
+        strips = False  # whether the control token before absorbs white space
+        for piece in pieces:
+            cursor = 0
+            matches = self.control_pattern.finditer(piece.text) if piece.message is None else ()
+            for match in matches:
+                token = self.control[match[0]]
+                text += piece.text[cursor : match.start()]
+                text = text.lstrip() if strips else text
+                text = text.rstrip() if token.lstrip else text
+                if text:
+                    yield text, None
+                yield "", token.content
+                text, strips, cursor = "", token.rstrip, match.end()
+            text += piece.text[cursor:]
+        text = text.lstrip() if strips else text
+        if text:
+            yield text, None
+
+
+def own_template(hf: Any) -> OwnTemplate:
+    """The chat template of a tokenizer of transformers.
+
+    Raises `UserError` if it has none, or if it does not end an answer with a control token.
+    """
+    name = one_line(Path(hf.name_or_path).name)
+    try:
+        source = hf.get_chat_template()
+    except ValueError:
+        raise UserError(f"{name} has no chat template of its own: use another --template, such as v1") from None
+    stop_ids = _generation_stops(hf)
+    tokens = hf.added_tokens_decoder.items()
+    control = {
+        token.content: ControlToken(token.content, token.lstrip, token.rstrip)
+        for token_id, token in tokens
+        if (token.special or token_id in stop_ids) and not token.content.isspace()
+    }
+    template = OwnTemplate(source=source, variables=dict(hf.special_tokens_map), control=control)
+    stops = [token for token in control if hf.convert_tokens_to_ids(token) in stop_ids]
+    try:
+        layout = replace(template, stops=tuple(stops)).new_layout(("user", "assistant"))
+        if layout is None:
+            raise RefusedConversation("it does not write a question and an answer once each")
+    except RefusedConversation as reason:
+        raise UserError(
+            f"the chat template of {name} cannot be used ({reason}): use another --template, such as v1"
+        ) from reason
+    answer = "".join(piece.text for piece in layout.pieces if piece.answer is not None and piece.message is None)
+    end = template.control_pattern.findall(answer)[-1]
+    return replace(template, stops=(end, *(token for token in stops if token != end)))
+
+
+def _generation_stops(hf: Any) -> set[int]:
+    """The ids of EOS, and of the tokens at which the model's `generation_config.json` stops."""
+    settings = read_json(Path(hf.name_or_path) / "generation_config.json", dict[str, Any]) or {}
+    ids = settings.get("eos_token_id")
+    return {hf.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+
+
+def _pieces(
+    whole: str, spans: Sequence[tuple[int, int, int, str]], answers: Mapping[int, tuple[int, int]]
+) -> Iterator[Piece]:
+    """Cut a rendering of markers at its contents and at the ends of its answers."""
+    answer_of = {(begin, stop): i for i, (begin, stop) in answers.items()}
+
+    def template_text(begin: int, end: int) -> Iterator[Piece]:
+        cuts = sorted({begin, end, *(cut for span in answer_of for cut in span if begin < cut < end)})
+        for start, stop in itertools.pairwise(cuts):
+            inside = (i for (first, last), i in answer_of.items() if first <= start and stop <= last)
+            yield Piece(whole[start:stop], answer=next(inside, None))
+
+    cursor = 0
+    for start, end, i, sides in spans:
+        yield from template_text(cursor, start)
+        yield Piece(sides, i, i if i in answers else None)
+        cursor = end
+    yield from template_text(cursor, len(whole))
+
+
+@functools.lru_cache(maxsize=8)
+def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches any of the control tokens, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise `TimeoutError` in the block after `MOST_SECONDS`; only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expired(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {MOST_SECONDS:g} s")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
