@@ -18,12 +18,19 @@ from dataclasses import dataclass
 
 from minisft.chat.template import Segment
 
+START = Segment("template", 0, False, text="\\nA:\\n", after="text")
+
 
 @dataclass(frozen=True)
 class LinesTemplate:
     name: str = "lines"
     control_tokens: tuple[str, ...] = ()
-    markers_are_text: bool = True
+    markers: str = "own"
+    opening: tuple[Segment, ...] = (START,)
+    difference: str = ""
+
+    def stop_tokens(self, hf):
+        return (hf.eos_token,)
 
     def fitted_to(self, tokenizer):
         return self
@@ -39,7 +46,8 @@ class LinesTemplate:
         turn = 0
         for message in self.normalized(conversation.messages):
             if message.role == "user":
-                yield Segment("user", turn, False, text=f"Q: {message.content}\\nA: ")
+                yield Segment("user", turn, False, text=f"Q: {message.content}")
+                yield START
             else:
                 yield Segment("assistant", turn, message.trained, text=message.content, after="text")
                 yield Segment("assistant", turn, message.trained, control="eos")
@@ -53,7 +61,10 @@ class LinesTemplate:
         return True
 
     def jinja(self):
-        return "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        return (
+            "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q: ' + m['content'] + '\\nA:\\n' }}"
+            "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+        )
 '''
 
 
@@ -90,9 +101,23 @@ def test_a_chat_template(package, tiny_model, small_data, tmp_path):
     assert done.returncode == 0, done.stderr
     row = json.loads(out.read_text().splitlines()[0])
     assert any(label != -100 for label in row["labels"]) and row["labels"][0] == -100
-    done = run(package, "check", small_data, "--tokenizer", tiny_model, "--template", "lines")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "lines" in run(package, "launch", "--help").stdout
+    for data in (small_data, out):
+        done = run(package, "check", data, "--tokenizer", tiny_model, "--template", "lines")
+        assert done.returncode == 0, done.stdout + done.stderr
+    for verb in ("launch", "encode"):
+        assert "lines" in run(package, verb, "--help").stdout
+    code = (
+        "import sys\nfrom minisft.chat import load_tokenizer, template_for\n"
+        "from minisft.data.conversations import Conversation, Message\nfrom minisft.labels import encode\n"
+        "tokenizer = load_tokenizer(sys.argv[1], 'lines')\ntemplate = template_for(tokenizer)\n"
+        "turns = [('user', 'the cat'), ('assistant', 'sat on'), ('user', 'a mat'), ('assistant', 'and saw')]\n"
+        "row = encode(Conversation('c', tuple(Message(*turn) for turn in turns)), template, tokenizer, 99)\n"
+        "tokenizer.hf.chat_template = template.jinja()\n"
+        "chat = [{'role': role, 'content': content} for role, content in turns]\n"
+        "print(tokenizer.hf.apply_chat_template(chat)['input_ids'] == row.input_ids)\n"
+    )
+    done = run(package, "-c", code, str(tiny_model))
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_a_strategy(package):
@@ -112,6 +137,7 @@ def test_a_strategy(package):
     )
     done = run(package, "-c", code)
     assert done.stdout.split() == ["1", "cpu"], done.stderr
+    assert "zero1-offload" in run(package, "prepare", "--help").stdout
 
 
 def test_a_setting(package, tiny_model, small_data, tmp_path):
@@ -150,3 +176,4 @@ def test_an_exercise():
 
     assert "Not attempted" in check(None, [1, 2])
     assert "Not yet" in check([1, 3], [1, 2]) and "Right" in check([1, 2], [1, 2])
+    assert "give a list of 1 entries" in check(16, [16]) and "not a set" in check({1, 2}, [1, 2])

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from minisft.chat.template import Segment
 from minisft.data.conversations import Conversation, Message
@@ -86,8 +86,8 @@ class MistralTemplate:
         return self.version.control_tokens
 
     @property
-    def markers_are_text(self) -> bool:
-        return not self.control_tokens
+    def markers(self) -> str:
+        return "control" if self.control_tokens else "text"
 
     @property
     def system_has_its_place(self) -> bool:
@@ -99,7 +99,7 @@ class MistralTemplate:
 
         Like Mistral, v2 and later cut trailing spaces; v1 keeps them.
         """
-        return answer if self.markers_are_text else answer.rstrip(" ")
+        return answer.rstrip(" ") if self.control_tokens else answer
 
     def segments(self, conversation: Conversation) -> Iterator[Segment]:
         """Yield the segments of a whole conversation; the caller may stop when its row is full.
@@ -121,14 +121,14 @@ class MistralTemplate:
                 yield from _enclosed(SYSTEM, message.content, END_SYSTEM, "system", turn)
             else:
                 content = f"{system}\n\n{message.content}" if system and i in with_system else message.content
-                if self.markers_are_text:
+                if not self.control_tokens:
                     yield Segment("user", turn, False, text=f"[INST] {content} [/INST]", after=start)
                 else:
                     yield from _enclosed(INST, content, END_INST, "user", turn)
-            start = "text" if self.markers_are_text and message.role == "user" else "control"
+            start = "text" if not self.control_tokens and message.role == "user" else "control"
 
     def _answer(self, message: Message, turn: int) -> Iterator[Segment]:
-        if self.markers_are_text:
+        if not self.control_tokens:
             text = " " + message.content if self.written_space else message.content
             yield Segment("assistant", turn, message.trained, text=text, after="text")
         else:
@@ -160,6 +160,7 @@ class MistralTemplate:
         last = segments[-1].turn
         return [s for s in segments if s.turn < last or s.role != "assistant"]
 
+    opening: ClassVar[tuple[Segment, ...]] = ()
     difference = "system prompt not where inference puts it"
 
     def same_at_every_turn(self, conversation: Conversation) -> bool:

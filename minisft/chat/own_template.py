@@ -107,7 +107,8 @@ class OwnTemplate:
     control: Mapping[str, ControlToken] = field(default_factory=dict)
     stops: tuple[str, ...] = ()
     control_tokens: tuple[str, ...] = ()  # none that the vocabulary lacks
-    markers_are_text: bool = False
+    markers: str = "own"
+    opening: tuple[Segment, ...] = ()
     _layouts: dict[tuple[str, ...], Layout | None] = field(default_factory=dict, compare=False, repr=False)
     _latest: list[Any] = field(default_factory=list, compare=False, repr=False)  # a conversation and its labels
 
@@ -307,26 +308,31 @@ class OwnTemplate:
     def _segments(self, pieces: Sequence[Piece], messages: Sequence[Message], turn: int = 0) -> Iterator[Segment]:
         """Split pieces at the template's control tokens, and where an answer begins or ends."""
         after = "nothing"
-        roles = [message.role for message in messages]
-        for answer, texts in itertools.groupby(pieces, key=lambda piece: piece.answer):
-            trained = answer is not None and messages[answer].trained
-            role = "template" if answer is None else roles[answer]
-            for text, control in self._split(texts):
+        # An answer that is not trained is encoded together with the text before it, as in a prompt.
+        for trained, run in itertools.groupby(
+            pieces, key=lambda p: p.answer is not None and messages[p.answer].trained
+        ):
+            for text, control, answer in self._split(run):
+                role = "template" if answer is None else "assistant"
                 if control is None:
                     yield Segment(role, turn, trained, text=self._shown(text), after=after)
                     after = "text"
-                else:
-                    is_end = answer is not None and control == self.stops[0]
-                    yield Segment(role, turn, trained, control="eos" if is_end else control)
-                    after = "control"
-            turn += answer is not None
+                    continue
+                is_end = answer is not None and control == self.stops[0]
+                yield Segment(role, turn, trained, control="eos" if is_end else control)
+                after = "control"
+                turn += is_end
 
-    def _split(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, str | None]]:
-        """Yield (text, None) and (…, control token) of adjacent pieces; contents have no control tokens."""
+    def _split(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, str | None, int | None]]:
+        """Yield (text, None, answer) and ("", control token, answer) of adjacent pieces.
+
+        Only text of the template has control tokens, contents have none.
+        """
+        answer: int | None = None
         text = ""
         strips = False  # whether the control token before absorbs white space
         for piece in pieces:
-            cursor = 0
+            cursor, answer = 0, piece.answer
             matches = self.control_pattern.finditer(piece.text) if piece.message is None else ()
             for match in matches:
                 token = self.control[match[0]]
@@ -334,13 +340,13 @@ class OwnTemplate:
                 text = text.lstrip() if strips else text
                 text = text.rstrip() if token.lstrip else text
                 if text:
-                    yield text, None
-                yield "", token.content
+                    yield text, None, answer
+                yield "", token.content, answer
                 text, strips, cursor = "", token.rstrip, match.end()
             text += piece.text[cursor:]
         text = text.lstrip() if strips else text
         if text:
-            yield text, None
+            yield text, None, answer
 
 
 def own_template(hf: Any) -> OwnTemplate:
@@ -372,7 +378,11 @@ def own_template(hf: Any) -> OwnTemplate:
         ) from reason
     answer = "".join(piece.text for piece in layout.pieces if piece.answer is not None and piece.message is None)
     end = template.control_pattern.findall(answer)[-1]
-    return replace(template, stops=(end, *(token for token in stops if token != end)))
+    template = replace(template, stops=(end, *(token for token in stops if token != end)))
+    prompt = [*template.prompt_segments(Conversation("", (Message("user", "?"), Message("assistant", ""))))]
+    last = max((i for i, segment in enumerate(prompt) if segment.control), default=len(prompt))
+    opening = prompt[last:] if "?" not in "".join(segment.text or "" for segment in prompt[last:]) else []
+    return replace(template, opening=tuple(opening))
 
 
 def _generation_stops(hf: Any) -> set[int]:

@@ -53,8 +53,16 @@ class ChatTemplate(Protocol):
         """The markers with ids, besides BOS and EOS: each opening one, then its closing one."""
 
     @property
-    def markers_are_text(self) -> bool:
-        """Whether questions are marked with plain text (`[INST] … [/INST]`), not control tokens."""
+    def markers(self) -> str:
+        """How a row without its conversation shows its prompts.
+
+        `text`: questions are marked with plain text (`[INST] … [/INST]`); `control`: prompts are
+        between pairs of `control_tokens`; `own`: an answer follows `opening`.
+        """
+
+    @property
+    def opening(self) -> tuple[Segment, ...]:
+        """What directly precedes each answer, if `markers` is `own`."""
 
     def stop_tokens(self, hf: Any) -> tuple[str, ...]:
         """The tokens of a transformers tokenizer at which generation stops.
@@ -68,7 +76,9 @@ class ChatTemplate(Protocol):
     def segments(self, conversation: Conversation) -> Iterator[Segment]:
         """Yield the segments of a whole conversation; the caller may stop when its row is full.
 
-        Raises `RefusedConversation`.
+        A BOS is the control `bos`. Every answer ends in the control `eos`, trained if the answer is:
+        truncation, `check` and generation know the end of an answer by it. No other control token
+        is trained. A text directly after a text has `after="text"`. Raises `RefusedConversation`.
         """
 
     def prompt_segments(self, conversation: Conversation) -> list[Segment]:

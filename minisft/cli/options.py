@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from typer.core import TyperGroup
 
+from minisft.chat.registry import DEFAULT, TEMPLATES
 from minisft.errors import UserError
 from minisft.files import as_json, user_path
 from minisft.run.config import SETTINGS, RunConfig, preset_values
@@ -62,7 +63,7 @@ TokenizerName = Annotated[
 
 Template = Annotated[
     str | None,
-    typer.Option(help="v1, v2, v3, v3-tekken or v7; if not given, that of a mistral: tokenizer, else v1"),
+    typer.Option(help=f"{', '.join(TEMPLATES)}; if not given, that of a mistral: tokenizer, else {DEFAULT}"),
 ]
 
 Truncation = Annotated[str, typer.Option(help="how to shorten a row that is too long: token, turn or drop")]

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 
-def check(answer: Sequence[Any] | None, expected: Sequence[Any], what: str = "position") -> str:
-    """Compare an exercise's answer with what the package computes.
+def check(answer: Any, expected: Sequence[Any], what: str = "position") -> str:
+    """Compare an exercise's answer, a sequence, with what the package computes.
 
     `what` names one entry of the answer. Returns one sentence to show: not attempted (None), wrong
     and where, or right.
     """
     if answer is None:
         return "Not attempted yet: replace None and run this cell again."
+    if not isinstance(answer, Sequence) or isinstance(answer, str):
+        return f"Not yet: give a list of {len(expected)} entries, in order, not a {type(answer).__name__}."
     if len(answer) != len(expected):
         return f"Not yet: your answer has {len(answer)} entries, and {len(expected)} are expected."
     for i, (given, right) in enumerate(zip(answer, expected, strict=True)):

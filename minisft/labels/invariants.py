@@ -16,7 +16,7 @@ from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation, Message
 from minisft.labels.encode_row import IGNORE_INDEX, encode_segments
-from minisft.labels.parse_rows import Found, ParsedRow, by_control_tokens, by_text, describe
+from minisft.labels.parse_rows import PARSERS, Found, ParsedRow, describe
 from minisft.text import one_line
 
 # Name -> (what it means, how to fix a violation).
@@ -104,15 +104,14 @@ def check_row(
     labelled = ParsedRow(input_ids, labels, tokenizer, full=max_length is not None and len(input_ids) >= max_length)
     controls = [i for i, token in enumerate(input_ids) if token in tokenizer.control_ids]
     note(_labels(labelled, controls))
-    note(_bos(labelled))
+    if template.markers != "own":
+        note(_bos(labelled))
     if max_length is not None and len(input_ids) > max_length:
         note(iter([("max length", max_length, f"{len(input_ids)} tokens, but at most {max_length} are allowed")]))
     if conversation:
         note(_as_encoded(labelled, conversation, template, max_length, truncation))
-    elif template.markers_are_text:
-        note(by_text(labelled, controls))
     else:
-        note(by_control_tokens(labelled, template, controls))
+        note(PARSERS[template.markers](labelled, template, controls))
     return list(first.values())
 
 
@@ -226,7 +225,11 @@ def _answers(row: ParsedRow, template: ChatTemplate, conversation: Conversation,
     for (start, end), answer in zip(spans, answers, strict=False):
         complete = row.ids[end - 1] == row.tokenizer.eos_id
         spelt = row.spelt(start, end - complete)
-        if not _spells(spelt, answer, row.tokenizer, complete or end < len(row.ids)):
+        if template.markers == "own":  # the template may add text around an answer, or strip it
+            is_right = not complete or "".join(answer.split()) in "".join(spelt.decode(errors="replace").split())
+        else:
+            is_right = _spells(spelt, answer, row.tokenizer, complete or end < len(row.ids))
+        if not is_right:
             shown = spelt[:40].decode(errors="replace")
             yield "answers", start, f"the trained text is {shown!r}, but the answer is {answer[:40]!r}"
         elif (

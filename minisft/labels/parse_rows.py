@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import Tokenizer
-from minisft.labels.encode_row import IGNORE_INDEX
+from minisft.labels.encode_row import IGNORE_INDEX, encode_segments
 
 Found = Iterator[tuple[str, int | None, str]]  # the violated invariant, the position, a message
 
@@ -91,7 +91,7 @@ def by_control_tokens(row: ParsedRow, template: ChatTemplate, controls: list[int
         yield "eos", last, f"the row ends in {row.piece(last)}, not in EOS"
 
 
-def by_text(row: ParsedRow, controls: list[int]) -> Found:
+def by_text(row: ParsedRow, template: ChatTemplate, controls: list[int]) -> Found:
     """Check a row of template v1: up to each EOS it is `[INST] question [/INST] answer`."""
     eos, bos = row.tokenizer.eos_id, row.tokenizer.bos_id
     begin = row.start
@@ -108,6 +108,23 @@ def by_text(row: ParsedRow, controls: list[int]) -> Found:
         yield from _exchange(row, begin, len(row.ids), before)
         if not row.full:
             yield "eos", last, f"the row ends in {row.piece(last)}, not in EOS"
+
+
+def by_opening(row: ParsedRow, template: ChatTemplate, controls: list[int]) -> Found:
+    """Check a row of a model's own template: each trained run follows the opening and ends in EOS."""
+    opening = encode_segments(template.opening, row.tokenizer)
+    start = row.first_trained(0, len(row.ids))
+    while start is not None:
+        end = next((i for i in range(start, len(row.ids)) if not row.trained(i)), len(row.ids))
+        if row.ids[max(0, start - len(opening)) : start] != opening:
+            yield (
+                "prompt",
+                start,
+                f"{row.piece(start)} is trained but does not follow the template's opening of an answer",
+            )
+        if row.ids[end - 1] != row.tokenizer.eos_id and not (row.full and end == len(row.ids)):
+            yield "eos", end - 1, f"the trained tokens end in {row.piece(end - 1)}, not in EOS"
+        start = row.first_trained(end, len(row.ids))
 
 
 def _exchange(row: ParsedRow, begin: int, end: int, before: bool | None) -> Found:
@@ -160,3 +177,6 @@ def _run(row: ParsedRow, trained: int, end: int) -> Found:
         is_eos = row.ids[stop] == row.tokenizer.eos_id
         problem = "its EOS is not trained" if is_eos else f"training stops at {row.piece(stop)}"
         yield "eos", stop, f"{problem}, but started at token {trained}"
+
+
+PARSERS = {"text": by_text, "control": by_control_tokens, "own": by_opening}  # by `ChatTemplate.markers`

@@ -36,7 +36,7 @@ from minisft.run.settings import (
 )
 from minisft.run.settings_file import PRESETS, preset_names, read_values
 from minisft.text import note, one_line
-from minisft.zero.strategies import strategy_named
+from minisft.zero.strategies import STRATEGIES, strategy_named
 
 GLOBAL_BATCH = "global_batch"  # key of a settings file: rows per optimizer step; sets batch_size
 
@@ -53,7 +53,7 @@ class RunConfig:
     name: str = setting("", "name of the run folder under outputs/model; the strategy's name if not given")
     strategy: str = setting(
         "vanilla",
-        "vanilla, ddp, zero0 to zero3, zero2-offload or zero3-offload",
+        f"how the work is split: {', '.join(STRATEGIES)}",
         "vanilla is the simplest correct choice",
         flags=("--strategy", "-s"),
     )

@@ -226,7 +226,7 @@ def _offloaded(
         "buckets": e * shapes.largest,
         "offload buffers": e * (parts + shapes.largest),
     }
-    return rest, none, e * _touched(shapes, ranks, padding=False) if accumulation > 1 else none
+    return rest, none, e * _touched(shapes, ranks, padding=False) if stage == 2 and accumulation > 1 else none
 
 
 def _touched(shapes: Shapes, ranks: int, padding: bool = True) -> np.ndarray:

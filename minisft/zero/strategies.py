@@ -28,6 +28,10 @@ class Strategy:
     offloads_optimizer: bool = False
     offloads_parameters: bool = False
 
+    def __post_init__(self) -> None:
+        if (self.offloads_optimizer and not self.stage) or (self.offloads_parameters and self.stage != 3):
+            raise ValueError(f"{self.name}: an optimizer is offloaded at stage 1 to 3, parameters at stage 3 only")
+
     @property
     def is_one_process(self) -> bool:
         """Whether there is one rank only, without any communication."""

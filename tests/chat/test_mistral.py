@@ -82,7 +82,7 @@ def check_row(conversation, tokenizer):
     template = template_for(tokenizer)
     row = encode(conversation, template, tokenizer, WHOLE)
     answers = [m.content for m in conversation.messages if m.role == "assistant"]
-    if not template.markers_are_text:
+    if template.markers != "text":
         answers = [answer.rstrip(" ") for answer in answers]
     assert row.input_ids.count(tokenizer.bos_id) == 1
     assert row.input_ids.count(tokenizer.eos_id) == len(answers)
@@ -98,7 +98,7 @@ def check_row(conversation, tokenizer):
             span = []
         else:
             span.append(label)
-    assert [s.removeprefix(" " * template.markers_are_text) for s in spans] == answers
+    assert [s.removeprefix(" " * (template.markers == "text")) for s in spans] == answers
     return row, template
 
 

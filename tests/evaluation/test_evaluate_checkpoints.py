@@ -18,6 +18,7 @@ from minisft.evaluation import answers, evaluate_checkpoints
 from minisft.evaluation.answers import Answer, answer_loss, ask, generate
 from minisft.evaluation.eval_set import LEAKS, EvalSettings, load_template, make_eval_set, prompt_ids
 from minisft.evaluation.evaluate_checkpoints import evaluate_runs, results_folder, results_of, runs_to_evaluate
+from minisft.evaluation.metrics import METRICS
 from minisft.evaluation.report import side_by_side, through_training
 from minisft.evaluation.result_cache import SavedAnswers
 from minisft.files import read_json, write_json
@@ -75,7 +76,7 @@ def test_every_checkpoint_is_scored_in_step_order(run, results):
         low, high = found["bleu_interval"]
         assert low <= high
     assert summary["checkpoints"][0]["loss"] != summary["checkpoints"][1]["loss"]
-    assert [set(c["more"]) for c in summary["checkpoints"]] == [{"exact match"}] * 3
+    assert [set(c["more"]) for c in summary["checkpoints"]] == [set(METRICS)] * 3
     assert [r["more"] for r in results_of(run)] == [c["more"] for c in summary["checkpoints"]]
     assert "Step 10" in (results / "summary.md").read_text()
 

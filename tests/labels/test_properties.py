@@ -83,7 +83,7 @@ def check(conversation, tokenizer, length, truncation):
     options = {"max_length": length, "truncation": truncation}
     violations = check_row("c", row.input_ids, row.labels, template, tokenizer, conversation=conversation, **options)
     assert {v.invariant for v in violations} <= forgiven, violations
-    if not template.markers_are_text:  # where texts can look like marks
+    if template.markers != "text":  # where texts can look like marks
         violations = check_row("c", row.input_ids, row.labels, template, tokenizer, max_length=len(row.input_ids))
         assert {v.invariant for v in violations} <= forgiven, violations
     if not row.truncated:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import LlamaForCausalLM
 from zero_engines import tiny
 
 from minisft.errors import UserError
+from minisft.launch.cpu_comm_op import build_environment
 from minisft.zero.communication import bytes_sent, predict_traffic
 from minisft.zero.parameter_shapes import (
     Shapes,
@@ -35,7 +37,7 @@ from minisft.zero.state_memory import (
     predict_states,
     total_bytes,
 )
-from minisft.zero.strategies import STRATEGIES
+from minisft.zero.strategies import STRATEGIES, Strategy
 
 PERSISTENCE = 100  # small enough for some of the tiny model's tensors, not for all
 BUCKET = 4000
@@ -56,7 +58,8 @@ def shapes_of(tied: bool, two_groups: bool) -> Shapes:
 def cases(ranks: int) -> list[tuple[Shapes, dict]]:
     """Stages 0 to 3, fp32 and bf16, one and two param groups, tied and untied; then offloading and accumulation."""
     grid = itertools.product(("zero0", "zero1", "zero2", "zero3"), ("fp32", "bf16"), (False, True), (False, True), (1,))
-    more = itertools.product(("zero2-offload", "zero3-offload"), ("fp32", "bf16"), (True,), (False,), (1, 2))
+    offloading = [name for name, strategy in STRATEGIES.items() if strategy.offloads]
+    more = itertools.product(offloading, ("fp32", "bf16"), (True,), (False,), (1, 2))
     again = itertools.product(("zero0", "zero1", "zero2", "zero3"), ("bf16",), (True,), (False,), (3,))
     made = []
     for strategy, precision, two_groups, tied, accumulation in itertools.chain(grid, more, again):
@@ -77,7 +80,9 @@ def cases(ranks: int) -> list[tuple[Shapes, dict]]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_live_engines_hold_and_send_what_is_predicted_to_the_byte(ranks, tmp_path):
+def test_live_engines_hold_and_send_what_is_predicted_to_the_byte(ranks, tmp_path, monkeypatch):
+    one_more = Strategy("zero1-offload", "deepspeed", stage=1, offloads_optimizer=True)
+    monkeypatch.setitem(STRATEGIES, one_more.name, one_more)
     chosen = cases(ranks)
     out = tmp_path / "measured.json"
     done = subprocess.run(
@@ -88,6 +93,7 @@ def test_live_engines_hold_and_send_what_is_predicted_to_the_byte(ranks, tmp_pat
         capture_output=True,
         text=True,
         timeout=400,
+        env=dict(os.environ) | build_environment(),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for (shapes, about), measured in zip(chosen, json.loads(out.read_text()), strict=True):
