@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 PARQUET = b"PAR1"
 ARROW_STREAM, ARROW_FILE = b"\xff\xff\xff\xff", b"ARROW1"
-STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 TOKENIZED = ("input_ids", "labels", "attention_mask", "position_ids", "seq_lengths")
 AT_ONCE = 256  # rows converted to Python objects at a time
 # Rows, values or unpacked bytes per byte of the file. A file that claims more is a bomb.
 MOST_PER_BYTE = 1000
+LEAST_BATCH, RATIO = 1 << 30, 100  # bytes allowed for a batch of any file, and per byte of the file
 FILLED = object()  # placeholder for a value in a column that nothing reads
 _READ = KEYS | set(TOKENIZED)
 
@@ -52,15 +52,18 @@ def rows_of_table(file: DataFile, stream: io.BufferedReader, head: bytes, ledger
     try:
         size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
-        for batch in _parquet_batches(stream, size) if kind == "Parquet" else _arrow_batches(stream, head):
+        watched = _Watched(stream)
+        for batch in _parquet_batches(stream, size) if kind == "Parquet" else _arrow_batches(watched, head):
             _require_plausible(size * MOST_PER_BYTE, number + batch.num_rows, "rows")
             # The Parquet reader builds its own offsets; Arrow takes them from the file.
             batch.validate(full=kind == "Arrow")
+            _require_plausible(max(LEAST_BATCH, size * RATIO), batch.nbytes, "bytes in one batch")
+            _require_one_column_each(batch)
             for start in range(0, batch.num_rows, AT_ONCE):
                 for row in _rows(batch.slice(start, AT_ONCE), kind):
                     yield f"{file.name} row {number}", row
                     number += 1
-        if head.startswith(ARROW_STREAM) and (problem := _end_problem(stream, size)):
+        if head.startswith(ARROW_STREAM) and (problem := watched.end_problem(size)):
             ledger.lose(f"{file.name} {problem} after {number:,} rows")
     except (pyarrow.ArrowException, ValueError, LookupError, ArithmeticError, MemoryError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -85,7 +88,7 @@ def _parquet_batches(stream: io.BufferedReader, size: int) -> Iterable[pyarrow.R
     return parquet_file.iter_batches(batch_size=AT_ONCE)
 
 
-def _arrow_batches(stream: io.BufferedReader, head: bytes) -> Iterable[pyarrow.RecordBatch]:
+def _arrow_batches(stream: _Watched, head: bytes) -> Iterable[pyarrow.RecordBatch]:
     import pyarrow
 
     if not head.startswith(ARROW_FILE):
@@ -94,13 +97,35 @@ def _arrow_batches(stream: io.BufferedReader, head: bytes) -> Iterable[pyarrow.R
     return map(arrow_file.get_batch, range(arrow_file.num_record_batches))
 
 
-def _end_problem(stream: io.BufferedReader, size: int) -> str:
-    """How the end of an Arrow stream, which has been read, differs from the end of its file."""
-    end = stream.tell()
-    if end < size:
-        return "has more data, which was not read,"
-    stream.seek(max(0, end - len(STREAM_END)))
-    return "" if stream.read() == STREAM_END else "is cut off"
+class _Watched:
+    """A file that pyarrow reads, and whether its reader wanted more than the file had.
+
+    An Arrow stream ends with a mark of its own, so nothing is read beyond it.
+    """
+
+    closed = False
+
+    def __init__(self, stream: io.BufferedReader):
+        self._stream, self._ran_out = stream, False
+        self.tell, self.seek, self.seekable = stream.tell, stream.seek, stream.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._ran_out = self._ran_out or len(data) < size
+        return data
+
+    def end_problem(self, size: int) -> str:
+        """How the end of an Arrow stream, which has been read, differs from the end of its file."""
+        if self.tell() < size:
+            return "has more data, which was not read,"
+        return "is cut off" if self._ran_out else ""
+
+
+def _require_one_column_each(batch: pyarrow.RecordBatch) -> None:
+    """Raise `ValueError` if two columns that are read have one name."""
+    names = [name for name in batch.schema.names if name in _READ]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"two of its columns are called {twice[0]}")
 
 
 def _require_backed(column: pyarrow.Array) -> None:

@@ -33,7 +33,7 @@ MOST_BYTES = 4_000_000  # size limit of a config.json: transformers copies it se
 # Largest allowed values by key. transformers allocates lists of layers and tables of positions and
 # frequencies before it reads a tensor, so a huge number would fill the memory.
 LIMITS = (
-    (LAYERS, 1_000),
+    (re.compile(r"n_layers?|.*(layers|blocks)"), 1_000),
     (re.compile(r"num_labels"), 1 << 20),
     (re.compile(r".*\[\]"), 1 << 24),  # a number in a list
     (re.compile(r".*(dim|size|heads|experts|rank|positions|embeddings|embd|inner|ctx)"), 1 << 24),
@@ -77,12 +77,12 @@ def model_json(file: Path, trust_remote_code: bool = False) -> dict[str, Any]:
 
 
 def require_own_tokenizer(folder: Path) -> None:
-    """Raise `UserError` if a model's JSON names a tokenizer outside of the folder, or no tokenizer.
+    """Raise `UserError` if a model's JSON names another file than `tokenizer.json`, or no tokenizer.
 
     transformers would read any file, and load any class of that name that it has.
     """
-    files = (_json(folder / "tokenizer_config.json") or {}).get("fast_tokenizer_files", [])
-    if not isinstance(files, list) or not all(isinstance(name, str) and Path(name).name == name for name in files):
+    files = (_json(folder / "tokenizer_config.json") or {}).get("fast_tokenizer_files")
+    if files not in (None, [], ["tokenizer.json"]):
         raise UserError(
             f"{folder / 'tokenizer_config.json'} names files elsewhere (fast_tokenizer_files): remove that key"
         )

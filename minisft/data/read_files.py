@@ -18,7 +18,7 @@ from minisft.data.arrow_tables import is_table, rows_of_table
 from minisft.data.conversations import Conversation, UnusableRow, clean
 from minisft.data.data_files import DataFile, files_of, open_data
 from minisft.data.html_escapes import is_escaped
-from minisft.data.json_text import JsonText, NoEndError, unreadable_row
+from minisft.data.json_text import TWICE, JsonText, NoEndError, unreadable_row
 from minisft.data.ledger import Ledger
 from minisft.data.row_formats import SHAPES, has_known_shape, texts_of
 from minisft.errors import UserError
@@ -188,7 +188,8 @@ def _spans_lines(file: DataFile, ledger: Ledger) -> bool:
         text = JsonText(stream)
         text.skip()
         try:
-            return not isinstance(text.take(), UnusableRow)
+            value = text.take()
+            return not isinstance(value, UnusableRow) or str(value) == TWICE
         except NoEndError:
             return False
 
@@ -225,20 +226,26 @@ def _rows_of_objects(file: DataFile, ledger: Ledger) -> Iterator[tuple[str, Any]
 def _wrapped(value: Any, file: DataFile, ledger: Ledger) -> list[Any] | None:
     """The rows of `{"data": [row, …]}`, under any key; None if `value` is itself a row.
 
-    A note names the other keys that hold lists or objects. Raises `UserError` if several keys hold
-    lists of rows.
+    A list is one of rows if any of its items may be a row. A note names the other keys that hold
+    lists or objects. Raises `UserError` if several keys hold lists of rows.
     """
     if not isinstance(value, dict) or has_known_shape(value):
         return None
-    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
+    lists = {k: v for k, v in value.items() if isinstance(v, list) and any(map(_may_be_row, v))}
     if len(lists) > 1:
         keys = ", ".join(one_line(key[:80], 40) for key in list(lists)[:8])
         raise UserError(
             f"data file {file.path} has several lists of rows, under the keys {keys}: "
             "save the list to be read as a separate file"
         )
-    beside = [k for k, v in value.items() if k not in lists and v and isinstance(v, list | dict)]
+    beside = [k for k, v in value.items() if k not in lists and isinstance(v, list | dict)]
     if lists and beside:
         keys = ", ".join(one_line(key[:80], 40) for key in beside[:8])
-        ledger.note(f"{file.name}: keys beside the rows that were not read: {keys}")
+        own = one_line(next(iter(lists))[:80], 40)
+        ledger.note(f"{file.name}: the rows are those of the key {own}; other keys that were not read: {keys}")
     return next(iter(lists.values()), None)
+
+
+def _may_be_row(item: Any) -> bool:
+    """Whether an item of a list is an object, a list of turns, or either of them as JSON in a string."""
+    return isinstance(item, dict | list) or (isinstance(item, str) and item.lstrip()[:1] in ("{", "["))

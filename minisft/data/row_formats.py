@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from minisft.data.json_text import KeyTwiceError, parse_row, unreadable_row
 from minisft.data.messages import (
     ANSWER,
     CHOSEN,
@@ -250,8 +250,10 @@ def _system_prompt(value: Any, first_prompt: str, parsed: ReadRow) -> list[Messa
 
 
 def _from_json(text: str) -> Any:
-    """Parse JSON inside a string. Raises `UnusableRow` if it is not JSON."""
+    """Parse JSON inside a string. Raises `UnusableRow` if it is not JSON, or has a key twice."""
     try:
-        return json.loads(text, strict=False)
+        return parse_row(text)
+    except KeyTwiceError as error:
+        raise unreadable_row(error) from None
     except (ValueError, RecursionError):
         raise UnusableRow("text in place of a list of turns") from None

@@ -148,7 +148,7 @@ def _leaks(run: Run, questions: Mapping[str, Conversation], digests: Digests) ->
     if not (data / TRAIN).is_file():
         raise UserError(f"{run.name} has no training rows ({data / TRAIN}): prepare it again with --overwrite")
     code = code_digest("data", "chat", "labels", "evaluation")
-    key = fingerprint([code, list(map(asdict, prompts.values())), digests.of(data / TRAIN)])
+    key = fingerprint([code, [[name, asdict(p)] for name, p in prompts.items()], digests.of(data / TRAIN)])
     if (known := remembered(LEAKS, dict[str, dict[str, Overlap]]).get(key)) is not None:
         return known
     overlaps = find_overlaps(prompts, trained_texts(load_rows(data), tokenizer))

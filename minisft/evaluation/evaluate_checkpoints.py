@@ -36,13 +36,13 @@ from minisft.evaluation.eval_set import (
 )
 from minisft.evaluation.metrics import as_line, corpus_scores, tokenizer_for
 from minisft.evaluation.report import interval_told, write_summary
-from minisft.evaluation.result_cache import SavedAnswers, cached_result, remember_result
+from minisft.evaluation.result_cache import SavedAnswers, cached_result, is_remembered, remember_result
 from minisft.files import is_same_file, read_json, write_json, written_whole
 from minisft.locks import open_lock, try_lock
 from minisft.run.folder import Run, checkpoint_step, lock_file, outputs_root
 from minisft.run.records import CheckpointResult, ResultsOwner, Summary
 from minisft.text import one_line, say
-from minisft.training.checkpoint_health import checkpoint_problem, weight_files
+from minisft.training.checkpoint_health import checkpoint_problem, origin_problem, weight_files
 from minisft.training.dataset import MADE_OF, require_as_made
 
 Say = Callable[[str], None]
@@ -75,6 +75,8 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
         unusable: dict[int, str] = {}
         for step, model in steps_of(run):
             try:
+                if problem := origin_problem(run, model):  # equal weights may be known from elsewhere
+                    raise UserError(problem)
                 key = _key(run, model, eval_set, settings, digests)
                 scores = known.get(key) or cached_result(folder, step, key)
                 if scores is None:
@@ -130,22 +132,26 @@ def _file_problem(error: OSError) -> str:
 def results_folder(run: Run) -> Iterator[Path]:
     """Yield the folder for a run's results, locked by this process.
 
-    Raises `UserError` if another evaluation holds the lock, or if the folder contains the results
-    of another run folder with the same name.
+    Raises `UserError` if another evaluation holds the lock, if the folder is a link, or if it
+    contains the results of another run with the same name.
     """
     folder = outputs_root() / "evaluation" / run.name
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, and results are not written through it: remove it")
     folder.mkdir(mode=0o700, exist_ok=True)  # conversations may be personal
     with open_lock(lock_file(folder)) as lock:
         if not try_lock(lock):
             raise UserError(f"{run.name} is being evaluated right now: wait until that has finished")
-        owner = Path((read_cache(folder / OWNER, ResultsOwner) or {"run_folder": run.folder})["run_folder"])
-        if owner.is_dir() and not is_same_file(owner, run.folder):
+        owner = read_cache(folder / OWNER, ResultsOwner) or {"run_folder": str(run.folder)}
+        owner_folder = Path(owner["run_folder"])
+        is_moved = not owner_folder.is_dir() and owner.get("run") == run.identity
+        if not is_moved and not is_same_file(owner_folder, run.folder):
             raise UserError(
-                f"{folder} has the results of another run folder, {owner}: give one of the two another name, or move "
-                "the results away"
+                f"{folder} has the results of another run folder, {one_line(owner_folder)}: give one of the two "
+                "another name, or move the results away"
             )
-        write_json(folder / OWNER, {"run_folder": str(run.folder.absolute())}, private=True)
+        write_json(folder / OWNER, {"run_folder": str(run.folder.absolute()), "run": run.identity}, private=True)
         yield folder
 
 
@@ -190,10 +196,10 @@ def _save(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def _remove_others(folder: Path, steps: set[int]) -> None:
-    """Remove earlier results of checkpoints that no longer exist or can no longer be used."""
+    """Remove earlier results of this machine, of checkpoints that are gone or cannot be used."""
     for file in folder.glob("checkpoint-*.json"):
         step = file.stem.partition("-")[2]
-        if step.isdecimal() and int(step) not in steps and read_cache(file, CheckpointResult) is not None:
+        if step.isdecimal() and int(step) not in steps and is_remembered(file):
             file.unlink(missing_ok=True)
             file.with_suffix(".txt").unlink(missing_ok=True)
 

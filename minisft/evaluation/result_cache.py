@@ -32,6 +32,11 @@ def cached_result(folder: Path, step: int, key: str) -> CheckpointResult | None:
     return result if is_known else None
 
 
+def is_remembered(file: Path) -> bool:
+    """Whether this machine wrote a result file as it is."""
+    return digest(file) in remembered(RESULTS)
+
+
 def remember_result(key: str, file: Path) -> None:
     """Remember the content of a result file as computed here for `key`."""
     remember(RESULTS, digest(file), key, MOST_RESULTS)

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,7 @@ from minisft.training.dataset import (
     copy_known_rows,
     describe_rows,
     made_by_this_code,
+    made_from,
     model_files,
     remember_rows,
     write_data,
@@ -98,6 +99,11 @@ def _existing(config: RunConfig, folder: Path, place: Place | None, restart: boo
         return None
     run = Run(folder, config.trust_remote_code, place=place).as_it_is()
     before = _settled(run.config)
+    if before == config and run.status == "done" and (changed := _changed_inputs(run)):
+        raise UserError(
+            f"{display_path(folder)} holds a run of the same settings, but {changed} since: give this run another "
+            "--name, or replace the old one with --overwrite"
+        )
     if before != config:
         if run.status == "done" or something_to_lose(folder):
             raise UserError(
@@ -117,6 +123,22 @@ def _existing(config: RunConfig, folder: Path, place: Place | None, restart: boo
     say(f"{config.name} was interrupted: it resumes from {checkpoint.name}")
     write_commands(run, folder, place)
     return run
+
+
+def _changed_inputs(run: Run) -> str:
+    """Say which input of a finished run has changed, or ""; inputs that are gone are not compared."""
+    with suppress(UserError):
+        model = download.find_model(run.config.model, _silent).path
+        source = download.find_data(run.config.data, _silent).path
+        if model_files(model, Digests()) != run.model_files:
+            return f"the model {model} has changed"
+        if not made_from(run.folder, describe_rows(run.config, source, model, Digests())):
+            return f"the data {source} has changed"
+    return ""
+
+
+def _silent(text: object) -> None:
+    pass
 
 
 def _mention_other_code(run: Run, say: Say) -> None:
@@ -206,7 +228,7 @@ def _put_back(folder: Path, say: Say) -> None:
     if is_free and old.is_dir():
         old.rename(folder)  # an empty folder in its place is replaced
         say(f"replacing {folder.name} was interrupted: the earlier run is back")
-    elif old.is_dir() and not _is_empty(old):
+    elif old.is_file() or (old.is_dir() and not _is_empty(old)):
         raise UserError(
             f"{display_path(old)} holds an earlier run, which an interrupted replacement has left there: remove it, "
             "or move it away"

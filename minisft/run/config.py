@@ -249,7 +249,7 @@ class RunConfig:
         Raises `UserError` if the file cannot be read, or holds unknown or unusable settings.
         """
         values = read_values(user_path(file))
-        if values.pop("trust_remote_code", False) and not changes.get("trust_remote_code"):
+        if values.pop("trust_remote_code", False) is not False and not changes.get("trust_remote_code"):
             note(f"{one_line(file)} requests to run code of the model: give --trust-remote-code if you trust it")
         return cls._from_values(values, changes, Path(file))
 

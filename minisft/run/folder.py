@@ -78,7 +78,7 @@ class Run:
         by_name = outputs_root() / "model" / str(name)
         folder = by_name if (by_name / "run.json").exists() else user_path(name)
         if not (folder / "run.json").exists():
-            if by_name.with_name(f".{by_name.name}.removed").is_dir():
+            if (by_name.parent / f".{by_name.name}.removed").is_dir():
                 raise UserError(f"replacing {name} was interrupted: prepare it again, which restores it")
             known = ", ".join(run.name for run in all_runs()) or "none yet"
             raise UserError(f"no run {str(name)!r}: give a run's name or folder (runs in outputs/model: {known})")
@@ -173,12 +173,13 @@ class Run:
 
     @property
     def test_losses(self) -> dict[int, float]:
-        """The finite test losses of the checkpoints, by step."""
+        """The finite test losses of the checkpoints that this run wrote, by step."""
         losses: dict[int, float] = {}
         for checkpoint in self.checkpoints:
             with suppress(UserError):  # code that depends on a manifest reads it with `manifest_of`
-                loss = (manifest_of(checkpoint) or {}).get("test_loss")
-                if loss is not None and math.isfinite(loss):
+                manifest = manifest_of(checkpoint) or {}
+                loss = manifest.get("test_loss")
+                if loss is not None and math.isfinite(loss) and self.wrote(manifest):
                     losses[checkpoint_step(checkpoint)] = loss
         return losses
 

@@ -149,9 +149,10 @@ class CheckpointResult(CheckpointScores):
 
 
 class ResultsOwner(TypedDict):
-    """`run.json` in a folder of results: the run folder that was evaluated."""
+    """`run.json` in a folder of results: the run folder that was evaluated, and its identity."""
 
     run_folder: str
+    run: NotRequired[str]
 
 
 @with_config(ConfigDict(extra="allow"))

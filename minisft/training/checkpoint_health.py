@@ -22,7 +22,7 @@ from minisft.data.model_folder import (
 )
 from minisft.errors import UserError
 from minisft.model.configs import model_config
-from minisft.run.folder import Run, checkpoint_step, manifest_of
+from minisft.run.folder import MANIFEST, Run, checkpoint_step, manifest_of
 from minisft.text import one_line
 from minisft.training.checkpoints import checkpoint_damage
 from minisft.training.dataset import changed_model
@@ -79,27 +79,34 @@ def _checkpoint_problem(run: Run, folder: Path) -> str:
         return f"it has another architecture: a {config.model_type} model, and the run's is {own.model_type}"
     return (
         _model_problem(folder, trust, values=True)
-        or _difference_to_written(run, folder)
+        or _origin_problem(run, folder)
+        or (checkpoint_damage(folder, only=OF_A_MODEL) if folder != run.model_folder else "")
         or _tokenizer_problem(run, folder, config.get_text_config().vocab_size)
     )
 
 
-def _difference_to_written(run: Run, folder: Path) -> str:
-    """Say how a checkpoint, optimizer states aside, differs from what its run wrote.
+def origin_problem(run: Run, folder: Path) -> str:
+    """Say why a checkpoint is not of this run and this step; "" if it is. Its weights are not read.
 
     The start model is compared with its state when the run was prepared.
     """
+    return _sentence(lambda: _origin_problem(run, folder))
+
+
+def _origin_problem(run: Run, folder: Path) -> str:
     if folder == run.model_folder:
         return changed_model(run)
     if changed := changed_model(run, weights=False):  # prompts are made with the start model's tokenizer
         return changed
-    manifest = manifest_of(folder) or {}
+    manifest = manifest_of(folder)
+    if manifest is None:
+        return f"it has no {MANIFEST}"
     step = manifest.get("step")
     if step is not None and folder in run.checkpoints and step != checkpoint_step(folder):
         return f"its manifest is that of step {step}"
     if not run.wrote(manifest):
         return "its manifest is that of another run"
-    return checkpoint_damage(folder, only=OF_A_MODEL)
+    return ""
 
 
 def _without_values(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:

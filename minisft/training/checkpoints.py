@@ -74,16 +74,20 @@ def rotate(run: Run, keep: int | None) -> None:
     """Remove all checkpoints except the last `keep` and the best one (lowest test loss).
 
     `None` keeps all. A checkpoint without a manifest, with a damaged one, or with that of another
-    run is never removed.
+    run is never removed, and does not count.
     """
     if keep is None:
         return
-    needed = {*run.checkpoints[-keep:], run.best_checkpoint}
-    for folder in set(run.checkpoints) - needed:
-        with suppress(UserError):  # a damaged manifest: this checkpoint may be the best
-            manifest = manifest_of(folder)
-            if manifest is not None and run.wrote(manifest):
-                remove(folder)
+    own = [folder for folder in run.checkpoints if _is_own(run, folder)]
+    for folder in set(own[:-keep]) - {run.best_checkpoint}:
+        remove(folder)
+
+
+def _is_own(run: Run, checkpoint: Path) -> bool:
+    with suppress(UserError):  # a damaged manifest: this checkpoint may be the best
+        manifest = manifest_of(checkpoint)
+        return manifest is not None and run.wrote(manifest)
+    return False
 
 
 def remove(folder: Path) -> None:

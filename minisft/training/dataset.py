@@ -122,6 +122,13 @@ def made_by_this_code(run_folder: Path) -> bool:
     return made is not None and made.made_of.get("code") == code_digest(*CODE)
 
 
+def made_from(run_folder: Path, wanted: dict[str, Any]) -> bool:
+    """Return whether the rows of a run were made from the files that `wanted` names."""
+    made = read_json(run_folder / "data" / MADE_OF, MadeRows)
+    # Runs of earlier versions do not say it.
+    return made is None or not made.made_of or made.made_of.get("files") == wanted["files"]
+
+
 def require_as_made(run_folder: Path) -> None:
     """Raise `UserError` if the rows of a run have changed since they were prepared."""
     made = read_json(run_folder / "data" / MADE_OF, MadeRows)

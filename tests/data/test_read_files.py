@@ -908,12 +908,28 @@ def test_a_row_with_a_key_twice_is_dropped_and_counted(tmp_path, form):
 
 @pytest.mark.attack("16")
 def test_what_lies_beside_the_rows_is_named(tmp_path):
-    for name, more in (("some", {"version": "1", "more": {"0": GOOD}}), ("none", {"version": "1", "more": []})):
+    for name, more in (("some", {"version": "1", "more": {"0": GOOD}, "empty": []}), ("none", {"version": "1"})):
         (tmp_path / f"{name}.json").write_text(json.dumps({"data": [GOOD], **more}))
         ledger = Ledger()
         assert len(list(read(tmp_path / f"{name}.json", ledger))) == 1
-        named = ["some.json: keys beside the rows that were not read: more"] if name == "some" else []
-        assert ledger.notes == named
+        named = ["some.json: the rows are those of the key data; other keys that were not read: more, empty"]
+        assert ledger.notes == (named if name == "some" else [])
+    for rows in ([GOOD, None], [json.dumps(GOOD)], [GOOD["conversations"]]):
+        (tmp_path / "two.json").write_text(json.dumps({"train": rows, "rejected": [GOOD]}))
+        with pytest.raises(UserError, match="several lists of rows, under the keys train, rejected"):
+            list(read(tmp_path / "two.json", Ledger()))
+    lines = [
+        f'"train": [{json.dumps(GOOD)},\n{json.dumps(GOOD)}]',
+        f'"rejected": [{json.dumps(GOOD)}]',
+        '"v": 1, "v": 2',
+    ]
+    (tmp_path / "twice.json").write_text("{" + ",\n".join(lines) + "}")
+    with pytest.raises(UserError, match="row has a key twice"):
+        list(read(tmp_path / "twice.json", Ledger()))
+    (tmp_path / "text.json").write_text(json.dumps([json.dumps(GOOD)[:-1] + ', "weight": 0, "weight": 1}', GOOD]))
+    ledger = Ledger()
+    assert len(list(read(tmp_path / "text.json", ledger))) == 1
+    assert ledger.dropped["row has a key twice"].rows == 1
 
 
 @pytest.mark.attack("9")
@@ -922,6 +938,8 @@ def test_an_arrow_stream_ends_where_its_file_ends(tmp_path, how):
     import pyarrow
 
     table = pyarrow.Table.from_pylist([good(f"r{i}") for i in range(4)])
+    # The last values of the last batch look like the mark of a stream's end.
+    table = table.append_column("n", pyarrow.array([0, 0, -1, 0], pyarrow.int32()))
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=2)
@@ -932,6 +950,21 @@ def test_an_arrow_stream_ends_where_its_file_ends(tmp_path, how):
     assert len(list(read(tmp_path / "rows.arrow", ledger))) == 4
     said = {"whole": "", "cut": "is cut off after 4 rows", "two": "has more data, which was not read, after 4 rows"}
     assert " ".join(ledger.lost).removeprefix("rows.arrow ") == said[how]
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path, kind):
+    column = pyarrow.array([good("a")["conversations"], good("b")["conversations"]])
+    table = pyarrow.Table.from_arrays([column, column], names=["messages", "messages"])
+    file = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, file)
+    else:
+        with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(UserError, match="two of its columns are called messages"):
+        list(read(file, Ledger()))
 
 
 @pytest.mark.attack("6")

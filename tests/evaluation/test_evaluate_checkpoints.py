@@ -241,6 +241,37 @@ def test_what_lies_in_a_folder_of_results_is_no_answer_and_no_verdict_on_leaks(r
     assert SavedAnswers(found["key"]).read(99) == {}, "its answers are in the result now"
 
 
+@pytest.mark.attack("7")
+def test_results_are_not_written_through_a_link(run, results, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "summary.md").write_text("mine")
+    results.parent.mkdir(parents=True)
+    results.symlink_to(mine)
+    with pytest.raises(UserError, match="is a link, and results are not written through it"):
+        evaluate_runs([run], QUICK, say=quiet)
+    assert (mine / "summary.md").read_text() == "mine"
+
+
+@pytest.mark.attack("4")
+def test_results_of_a_run_that_was_moved_are_its_own(run, results, tmp_path):
+    evaluate_runs([run], QUICK, say=quiet)
+    foreign = read_json(results / "checkpoint-9.json") | {"step": 77}
+    write_json(results / "checkpoint-77.json", foreign)
+    (results / "checkpoint-77.txt").write_text("mine")
+    evaluate_runs([run], QUICK, say=quiet)
+    assert (results / "checkpoint-77.txt").exists(), "this machine did not write that result"
+    other = shutil.copytree(run.folder, tmp_path / run.name)
+    run.folder.rename(run.folder.with_name("moved"))
+    evaluate_runs([Run(other)], QUICK, say=quiet)  # the same run, at another place
+    write_json(other / "run.json", read_json(other / "run.json") | {"versions": {"python": "4"}})
+    other.rename(tmp_path / "elsewhere")
+    another = shutil.copytree(run.folder.with_name("moved"), tmp_path / "place" / run.name)
+    write_json(another / "run.json", read_json(another / "run.json") | {"versions": {"python": "5"}})
+    with pytest.raises(UserError, match="has the results of another run folder"):
+        evaluate_runs([Run(another)], QUICK, say=quiet)
+
+
 @pytest.mark.attack("4")
 def test_another_run_of_the_same_name_replaces_no_results(run, results, tmp_path):
     evaluate_runs([run], QUICK, say=quiet)
@@ -280,6 +311,22 @@ def test_a_checkpoint_that_its_run_did_not_write_is_not_scored(run, results):
         "manifest.json does not name extra.safetensors",
     ]
     assert [r["step"] for r in results_of(run)] == [0]
+
+
+@pytest.mark.attack("9")
+def test_a_known_result_does_not_make_another_checkpoint_sound(run, results):
+    """Step 9, scored before, lies in the place of step 10; then the run is another one than its checkpoints are of."""
+    for step in (9, 10):
+        write_manifest(run.folder / f"checkpoint-{step}", step=step, run=run.identity)
+    assert evaluate_runs([run], QUICK, say=quiet) == []
+    shutil.rmtree(run.folder / "checkpoint-10")
+    shutil.copytree(run.folder / "checkpoint-9", run.folder / "checkpoint-10")
+    (broken,) = evaluate_runs([run], QUICK, say=quiet)
+    assert "checkpoint-10 cannot be used: its manifest is that of step 9" in broken
+    about = read_json(run.folder / "run.json")
+    write_json(run.folder / "run.json", about | {"versions": {"python": "4"}})
+    broken = evaluate_runs([run], QUICK, say=quiet)
+    assert ["of another run" in sentence for sentence in broken] == [True, False]
 
 
 @pytest.mark.attack("9")

@@ -377,6 +377,22 @@ def test_a_split_behind_a_link_makes_the_rows_anew(config, small_data, tmp_path,
     assert len(calls) == 2
 
 
+@pytest.mark.attack("9")
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_a_finished_run_of_inputs_that_changed_is_not_the_run_asked_for(config, tiny_model, small_data, tmp_path, what):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    data = shutil.copy(small_data, tmp_path / "rows.json")
+    settings = config("vanilla", model=str(model), data=str(data))
+    run = prepare(settings, say=lambda line: None)
+    (run.folder / "DONE").write_text('{"steps": 3}')
+    assert prepare(settings, say=lambda line: None).status == "done"
+    changed = data if what == "data" else model / "generation_config.json"
+    changed.write_text(changed.read_text() + "\n")
+    with pytest.raises(UserError, match=f"holds a run of the same settings, but the {what} .* has changed since"):
+        prepare(settings, say=lambda line: None)
+    assert (run.folder / "DONE").exists()
+
+
 @pytest.mark.attack("4")
 def test_an_earlier_run_beside_another_is_not_removed(config):
     run = prepare(config("vanilla"))

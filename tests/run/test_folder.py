@@ -42,12 +42,12 @@ def config(tiny_model, small_data):
     return make
 
 
-def add_checkpoint(run, step=3, **manifest):
+def add_checkpoint(made, step=3, **manifest):
     """A sound checkpoint, as a run leaves it, with a manifest that says this."""
     from transformers import AutoModelForCausalLM
 
-    folder = run.folder / f"checkpoint-{step}"
-    save_checkpoint(AutoModelForCausalLM.from_pretrained(run.model_folder), run.model_folder, folder)
+    folder = made.folder / f"checkpoint-{step}"
+    save_checkpoint(AutoModelForCausalLM.from_pretrained(made.model_folder), made.model_folder, folder)
     write_manifest(folder, **{"step": step} | manifest)
     return folder
 
@@ -76,7 +76,7 @@ def with_code(run, tmp_path):
     shutil.copytree(run.folder, folder)
     about = json.loads((folder / "run.json").read_text())
     about["config"]["trust_remote_code"] = True
-    about["model_folder"] = str(folder / "checkpoint-3")
+    about |= {"model_folder": str(folder / "checkpoint-3"), "model_files": {}}
     (folder / "run.json").write_text(json.dumps(about))
     for place in (folder / "checkpoint-3",):
         theirs = {
@@ -328,6 +328,20 @@ def test_saving_and_rotating_remove_no_checkpoint_of_somebody_else(config):
     add_checkpoint(run, 5, test_loss=1.0)
     rotate(run, 1)
     assert before.items() <= weights_of(run).items()
+
+
+@attack("10")
+def test_a_foreign_checkpoint_does_not_count_in_rotation(config):
+    from minisft.training.checkpoints import rotate
+
+    run = prepare(config(), say=quiet)
+    for step, loss in ((2, 3.0), (3, 5.0), (4, 6.0)):
+        add_checkpoint(run, step, test_loss=loss, run=run.identity)
+    for step in (1, 9):
+        add_checkpoint(run, step, test_loss=1.0, run="0123456789ab")
+    rotate(run, 1)
+    assert [folder.name for folder in run.checkpoints] == [f"checkpoint-{step}" for step in (1, 2, 4, 9)]
+    assert run.best_checkpoint == run.folder / "checkpoint-2"
 
 
 @attack("4")
