@@ -147,7 +147,7 @@ class OwnTemplate:
     def layout(self, roles: tuple[str, ...]) -> Layout | None:
         """The layout of conversations with these roles; None if they have to be labelled one by one.
 
-        Raises `RefusedConversation`.
+        Raises `RefusedConversation` if the template refuses these roles.
         """
         if roles not in self._layouts:
             if len(self._layouts) >= MOST_LAYOUTS:
@@ -175,12 +175,16 @@ class OwnTemplate:
                 continue
             before = spans[number - 1][1] if number else 0
             after = spans[number + 1][0] if number + 1 < len(spans) else len(whole)
-            begin = self._begin(whole, messages[:i], before, start)
-            same = same and begin >= 0
-            if begin < 0:  # the prompt of this turn is not the beginning: find the end of the prompt alone
-                begin = self._begin_by_prompt(whole, messages[:i], markers[:i], before, start)
-            stop = self._stop(whole, end, after)
-            answers[i] = begin, stop
+            try:
+                begin = self._begin(whole, messages[:i], before, start)
+                same = same and begin >= 0
+                if begin < 0:  # the prompt of this turn is not the beginning: find the end of the prompt alone
+                    begin = self._begin_by_prompt(whole, messages[:i], markers[:i], before, start)
+                answers[i] = begin, self.end_token(whole, end, after).end()
+            except RefusedConversation:  # this answer cannot be trained where it is
+                same = False
+        if not answers:
+            return None
         return Layout(tuple(_pieces(whole, spans, answers)), same)
 
     def _begin(self, whole: str, prompt: Sequence[Message], before: int, start: int) -> int:
@@ -199,13 +203,16 @@ class OwnTemplate:
             raise RefusedConversation("the template's generation prompt is not what it writes before an answer")
         return before + len(tail)
 
-    def _stop(self, text: str, begin: int, end: int) -> int:
-        """The end of the token that ends an answer, whose content ends at `begin`."""
+    def end_token(self, text: str, begin: int, end: int) -> re.Match[str]:
+        """The token in `text` that ends an answer, whose content ends at `begin`.
+
+        Raises `RefusedConversation` if there is none before `end`.
+        """
         found = list(self.control_pattern.finditer(text, begin, end))
         stop = next((match for match in found if match[0] in self.stops), found[0] if found else None)
         if stop is None:
             raise RefusedConversation("the template ends an answer without a token at which generation could stop")
-        return stop.end()
+        return stop
 
     @property
     def control_pattern(self) -> re.Pattern[str]:
@@ -253,11 +260,17 @@ class OwnTemplate:
             if not whole.startswith(prompt) or (answers and begin < answers[-1][1]):
                 same = False
                 continue
-            stop = self._stop(whole, begin, len(whole))
-            if "".join(message.content.split()) not in "".join(whole[begin:stop].split()):
+            content = message.content.strip()
+            after = whole.find(content, begin) + len(content) if content in whole[begin:] else begin
+            stop = self.end_token(whole, after, len(whole)).end()
+            if "".join(content.split()) not in "".join(whole[begin:stop].split()):
                 same = False
                 continue
             answers.append((begin, stop, i))
+        if not answers:
+            raise RefusedConversation(
+                "the template changes every answer, or writes before it what is not its generation prompt"
+            )
         pieces = []
         cursor = 0
         for begin, stop, i in answers:
@@ -366,23 +379,23 @@ def own_template(hf: Any) -> OwnTemplate:
         for token_id, token in tokens
         if (token.special or token_id in stop_ids) and not token.content.isspace()
     }
-    template = OwnTemplate(source=source, variables=dict(hf.special_tokens_map), control=control)
-    stops = [token for token in control if hf.convert_tokens_to_ids(token) in stop_ids]
+    stops = tuple(token for token in control if hf.convert_tokens_to_ids(token) in stop_ids)
+    template = OwnTemplate(source=source, variables=dict(hf.special_tokens_map), control=control, stops=stops)
+    exchange = (Message("user", "qu3stion"), Message("assistant", "4nswer"))
     try:
-        layout = replace(template, stops=tuple(stops)).new_layout(("user", "assistant"))
-        if layout is None:
-            raise RefusedConversation("it does not write a question and an answer once each")
+        text = template.render(exchange)
+        if text.count(exchange[1].content) != 1:
+            raise RefusedConversation("it does not write an answer as it is, once")
+        end = template.end_token(text, text.index(exchange[1].content), len(text))[0]
+        template = replace(template, stops=(end, *(token for token in stops if token != end)))
+        prompt = template.prompt_segments(Conversation("", exchange))
     except RefusedConversation as reason:
         raise UserError(
             f"the chat template of {name} cannot be used ({reason}): use another --template, such as v1"
         ) from reason
-    answer = "".join(piece.text for piece in layout.pieces if piece.answer is not None and piece.message is None)
-    end = template.control_pattern.findall(answer)[-1]
-    template = replace(template, stops=(end, *(token for token in stops if token != end)))
-    prompt = [*template.prompt_segments(Conversation("", (Message("user", "?"), Message("assistant", ""))))]
     last = max((i for i, segment in enumerate(prompt) if segment.control), default=len(prompt))
-    opening = prompt[last:] if "?" not in "".join(segment.text or "" for segment in prompt[last:]) else []
-    return replace(template, opening=tuple(opening))
+    is_constant = exchange[0].content not in "".join(segment.text or "" for segment in prompt[last:])
+    return replace(template, opening=tuple(prompt[last:] if is_constant else ()))
 
 
 def _generation_stops(hf: Any) -> set[int]:

@@ -12,7 +12,8 @@ from minisft.errors import UserError
 if TYPE_CHECKING:
     from minisft.chat.tokenizers import Tokenizer
 
-TEMPLATES: dict[str, ChatTemplate] = {name: MistralTemplate(name) for name in VERSIONS} | {"own": OwnTemplate()}
+OWN = "own"
+TEMPLATES: dict[str, ChatTemplate] = {name: MistralTemplate(name) for name in VERSIONS} | {OWN: OwnTemplate(OWN)}
 DEFAULT = "v1"  # its markers are plain text, so it works with every tokenizer and adds no embeddings
 
 
@@ -24,6 +25,16 @@ def template_named(name: str) -> ChatTemplate:
     if name not in TEMPLATES:
         raise UserError(f"template {name!r} is not known: use one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def other_template(tokenizer: Tokenizer) -> str:
+    """One sentence if the model has a chat template of its own and another one is used; else ""."""
+    if tokenizer.template_name == OWN or not getattr(getattr(tokenizer, "hf", None), "chat_template", None):
+        return ""
+    return (
+        f"{tokenizer.name} has a chat template of its own, and {tokenizer.template_name} is used instead: "
+        "--template own uses it"
+    )
 
 
 def template_for(tokenizer: Tokenizer, name: str | None = None) -> ChatTemplate:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from minisft.chat.registry import template_for
+from minisft.chat.registry import other_template, template_for
 from minisft.cli.options import (
     AsJson,
     Data,
@@ -89,6 +89,8 @@ def encode(
         outputs.append(ledger)
     require_apart(outputs, [source, *local_paths(tokenizer)])
     loaded_tokenizer = load_tokenizer(tokenizer, template)
+    if template is None and (remark := other_template(loaded_tokenizer)):
+        note(remark)
     rows = encode_stream(
         read(source, counts),
         template_for(loaded_tokenizer),

@@ -7,12 +7,13 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from minisft.chat.registry import template_for
-from minisft.chat.template import ChatTemplate
+from minisft.chat.template import ChatTemplate, RefusedConversation
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.checksums import Digests, code_digest, remember, remembered
 from minisft.data.conversations import Conversation, one_per_answer
@@ -115,9 +116,10 @@ def make_eval_set(run: Run, settings: EvalSettings, digests: Digests | None = No
 def _fitting(run: Run, file: Path) -> Iterator[Conversation]:
     tokenizer, template = load_template(run.model_folder, run.config.template)
     for conversation in read(file, Ledger(), is_clean=True):
-        row = encode(conversation, template, tokenizer, run.config.max_length)
-        if not row.truncated and questions_of(conversation, "all"):
-            yield conversation
+        with suppress(RefusedConversation):
+            row = encode(conversation, template, tokenizer, run.config.max_length)
+            if not row.truncated and questions_of(conversation, "all"):
+                yield conversation
 
 
 def questions_of(conversation: Conversation, answers: str) -> list[Conversation]:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+from minisft.chat.registry import other_template
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.checksums import Digests
 from minisft.data import download
@@ -175,6 +176,8 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
             )
     require_sound(model.path, trust_remote_code=config.trust_remote_code)
     tokenizer = HuggingFaceTokenizer(model.path, config.template)
+    if remark := other_template(tokenizer):
+        say(remark)
     architecture = model_config(model.path, config.trust_remote_code)
     precision, on_gpu = preflight.resolve_precision(config.precision)
     shapes = download.parameter_shapes(model.path)

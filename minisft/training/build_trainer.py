@@ -39,7 +39,7 @@ def make_trainer(
     arguments = _arguments(run, on_gpu)
     model = load_model(run.model_folder, tokenizer, trust)
     model.config.use_cache = False
-    model.generation_config.eos_token_id = tokenizer.eos_id
+    model.generation_config.eos_token_id = tokenizer.stop_ids if tokenizer.stop_ids[1:] else tokenizer.eos_id
     model.generation_config.pad_token_id = tokenizer.pad_id
     padding_free = config.batching != "padded" and supports_padding_free(model)
     if padding_free:
