@@ -24,7 +24,7 @@ import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +98,7 @@ class OwnTemplate:
 
     `source` is its Jinja, `variables` are the special tokens that it may use, `control` are the
     control tokens by content, and `stops` the contents of the tokens at which generation stops, the
-    one that ends an answer first.
+    one that ends an answer first. `ends` are these and the token after an answer that is not the last.
     """
 
     name: str = "own"
@@ -106,6 +106,7 @@ class OwnTemplate:
     variables: Mapping[str, Any] = field(default_factory=dict)
     control: Mapping[str, ControlToken] = field(default_factory=dict)
     stops: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
     control_tokens: tuple[str, ...] = ()  # none that the vocabulary lacks
     markers: str = "own"
     opening: tuple[Segment, ...] = ()
@@ -203,13 +204,23 @@ class OwnTemplate:
             raise RefusedConversation("the template's generation prompt is not what it writes before an answer")
         return before + len(tail)
 
+    def end_after(self, messages: Sequence[Message], content: str) -> str:
+        """The token that ends the answer with this content, which no other message has.
+
+        Raises `RefusedConversation`.
+        """
+        text = self.render(messages)
+        if text.count(content) != 1:
+            raise RefusedConversation("it does not write an answer as it is, once")
+        return self.end_token(text, text.index(content), len(text))[0]
+
     def end_token(self, text: str, begin: int, end: int) -> re.Match[str]:
         """The token in `text` that ends an answer, whose content ends at `begin`.
 
         Raises `RefusedConversation` if there is none before `end`.
         """
         found = list(self.control_pattern.finditer(text, begin, end))
-        stop = next((match for match in found if match[0] in self.stops), found[0] if found else None)
+        stop = next((match for match in found if match[0] in self.ends), found[0] if found else None)
         if stop is None:
             raise RefusedConversation("the template ends an answer without a token at which generation could stop")
         return stop
@@ -248,25 +259,22 @@ class OwnTemplate:
         """
         hidden = [Message(m.role, self._hidden(m.content), m.trained) for m in messages]
         whole = self.render(hidden)
-        if self._shown(whole) != self.render(messages):
+        if self.shown(whole) != self.render(messages):
             raise RefusedConversation("the template treats control tokens in a text in a way of its own")
-        answers: list[tuple[int, int, int]] = []
-        same = True
+        begins: list[tuple[int, int]] = []  # where an answer begins, and its message
         for i, message in enumerate(hidden):
-            if message.role != "assistant":
-                continue
-            prompt = self.render(hidden[:i], prompt=True)
-            begin = len(prompt)
-            if not whole.startswith(prompt) or (answers and begin < answers[-1][1]):
-                same = False
-                continue
-            content = message.content.strip()
-            after = whole.find(content, begin) + len(content) if content in whole[begin:] else begin
-            stop = self.end_token(whole, after, len(whole)).end()
-            if "".join(content.split()) not in "".join(whole[begin:stop].split()):
-                same = False
-                continue
-            answers.append((begin, stop, i))
+            if message.role == "assistant":
+                prompt = self.render(hidden[:i], prompt=True)
+                if whole.startswith(prompt) and len(prompt) >= max(begins, default=(0, 0))[0]:
+                    begins.append((len(prompt), i))
+        answers: list[tuple[int, int, int]] = []
+        bounds = [*(begin for begin, _ in begins[1:]), len(whole)]
+        for (begin, i), bound in zip(begins, bounds, strict=False):
+            with suppress(RefusedConversation):  # this answer cannot be trained where it is
+                stop = self.end_token(whole, begin, bound).end()
+                if "".join(hidden[i].content.split()) in "".join(whole[begin:stop].split()):
+                    answers.append((begin, stop, i))
+        same = len(answers) == sum(message.role == "assistant" for message in hidden)
         if not answers:
             raise RefusedConversation(
                 "the template changes every answer, or writes before it what is not its generation prompt"
@@ -282,7 +290,8 @@ class OwnTemplate:
         names = list(self.control)
         return self.control_pattern.sub(lambda match: f"{HIDING}{names.index(match[0])}{HIDING}", text)
 
-    def _shown(self, text: str) -> str:
+    def shown(self, text: str) -> str:
+        """Text of a piece with the control tokens that its content spells."""
         names = list(self.control)
         return _HIDDEN.sub(lambda match: names[int(match[1])], text)
 
@@ -328,7 +337,7 @@ class OwnTemplate:
             for text, control, answer in self._split(run):
                 role = "template" if answer is None else "assistant"
                 if control is None:
-                    yield Segment(role, turn, trained, text=self._shown(text), after=after)
+                    yield Segment(role, turn, trained, text=self.shown(text), after=after)
                     after = "text"
                     continue
                 is_end = answer is not None and control == self.stops[0]
@@ -380,14 +389,15 @@ def own_template(hf: Any) -> OwnTemplate:
         if (token.special or token_id in stop_ids) and not token.content.isspace()
     }
     stops = tuple(token for token in control if hf.convert_tokens_to_ids(token) in stop_ids)
-    template = OwnTemplate(source=source, variables=dict(hf.special_tokens_map), control=control, stops=stops)
+    template = OwnTemplate(source=source, variables=dict(hf.special_tokens_map), control=control, ends=stops)
     exchange = (Message("user", "qu3stion"), Message("assistant", "4nswer"))
     try:
-        text = template.render(exchange)
-        if text.count(exchange[1].content) != 1:
-            raise RefusedConversation("it does not write an answer as it is, once")
-        end = template.end_token(text, text.index(exchange[1].content), len(text))[0]
-        template = replace(template, stops=(end, *(token for token in stops if token != end)))
+        end = template.end_after(exchange, exchange[1].content)
+        stops = (end, *(token for token in stops if token != end))
+        template = replace(template, stops=stops, ends=stops)
+        with suppress(RefusedConversation):
+            earlier = (Message("user", "f1rst"), Message("assistant", "r3ply"))
+            template = replace(template, ends=(*stops, template.end_after((*earlier, *exchange), earlier[1].content)))
         prompt = template.prompt_segments(Conversation("", exchange))
     except RefusedConversation as reason:
         raise UserError(

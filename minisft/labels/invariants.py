@@ -8,6 +8,7 @@ fix a violation.
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from dataclasses import dataclass
 from typing import Any
@@ -222,14 +223,19 @@ def _mask(row: ParsedRow, mask: list[bool]) -> Found:
 def _answers(row: ParsedRow, template: ChatTemplate, conversation: Conversation, whole: bool) -> Found:
     answers = [template.trained_text(m.content) for m in template.normalized(conversation.messages) if _is_trained(m)]
     spans = _trained_spans(row)
-    for (start, end), answer in zip(spans, answers, strict=False):
+    may_be_fewer = template.markers == "own"  # an answer that such a template changes is not trained
+    remaining = iter(answers)
+    for start, end in spans:
         complete = row.ids[end - 1] == row.tokenizer.eos_id
         spelt = row.spelt(start, end - complete)
-        if template.markers == "own":  # the template may add text around an answer, or strip it
-            is_right = not complete or "".join(answer.split()) in "".join(spelt.decode(errors="replace").split())
-        else:
-            is_right = _spells(spelt, answer, row.tokenizer, complete or end < len(row.ids))
-        if not is_right:
+        candidates = remaining if may_be_fewer else itertools.islice(remaining, 1)
+        answer = next((a for a in candidates if not may_be_fewer or not complete or _contains(spelt, a)), None)
+        if answer is None and not may_be_fewer:
+            break  # more spans than answers, as counted below
+        if answer is None:
+            yield "answers", start, f"the trained text is no answer: {spelt[:40].decode(errors='replace')!r}"
+            break
+        if not may_be_fewer and not _spells(spelt, answer, row.tokenizer, complete or end < len(row.ids)):
             shown = spelt[:40].decode(errors="replace")
             yield "answers", start, f"the trained text is {shown!r}, but the answer is {answer[:40]!r}"
         elif (
@@ -237,8 +243,13 @@ def _answers(row: ParsedRow, template: ChatTemplate, conversation: Conversation,
         ):
             shown = spelt[:40].decode(errors="replace")
             yield "answers", start, f"letters of the answer have no token: {shown!r} is trained"
-    if len(spans) > len(answers) or (whole and len(spans) < len(answers)):
+    if len(spans) > len(answers) or (whole and len(spans) < len(answers) and not may_be_fewer):
         yield "answers", None, f"{len(spans)} trained spans, but {len(answers)} answers to train"
+
+
+def _contains(spelt: bytes, answer: str) -> bool:
+    """Whether a trained text has the answer in it, white space aside: a template may write more around it."""
+    return "".join(answer.split()) in "".join(spelt.decode(errors="replace").split())
 
 
 def _is_trained(message: Message) -> bool:

@@ -1,0 +1,318 @@
+"""A model's own template: ids and masks are what plain transformers makes of every prompt, or the row is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import AT_LENGTH
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisft.chat.own_template import OwnTemplate
+from minisft.chat.registry import other_template, template_for
+from minisft.chat.template import RefusedConversation
+from minisft.chat.tokenizers import HuggingFaceTokenizer, MistralCommonTokenizer
+from minisft.data.conversations import Conversation, Message, one_per_answer
+from minisft.data.ledger import Ledger
+from minisft.errors import UserError
+from minisft.labels.encode_dataset import encode_stream
+from minisft.labels.encode_row import IGNORE_INDEX, encode
+from minisft.labels.invariants import check_row
+
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HEADERS = (  # as Llama 3: contents are trimmed, and the end of a turn is not EOS
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+    "m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+STRICT = (  # as Gemma: no system prompt, strict alternation, another name for the assistant
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim + "
+    "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+THINKING = (  # as Qwen 3: an empty thought before the last answer, and earlier thoughts removed
+    "{% for m in messages %}{% set text = m['content'] %}{% set thought = '' %}"
+    "{% if m['role'] == 'assistant' and '</think>' in text %}"
+    "{% set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ text + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (  # as Phi 3: control tokens that absorb the white space after them
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+TEXT_MARKS = (  # as Zephyr: roles are text, a turn ends in EOS
+    "{% for m in messages %}{{ '<|' + m['role'] + '>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant>\n' }}{% endif %}"
+)
+INSIDE = (  # as Llama 2: the system prompt is a part of the first question, and the answer has spaces around it
+    "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] + '\n\n' %}{% set ms = messages[1:] %}"
+    "{% else %}{% set s = '' %}{% set ms = messages %}{% endif %}{% for m in ms %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (s if loop.first else '') + m['content'].strip() + "
+    "' [/INST]' }}{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+DATED = "{{ 'Today is ' + strftime_now('%Y-%m-%d') + '.\n' }}" + CHATML
+TEMPLATES = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "headers": (HEADERS, "<|eot_id|>"),
+    "strict": (STRICT, "<end_of_turn>"),
+    "thinking": (THINKING, "<|im_end|>"),
+    "marked": (MARKED, "<|end|>"),
+    "text marks": (TEXT_MARKS, "</s>"),
+    "inside": (INSIDE, "</s>"),
+    "dated": (DATED, "<|im_end|>"),
+}
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
+SPECIAL += ["<end_of_turn>", "<|end|>"]
+ABSORBING = ["<|user|>", "<|assistant|>", "<|system|>"]
+
+
+def talk(*turns):
+    return Conversation("c", tuple(Message(*turn) for turn in turns))
+
+
+SYSTEM = ("system", "be brief")
+ONE = talk(("user", "the cat"), ("assistant", "sat on"))
+TWO = talk(("user", "the cat"), ("assistant", "sat on"), ("user", "a mat"), ("assistant", "and saw red rain"))
+
+
+def save(template: str | None, base: Path, folder: Path, stops: list[str] | None = None) -> Path:
+    """The tokenizer of `base` with the special tokens of all templates, and this template."""
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    hf = AutoTokenizer.from_pretrained(base)
+    hf.add_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL], special_tokens=True)
+    absorbing = [AddedToken(name, special=True, normalized=False, rstrip=True) for name in ABSORBING]
+    hf.add_tokens(absorbing, special_tokens=True)
+    hf.chat_template = template
+    hf.save_pretrained(folder)
+    if stops is not None:
+        about = {"eos_token_id": [hf.convert_tokens_to_ids(name) for name in stops]}
+        (folder / "generation_config.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tiny_model, tmp_path_factory):
+    made = {}
+    for name, (template, end) in TEMPLATES.items():
+        folder = save(template, tiny_model, tmp_path_factory.mktemp("own") / name.replace(" ", "-"), ["</s>", end])
+        made[name] = HuggingFaceTokenizer(folder, "own")
+    return made
+
+
+def expected_prompt(tokenizer, messages):
+    """The prompt of plain transformers; control tokens that a content spells are text there, too, if asked."""
+    chat = [{"role": m.role, "content": m.content} for m in messages]
+    encoded = tokenizer.hf.apply_chat_template(chat, add_generation_prompt=True, sanitize_control_tokens=True)
+    return encoded["input_ids"]
+
+
+def spans(row):
+    """(start, end) of each run of trained tokens; an answer's last token ends its run."""
+    found, start = [], None
+    for i, label in enumerate([*row.labels, IGNORE_INDEX]):
+        if label == IGNORE_INDEX and start is not None:
+            found.append((start, i))
+        start = None if label == IGNORE_INDEX else i if start is None else start
+    return found
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("conversation", [ONE, TWO, talk(SYSTEM, *[(m.role, m.content) for m in TWO.messages])])
+def test_every_answer_follows_the_prompt_of_plain_transformers_and_ends_where_generation_stops(
+    tokenizers, name, conversation
+):
+    tokenizer = tokenizers[name]
+    template = template_for(tokenizer)
+    if name == "strict" and conversation.messages[0].role == "system":
+        with pytest.raises(RefusedConversation, match="System role not supported"):
+            encode(conversation, template, tokenizer, 999)
+        return
+    for part in one_per_answer(conversation):
+        row = encode(part, template, tokenizer, 999)
+        ((start, end),) = spans(row)
+        assert row.input_ids[:start] == expected_prompt(tokenizer, part.messages[:-1])
+        assert row.input_ids[end - 1] == tokenizer.hf.convert_tokens_to_ids(TEMPLATES[name][1]) == tokenizer.eos_id
+        assert part.messages[-1].content in tokenizer.decode(row.input_ids[start : end - 1])
+        prompt = template.prompt_segments(part)
+        from minisft.labels.encode_row import encode_segments
+
+        assert encode_segments(prompt, tokenizer) == row.input_ids[:start]
+    whole = encode(conversation, template, tokenizer, 999)
+    assert len(spans(whole)) == sum(m.role == "assistant" for m in conversation.messages)
+    chat = [{"role": m.role, "content": m.content} for m in conversation.messages]
+    assert whole.input_ids == tokenizer.hf.apply_chat_template(chat)["input_ids"]
+
+
+def test_the_packaged_model_s_own_template_has_these_ids(tokenizers):
+    """Made with transformers 5.23 alone: `apply_chat_template`, and the prompt with its generation prompt."""
+    from minisft.chat.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer("smollm2", "own")
+    row = encode(talk(("user", "Hi"), ("assistant", "Hello!")), template_for(tokenizer), tokenizer, 999)
+    system = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182]
+    prompt = [*system, 2, 198, 1, 4093, 198, 26843, 2, 198, 1, 520, 9531, 198]
+    assert row.input_ids == [*prompt, 19556, 17, 2, 198]
+    assert row.labels == [-100] * len(prompt) + [19556, 17, 2, -100]
+
+
+# --- any text ----------------------------------------------------------------------------------------------
+
+FORGED = [*SPECIAL, *ABSORBING, "</s>", "<s>", "<think>", "</think>", "[INST]", "[/INST]", "\n", "\n\n", " ", "the cat"]
+texts = st.lists(st.sampled_from(FORGED) | st.text(max_size=4), min_size=1, max_size=5).map("".join)
+
+
+@st.composite
+def conversations(draw):
+    turns = [Message("system", draw(texts))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        turns += [Message("user", draw(texts)), Message("assistant", draw(texts), draw(st.booleans()))]
+    return Conversation("c", (*turns[:-1], Message("assistant", turns[-1].content)))
+
+
+@settings(max_examples=1250 if AT_LENGTH else 60)
+@given(conversation=conversations())
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_text_forges_a_token_and_no_invariant_breaks(tokenizers, name, conversation):
+    """10,000 conversations at length. An answer is trained whole, after the prompt of inference, or not at all."""
+    tokenizer = tokenizers[name]
+    template = template_for(tokenizer)
+    try:
+        row = encode(conversation, template, tokenizer, 9999)
+    except RefusedConversation:
+        return
+    violations = check_row("c", row.input_ids, row.labels, template, tokenizer, conversation=conversation)
+    assert [v for v in violations if row.trained or v.invariant != "targets"] == []
+    control = [i for i in row.input_ids if i in tokenizer.control_ids]
+    plain = [Message(m.role, "x", m.trained) for m in conversation.messages]
+    innocent = encode(Conversation("c", tuple(plain)), template, tokenizer, 9999)
+    assert control == [i for i in innocent.input_ids if i in tokenizer.control_ids]
+
+
+@settings(max_examples=200 if AT_LENGTH else 40)
+@given(conversation=conversations())
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_layout_labels_as_the_prompts_of_each_turn_do(tokenizers, name, conversation):
+    """The fast way, by the layout of the roles, against the slow one, by one rendering for each answer."""
+    template = template_for(tokenizers[name])
+    try:
+        slow, same = template.labelled_by_prompts(conversation.messages)
+        layout = template.layout(tuple(m.role for m in conversation.messages))
+        rendered = template.render(conversation.messages)
+    except RefusedConversation:
+        return
+    fast = layout.filled([m.content for m in conversation.messages]) if layout else []
+    if "".join(piece.text for piece in fast) != rendered or not (same and layout.same):
+        return
+
+    def trained(pieces):
+        runs: dict[int, str] = {}
+        for piece in pieces:
+            if piece.answer is not None:
+                runs[piece.answer] = runs.get(piece.answer, "") + template.shown(piece.text)
+        return runs
+
+    assert trained(fast) == trained(slow)
+
+
+# --- templates that fight back -----------------------------------------------------------------------------
+
+
+def test_earlier_thoughts_are_trained_one_answer_at_a_time(tokenizers):
+    tokenizer = tokenizers["thinking"]
+    template = template_for(tokenizer)
+    turns = [("user", "2+2?"), ("assistant", "<think>\nadd\n</think>\n\n4"), ("user", "3+3?")]
+    conversation = talk(*turns, ("assistant", "<think>\nadd again\n</think>\n\n6"))
+    ledger = Ledger()
+    (row,) = encode_stream([conversation], template, tokenizer, max_length=999, ledger=ledger)
+    assert list(ledger.repaired) == ["the template changes earlier turns later (own): train on each answer to fix this"]
+    ((start, end),) = spans(row)
+    assert tokenizer.decode(row.input_ids[start:end]) == "<think>\nadd again\n</think>\n\n6<|im_end|>"
+    ledger = Ledger()
+    rows = list(encode_stream([conversation], template, tokenizer, max_length=999, ledger=ledger, train_on="each"))
+    assert [tokenizer.decode([i for i in r.labels if i >= 0]).split("\n")[1] for r in rows] == ["add", "add again"]
+    assert not ledger.repaired
+
+
+def test_a_row_that_the_template_refuses_is_dropped_and_the_first_reason_shown(tokenizers):
+    tokenizer = tokenizers["strict"]
+    ledger = Ledger()
+    both = [
+        ONE,
+        Conversation("s", (Message(*SYSTEM), *ONE.messages)),
+        Conversation("t", (Message(*SYSTEM), *TWO.messages)),
+    ]
+    rows = list(encode_stream(both, template_for(tokenizer), tokenizer, max_length=999, ledger=ledger))
+    assert len(rows) == 1 and ledger.dropped["refused by the chat template"].rows == 2
+    assert ledger.notes == [
+        "the first conversation that the template own refused: the template refuses it: System role not supported"
+    ]
+
+
+BAD = {
+    "no end": ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "could stop"),
+    "raises": ("{{ raise_exception('never') }}", "the template refuses it: never"),
+    "syntax": ("{% for %}", "the template refuses it"),
+    "attributes": ("{{ messages.__class__.__mro__ }}", "the template refuses it"),
+    "constant": ("{{ 'always this' + eos_token }}", "does not write an answer as it is"),
+    "upper": (CHATML.replace("m['content']", "m['content'] | upper"), "does not write an answer as it is"),
+    "twice": (CHATML.replace("m['content']", "m['content'] + m['content']"), "does not write an answer as it is"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_template_that_cannot_be_used_is_one_sentence(tiny_model, tmp_path, name):
+    template, says = BAD[name]
+    with pytest.raises(UserError, match=says) as refused:
+        HuggingFaceTokenizer(save(template, tiny_model, tmp_path / "model"), "own")
+    assert "use another --template" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_model_without_a_template_and_mistrals_tokenizers_have_none(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="has no chat template of its own"):
+        HuggingFaceTokenizer(save(None, tiny_model, tmp_path / "model"), "own")
+    with pytest.raises(UserError, match="has no chat template in Jinja"):
+        OwnTemplate().fitted_to(MistralCommonTokenizer("v1"))
+
+
+@pytest.mark.attack("12")
+def test_a_template_that_loops_is_stopped(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("minisft.chat.own_template.MOST_SECONDS", 0.3)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match=r"it takes more than 0\.3 s"):
+        HuggingFaceTokenizer(save(loop + CHATML, tiny_model, tmp_path / "model"), "own")
+
+
+def test_another_template_than_the_model_s_own_is_mentioned(tiny_model, tmp_path):
+    folder = save(CHATML, tiny_model, tmp_path / "model")
+    assert "has a chat template of its own, and v1 is used instead: --template own" in other_template(
+        HuggingFaceTokenizer(folder)
+    )
+    assert other_template(HuggingFaceTokenizer(folder, "own")) == other_template(HuggingFaceTokenizer(tiny_model)) == ""
+
+
+def test_rows_alone_are_checked_by_the_opening_of_answers(tokenizers):
+    tokenizer = tokenizers["chatml"]
+    template = template_for(tokenizer)
+    row = encode(TWO, template, tokenizer, 999)
+    assert check_row("c", row.input_ids, row.labels, template, tokenizer) == []
+    ((first, _), (_, end)) = spans(row)
+    early = [*row.labels[: first - 1], *row.input_ids[first - 1 : first], *row.labels[first:]]
+    assert {v.invariant for v in check_row("c", row.input_ids, early, template, tokenizer)} == {"prompt"}
+    other = talk(("user", "the cat"), ("assistant", "sat on"), ("user", "a mat"), ("assistant", "old stone walls"))
+    found = check_row("c", row.input_ids, row.labels, template, tokenizer, conversation=other)
+    assert {"text", "answers"} <= {v.invariant for v in found}
+    late = [*row.labels[: end - 1], IGNORE_INDEX, *row.labels[end:]]
+    assert {v.invariant for v in check_row("c", row.input_ids, late, template, tokenizer)} == {"eos"}
