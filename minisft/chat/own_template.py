@@ -204,15 +204,15 @@ class OwnTemplate:
             raise RefusedConversation("the template's generation prompt is not what it writes before an answer")
         return before + len(tail)
 
-    def end_after(self, messages: Sequence[Message], content: str) -> str:
-        """The token that ends the answer with this content, which no other message has.
+    def end_after(self, messages: Sequence[Message], content: str, following: str = "") -> str:
+        """The token that ends the answer with this content, before the `following` message's.
 
         Raises `RefusedConversation`.
         """
         text = self.render(messages)
         if text.count(content) != 1:
             raise RefusedConversation("it does not write an answer as it is, once")
-        return self.end_token(text, text.index(content), len(text))[0]
+        return self.end_token(text, text.index(content), text.find(following) if following else len(text))[0]
 
     def end_token(self, text: str, begin: int, end: int) -> re.Match[str]:
         """The token in `text` that ends an answer, whose content ends at `begin`.
@@ -239,7 +239,7 @@ class OwnTemplate:
         if not self._latest or self._latest[0] is not conversation:
             messages = conversation.messages
             if any(HIDING in message.content for message in messages):
-                raise RefusedConversation("a text has U+FDD2, which is no character")
+                self._hidden(messages)  # refuses it
             layout = self.layout(tuple(message.role for message in messages))
             pieces = layout.filled([message.content for message in messages]) if layout else []
             rendered = self.render(messages)
@@ -257,8 +257,8 @@ class OwnTemplate:
         Texts of contents that spell a control token are stand-ins in the pieces. Raises
         `RefusedConversation`.
         """
-        hidden = [Message(m.role, self._hidden(m.content), m.trained) for m in messages]
-        whole = self.render(hidden)
+        hidden = self._hidden(messages)
+        whole = self.render_safely(hidden)
         if self.shown(whole) != self.render(messages):
             raise RefusedConversation("the template treats control tokens in a text in a way of its own")
         begins: list[tuple[int, int]] = []  # where an answer begins, and its message
@@ -286,9 +286,31 @@ class OwnTemplate:
             cursor = stop
         return [*pieces, Piece(whole[cursor:])], same
 
-    def _hidden(self, text: str) -> str:
+    def _hidden(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with stand-ins for the control tokens that they spell.
+
+        Raises `RefusedConversation` if a stand-in could not be told from a text.
+        """
         names = list(self.control)
-        return self.control_pattern.sub(lambda match: f"{HIDING}{names.index(match[0])}{HIDING}", text)
+        if any(HIDING in message.content for message in messages):
+            raise RefusedConversation("a text has U+FDD2, which is no character")
+
+        def stand_in(match: re.Match[str]) -> str:
+            return f"{HIDING}{names.index(match[0])}{HIDING}"
+
+        return [replace(m, content=self.control_pattern.sub(stand_in, m.content)) for m in messages]
+
+    def render_safely(self, hidden: Sequence[Message], prompt: bool = False) -> str:
+        """The text of messages whose control tokens are all the template's own.
+
+        A template that deletes, joins or lowers parts of a text may make a control token of it; then
+        it has others than around harmless texts. Raises `RefusedConversation`.
+        """
+        text = self.render(hidden, prompt)
+        harmless = self.render([replace(m, content=f"m4rk{i}kr4m") for i, m in enumerate(hidden)], prompt)
+        if self.control_pattern.findall(text) != self.control_pattern.findall(harmless):
+            raise RefusedConversation("the template makes a control token of a text, or leaves one out for it")
+        return text
 
     def shown(self, text: str) -> str:
         """Text of a piece with the control tokens that its content spells."""
@@ -304,9 +326,9 @@ class OwnTemplate:
 
     def prompt_segments(self, conversation: Conversation) -> list[Segment]:
         """The template's own generation prompt for the last answer."""
-        messages = [Message(m.role, self._hidden(m.content)) for m in conversation.messages[:-1]]
+        messages = self._hidden(conversation.messages[:-1])
         turn = sum(message.role == "assistant" for message in messages)
-        pieces = [Piece(self.render(messages, prompt=True))]
+        pieces = [Piece(self.render_safely(messages, prompt=True))]
         return [*self._segments(pieces, conversation.messages, turn)]
 
     def normalized(self, messages: tuple[Message, ...]) -> list[Message]:
@@ -397,7 +419,10 @@ def own_template(hf: Any) -> OwnTemplate:
         template = replace(template, stops=stops, ends=stops)
         with suppress(RefusedConversation):
             earlier = (Message("user", "f1rst"), Message("assistant", "r3ply"))
-            template = replace(template, ends=(*stops, template.end_after((*earlier, *exchange), earlier[1].content)))
+            middle = template.end_after((*earlier, *exchange), earlier[1].content, exchange[0].content)
+            if middle in template.render(exchange).rpartition(exchange[1].content)[2]:  # it ends every answer
+                stops = (middle, *(token for token in stops if token != middle))
+            template = replace(template, stops=stops, ends=(*stops, middle))
         prompt = template.prompt_segments(Conversation("", exchange))
     except RefusedConversation as reason:
         raise UserError(

@@ -197,11 +197,15 @@ def check(
             truncation=truncation,
             train_on=train_on,
             say=note,
+            ledger=ledger,
         )
+    dropped = {reason: entry.rows for reason, entry in ledger.dropped.items()}
     if as_json:
-        print_json(report.to_dict() | {"lost": ledger.lost})
+        print_json(report.to_dict() | {"dropped": dropped, "lost": ledger.lost})
     else:
         say(report)
+    for reason, rows in dropped.items():
+        note(f"not checked, because dropped: {reason} ({rows:,})")
     for what in ledger.lost:
         note(f"lost: {what}")
     sys.exit(0 if report.ok and not ledger.lost else 1)

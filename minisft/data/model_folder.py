@@ -29,6 +29,7 @@ LAYERS = re.compile(r"n_layers?|num_(hidden_)?layers")
 # Suffixes of the files that a model and its tokenizer are read from.
 WEIGHTS_SUFFIX = ".safetensors"
 OF_A_MODEL = (WEIGHTS_SUFFIX, ".json", ".jinja", ".model", ".txt")
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of a model, from which transformers reads templates, too
 MOST_BYTES = 4_000_000  # size limit of a config.json: transformers copies it several times
 # Largest allowed values by key. transformers allocates lists of layers and tables of positions and
 # frequencies before it reads a tensor, so a huge number would fill the memory.
@@ -328,7 +329,10 @@ def _tensor(file: Path, name: str) -> Any:
 
 def small_model_files(folder: Path) -> list[Path]:
     """The files of a model apart from its weights: config, tokenizer, template; sorted by name."""
-    files = (
-        file for file in folder.iterdir() if file.name.endswith(OF_A_MODEL) and not file.name.endswith(WEIGHTS_SUFFIX)
-    )
-    return sorted(file for file in files if file.is_file())
+    return [file for file in files_of_a_model(folder) if not file.name.endswith(WEIGHTS_SUFFIX)]
+
+
+def files_of_a_model(folder: Path) -> list[Path]:
+    """The files that a model and its tokenizer are read from, sorted by name."""
+    files = [*folder.iterdir(), *folder.glob(f"{MORE_TEMPLATES}/*.jinja")]
+    return sorted(file for file in files if file.name.endswith(OF_A_MODEL) and file.is_file())

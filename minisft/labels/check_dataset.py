@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minisft.chat.mistral_reference import reference
-from minisft.chat.template import ChatTemplate
+from minisft.chat.template import ChatTemplate, RefusedConversation
 from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation, one_per_answer, only_last_answer
 from minisft.data.download import Say
@@ -95,14 +96,15 @@ def check_conversations(
     truncation: str = "token",
     train_on: str = "all",
     say: Say | None = None,
+    ledger: Ledger | None = None,
 ) -> CheckReport:
     """Encode conversations as training does, and check every row against its conversation.
 
     With one of Mistral's own tokenizers, ids and masks are also compared with those of
-    mistral-common. `say` prints progress. Raises `UserError` for invalid settings, and if no row is
-    left to check.
+    mistral-common. `say` prints progress, and `ledger` counts the rows that are dropped. Raises
+    `UserError` for invalid settings, and if no row is left to check.
     """
-    report, ledger = CheckReport(), Ledger()
+    report, ledger = CheckReport(), ledger or Ledger()
     names = [*ALWAYS, "max length", *KNOWN]
     pending: deque[Conversation] = deque()  # conversations read, whose rows have not been returned yet
 
@@ -230,6 +232,11 @@ def check_tokenized(
         names = [*ALWAYS, *(["max length"] if limited else []), *([*KNOWN, "against"] if source else [])]
         report.add(names, violations)
         _progress(report, say)
+    for conversation in source.remaining() if source else ():
+        with suppress(RefusedConversation):
+            if encode(conversation, template, tokenizer, max_length, truncation).trained:
+                missing = Violation(conversation.id, None, None, "against", "this conversation has no row")
+                report.add(["against"], [missing])
     return report
 
 
@@ -261,6 +268,12 @@ class _ById:
         self._unread = iter(conversations)
         self._train_on = train_on
         self._skipped: dict[str, Conversation] = {}
+
+    def remaining(self) -> Iterator[Conversation]:
+        """Yield the conversations that no row was found for."""
+        yield from self._skipped.values()
+        for conversation in self._unread:
+            yield from _as_trained(conversation, self._train_on)
 
     def find(self, row_id: str) -> Conversation | None:
         """Return the conversation of a row, once; None if there is none with this id."""

@@ -21,6 +21,7 @@ from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.checksums import Digests
 from minisft.data import download
 from minisft.data.ledger import Ledger
+from minisft.data.model_folder import OF_A_MODEL
 from minisft.errors import UserError
 from minisft.files import is_inside, remove_all, write_json, written_whole
 from minisft.launch.commands import Command, commands, display_path, require_deepspeed, write_place
@@ -32,7 +33,13 @@ from minisft.run.folder import Run, all_runs, lock_file, outputs_root, require_o
 from minisft.text import say
 from minisft.training import preflight
 from minisft.training.checkpoint_health import require_sound
-from minisft.training.checkpoints import latest_resumable, resume_point, something_to_lose
+from minisft.training.checkpoints import (
+    checkpoint_damage,
+    is_checkpoint,
+    latest_resumable,
+    resume_point,
+    something_to_lose,
+)
 from minisft.training.dataset import (
     copy_known_rows,
     describe_rows,
@@ -175,6 +182,8 @@ def _prepare(config: RunConfig, place: Place | None, folder: Path, scratch: Path
                 "give this run another --name"
             )
     require_sound(model.path, trust_remote_code=config.trust_remote_code)
+    if is_checkpoint(model.path) and (damage := checkpoint_damage(model.path, only=OF_A_MODEL)):
+        raise UserError(f"the model in {model.path} is a damaged checkpoint: {damage}")
     tokenizer = HuggingFaceTokenizer(model.path, config.template)
     if remark := other_template(tokenizer):
         say(remark)

@@ -189,6 +189,9 @@ def _resume_problem(run: Run, folder: Path) -> str:
     else:
         wanted += [r"global_step\d+/.*model_states\.pt"]
     wanted += [r"rng_state\.pth"] if ranks == 1 else [rf"rng_state_{rank}\.pth" for rank in range(ranks)]
+    latest = read_text(folder / "latest") if run.deepspeed is not None else None
+    if latest is not None and not any(name.startswith(f"{latest.strip()}/") for name in present):
+        return "latest names states that are not in it"
     for pattern in wanted:
         if not any(re.fullmatch(pattern, name) for name in present):
             return f"a file of its optimizer, scheduler or random states is missing ({pattern})"
@@ -209,6 +212,11 @@ def is_trained(folder: Path) -> bool:
     """Return whether the checkpoint is from the last step, so that only `DONE` is missing."""
     state = read_json(folder / "trainer_state.json", TrainerState)
     return state is not None and state.global_step >= state.max_steps
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is called as a run's checkpoints are, and has a manifest."""
+    return re.fullmatch(r"checkpoint-\d+", folder.name) is not None and (folder / MANIFEST).is_file()
 
 
 def checkpoint_damage(folder: Path, only: tuple[str, ...] = ("",)) -> str:
@@ -243,14 +251,21 @@ def checkpoint_damage(folder: Path, only: tuple[str, ...] = ("",)) -> str:
 
 
 def cut_metrics(file: Path, step: int) -> None:
-    """Cut `metrics.jsonl` after `step`, so that a resumed run does not write a step twice."""
+    """Cut `metrics.jsonl` after `step`, so that a resumed run does not write a step twice.
+
+    Raises `UserError` if another line than the last one cannot be read.
+    """
     lines = []
-    for line in (read_text(file) or "").split("\n"):
+    written = (read_text(file) or "").split("\n")
+    for number, line in enumerate(written, 1):
         try:
             if json.loads(line)["step"] <= step:
                 lines.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # a line that was half-written when the run was killed
-            break
+        except (ValueError, KeyError, TypeError):
+            if number < len(written):  # else it was half written when the run was killed
+                raise UserError(
+                    f"{file} line {number} is not JSON of a step: repair the line, or move the file away"
+                ) from None
     if lines or file.exists():
         with written_whole(file) as stream:
             stream.writelines(lines)

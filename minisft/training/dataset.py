@@ -24,7 +24,7 @@ from minisft.checksums import Digests, code_digest, digest, remember, remembered
 from minisft.data.conversations import Conversation
 from minisft.data.data_files import files_of
 from minisft.data.ledger import Ledger
-from minisft.data.model_folder import OF_A_MODEL, WEIGHTS_SUFFIX, small_model_files
+from minisft.data.model_folder import WEIGHTS_SUFFIX, files_of_a_model, small_model_files
 from minisft.data.read_files import read
 from minisft.data.splits import assign, count_side, select
 from minisft.errors import UserError
@@ -143,8 +143,7 @@ def require_as_made(run_folder: Path) -> None:
 
 def model_files(folder: Path, digests: Digests) -> dict[str, str]:
     """Return the checksums of a model's weights, configuration and tokenizer, by file name."""
-    files = sorted(file for file in folder.iterdir() if file.name.endswith(OF_A_MODEL) and file.is_file())
-    return {file.name: digests.of(file) for file in files}
+    return {str(file.relative_to(folder)): digests.of(file) for file in files_of_a_model(folder)}
 
 
 def changed_model(run: Run, weights: bool = True) -> str:

@@ -348,6 +348,10 @@ def test_every_command_reads_the_same_rows_and_says_what_it_did_not(run, tiny_mo
     assert [text.split() for text in texts] == [["4</s>"], ["1</s>"], ["1</s>", "2</s>"], ["4</s>"]]
 
     assert run("check", out, "--tokenizer", tiny_model, "--against", data)[0] == 0
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[::2]))
+    code, text, _ = run("check", out, "--tokenizer", tiny_model, "--against", data)
+    assert code == 1 and "this conversation has no row" in text
     assert "4 rows: every invariant holds" in run("check", data, "--tokenizer", tiny_model)[1]
     assert run("show", data, "--tokenizer", tiny_model, "--row", 1)[1].startswith("3 of 26 tokens trained")
     assert "has 4 usable conversations" in run("show", data, "--tokenizer", tiny_model, "--row", 4)[2]
@@ -394,3 +398,13 @@ def test_a_long_data_set_says_how_far_it_is(run, tmp_path):
     assert code == 0
     assert "2,000 rows checked" in err
     assert "2,000 rows checked" not in out
+
+
+def test_rows_that_are_dropped_are_said(run, tmp_path, tiny_model):
+    rows = [sharegpt_row("a", ("human", "the cat"), ("gpt", "sat on")), sharegpt_row("b", ("human", "alone"))]
+    rows += [{"input_ids": [1, 2], "labels": [-100, 2]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, text, err = run("check", tmp_path / "rows.jsonl", "--tokenizer", tiny_model)
+    assert code == 0 and "1 rows: every invariant holds" in text
+    assert "not checked, because dropped: no question with an answer (1)" in err
+    assert "row of an unknown shape (1)" in err

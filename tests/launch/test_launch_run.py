@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import sharegpt_row
+from conftest import sharegpt_row, write_manifest
 
 from minisft.data.ledger import Ledger
 from minisft.data.read_files import read
@@ -391,6 +391,35 @@ def test_a_finished_run_of_inputs_that_changed_is_not_the_run_asked_for(config, 
     with pytest.raises(UserError, match=f"holds a run of the same settings, but the {what} .* has changed since"):
         prepare(settings, say=lambda line: None)
     assert (run.folder / "DONE").exists()
+
+
+@pytest.mark.attack("9")
+def test_a_damaged_checkpoint_is_no_model_to_start_from(config, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "checkpoint-4")
+    write_manifest(model)
+    prepare(config("vanilla", model=str(model), name="sound"), say=lambda line: None)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-8:-4] = bytes(4)
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"is a damaged checkpoint: model\.safetensors differs from its checksum"):
+        prepare(config("vanilla", model=str(model), name="damaged"), say=lambda line: None)
+
+
+@pytest.mark.attack("9")
+def test_a_template_in_a_folder_of_its_own_is_a_part_of_the_model(config, tiny_model, tmp_path):
+    from minisft.training.dataset import changed_model
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    template = model / "additional_chat_templates" / "default.jinja"
+    template.parent.mkdir()
+    write = "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + eos_token }}{% endfor %}"
+    template.write_text(write)
+    run = prepare(config("vanilla", model=str(model), template="own"), say=lambda line: None)
+    before = (run.folder / "data" / "train.arrow").read_bytes()
+    template.write_text(write.replace("eos_token", "'.' + eos_token"))
+    assert "default.jinja has changed" in changed_model(run)
+    again = prepare(config("vanilla", model=str(model), template="own", name="again"), say=lambda line: None)
+    assert (again.folder / "data" / "train.arrow").read_bytes() != before
 
 
 @pytest.mark.attack("4")

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from minisft.errors import UserError
 from minisft.training.checkpoints import cut_metrics
 from minisft.training.metrics_log import MetricsLogger, TerminalProgress, duration, speed
 
@@ -62,6 +63,10 @@ def test_a_half_written_line_is_cut(tmp_path):
     cut_metrics(file, 2)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     cut_metrics(tmp_path / "none", 2)
+    file.write_text('garbage\n{"step": 2}\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 1 is not JSON of a step"):
+        cut_metrics(file, 2)
+    assert file.read_text().startswith("garbage")
 
 
 def test_a_terminal_shows_one_bar_and_a_pipe_every_line():
