@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "mistral": ["VERSIONS", "MistralTemplate"],
+        "own_template": ["template_of"],
         "registry": ["TEMPLATES", "template_for"],
         "template": ["ChatTemplate", "Segment"],
         "mistral_reference": ["reference"],

@@ -118,11 +118,11 @@ class OwnTemplate:
         hf = getattr(tokenizer, "hf", None)
         if hf is None:
             raise UserError(f"the tokenizer {tokenizer.name} has no chat template in Jinja: use another --template")
-        return own_template(hf)
+        return template_of(hf)
 
     def stop_tokens(self, hf: Any) -> tuple[str, ...]:
         """The tokens at which generation stops, the one that ends an answer first."""
-        return own_template(hf).stops
+        return template_of(hf).stops
 
     # --- rendering ---------------------------------------------------------------------------------
 
@@ -393,7 +393,7 @@ class OwnTemplate:
             yield text, None, answer
 
 
-def own_template(hf: Any) -> OwnTemplate:
+def template_of(hf: Any) -> OwnTemplate:
     """The chat template of a tokenizer of transformers.
 
     Raises `UserError` if it has none, or if it does not end an answer with a control token.

@@ -35,7 +35,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from minisft.chat.own_template import own_template
+from minisft.chat.own_template import template_of
 from minisft.chat.registry import template_for
 from minisft.chat.template import RefusedConversation
 from minisft.chat.tokenizers import HuggingFaceTokenizer
@@ -79,7 +79,7 @@ def tokenizer_of(source: str, base: Any, folder: Path, eos: str) -> HuggingFaceT
     hf.chat_template = source
     hf.eos_token = eos
     hf.save_pretrained(folder)
-    hf.eos_token = own_template(AutoTokenizer.from_pretrained(folder)).stops[0]
+    hf.eos_token = template_of(AutoTokenizer.from_pretrained(folder)).stops[0]
     hf.save_pretrained(folder)
     return HuggingFaceTokenizer(folder, "own")
 
