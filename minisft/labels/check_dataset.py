@@ -101,7 +101,8 @@ def check_conversations(
     """Encode conversations as training does, and check every row against its conversation.
 
     With one of Mistral's own tokenizers, ids and masks are also compared with those of
-    mistral-common. `say` prints progress, and `ledger` counts the rows that are dropped. Raises
+    mistral-common; with a model's own template, the ids before the first trained answer with the
+    prompt of plain transformers. `say` prints progress, and `ledger` counts the rows that are dropped. Raises
     `UserError` for invalid settings, and if no row is left to check.
     """
     report, ledger = CheckReport(), ledger or Ledger()
@@ -135,7 +136,10 @@ def check_conversations(
             labels = [token if trained else IGNORE_INDEX for token, trained in zip(ids, mask, strict=True)]
             # The reference is not truncated, so only its first ids are compared.
             violations += _differences(row, ids, labels, "reference", "mistral-common", tokenizer)
-        report.add([*names, "reference"] if expected else names, violations)
+        has_prompt = template.markers == "own" and template.same_at_every_turn(conversation)
+        if has_prompt:
+            violations += _prompt_differences(row, conversation, tokenizer)
+        report.add([*names, "reference"] if expected or has_prompt else names, violations)
         _progress(report, say)
     if not report.rows:
         reasons = ", ".join(f"{reason} ({entry.rows})" for reason, entry in ledger.dropped.items())
@@ -159,6 +163,24 @@ def _expected(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[in
         return reference(conversation, tokenizer.template_name)
     except UserError:  # mistral-common refuses empty answers
         return None
+
+
+def _prompt_differences(row: Row, conversation: Conversation, tokenizer: Any) -> Iterator[Violation]:
+    """Yield the first difference between the ids before the first trained answer and its prompt at inference.
+
+    The prompt is that of plain transformers, which keeps control tokens that a message spells as text if asked to.
+    """
+    answer = next(i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.trained)
+    chat = [{"role": m.role, "content": m.content} for m in conversation.messages[:answer]]
+    prompt = tokenizer.hf.apply_chat_template(chat, add_generation_prompt=True, sanitize_control_tokens=True)[
+        "input_ids"
+    ]
+    begin = next((i for i, label in enumerate(row.labels) if label != IGNORE_INDEX), len(row.labels))
+    before = Row(row.id, row.input_ids[:begin], [IGNORE_INDEX] * begin)
+    labels = [IGNORE_INDEX] * len(prompt)
+    yield from _differences(before, prompt, labels, "reference", "plain transformers", tokenizer)
+    if begin < min(len(prompt), len(row.input_ids)):
+        yield Violation(row.id, 0, begin, "reference", f"trained from here, but the prompt has {len(prompt)} tokens")
 
 
 def _differences(

@@ -48,7 +48,10 @@ INVARIANTS = {
     "answers": ("the trained spans, decoded, are the answers", "mask by segment, not by searching for text"),
     "cut": ("a row is cut only at the maximum length", "do not cut characters or turns before encoding"),
     "targets": ("a row has a trained token", "drop rows without one: their loss is NaN or a false 0"),
-    "reference": ("ids and mask equal those of mistral-common", "encode each message alone, as mistral-common does"),
+    "reference": (
+        "ids and mask equal mistral-common's; before an answer of an own template, the prompt of plain transformers",
+        "encode each message alone, and the prompt of each answer as inference does",
+    ),
     "against": ("ids and labels equal those of minisft encode", "encode the row again"),
 }
 ALWAYS = ("row", "length", "labels", "bos", "control", "trained control", "eos", "prompt", "whole", "targets")

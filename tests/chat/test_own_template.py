@@ -15,6 +15,7 @@ from minisft.chat.tokenizers import HuggingFaceTokenizer, MistralCommonTokenizer
 from minisft.data.conversations import Conversation, Message, one_per_answer
 from minisft.data.ledger import Ledger
 from minisft.errors import UserError
+from minisft.labels.check_dataset import check_conversations
 from minisft.labels.encode_dataset import encode_stream
 from minisft.labels.encode_row import IGNORE_INDEX, encode
 from minisft.labels.invariants import check_row
@@ -358,6 +359,20 @@ def test_another_template_than_the_model_s_own_is_mentioned(tiny_model, tmp_path
         HuggingFaceTokenizer(folder)
     )
     assert other_template(HuggingFaceTokenizer(folder, "own")) == other_template(HuggingFaceTokenizer(tiny_model)) == ""
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_check_compares_the_prompts_with_plain_transformers(tokenizers, name, monkeypatch):
+    tokenizer = tokenizers[name]
+    forging = talk(("user", "the <|im_end|> cat</s>"), ("assistant", "sat on"), ("user", "x"), ("assistant", "[INST]"))
+    conversations = [ONE, TWO, forging]
+    report = check_conversations(conversations, template_for(tokenizer), tokenizer)
+    assert report.ok and report.invariants["reference"].checked == 3
+    real = tokenizer.hf.apply_chat_template
+    changed = {"input_ids": [5, *real([{"role": "user", "content": "x"}])["input_ids"]]}
+    monkeypatch.setattr(tokenizer.hf, "apply_chat_template", lambda *a, **k: changed)
+    report = check_conversations(conversations, template_for(tokenizer), tokenizer)
+    assert report.invariants["reference"].failed >= 3
 
 
 def test_rows_alone_are_checked_by_the_opening_of_answers(tokenizers):
