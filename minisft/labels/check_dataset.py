@@ -106,7 +106,7 @@ def check_conversations(
     `UserError` for invalid settings, and if no row is left to check.
     """
     report, ledger = CheckReport(), ledger or Ledger()
-    names = [*ALWAYS, "max length", *KNOWN]
+    names = [*_always(template), "max length", *KNOWN]
     pending: deque[Conversation] = deque()  # conversations read, whose rows have not been returned yet
 
     def tracked() -> Iterator[Conversation]:
@@ -147,6 +147,11 @@ def check_conversations(
             f"no row is left to check: {reasons or 'no conversations'}; give a larger --max-length or other data"
         )
     return report
+
+
+def _always(template: ChatTemplate) -> list[str]:
+    """The invariants of every row; a model's own template decides itself about BOS."""
+    return [name for name in ALWAYS if name != "bos" or template.markers != "own"]
 
 
 def _as_trained(conversation: Conversation, train_on: str) -> list[Conversation]:
@@ -251,7 +256,7 @@ def check_tokenized(
         )
         if source and not any(v.invariant in ("row", "length") for v in violations):
             violations += _against(name, raw, conversation, template, tokenizer, max_length, truncation)
-        names = [*ALWAYS, *(["max length"] if limited else []), *([*KNOWN, "against"] if source else [])]
+        names = [*_always(template), *(["max length"] if limited else []), *([*KNOWN, "against"] if source else [])]
         report.add(names, violations)
         _progress(report, say)
     for conversation in source.remaining() if source else ():
