@@ -69,6 +69,10 @@ class MistralTemplate:
         if self.name not in VERSIONS:
             raise UserError(f"template {self.name!r} is not known: use one of {', '.join(VERSIONS)}")
 
+    def marks(self, hf: Any) -> tuple[str, ...]:
+        """The control tokens of this version."""
+        return self.control_tokens
+
     def stop_tokens(self, hf: Any) -> tuple[str, ...]:
         """EOS alone."""
         return (hf.eos_token,)
@@ -159,6 +163,10 @@ class MistralTemplate:
         segments = list(self.segments(conversation))
         last = segments[-1].turn
         return [s for s in segments if s.turn < last or s.role != "assistant"]
+
+    def leaves_out(self, conversation: Conversation) -> bool:
+        """Whether an answer has reasoning: these templates have no place for it."""
+        return any(message.reasoning for message in conversation.messages)
 
     opening: ClassVar[tuple[Segment, ...]] = ()
     difference = "system prompt not where inference puts it"

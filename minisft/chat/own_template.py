@@ -120,6 +120,10 @@ class OwnTemplate:
             raise UserError(f"the tokenizer {tokenizer.name} has no chat template in Jinja: use another --template")
         return template_of(hf)
 
+    def marks(self, hf: Any) -> tuple[str, ...]:
+        """All control tokens, those that the template writes before a question included."""
+        return tuple(template_of(hf).control)
+
     def stop_tokens(self, hf: Any) -> tuple[str, ...]:
         """The tokens at which generation stops, the one that ends an answer first."""
         return template_of(hf).stops
@@ -133,7 +137,10 @@ class OwnTemplate:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        chat = [{"role": message.role, "content": message.content} for message in messages]
+        chat = [
+            {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
+            for m in messages
+        ]
         try:
             with _time_limit():
                 rendered: Any = render_jinja_template(
@@ -238,7 +245,7 @@ class OwnTemplate:
         """
         if not self._latest or self._latest[0] is not conversation:
             messages = conversation.messages
-            if any(HIDING in message.content for message in messages):
+            if any(HIDING in message.content or HIDING in message.reasoning for message in messages):
                 self._hidden(messages)  # refuses it
             layout = self.layout(tuple(message.role for message in messages))
             pieces = layout.filled([message.content for message in messages]) if layout else []
@@ -268,11 +275,16 @@ class OwnTemplate:
                 if whole.startswith(prompt) and len(prompt) >= max(begins, default=(0, 0))[0]:
                     begins.append((len(prompt), i))
         answers: list[tuple[int, int, int]] = []
+        shows_reasoning = self._shows_reasoning(hidden, whole)
         bounds = [*(begin for begin, _ in begins[1:]), len(whole)]
         for (begin, i), bound in zip(begins, bounds, strict=False):
+            # What follows this answer is no part of it: a rendering that ends with it has the same text so far.
+            bound = min(bound, _common_length(whole, self.render(hidden[: i + 1])))
             with suppress(RefusedConversation):  # this answer cannot be trained where it is
                 stop = self.end_token(whole, begin, bound).end()
-                if "".join(hidden[i].content.split()) in "".join(whole[begin:stop].split()):
+                span = "".join(whole[begin:stop].split())
+                thought = "".join(hidden[i].reasoning.split())
+                if "".join(hidden[i].content.split()) in span and (thought in span or not shows_reasoning):
                     answers.append((begin, stop, i))
         same = len(answers) == sum(message.role == "assistant" for message in hidden)
         if not answers:
@@ -292,13 +304,16 @@ class OwnTemplate:
         Raises `RefusedConversation` if a stand-in could not be told from a text.
         """
         names = list(self.control)
-        if any(HIDING in message.content for message in messages):
+        if any(HIDING in message.content or HIDING in message.reasoning for message in messages):
             raise RefusedConversation("a text has U+FDD2, which is no character")
 
         def stand_in(match: re.Match[str]) -> str:
             return f"{HIDING}{names.index(match[0])}{HIDING}"
 
-        return [replace(m, content=self.control_pattern.sub(stand_in, m.content)) for m in messages]
+        def hide(text: str) -> str:
+            return self.control_pattern.sub(stand_in, text)
+
+        return [replace(m, content=hide(m.content), reasoning=hide(m.reasoning)) for m in messages]
 
     def render_safely(self, hidden: Sequence[Message], prompt: bool = False) -> str:
         """The text of messages whose control tokens are all the template's own.
@@ -307,7 +322,10 @@ class OwnTemplate:
         it has others than around harmless texts. Raises `RefusedConversation`.
         """
         text = self.render(hidden, prompt)
-        harmless = self.render([replace(m, content=f"m4rk{i}kr4m") for i, m in enumerate(hidden)], prompt)
+        plain = [
+            replace(m, content=f"m4rk{i}kr4m", reasoning=m.reasoning and f"th0ught{i}") for i, m in enumerate(hidden)
+        ]
+        harmless = self.render(plain, prompt)
         if self.control_pattern.findall(text) != self.control_pattern.findall(harmless):
             raise RefusedConversation("the template makes a control token of a text, or leaves one out for it")
         return text
@@ -338,6 +356,15 @@ class OwnTemplate:
     def trained_text(self, answer: str) -> str:
         """The answer without the white space around it, which the template may add or strip."""
         return answer.strip()
+
+    def leaves_out(self, conversation: Conversation) -> bool:
+        """Whether the answers have reasoning, and nothing of it is in what the template renders."""
+        messages = conversation.messages
+        return any(m.reasoning for m in messages) and not self._shows_reasoning(messages, self.render(messages))
+
+    def _shows_reasoning(self, messages: Sequence[Message], rendered: str) -> bool:
+        text = "".join(rendered.split())
+        return any(m.reasoning and "".join(m.reasoning.split()) in text for m in messages)
 
     difference = "the template changes earlier turns later"
 
@@ -406,7 +433,7 @@ def template_of(hf: Any) -> OwnTemplate:
     stop_ids = _generation_stops(hf)
     tokens = hf.added_tokens_decoder.items()
     control = {
-        token.content: ControlToken(token.content, token.lstrip, token.rstrip)
+        token.content: _control_token(token)
         for token_id, token in tokens
         if (token.special or token_id in stop_ids) and not token.content.isspace()
     }
@@ -414,6 +441,10 @@ def template_of(hf: Any) -> OwnTemplate:
     template = OwnTemplate(source=source, variables=dict(hf.special_tokens_map), control=control, ends=stops)
     exchange = (Message("user", "qu3stion"), Message("assistant", "4nswer"))
     try:
+        # Tokens that are merely added words, but mark a turn in this template.
+        before = template.render(exchange).partition(exchange[0].content)[0]
+        control |= {token.content: _control_token(token) for _, token in tokens if token.content in before}
+        template = replace(template, control=control)
         end = template.end_after(exchange, exchange[1].content)
         stops = (end, *(token for token in stops if token != end))
         template = replace(template, stops=stops, ends=stops)
@@ -431,6 +462,16 @@ def template_of(hf: Any) -> OwnTemplate:
     last = max((i for i, segment in enumerate(prompt) if segment.control), default=len(prompt))
     is_constant = exchange[0].content not in "".join(segment.text or "" for segment in prompt[last:])
     return replace(template, opening=tuple(prompt[last:] if is_constant else ()))
+
+
+def _common_length(one: str, other: str) -> int:
+    """The number of characters with which both texts begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _control_token(token: Any) -> ControlToken:
+    return ControlToken(token.content, token.lstrip, token.rstrip)
 
 
 def _generation_stops(hf: Any) -> set[int]:

@@ -64,6 +64,9 @@ class ChatTemplate(Protocol):
     def opening(self) -> tuple[Segment, ...]:
         """What directly precedes each answer, if `markers` is `own`."""
 
+    def marks(self, hf: Any) -> tuple[str, ...]:
+        """The tokens of a transformers tokenizer that mark turns: no text may contain them as ids."""
+
     def stop_tokens(self, hf: Any) -> tuple[str, ...]:
         """The tokens of a transformers tokenizer at which generation stops.
 
@@ -95,6 +98,9 @@ class ChatTemplate(Protocol):
 
         Raises `RefusedConversation`.
         """
+
+    def leaves_out(self, conversation: Conversation) -> bool:
+        """Whether the answers' reasoning has no place in this template."""
 
     @property
     def difference(self) -> str:

@@ -95,11 +95,17 @@ class HuggingFaceTokenizer:
             self._add_control_tokens(named.control_tokens)
             stop_tokens = named.stop_tokens(self.hf)
             self.stop_ids: list[int] = self.hf.convert_tokens_to_ids(list(stop_tokens))
-            self._examine({*named.control_tokens, *stop_tokens})
+            self._examine({*named.marks(self.hf), *stop_tokens})
 
     def _examine(self, control_tokens: Collection[str]) -> None:
         """Find the control tokens, and make the tokenizers that cannot recognize them in a text."""
         self.bos_id, self.eos_id, self.unk_id = self.hf.bos_token_id, self.stop_ids[0], self.hf.unk_token_id
+        for token_id in (self.eos_id, self.bos_id):
+            token = "" if token_id is None else self.hf.convert_ids_to_tokens(token_id)
+            if token and _only_spaces(token):
+                raise UserError(
+                    f"the tokenizer {self.name} has white space as BOS or EOS, which any text may have: set another"
+                )
         self.pad_id = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
         self.vocab_size = max(self.hf.get_vocab().values()) + 1
         if self.vocab_size > MOST_TOKENS:

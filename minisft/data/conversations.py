@@ -31,8 +31,8 @@ class Conversation:
 
     @property
     def characters(self) -> int:
-        """The number of characters in all messages."""
-        return sum(len(m.content) for m in self.messages)
+        """The number of characters in all messages, reasoning included."""
+        return sum(len(m.content) + len(m.reasoning) for m in self.messages)
 
     @property
     def answers(self) -> int:
@@ -43,7 +43,10 @@ class Conversation:
         """The conversation as a ShareGPT row, to be written to a file."""
         names = {"user": "human", "assistant": "gpt", "system": "system"}
         turns = [
-            {"from": names[m.role], "value": m.content} | ({} if m.trained else {"weight": 0}) for m in self.messages
+            {"from": names[m.role], "value": m.content}
+            | ({} if m.trained else {"weight": 0})
+            | ({"reasoning_content": m.reasoning} if m.reasoning else {})
+            for m in self.messages
         ]
         return {"id": self.id, "conversations": turns}
 
@@ -111,7 +114,8 @@ def clean(row: Any, where: str, ledger: Ledger, escaped: bool | None = None) -> 
 
 def _repaired_text(messages: list[Message], row_id: str, ledger: Ledger, escaped: bool | None) -> list[Message]:
     _require_length(messages)
-    texts = original = [m.content for m in messages]
+    thoughts = [m.reasoning for m in messages] if any(m.reasoning for m in messages) else []
+    texts = original = [m.content for m in messages] + thoughts
     for reason, repair in _TEXT_REPAIRS:
         if repair is unescaped and not (is_escaped(texts, turns=1, kinds=1) if escaped is None else escaped):
             continue
@@ -121,7 +125,9 @@ def _repaired_text(messages: list[Message], row_id: str, ledger: Ledger, escaped
             texts = repaired
     if texts is original:
         return messages
-    return [replace(m, content=text) for m, text in zip(messages, texts, strict=True)]
+    thoughts = texts[len(messages) :] or [""] * len(messages)
+    triples = zip(messages, texts[: len(messages)], thoughts, strict=True)
+    return [replace(m, content=text, reasoning=thought) for m, text, thought in triples]
 
 
 def _without_lone_bytes(texts: list[str]) -> list[str]:
@@ -172,6 +178,9 @@ def _alternating(messages: list[Message], row_id: str, ledger: Ledger) -> list[M
         elif last is not None and _continues(turns[last], message):
             repairs["consecutive turns of one role: joined"] = None
             joined.setdefault(last, [turns[last].content]).append(message.content)
+            if message.reasoning:
+                thoughts = filter(None, (turns[last].reasoning, message.reasoning))
+                turns[last] = replace(turns[last], reasoning="\n\n".join(thoughts))
         else:
             last = len(turns)
             turns.append(message)
@@ -192,7 +201,7 @@ def _alternating(messages: list[Message], row_id: str, ledger: Ledger) -> list[M
 
 
 def _require_length(messages: list[Message]) -> None:
-    if any(len(m.content) > LONGEST_MESSAGE for m in messages):
+    if any(max(len(m.content), len(m.reasoning)) > LONGEST_MESSAGE for m in messages):
         raise UnusableRow(f"a message of more than {LONGEST_MESSAGE:,} characters")
 
 

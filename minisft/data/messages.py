@@ -55,7 +55,8 @@ DROPPED = {
     "documents": "documents that the template cannot show",
     **dict.fromkeys(("train_detail", "training_detail"), "weights for parts of an answer"),
 }
-LEFT_OUT = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning left out: no template has it")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # of an answer; elsewhere it is left out
+LEFT_OUT = dict.fromkeys(REASONING, "reasoning that belongs to no answer: left out")
 # All keys of a row that are read. Other columns of a table need not be converted.
 KEYS = frozenset(
     ("id", *TURNS, *QUESTION, *GIVEN, *ANSWER, *CHOSEN, *SYSTEM, *HISTORY, *WEIGHT, *TRAINED, *DESIRABLE)
@@ -67,12 +68,14 @@ class Message:
     """One turn. `role` is `system`, `user` or `assistant`; `content` is untrusted text.
 
     `trained` is the weight of the message in the loss. Only assistant messages are ever trained,
-    and all of them are, except those that the data set marks with weight 0.
+    and all of them are, except those that the data set marks with weight 0. `reasoning` is what the
+    model thought before an answer, for templates that have a place for it.
     """
 
     role: str
     content: str
     trained: bool = True
+    reasoning: str = ""
 
 
 class UnusableRow(ValueError):
@@ -147,17 +150,17 @@ def is_empty(value: Any, depth: int = 4) -> bool:
     return False
 
 
-def require_supported_keys(keys: Keys, found: ReadRow) -> None:
+def require_supported_keys(keys: Keys, found: ReadRow, reads: str = "") -> None:
     """Check for keys that text cannot represent.
 
-    Raises `UnusableRow` for a key in `DROPPED` that has a value; records keys in `LEFT_OUT` as
-    repairs of the row `found`.
+    Raises `UnusableRow` for a key in `DROPPED` that has a value; records keys in `LEFT_OUT`, except
+    the one that the caller `reads`, as repairs of the row `found`.
     """
     for key, value in keys.row.items():
         if key in DROPPED:
             if not _is_none(keys.take((key,))):
                 raise UnusableRow(DROPPED[key])
-        elif key in LEFT_OUT and isinstance(value, str | list | dict) and not is_empty(value):
+        elif key in LEFT_OUT and key != reads and isinstance(value, str | list | dict) and not is_empty(value):
             found.repairs[LEFT_OUT[key]] = None
 
 
@@ -208,7 +211,8 @@ def message_of(turn: Any, found: ReadRow) -> Message:
         if isinstance(role, str) and isinstance(content, str) and role in ROLES:
             return Message(ROLES[role], content)
     keys = Keys(turn)
-    require_supported_keys(keys, found)
+    reasoning_key, reasoning = _reasoning(keys)
+    require_supported_keys(keys, found, reasoning_key)
     role = keys.take(ROLE)
     if not isinstance(role, str):
         raise UnusableRow("a turn without role and text")
@@ -220,7 +224,18 @@ def message_of(turn: Any, found: ReadRow) -> Message:
         raise UnusableRow(f"unknown role {role[:20]!r}")
     trained = weight(keys, (*WEIGHT, *TRAINED), known_role == "assistant")
     found.unread |= {f"{name} (of a turn)": None for name in keys.unread()}
-    return Message(known_role, content, trained)
+    return Message(known_role, content, trained, reasoning)
+
+
+def _reasoning(keys: Keys) -> tuple[str, str]:
+    """The key and the text of an answer's reasoning; two empty strings if the turn has none."""
+    name, text = keys.look(REASONING)
+    role = keys.look(ROLE)[1]
+    is_answer = isinstance(role, str) and ROLES.get(role.strip().lower()) == "assistant"
+    if not (is_answer and isinstance(text, str) and text.strip()):
+        return "", ""
+    keys.take(REASONING)
+    return name, text
 
 
 def text_of(content: Any, role: str | None, found: ReadRow) -> str:

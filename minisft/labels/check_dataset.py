@@ -138,7 +138,7 @@ def check_conversations(
             violations += _differences(row, ids, labels, "reference", "mistral-common", tokenizer)
         has_prompt = template.markers == "own" and template.same_at_every_turn(conversation)
         if has_prompt:
-            violations += _prompt_differences(row, conversation, tokenizer)
+            violations += _prompt_differences(row, conversation, template, tokenizer)
         report.add([*names, "reference"] if expected or has_prompt else names, violations)
         _progress(report, say)
     if not report.rows:
@@ -170,16 +170,22 @@ def _expected(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[in
         return None
 
 
-def _prompt_differences(row: Row, conversation: Conversation, tokenizer: Any) -> Iterator[Violation]:
+def _prompt_differences(
+    row: Row, conversation: Conversation, template: ChatTemplate, tokenizer: Any
+) -> Iterator[Violation]:
     """Yield the first difference between the ids before the first trained answer and its prompt at inference.
 
     The prompt is that of plain transformers, which keeps control tokens that a message spells as text if asked to.
     """
     answer = next(i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.trained)
-    chat = [{"role": m.role, "content": m.content} for m in conversation.messages[:answer]]
-    prompt = tokenizer.hf.apply_chat_template(chat, add_generation_prompt=True, sanitize_control_tokens=True)[
-        "input_ids"
+    chat = [
+        {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
+        for m in conversation.messages[:answer]
     ]
+    encoded = tokenizer.hf.apply_chat_template(
+        chat, chat_template=template.jinja(), add_generation_prompt=True, sanitize_control_tokens=True
+    )
+    prompt = encoded["input_ids"]
     begin = next((i for i, label in enumerate(row.labels) if label != IGNORE_INDEX), len(row.labels))
     before = Row(row.id, row.input_ids[:begin], [IGNORE_INDEX] * begin)
     labels = [IGNORE_INDEX] * len(prompt)

@@ -260,6 +260,18 @@ def test_a_tokenizer_is_read_from_its_own_folder(tiny_model, tmp_path, names):
     HuggingFaceTokenizer(folder)
 
 
+@pytest.mark.attack("1")
+@pytest.mark.parametrize("space", ["\n", "  "])
+def test_white_space_is_no_eos(tiny_model, tmp_path, space):
+    from transformers import AutoTokenizer
+
+    hf = AutoTokenizer.from_pretrained(tiny_model)
+    hf.add_special_tokens({"eos_token": space})
+    hf.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has white space as BOS or EOS"):
+        HuggingFaceTokenizer(tmp_path)
+
+
 @pytest.mark.attack("12")
 @pytest.mark.parametrize("part", ["normalizer", "decoder"])
 def test_a_text_does_not_grow_without_end(tiny_model, tmp_path, part):

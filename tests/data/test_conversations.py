@@ -2,6 +2,7 @@
 
 import json
 import time
+from decimal import Decimal
 from itertools import pairwise
 
 import pytest
@@ -407,11 +408,27 @@ def test_which_keys_are_applied_and_which_are_counted_by_name(row, turns, unread
 
 @pytest.mark.attack("16")
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_is_left_out_with_its_line(key):
-    for row in (talk_with(tell={key: "Two and two."}), talk_with({key: "Two and two."}),
+def test_reasoning_belongs_to_its_answer_or_is_left_out_with_a_line(key):
+    row = talk_with(tell={key: "Two and\r\ntwo."})
+    conversation = clean(row, "here", Ledger())
+    assert [(m.content, m.reasoning) for m in conversation.messages] == [("2+2?", ""), ("4", "Two and\ntwo.")]
+    again = clean(conversation.to_sharegpt(), "here", Ledger())
+    assert again == conversation
+    for row in (talk_with({key: "Two and two."}),
                 talk_with(tell={"content": [{"type": key, key: "Two"}, {"type": "text", "text": "4"}]})):  # fmt: skip
         found, repairs, dropped = cleaned(row)
-        assert (found, repairs, dropped) == (PAIR, ["reasoning left out: no template has it"], [])
+        assert (found, repairs, dropped) == (PAIR, ["reasoning that belongs to no answer: left out"], [])
+
+
+@pytest.mark.attack("16")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weight", "0"), ("weight", Decimal("0.0")), ("train", "false"), ("loss", False), ("weight", [1, 0])],
+)
+def test_a_row_of_no_weight_in_any_spelling_is_dropped(key, value):
+    found, _, dropped = cleaned(talk_with({key: value}))
+    assert not found and dropped in (["a row of weight 0"], ["weights of a row as a list"])
+    assert cleaned(talk_with({key: None}))[2] == []
 
 
 @pytest.mark.attack("16")
@@ -457,7 +474,11 @@ def test_no_key_with_a_value_is_ignored_in_silence(row, key, value, where):
     target[key] = value
     ledger = Ledger()
     found = clean(row, "here", ledger)
-    if found is None or [(m.role, m.content) for m in found.messages] != before[0]:
+    if (
+        found is None
+        or any(m.reasoning for m in found.messages)
+        or [(m.role, m.content) for m in found.messages] != before[0]
+    ):
         assert (found is None) == bool(ledger.dropped)
         return
     same = value in AFFIRMATIVE or value in SAYS_NOTHING or (isinstance(value, str) and value.strip() in SAYS_NOTHING)

@@ -340,7 +340,9 @@ def test_every_command_reads_the_same_rows_and_says_what_it_did_not(run, tiny_mo
         "marked as undesirable (label)": 1, "needs images": 1, "tool calls that the template cannot show": 1,
     }  # fmt: skip
     assert {"source", "thinking (of a turn)"} == set(ledger["unread"])
-    assert {"reasoning left out: no template has it", "instruction/output: converted"} <= set(ledger["repaired"])
+    assert {"reasoning left out: the template v1 has no place for it", "instruction/output: converted"} <= set(
+        ledger["repaired"]
+    )
     assert "not read: source" in printed and "dropped: needs images" in printed
     encoded = [json.loads(line) for line in out.read_text().splitlines()]
     tokenizer = HuggingFaceTokenizer(tiny_model)

@@ -406,6 +406,19 @@ def test_a_damaged_checkpoint_is_no_model_to_start_from(config, tiny_model, tmp_
 
 
 @pytest.mark.attack("9")
+@pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors.index.json", "more.safetensors"])
+def test_a_file_that_is_added_to_the_start_model_is_noticed(config, tiny_model, tmp_path, name):
+    from minisft.training.dataset import changed_model
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    run = prepare(config("vanilla", model=str(model)), say=lambda line: None)
+    assert changed_model(run) == ""
+    (model / name).write_text("{}")
+    assert f"{name} was added after the run was prepared" in changed_model(run)
+    assert bool(changed_model(run, weights=False)) == (not name.endswith(".safetensors"))
+
+
+@pytest.mark.attack("9")
 def test_a_template_in_a_folder_of_its_own_is_a_part_of_the_model(config, tiny_model, tmp_path):
     from minisft.training.dataset import changed_model
 
