@@ -43,6 +43,7 @@ MOST_LAYOUTS = 1_000  # role sequences whose layout is kept
 # In front of and behind a marker: what is missing in the rendering, the template strips.
 SPACE = " \n "
 # Written in the place of a control token that a content spells, while the template is rendered.
+NO_END = "the template ends an answer without a token at which generation could stop"
 HIDING = "\ufdd2"  # a noncharacter of Unicode: no text has it
 _HIDDEN = re.compile(f"{HIDING}(\\d+){HIDING}")
 
@@ -219,17 +220,24 @@ class OwnTemplate:
         text = self.render(messages)
         if text.count(content) != 1:
             raise RefusedConversation("it does not write an answer as it is, once")
-        return self.end_token(text, text.index(content), text.find(following) if following else len(text))[0]
+        begin, end = text.index(content), text.find(following) if following else len(text)
+        found = [match[0] for match in self.control_pattern.finditer(text, begin, end)]
+        known = [token for token in found if token in self.ends]
+        # The last token before a content opens a turn: alone, it is no end of the turn before.
+        others = found[:-1] if following else found
+        if not known and not others:
+            raise RefusedConversation(NO_END)
+        return (known or others)[0]
 
     def end_token(self, text: str, begin: int, end: int) -> re.Match[str]:
         """The token in `text` that ends an answer, whose content ends at `begin`.
 
         Raises `RefusedConversation` if there is none before `end`.
         """
-        found = list(self.control_pattern.finditer(text, begin, end))
-        stop = next((match for match in found if match[0] in self.ends), found[0] if found else None)
+        found = self.control_pattern.finditer(text, begin, end)
+        stop = next((match for match in found if match[0] in self.ends), None)
         if stop is None:
-            raise RefusedConversation("the template ends an answer without a token at which generation could stop")
+            raise RefusedConversation(NO_END)
         return stop
 
     @property

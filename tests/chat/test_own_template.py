@@ -360,6 +360,16 @@ def test_no_question_is_trained_where_only_questions_and_the_last_answer_end(tin
     assert tokenizer.decode([label for label in row.labels if label >= 0]) == "walls<|im_end|>"
 
 
+def test_the_next_turn_s_marker_is_no_end_of_an_answer(tiny_model, tmp_path):
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    tokenizer = HuggingFaceTokenizer(save(template, tiny_model, tmp_path / "model"), "own")
+    row = encode(TWO, template_for(tokenizer), tokenizer, 999)
+    assert tokenizer.decode([label for label in row.labels if label >= 0]) == "and saw red rain</s>"
+
+
 @pytest.mark.attack("1")
 def test_a_word_that_marks_a_turn_is_a_control_token(tiny_model, tmp_path):
     """Some models have `<|im_start|>` as an added word that is not special."""
