@@ -48,9 +48,9 @@ class CheckReport:
         """Whether no row violates an invariant."""
         return not any(tally.failed for tally in self.invariants.values())
 
-    def add(self, checked: Iterable[str], violations: Iterable[Violation]) -> None:
-        """Count one row: the names of the invariants checked, and the violations found."""
-        self.rows += 1
+    def add(self, checked: Iterable[str], violations: Iterable[Violation], rows: int = 1) -> None:
+        """Count one row, or none: the names of the invariants checked, and the violations found."""
+        self.rows += rows
         for name in checked:
             self.invariants.setdefault(name, Tally()).checked += 1
         for violation in violations:
@@ -269,7 +269,7 @@ def check_tokenized(
         with suppress(RefusedConversation):
             if encode(conversation, template, tokenizer, max_length, truncation).trained:
                 missing = Violation(conversation.id, None, None, "against", "this conversation has no row")
-                report.add(["against"], [missing])
+                report.add(["against"], [missing], rows=0)
     return report
 
 

@@ -295,9 +295,12 @@ def test_tokenized_rows_against_their_conversations(tokenizer):
     assert check_tokenized(map(raw, reversed(rows)), template, tokenizer, against=given).ok
 
     exchanged = [raw(rows[0], id="row1"), raw(rows[1], id="row0"), raw(rows[2], id="nobody")]
-    report = check_tokenized(exchanged, template, tokenizer, against=given)
+    report = check_tokenized(exchanged, template, tokenizer, against=given[:2])
     assert report.invariants["against"].failed == 3
     assert "no conversation" in report.invariants["against"].first[2].message
+    report = check_tokenized(map(raw, rows[1:]), template, tokenizer, against=given)
+    assert report.rows == len(rows) - 1 and report.invariants["against"].failed == 1
+    assert "row row0: this conversation has no row" in str(report)
     with pytest.raises(UserError, match="no id"):
         check_tokenized([raw(rows[0], id=None)], template, tokenizer, against=given)
 
