@@ -29,11 +29,8 @@ class LinesTemplate:
     opening: tuple[Segment, ...] = (START,)
     difference: str = ""
 
-    def marks(self, hf):
-        return ()
-
-    def stop_tokens(self, hf):
-        return (hf.eos_token,)
+    def marks_and_stops(self, hf):
+        return (), (hf.eos_token,)
 
     def leaves_out(self, conversation):
         return any(message.reasoning for message in conversation.messages)

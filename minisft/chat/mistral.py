@@ -69,13 +69,9 @@ class MistralTemplate:
         if self.name not in VERSIONS:
             raise UserError(f"template {self.name!r} is not known: use one of {', '.join(VERSIONS)}")
 
-    def marks(self, hf: Any) -> tuple[str, ...]:
-        """The control tokens of this version."""
-        return self.control_tokens
-
-    def stop_tokens(self, hf: Any) -> tuple[str, ...]:
-        """EOS alone."""
-        return (hf.eos_token,)
+    def marks_and_stops(self, hf: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The control tokens of this version; generation stops at EOS alone."""
+        return self.control_tokens, (hf.eos_token,)
 
     def fitted_to(self, tokenizer: Tokenizer) -> MistralTemplate:
         """The same template with the `written_space` and `has_bos` of `tokenizer`."""

@@ -4,9 +4,9 @@ The template renders a whole conversation as text. To label that text exactly, t
 known: what came from the messages (it may not become a control token), where each answer begins
 (where the template's generation prompt ends), and the token that ends it (where generation stops).
 
-1. The roles of a conversation are rendered once with markers in the place of the contents. What
-   lies between the markers is the template's own text; `add_generation_prompt` shows where each
-   answer begins. This layout serves all conversations with these roles.
+1. The roles of a conversation are rendered once with markers in the place of the contents. The
+   text between the markers is the template's own; `add_generation_prompt` shows where each answer
+   begins. This layout serves all conversations with these roles.
 2. Each conversation is rendered as it is. If this text is the layout, filled with the contents,
    the layout labels it.
 3. Otherwise the template changes contents (it removes earlier reasoning, for example): each answer
@@ -42,8 +42,8 @@ MOST_SECONDS = 10.0  # for rendering one conversation
 MOST_LAYOUTS = 1_000  # role sequences whose layout is kept
 # In front of and behind a marker: what is missing in the rendering, the template strips.
 SPACE = " \n "
-# Written in the place of a control token that a content spells, while the template is rendered.
 NO_END = "the template ends an answer without a token at which generation could stop"
+# Around the number of a control token that a content spells, while the template is rendered.
 HIDING = "\ufdd2"  # a noncharacter of Unicode: no text has it
 _HIDDEN = re.compile(f"{HIDING}(\\d+){HIDING}")
 
@@ -121,13 +121,10 @@ class OwnTemplate:
             raise UserError(f"the tokenizer {tokenizer.name} has no chat template in Jinja: use another --template")
         return template_of(hf)
 
-    def marks(self, hf: Any) -> tuple[str, ...]:
-        """All control tokens, those that the template writes before a question included."""
-        return tuple(template_of(hf).control)
-
-    def stop_tokens(self, hf: Any) -> tuple[str, ...]:
-        """The tokens at which generation stops, the one that ends an answer first."""
-        return template_of(hf).stops
+    def marks_and_stops(self, hf: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """All control tokens, those that the template writes before a question included; the stops."""
+        template = template_of(hf)
+        return tuple(template.control), template.stops
 
     # --- rendering ---------------------------------------------------------------------------------
 
@@ -138,14 +135,10 @@ class OwnTemplate:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        chat = [
-            {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
-            for m in messages
-        ]
         try:
             with _time_limit():
                 rendered: Any = render_jinja_template(
-                    [chat], chat_template=self.source, add_generation_prompt=prompt, **self.variables
+                    [as_chat(messages)], chat_template=self.source, add_generation_prompt=prompt, **self.variables
                 )
         except Exception as error:  # a template may raise anything
             raise RefusedConversation(f"the template refuses it: {one_line(error, 100)}") from error
@@ -185,10 +178,8 @@ class OwnTemplate:
             before = spans[number - 1][1] if number else 0
             after = spans[number + 1][0] if number + 1 < len(spans) else len(whole)
             try:
-                begin = self._begin(whole, messages[:i], before, start)
-                same = same and begin >= 0
-                if begin < 0:  # the prompt of this turn is not the beginning: find the end of the prompt alone
-                    begin = self._begin_by_prompt(whole, messages[:i], markers[:i], before, start)
+                begin, is_prefix = self._begin(whole, messages[:i], markers[:i], before, start)
+                same = same and is_prefix
                 answers[i] = begin, self.end_token(whole, end, after).end()
             except RefusedConversation:  # this answer cannot be trained where it is
                 same = False
@@ -196,21 +187,23 @@ class OwnTemplate:
             return None
         return Layout(tuple(_pieces(whole, spans, answers)), same)
 
-    def _begin(self, whole: str, prompt: Sequence[Message], before: int, start: int) -> int:
-        """Where the answer after `prompt` begins in `whole`; -1 if `whole` does not begin with it."""
-        text = self.render(prompt, prompt=True)
-        return len(text) if whole.startswith(text) and before <= len(text) <= start else -1
-
-    def _begin_by_prompt(
+    def _begin(
         self, whole: str, prompt: Sequence[Message], markers: Sequence[str], before: int, start: int
-    ) -> int:
+    ) -> tuple[int, bool]:
+        """Where the answer after `prompt` begins in `whole`, and whether `whole` begins with the prompt.
+
+        If it does not, the answer begins where the end of the prompt alone is found after `before`.
+        Raises `RefusedConversation` if that is not before its content, at `start`.
+        """
         text = self.render(prompt, prompt=True)
+        if whole.startswith(text) and before <= len(text) <= start:
+            return len(text), True
         last = max((text.rfind(mark) + len(mark) for mark in markers if mark in text), default=0)
         last += len(SPACE) * text.startswith(SPACE, last)
         tail = text[last:]
         if not whole.startswith(tail, before) or before + len(tail) > start:
             raise RefusedConversation("the template's generation prompt is not what it writes before an answer")
-        return before + len(tail)
+        return before + len(tail), False
 
     def end_after(self, messages: Sequence[Message], content: str, following: str = "") -> str:
         """The token that ends the answer with this content, before the `following` message's.
@@ -253,8 +246,7 @@ class OwnTemplate:
         """
         if not self._latest or self._latest[0] is not conversation:
             messages = conversation.messages
-            if any(HIDING in message.content or HIDING in message.reasoning for message in messages):
-                self._hidden(messages)  # refuses it
+            _require_characters(messages)
             layout = self.layout(tuple(message.role for message in messages))
             pieces = layout.filled([message.content for message in messages]) if layout else []
             rendered = self.render(messages)
@@ -311,9 +303,8 @@ class OwnTemplate:
 
         Raises `RefusedConversation` if a stand-in could not be told from a text.
         """
+        _require_characters(messages)
         names = list(self.control)
-        if any(HIDING in message.content or HIDING in message.reasoning for message in messages):
-            raise RefusedConversation("a text has U+FDD2, which is no character")
 
         def stand_in(match: re.Match[str]) -> str:
             return f"{HIDING}{names.index(match[0])}{HIDING}"
@@ -470,6 +461,20 @@ def template_of(hf: Any) -> OwnTemplate:
     last = max((i for i, segment in enumerate(prompt) if segment.control), default=len(prompt))
     is_constant = exchange[0].content not in "".join(segment.text or "" for segment in prompt[last:])
     return replace(template, opening=tuple(prompt[last:] if is_constant else ()))
+
+
+def as_chat(messages: Iterable[Message]) -> list[dict[str, str]]:
+    """Messages as transformers' chat templates read them."""
+    return [
+        {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
+        for m in messages
+    ]
+
+
+def _require_characters(messages: Sequence[Message]) -> None:
+    """Raise `RefusedConversation` for a text with the noncharacter that stand-ins are made of."""
+    if any(HIDING in message.content or HIDING in message.reasoning for message in messages):
+        raise RefusedConversation("a text has U+FDD2, which is no character")
 
 
 def _common_length(one: str, other: str) -> int:

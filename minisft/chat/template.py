@@ -64,13 +64,10 @@ class ChatTemplate(Protocol):
     def opening(self) -> tuple[Segment, ...]:
         """What directly precedes each answer, if `markers` is `own`."""
 
-    def marks(self, hf: Any) -> tuple[str, ...]:
-        """The tokens of a transformers tokenizer that mark turns: no text may contain them as ids."""
+    def marks_and_stops(self, hf: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The tokens of a transformers tokenizer that mark turns, and those at which generation stops.
 
-    def stop_tokens(self, hf: Any) -> tuple[str, ...]:
-        """The tokens of a transformers tokenizer at which generation stops.
-
-        The first one ends an answer.
+        No text may contain a mark as an id. The first stop ends an answer.
         """
 
     def fitted_to(self, tokenizer: Tokenizer) -> ChatTemplate:

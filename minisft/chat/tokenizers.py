@@ -93,9 +93,9 @@ class HuggingFaceTokenizer:
         self.hf = _load(folder)
         with _damage_named(folder):
             self._add_control_tokens(named.control_tokens)
-            stop_tokens = named.stop_tokens(self.hf)
-            self.stop_ids: list[int] = self.hf.convert_tokens_to_ids(list(stop_tokens))
-            self._examine({*named.marks(self.hf), *stop_tokens})
+            marks, stops = named.marks_and_stops(self.hf)
+            self.stop_ids: list[int] = self.hf.convert_tokens_to_ids(list(stops))
+            self._examine({*marks, *stops})
 
     def _examine(self, control_tokens: Collection[str]) -> None:
         """Find the control tokens, and make the tokenizers that cannot recognize them in a text."""

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minisft.chat.mistral_reference import reference
+from minisft.chat.own_template import as_chat
 from minisft.chat.template import ChatTemplate, RefusedConversation
 from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation, one_per_answer, only_last_answer
@@ -178,12 +179,11 @@ def _prompt_differences(
     The prompt is that of plain transformers, which keeps control tokens that a message spells as text if asked to.
     """
     answer = next(i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.trained)
-    chat = [
-        {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
-        for m in conversation.messages[:answer]
-    ]
     encoded = tokenizer.hf.apply_chat_template(
-        chat, chat_template=template.jinja(), add_generation_prompt=True, sanitize_control_tokens=True
+        as_chat(conversation.messages[:answer]),
+        chat_template=template.jinja(),
+        add_generation_prompt=True,
+        sanitize_control_tokens=True,
     )
     prompt = encoded["input_ids"]
     begin = next((i for i, label in enumerate(row.labels) if label != IGNORE_INDEX), len(row.labels))

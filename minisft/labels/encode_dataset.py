@@ -78,7 +78,7 @@ def _encode(
             try:
                 if train_on == "all" and not template.same_at_every_turn(conversation):
                     ledger.repair(_other_prompts(template), conversation.id)
-                if any(m.reasoning for m in conversation.messages) and template.leaves_out(conversation):
+                if template.leaves_out(conversation):
                     ledger.repair(
                         f"reasoning left out: the template {template.name} has no place for it", conversation.id
                     )

@@ -142,7 +142,6 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     base = AutoTokenizer.from_pretrained(find_tokenizer("smollm2"))
-    total: Counter[str] = Counter()
     pairs = unexplained = 0
     for patched in sorted(options.folder.glob("*_training.jinja")):
         name = patched.stem.removesuffix("_training")
@@ -160,7 +159,6 @@ def main() -> None:
             if options.show:
                 show(tokenizer, patched.read_text())
         pairs += 1
-        total += counts
         strange = {what: n for what, n in counts.items() if what.partition(":")[0] not in EXPLAINED}
         unexplained += sum(strange.values())
         print(f"{name:26} {', '.join(f'{what} {n}' for what, n in counts.most_common())}")

@@ -17,7 +17,7 @@ from minisft.data.ledger import Ledger
 from minisft.errors import UserError
 from minisft.labels.check_dataset import check_conversations
 from minisft.labels.encode_dataset import encode_stream
-from minisft.labels.encode_row import IGNORE_INDEX, encode
+from minisft.labels.encode_row import IGNORE_INDEX, encode, encode_segments
 from minisft.labels.invariants import check_row
 
 CHATML = (
@@ -149,8 +149,6 @@ def test_every_answer_follows_the_prompt_of_plain_transformers_and_ends_where_ge
         assert row.input_ids[end - 1] == tokenizer.hf.convert_tokens_to_ids(TEMPLATES[name][1]) == tokenizer.eos_id
         assert part.messages[-1].content in tokenizer.decode(row.input_ids[start : end - 1])
         prompt = template.prompt_segments(part)
-        from minisft.labels.encode_row import encode_segments
-
         assert encode_segments(prompt, tokenizer) == row.input_ids[:start]
     whole = encode(conversation, template, tokenizer, 999)
     assert len(spans(whole)) == sum(m.role == "assistant" for m in conversation.messages)
@@ -332,42 +330,42 @@ def test_a_template_cannot_make_a_control_token_of_a_text(tiny_model, tmp_path, 
             own.prompt_segments(conversation)
 
 
-def test_no_later_question_is_trained_where_an_answer_has_no_end_of_its_own(tiny_model, tmp_path):
-    """The system prompt is repeated in every turn, and EOS comes after the last answer alone."""
-    late = (
+# Template, conversation, and what is trained of it: what follows an answer is never a part of it.
+WITHOUT_ENDS = {
+    "the system prompt at every turn": (
         "{% set ns = namespace(s='') %}{% for m in messages %}"
         "{% if m['role'] == 'system' %}{% set ns.s = m['content'] %}"
         "{% elif m['role'] == 'user' %}{{ ns.s + '\nQ: ' + m['content'] + '\nA:\n' }}"
         "{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}{% if messages[-1]['role'] == 'assistant' %}"
-        "{{ eos_token }}{% endif %}"
-    )
-    tokenizer = HuggingFaceTokenizer(save(late, tiny_model, tmp_path / "model"), "own")
-    turns = [SYSTEM, ("user", "the cat"), ("assistant", "sat on"), ("user", "SECRET"), ("assistant", "a mat")]
-    row = encode(talk(*turns), template_for(tokenizer), tokenizer, 999)
-    assert tokenizer.decode([label for label in row.labels if label >= 0]) == "a mat\n</s>"
-
-
-def test_no_question_is_trained_where_only_questions_and_the_last_answer_end(tiny_model, tmp_path):
-    template = (
+        "{{ eos_token }}{% endif %}",
+        [SYSTEM, ("user", "the cat"), ("assistant", "sat on"), ("user", "SECRET"), ("assistant", "a mat")],
+        "a mat\n</s>",
+    ),
+    "questions end, and the last answer": (
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q:' + m['content'] + '<|im_end|>A:' }}"
         "{% else %}{{ (m['content'] if loop.last else m['content'].split('</think>')[-1]) + "
-        "('<|im_end|>' if loop.last else ' ') }}{% endif %}{% endfor %}"
-    )
-    tokenizer = HuggingFaceTokenizer(save(template, tiny_model, tmp_path / "model"), "own")
-    turns = [("user", "the cat"), ("assistant", "sat on"), ("user", "SECRET"), ("assistant", "hm</think>old")]
-    turns += [("user", "a mat"), ("assistant", "walls")]
-    row = encode(talk(*turns), template_for(tokenizer), tokenizer, 999)
-    assert tokenizer.decode([label for label in row.labels if label >= 0]) == "walls<|im_end|>"
-
-
-def test_the_next_turn_s_marker_is_no_end_of_an_answer(tiny_model, tmp_path):
-    template = (
+        "('<|im_end|>' if loop.last else ' ') }}{% endif %}{% endfor %}",
+        [
+            *(("user", "the cat"), ("assistant", "sat on"), ("user", "SECRET"), ("assistant", "hm</think>old")),
+            *(("user", "a mat"), ("assistant", "walls")),
+        ],
+        "walls<|im_end|>",
+    ),
+    "the next turn's marker": (
         "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
-    )
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}",
+        [(m.role, m.content) for m in TWO.messages],
+        "and saw red rain</s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_ENDS)
+def test_only_an_answer_with_an_end_of_its_own_is_trained(tiny_model, tmp_path, name):
+    template, turns, trained = WITHOUT_ENDS[name]
     tokenizer = HuggingFaceTokenizer(save(template, tiny_model, tmp_path / "model"), "own")
-    row = encode(TWO, template_for(tokenizer), tokenizer, 999)
-    assert tokenizer.decode([label for label in row.labels if label >= 0]) == "and saw red rain</s>"
+    row = encode(talk(*turns), template_for(tokenizer), tokenizer, 999)
+    assert tokenizer.decode([label for label in row.labels if label >= 0]) == trained
 
 
 @pytest.mark.attack("1")
