@@ -18,17 +18,14 @@ A conversation that the template refuses, or that cannot be labelled exactly, ra
 
 from __future__ import annotations
 
-import functools
 import itertools
-import re
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minisft.chat.jinja_template import JinjaTemplate, Piece, control_token, require_characters
 from minisft.chat.template import RefusedConversation, Segment
 from minisft.data.conversations import Conversation, Message
 from minisft.errors import UserError
@@ -38,35 +35,8 @@ from minisft.text import one_line
 if TYPE_CHECKING:
     from minisft.chat.tokenizers import Tokenizer
 
-MOST_SECONDS = 10.0  # for rendering one conversation
 MOST_LAYOUTS = 1_000  # role sequences whose layout is kept
-# In front of and behind a marker: what is missing in the rendering, the template strips.
-SPACE = " \n "
-NO_END = "the template ends an answer without a token at which generation could stop"
-# Around the number of a control token that a content spells, while the template is rendered.
-HIDING = "\ufdd2"  # a noncharacter of Unicode: no text has it
-_HIDDEN = re.compile(f"{HIDING}(\\d+){HIDING}")
-
-
-@dataclass(frozen=True)
-class ControlToken:
-    """A control token that template text may contain; some absorb the white space beside them."""
-
-    content: str
-    lstrip: bool
-    rstrip: bool
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a rendering: text of the template, or a message's content (`message` is its index).
-
-    `answer` is the index of the answer that the piece is trained for, or None.
-    """
-
-    text: str
-    message: int | None = None
-    answer: int | None = None
+SPACE = " \n "  # around a marker: a side without it in the rendering is one that the template strips
 
 
 @dataclass(frozen=True)
@@ -94,20 +64,15 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class OwnTemplate:
+class OwnTemplate(JinjaTemplate):
     """The chat template of a tokenizer of transformers; useful after `fitted_to` only.
 
-    `source` is its Jinja, `variables` are the special tokens that it may use, `control` are the
-    control tokens by content, and `stops` the contents of the tokens at which generation stops, the
-    one that ends an answer first. `ends` are these and the token after an answer that is not the last.
+    `stops` are the contents of the tokens at which generation stops, the one that ends an answer
+    first. `ends` are these and the token after an answer that is not the last.
     """
 
     name: str = "own"
-    source: str = ""
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    control: Mapping[str, ControlToken] = field(default_factory=dict)
     stops: tuple[str, ...] = ()
-    ends: tuple[str, ...] = ()
     control_tokens: tuple[str, ...] = ()  # none that the vocabulary lacks
     markers: str = "own"
     opening: tuple[Segment, ...] = ()
@@ -126,24 +91,6 @@ class OwnTemplate:
         template = template_of(hf)
         return tuple(template.control), template.stops
 
-    # --- rendering ---------------------------------------------------------------------------------
-
-    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """The text of messages, with a generation prompt if `prompt`.
-
-        Raises `RefusedConversation` with the template's own words.
-        """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            with _time_limit():
-                rendered: Any = render_jinja_template(
-                    [as_chat(messages)], chat_template=self.source, add_generation_prompt=prompt, **self.variables
-                )
-        except Exception as error:  # a template may raise anything
-            raise RefusedConversation(f"the template refuses it: {one_line(error, 100)}") from error
-        return rendered[0][0]  # the texts of several chats, and their generation spans
-
     # --- layouts -----------------------------------------------------------------------------------
 
     def layout(self, roles: tuple[str, ...]) -> Layout | None:
@@ -154,10 +101,10 @@ class OwnTemplate:
         if roles not in self._layouts:
             if len(self._layouts) >= MOST_LAYOUTS:
                 self._layouts.clear()
-            self._layouts[roles] = self.new_layout(roles)
+            self._layouts[roles] = self._new_layout(roles)
         return self._layouts[roles]
 
-    def new_layout(self, roles: tuple[str, ...]) -> Layout | None:
+    def _new_layout(self, roles: tuple[str, ...]) -> Layout | None:
         markers = [f"m4rk{i}kr4m" for i in range(len(roles))]
         messages = [Message(role, f"{SPACE}{mark}{SPACE}") for role, mark in zip(roles, markers, strict=True)]
         whole = self.render(messages)
@@ -205,38 +152,6 @@ class OwnTemplate:
             raise RefusedConversation("the template's generation prompt is not what it writes before an answer")
         return before + len(tail), False
 
-    def end_after(self, messages: Sequence[Message], content: str, following: str = "") -> str:
-        """The token that ends the answer with this content, before the `following` message's.
-
-        Raises `RefusedConversation`.
-        """
-        text = self.render(messages)
-        if text.count(content) != 1:
-            raise RefusedConversation("it does not write an answer as it is, once")
-        begin, end = text.index(content), text.find(following) if following else len(text)
-        found = [match[0] for match in self.control_pattern.finditer(text, begin, end)]
-        known = [token for token in found if token in self.ends]
-        # The last token before a content opens a turn: alone, it is no end of the turn before.
-        others = found[:-1] if following else found
-        if not known and not others:
-            raise RefusedConversation(NO_END)
-        return (known or others)[0]
-
-    def end_token(self, text: str, begin: int, end: int) -> re.Match[str]:
-        """The token in `text` that ends an answer, whose content ends at `begin`.
-
-        Raises `RefusedConversation` if there is none before `end`.
-        """
-        found = self.control_pattern.finditer(text, begin, end)
-        stop = next((match for match in found if match[0] in self.ends), None)
-        if stop is None:
-            raise RefusedConversation(NO_END)
-        return stop
-
-    @property
-    def control_pattern(self) -> re.Pattern[str]:
-        return _pattern(tuple(self.control))
-
     # --- labelling ---------------------------------------------------------------------------------
 
     def labelled(self, conversation: Conversation) -> tuple[list[Piece], bool]:
@@ -246,7 +161,7 @@ class OwnTemplate:
         """
         if not self._latest or self._latest[0] is not conversation:
             messages = conversation.messages
-            _require_characters(messages)
+            require_characters(messages)
             layout = self.layout(tuple(message.role for message in messages))
             pieces = layout.filled([message.content for message in messages]) if layout else []
             rendered = self.render(messages)
@@ -264,7 +179,7 @@ class OwnTemplate:
         Texts of contents that spell a control token are stand-ins in the pieces. Raises
         `RefusedConversation`.
         """
-        hidden = self._hidden(messages)
+        hidden = self.hidden(messages)
         whole = self.render_safely(hidden)
         if self.shown(whole) != self.render(messages):
             raise RefusedConversation("the template treats control tokens in a text in a way of its own")
@@ -298,42 +213,6 @@ class OwnTemplate:
             cursor = stop
         return [*pieces, Piece(whole[cursor:])], same
 
-    def _hidden(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages with stand-ins for the control tokens that they spell.
-
-        Raises `RefusedConversation` if a stand-in could not be told from a text.
-        """
-        _require_characters(messages)
-        names = list(self.control)
-
-        def stand_in(match: re.Match[str]) -> str:
-            return f"{HIDING}{names.index(match[0])}{HIDING}"
-
-        def hide(text: str) -> str:
-            return self.control_pattern.sub(stand_in, text)
-
-        return [replace(m, content=hide(m.content), reasoning=hide(m.reasoning)) for m in messages]
-
-    def render_safely(self, hidden: Sequence[Message], prompt: bool = False) -> str:
-        """The text of messages whose control tokens are all the template's own.
-
-        A template that deletes, joins or lowers parts of a text may make a control token of it; then
-        it has others than around harmless texts. Raises `RefusedConversation`.
-        """
-        text = self.render(hidden, prompt)
-        plain = [
-            replace(m, content=f"m4rk{i}kr4m", reasoning=m.reasoning and f"th0ught{i}") for i, m in enumerate(hidden)
-        ]
-        harmless = self.render(plain, prompt)
-        if self.control_pattern.findall(text) != self.control_pattern.findall(harmless):
-            raise RefusedConversation("the template makes a control token of a text, or leaves one out for it")
-        return text
-
-    def shown(self, text: str) -> str:
-        """Text of a piece with the control tokens that its content spells."""
-        names = list(self.control)
-        return _HIDDEN.sub(lambda match: names[int(match[1])], text)
-
     # --- the interface of a chat template ----------------------------------------------------------
 
     def segments(self, conversation: Conversation) -> Iterator[Segment]:
@@ -343,7 +222,7 @@ class OwnTemplate:
 
     def prompt_segments(self, conversation: Conversation) -> list[Segment]:
         """The template's own generation prompt for the last answer."""
-        messages = self._hidden(conversation.messages[:-1])
+        messages = self.hidden(conversation.messages[:-1])
         turn = sum(message.role == "assistant" for message in messages)
         pieces = [Piece(self.render_safely(messages, prompt=True))]
         return [*self._segments(pieces, conversation.messages, turn)]
@@ -382,7 +261,7 @@ class OwnTemplate:
         for trained, run in itertools.groupby(
             pieces, key=lambda p: p.answer is not None and messages[p.answer].trained
         ):
-            for text, control, answer in self._split(run):
+            for text, control, answer in self.split(run):
                 role = "template" if answer is None else "assistant"
                 if control is None:
                     yield Segment(role, turn, trained, text=self.shown(text), after=after)
@@ -392,31 +271,6 @@ class OwnTemplate:
                 yield Segment(role, turn, trained, control="eos" if is_end else control)
                 after = "control"
                 turn += is_end
-
-    def _split(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, str | None, int | None]]:
-        """Yield (text, None, answer) and ("", control token, answer) of adjacent pieces.
-
-        Only text of the template has control tokens, contents have none.
-        """
-        answer: int | None = None
-        text = ""
-        strips = False  # whether the control token before absorbs white space
-        for piece in pieces:
-            cursor, answer = 0, piece.answer
-            matches = self.control_pattern.finditer(piece.text) if piece.message is None else ()
-            for match in matches:
-                token = self.control[match[0]]
-                text += piece.text[cursor : match.start()]
-                text = text.lstrip() if strips else text
-                text = text.rstrip() if token.lstrip else text
-                if text:
-                    yield text, None, answer
-                yield "", token.content, answer
-                text, strips, cursor = "", token.rstrip, match.end()
-            text += piece.text[cursor:]
-        text = text.lstrip() if strips else text
-        if text:
-            yield text, None, answer
 
 
 def template_of(hf: Any) -> OwnTemplate:
@@ -432,7 +286,7 @@ def template_of(hf: Any) -> OwnTemplate:
     stop_ids = _generation_stops(hf)
     tokens = hf.added_tokens_decoder.items()
     control = {
-        token.content: _control_token(token)
+        token.content: control_token(token)
         for token_id, token in tokens
         if (token.special or token_id in stop_ids) and not token.content.isspace()
     }
@@ -442,7 +296,7 @@ def template_of(hf: Any) -> OwnTemplate:
     try:
         # Tokens that are merely added words, but mark a turn in this template.
         before = template.render(exchange).partition(exchange[0].content)[0]
-        control |= {token.content: _control_token(token) for _, token in tokens if token.content in before}
+        control |= {token.content: control_token(token) for _, token in tokens if token.content in before}
         template = replace(template, control=control)
         end = template.end_after(exchange, exchange[1].content)
         stops = (end, *(token for token in stops if token != end))
@@ -463,28 +317,10 @@ def template_of(hf: Any) -> OwnTemplate:
     return replace(template, opening=tuple(prompt[last:] if is_constant else ()))
 
 
-def as_chat(messages: Iterable[Message]) -> list[dict[str, str]]:
-    """Messages as transformers' chat templates read them."""
-    return [
-        {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
-        for m in messages
-    ]
-
-
-def _require_characters(messages: Sequence[Message]) -> None:
-    """Raise `RefusedConversation` for a text with the noncharacter that stand-ins are made of."""
-    if any(HIDING in message.content or HIDING in message.reasoning for message in messages):
-        raise RefusedConversation("a text has U+FDD2, which is no character")
-
-
 def _common_length(one: str, other: str) -> int:
     """The number of characters with which both texts begin."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _control_token(token: Any) -> ControlToken:
-    return ControlToken(token.content, token.lstrip, token.rstrip)
 
 
 def _generation_stops(hf: Any) -> set[int]:
@@ -512,28 +348,3 @@ def _pieces(
         yield Piece(sides, i, i if i in answers else None)
         cursor = end
     yield from template_text(cursor, len(whole))
-
-
-@functools.lru_cache(maxsize=8)
-def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
-    """Matches any of the control tokens, the longest first."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raise `TimeoutError` in the block after `MOST_SECONDS`; only the main thread can be interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def expired(*_: object) -> None:
-        raise TimeoutError(f"it takes more than {MOST_SECONDS:g} s")
-
-    before = signal.signal(signal.SIGALRM, expired)
-    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

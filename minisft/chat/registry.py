@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from minisft.chat.tokenizers import Tokenizer
 
 OWN = "own"
-TEMPLATES: dict[str, ChatTemplate] = {name: MistralTemplate(name) for name in VERSIONS} | {OWN: OwnTemplate(OWN)}
+TEMPLATES: dict[str, ChatTemplate] = {name: MistralTemplate(name) for name in VERSIONS} | {OWN: OwnTemplate()}
 DEFAULT = "v1"  # its markers are plain text, so it works with every tokenizer and adds no embeddings
 
 

@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from minisft.chat.jinja_template import as_chat
 from minisft.chat.mistral_reference import reference
-from minisft.chat.own_template import as_chat
 from minisft.chat.template import ChatTemplate, RefusedConversation
 from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation, one_per_answer, only_last_answer

@@ -405,7 +405,7 @@ def test_the_end_of_a_turn_is_found_without_a_generation_config(tiny_model, tmp_
 
 @pytest.mark.attack("12")
 def test_a_template_that_loops_is_stopped(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("minisft.chat.own_template.MOST_SECONDS", 0.3)
+    monkeypatch.setattr("minisft.chat.jinja_template.MOST_SECONDS", 0.3)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match=r"it takes more than 0\.3 s"):
         HuggingFaceTokenizer(save(loop + CHATML, tiny_model, tmp_path / "model"), "own")

@@ -907,7 +907,7 @@ def test_a_row_with_a_key_twice_is_dropped_and_counted(tmp_path, form):
 
 
 @pytest.mark.attack("16")
-def test_what_lies_beside_the_rows_is_named(tmp_path):
+def test_other_collections_beside_the_rows_are_named(tmp_path):
     for name, more in (("some", {"version": "1", "more": {"0": GOOD}, "empty": []}), ("none", {"version": "1"})):
         (tmp_path / f"{name}.json").write_text(json.dumps({"data": [GOOD], **more}))
         ledger = Ledger()

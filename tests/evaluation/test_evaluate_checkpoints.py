@@ -228,7 +228,7 @@ def test_two_evaluations_of_one_run_do_not_mix(run, results):
 
 
 @pytest.mark.attack("9")
-def test_what_lies_in_a_folder_of_results_is_no_answer_and_no_verdict_on_leaks(run, results, calls):
+def test_files_in_a_folder_of_results_are_neither_answers_nor_verdicts_on_leaks(run, results, calls):
     evaluate_runs([run], QUICK, say=quiet)
     (found,) = (result for result in results_of(run) if result["step"] == 10)
     (results / "checkpoint-10.json").unlink()

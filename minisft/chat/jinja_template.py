@@ -1,0 +1,212 @@
+"""Jinja chat templates of transformers: what one renders, and which control tokens it writes itself.
+
+A content is untrusted text. While a template renders it, stand-ins replace the control tokens that
+it spells, and a template that makes a control token of a text is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from minisft.chat.template import RefusedConversation
+from minisft.data.conversations import Message
+from minisft.text import one_line
+
+MOST_SECONDS = 10.0  # for rendering one conversation
+NO_END = "the template ends an answer without a token at which generation could stop"
+# Around the number of a control token that a content spells, while the template is rendered.
+HIDING = "\ufdd2"  # a noncharacter of Unicode: no text has it
+_HIDDEN = re.compile(f"{HIDING}(\\d+){HIDING}")
+
+
+@dataclass(frozen=True)
+class ControlToken:
+    """A control token that template text may contain; some absorb the white space beside them."""
+
+    content: str
+    lstrip: bool
+    rstrip: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a rendering: text of the template, or a message's content (`message` is its index).
+
+    `answer` is the index of the answer that the piece is trained for, or None.
+    """
+
+    text: str
+    message: int | None = None
+    answer: int | None = None
+
+
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """A template's `source`, and the special tokens that it may use, `variables`.
+
+    `control` are the control tokens by content, and `ends` those that may end an answer.
+    """
+
+    source: str = ""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    control: Mapping[str, ControlToken] = field(default_factory=dict)
+    ends: tuple[str, ...] = ()
+
+    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
+        """The text of messages, with a generation prompt if `prompt`.
+
+        Raises `RefusedConversation` with the template's own words.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            with _time_limit():
+                rendered: Any = render_jinja_template(
+                    [as_chat(messages)], chat_template=self.source, add_generation_prompt=prompt, **self.variables
+                )
+        except Exception as error:  # a template may raise anything
+            raise RefusedConversation(f"the template refuses it: {one_line(error, 100)}") from error
+        return rendered[0][0]  # the texts of several chats, and their generation spans
+
+    def end_after(self, messages: Sequence[Message], content: str, following: str = "") -> str:
+        """The token that ends the answer with this content, before the `following` message's.
+
+        Raises `RefusedConversation`.
+        """
+        text = self.render(messages)
+        if text.count(content) != 1:
+            raise RefusedConversation("it does not write an answer as it is, once")
+        begin, end = text.index(content), text.find(following) if following else len(text)
+        found = [match[0] for match in self.control_pattern.finditer(text, begin, end)]
+        known = [token for token in found if token in self.ends]
+        # The last token before a content opens a turn: alone, it is no end of the turn before.
+        others = found[:-1] if following else found
+        if not known and not others:
+            raise RefusedConversation(NO_END)
+        return (known or others)[0]
+
+    def end_token(self, text: str, begin: int, end: int) -> re.Match[str]:
+        """The token in `text` that ends an answer, whose content ends at `begin`.
+
+        Raises `RefusedConversation` if there is none before `end`.
+        """
+        found = self.control_pattern.finditer(text, begin, end)
+        stop = next((match for match in found if match[0] in self.ends), None)
+        if stop is None:
+            raise RefusedConversation(NO_END)
+        return stop
+
+    @property
+    def control_pattern(self) -> re.Pattern[str]:
+        return _pattern(tuple(self.control))
+
+    def hidden(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with stand-ins for the control tokens that they spell.
+
+        Raises `RefusedConversation` if a stand-in could not be told from a text.
+        """
+        require_characters(messages)
+        names = list(self.control)
+
+        def stand_in(match: re.Match[str]) -> str:
+            return f"{HIDING}{names.index(match[0])}{HIDING}"
+
+        def hide(text: str) -> str:
+            return self.control_pattern.sub(stand_in, text)
+
+        return [replace(m, content=hide(m.content), reasoning=hide(m.reasoning)) for m in messages]
+
+    def render_safely(self, hidden: Sequence[Message], prompt: bool = False) -> str:
+        """The text of messages whose control tokens are all the template's own.
+
+        A template that deletes, joins or lowers parts of a text may make a control token of it; then
+        it has others than around harmless texts. Raises `RefusedConversation`.
+        """
+        text = self.render(hidden, prompt)
+        plain = [
+            replace(m, content=f"m4rk{i}kr4m", reasoning=m.reasoning and f"th0ught{i}") for i, m in enumerate(hidden)
+        ]
+        harmless = self.render(plain, prompt)
+        if self.control_pattern.findall(text) != self.control_pattern.findall(harmless):
+            raise RefusedConversation("the template makes a control token of a text, or leaves one out for it")
+        return text
+
+    def shown(self, text: str) -> str:
+        """Text of a piece with the control tokens that its content spells."""
+        names = list(self.control)
+        return _HIDDEN.sub(lambda match: names[int(match[1])], text)
+
+    def split(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, str | None, int | None]]:
+        """Yield (text, None, answer) and ("", control token, answer) of adjacent pieces.
+
+        Only text of the template has control tokens, contents have none.
+        """
+        answer: int | None = None
+        text = ""
+        strips = False  # whether the control token before absorbs white space
+        for piece in pieces:
+            cursor, answer = 0, piece.answer
+            matches = self.control_pattern.finditer(piece.text) if piece.message is None else ()
+            for match in matches:
+                token = self.control[match[0]]
+                text += piece.text[cursor : match.start()]
+                text = text.lstrip() if strips else text
+                text = text.rstrip() if token.lstrip else text
+                if text:
+                    yield text, None, answer
+                yield "", token.content, answer
+                text, strips, cursor = "", token.rstrip, match.end()
+            text += piece.text[cursor:]
+        text = text.lstrip() if strips else text
+        if text:
+            yield text, None, answer
+
+
+def as_chat(messages: Iterable[Message]) -> list[dict[str, str]]:
+    """Messages as transformers' chat templates read them."""
+    return [
+        {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
+        for m in messages
+    ]
+
+
+def require_characters(messages: Sequence[Message]) -> None:
+    """Raise `RefusedConversation` for a text with the noncharacter that stand-ins are made of."""
+    if any(HIDING in message.content or HIDING in message.reasoning for message in messages):
+        raise RefusedConversation("a text has U+FDD2, which is no character")
+
+
+def control_token(token: Any) -> ControlToken:
+    return ControlToken(token.content, token.lstrip, token.rstrip)
+
+
+@functools.lru_cache(maxsize=8)
+def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches any of the control tokens, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise `TimeoutError` in the block after `MOST_SECONDS`; only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expired(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {MOST_SECONDS:g} s")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
