@@ -23,7 +23,7 @@ BOS, EOS = 256, 257
 class Bytes:
     """Ids below 256 are bytes, then come BOS and EOS, and after these the `pieces`."""
 
-    eos_id, control_ids, added_words = EOS, frozenset({BOS, EOS}), {}
+    eos_id, stop_ids, control_ids, added_words = EOS, [EOS], frozenset({BOS, EOS}), {}
 
     def __init__(self, *pieces):
         self.vocabulary = [*(bytes([i]) for i in range(256)), b"<s>", b"</s>", *pieces]

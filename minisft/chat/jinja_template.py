@@ -7,10 +7,12 @@ it spells, and a template that makes a control token of a text is refused.
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +25,7 @@ MOST_SECONDS = 10.0  # for rendering one conversation
 NO_END = "the template ends an answer without a token at which generation could stop"
 # Around the number of a control token that a content spells, while the template is rendered.
 HIDING = "\ufdd2"  # a noncharacter of Unicode: no text has it
+SCHEMA = frozenset(("function", "object", "string", "integer", "number", "boolean", "array", "null"))
 _HIDDEN = re.compile(f"{HIDING}(\\d+){HIDING}")
 
 
@@ -48,6 +51,30 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What the template writes around the contents of conversations with the same roles.
+
+    `pieces` with a `message` have the text `l`, `r`, both or neither: the sides that are stripped.
+    `others` are the answers whose prompt at inference is not the beginning of the whole rendering.
+    """
+
+    pieces: tuple[Piece, ...]
+    others: frozenset[int]
+
+    def filled(self, contents: Sequence[str]) -> list[Piece]:
+        """The pieces with the contents of a conversation."""
+        filled = []
+        for piece in self.pieces:
+            if piece.message is not None:
+                content = contents[piece.message]
+                content = content.lstrip() if "l" in piece.text else content
+                content = content.rstrip() if "r" in piece.text else content
+                piece = Piece(content, piece.message, piece.answer)
+            filled.append(piece)
+        return filled
+
+
+@dataclass(frozen=True)
 class JinjaTemplate:
     """A template's `source`, and the special tokens that it may use, `variables`.
 
@@ -59,17 +86,22 @@ class JinjaTemplate:
     control: Mapping[str, ControlToken] = field(default_factory=dict)
     ends: tuple[str, ...] = ()
 
-    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Message], prompt: bool = False, tools: str = "") -> str:
         """The text of messages, with a generation prompt if `prompt`.
 
-        Raises `RefusedConversation` with the template's own words.
+        `tools` are definitions of tools as JSON text. Raises `RefusedConversation` with the
+        template's own words.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             with _time_limit():
                 rendered: Any = render_jinja_template(
-                    [as_chat(messages)], chat_template=self.source, add_generation_prompt=prompt, **self.variables
+                    [as_chat(messages)],
+                    chat_template=self.source,
+                    add_generation_prompt=prompt,
+                    tools=json.loads(tools) if tools else None,
+                    **self.variables,
                 )
         except Exception as error:  # a template may raise anything
             raise RefusedConversation(f"the template refuses it: {one_line(error, 100)}") from error
@@ -113,27 +145,32 @@ class JinjaTemplate:
         Raises `RefusedConversation` if a stand-in could not be told from a text.
         """
         require_characters(messages)
+        return [
+            replace(m, content=self.hide(m.content), reasoning=self.hide(m.reasoning), tool=self.hide_json(m.tool))
+            for m in messages
+        ]
+
+    def hide(self, text: str) -> str:
+        """A text with stand-ins for the control tokens that it spells."""
         names = list(self.control)
+        return self.control_pattern.sub(lambda match: f"{HIDING}{names.index(match[0])}{HIDING}", text)
 
-        def stand_in(match: re.Match[str]) -> str:
-            return f"{HIDING}{names.index(match[0])}{HIDING}"
+    def hide_json(self, text: str) -> str:
+        """JSON text with stand-ins for the control tokens that its strings spell."""
+        return changed_json(text, self.hide, self.hide)
 
-        def hide(text: str) -> str:
-            return self.control_pattern.sub(stand_in, text)
-
-        return [replace(m, content=hide(m.content), reasoning=hide(m.reasoning)) for m in messages]
-
-    def render_safely(self, hidden: Sequence[Message], prompt: bool = False) -> str:
+    def render_safely(self, hidden: Sequence[Message], prompt: bool = False, tools: str = "") -> str:
         """The text of messages whose control tokens are all the template's own.
 
         A template that deletes, joins or lowers parts of a text may make a control token of it; then
         it has others than around harmless texts. Raises `RefusedConversation`.
         """
-        text = self.render(hidden, prompt)
+        text = self.render(hidden, prompt, tools)
         plain = [
-            replace(m, content=f"m4rk{i}kr4m", reasoning=m.reasoning and f"th0ught{i}") for i, m in enumerate(hidden)
+            replace(m, content=f"m4rk{i}kr4m", reasoning=m.reasoning and f"th0ught{i}", tool=_harmless(m.tool))
+            for i, m in enumerate(hidden)
         ]
-        harmless = self.render(plain, prompt)
+        harmless = self.render(plain, prompt, _harmless(tools))
         if self.control_pattern.findall(text) != self.control_pattern.findall(harmless):
             raise RefusedConversation("the template makes a control token of a text, or leaves one out for it")
         return text
@@ -169,17 +206,87 @@ class JinjaTemplate:
             yield text, None, answer
 
 
-def as_chat(messages: Iterable[Message]) -> list[dict[str, str]]:
+def cut_at(
+    whole: str, spans: Sequence[tuple[int, int, int, str]], answers: Mapping[int, tuple[int, int]]
+) -> Iterator[Piece]:
+    """Cut a rendering of markers at its contents and at the ends of its answers."""
+    answer_of = {(begin, stop): i for i, (begin, stop) in answers.items()}
+
+    def template_text(begin: int, end: int) -> Iterator[Piece]:
+        cuts = sorted({begin, end, *(cut for span in answer_of for cut in span if begin < cut < end)})
+        for start, stop in itertools.pairwise(cuts):
+            inside = (i for (first, last), i in answer_of.items() if first <= start and stop <= last)
+            yield Piece(whole[start:stop], answer=next(inside, None))
+
+    cursor = 0
+    for start, end, i, sides in spans:
+        yield from template_text(cursor, start)
+        yield Piece(sides, i, i if i in answers else None)
+        cursor = end
+    yield from template_text(cursor, len(whole))
+
+
+def as_chat(messages: Iterable[Message]) -> list[dict[str, Any]]:
     """Messages as transformers' chat templates read them."""
     return [
-        {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
+        {"role": m.role, "content": m.content}
+        | ({"reasoning_content": m.reasoning} if m.reasoning else {})
+        | (json.loads(m.tool) if m.tool else {})
         for m in messages
     ]
 
 
-def require_characters(messages: Sequence[Message]) -> None:
+def has_one_prompt(source: str) -> bool:
+    """Whether a template's generation prompt is certainly the same after all messages.
+
+    It is if nothing but top-level `if` blocks mention `add_generation_prompt`, and these mention
+    nothing that depends on the messages.
+    """
+    from jinja2 import Environment, TemplateError, nodes
+
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(source)
+    except (TemplateError, RecursionError):
+        return False
+    varying = {"messages", "tools", "loop", *(macro.name for macro in tree.find_all(nodes.Macro))}
+    varying |= {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
+    for node in tree.body:
+        names = {name.name for name in node.find_all(nodes.Name)}
+        if "add_generation_prompt" in names and (not isinstance(node, nodes.If) or names & varying):
+            return False
+    return True
+
+
+def changed_json(text: str, key: Callable[[str], str], value: Callable[[str], str]) -> str:
+    """JSON text with other strings: `key` changes those of keys, `value` those of values."""
+
+    def changed(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key(name): changed(one) for name, one in item.items()}
+        if isinstance(item, list):
+            return [changed(one) for one in item]
+        return value(item) if isinstance(item, str) else item
+
+    return json.dumps(changed(json.loads(text)), ensure_ascii=False) if text else ""
+
+
+def _harmless(text: str) -> str:
+    """JSON text of tools in which no string can become a part of a control token.
+
+    What templates look for stays: keys that are identifiers, and the words of JSON schemas.
+    """
+    numbers = itertools.count()
+
+    def key(name: str) -> str:
+        return name if name.isascii() and name.isidentifier() else f"k{next(numbers)}"
+
+    return changed_json(text, key, lambda word: word if word in SCHEMA else "m4rk")
+
+
+def require_characters(messages: Sequence[Message], tools: str = "") -> None:
     """Raise `RefusedConversation` for a text with the noncharacter that stand-ins are made of."""
-    if any(HIDING in message.content or HIDING in message.reasoning for message in messages):
+    texts = (text for message in messages for text in (message.content, message.reasoning, message.tool))
+    if HIDING in tools or any(HIDING in text for text in texts):
         raise RefusedConversation("a text has U+FDD2, which is no character")
 
 

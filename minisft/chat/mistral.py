@@ -165,16 +165,20 @@ class MistralTemplate:
         return any(message.reasoning for message in conversation.messages)
 
     opening: ClassVar[tuple[Segment, ...]] = ()
+    has_tools: ClassVar[bool] = False
     difference = "system prompt not where inference puts it"
 
     def same_at_every_turn(self, conversation: Conversation) -> bool:
-        """Whether each answer's prompt in training equals the prompt of inference at that turn.
+        """Whether each trained answer's prompt equals the prompt of inference at that turn.
 
         v2 and v3 put the system prompt into the last question: in a conversation of several turns
         the model sees it once, late, but at inference it sees it at every turn. v1 puts it into the
         first question, even if it comes after answers that inference generated without it. Training
         one row per answer (`conversations.one_per_answer`) makes the prompts equal.
         """
+        answers = [m.trained for m in conversation.messages if m.role == "assistant"]
+        if not any(answers[:-1]):
+            return True  # the last prompt is the beginning of the row
         roles = [m.role for m in conversation.messages if m.content or m.role != "system"]
         if self.system_has_its_place or not {"system", "user", "assistant"} <= set(roles):
             return True

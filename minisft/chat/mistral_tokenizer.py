@@ -40,6 +40,7 @@ class MistralCommonTokenizer:
         self.bos_id: int | None = self._inner.bos_id
         self.unk_id: int | None = None  # unknown characters are encoded as bytes
         self.eos_id: int = self._inner.eos_id
+        self.stop_ids = [self.eos_id]
         # The SentencePiece versions have no padding token. Masks never depend on the pad id here.
         self.pad_id = self._inner.pad_id if self._tekken else self.eos_id
         self.vocab_size = self._inner.n_words

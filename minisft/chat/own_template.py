@@ -18,15 +18,26 @@ A conversation that the template refuses, or that cannot be labelled exactly, ra
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minisft.chat.jinja_template import JinjaTemplate, Piece, control_token, require_characters
+from minisft.chat.jinja_template import (
+    JinjaTemplate,
+    Layout,
+    Piece,
+    control_token,
+    cut_at,
+    has_one_prompt,
+    require_characters,
+)
 from minisft.chat.template import RefusedConversation, Segment
+from minisft.chat.tool_calls import is_whole, shows_tools
 from minisft.data.conversations import Conversation, Message
 from minisft.errors import UserError
 from minisft.files import read_json
@@ -37,30 +48,6 @@ if TYPE_CHECKING:
 
 MOST_LAYOUTS = 1_000  # role sequences whose layout is kept
 SPACE = " \n "  # around a marker: a side without it in the rendering is one that the template strips
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the template writes around the contents of conversations with the same roles.
-
-    `pieces` with a `message` have the text `l`, `r`, both or neither: the sides that are stripped.
-    `same`: whether each answer's prompt is the beginning of the whole rendering.
-    """
-
-    pieces: tuple[Piece, ...]
-    same: bool
-
-    def filled(self, contents: Sequence[str]) -> list[Piece]:
-        """The pieces with the contents of a conversation."""
-        filled = []
-        for piece in self.pieces:
-            if piece.message is not None:
-                content = contents[piece.message]
-                content = content.lstrip() if "l" in piece.text else content
-                content = content.rstrip() if "r" in piece.text else content
-                piece = Piece(content, piece.message, piece.answer)
-            filled.append(piece)
-        return filled
 
 
 @dataclass(frozen=True)
@@ -76,6 +63,7 @@ class OwnTemplate(JinjaTemplate):
     control_tokens: tuple[str, ...] = ()  # none that the vocabulary lacks
     markers: str = "own"
     opening: tuple[Segment, ...] = ()
+    has_tools: bool = False
     _layouts: dict[tuple[str, ...], Layout | None] = field(default_factory=dict, compare=False, repr=False)
     _latest: list[Any] = field(default_factory=list, compare=False, repr=False)  # a conversation and its labels
 
@@ -85,6 +73,11 @@ class OwnTemplate(JinjaTemplate):
         if hf is None:
             raise UserError(f"the tokenizer {tokenizer.name} has no chat template in Jinja: use another --template")
         return template_of(hf)
+
+    @functools.cached_property
+    def has_one_prompt(self) -> bool:
+        """Whether the generation prompt depends on no content, so that the layout's is right."""
+        return has_one_prompt(self.source)
 
     def marks_and_stops(self, hf: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """All control tokens, those that the template writes before a question included; the stops."""
@@ -118,7 +111,7 @@ class OwnTemplate(JinjaTemplate):
             sides = "" if left else "l", "" if right else "r"
             spans.append((start - len(SPACE) * left, end + len(SPACE) * right, i, "".join(sides)))
         answers: dict[int, tuple[int, int]] = {}
-        same = True
+        others = set()
         for number, (start, end, i, _) in enumerate(spans):
             if roles[i] != "assistant":
                 continue
@@ -126,13 +119,13 @@ class OwnTemplate(JinjaTemplate):
             after = spans[number + 1][0] if number + 1 < len(spans) else len(whole)
             try:
                 begin, is_prefix = self._begin(whole, messages[:i], markers[:i], before, start)
-                same = same and is_prefix
+                others |= set() if is_prefix else {i}
                 answers[i] = begin, self.end_token(whole, end, after).end()
             except RefusedConversation:  # this answer cannot be trained where it is
-                same = False
+                others.add(i)
         if not answers:
             return None
-        return Layout(tuple(_pieces(whole, spans, answers)), same)
+        return Layout(tuple(cut_at(whole, spans, answers)), frozenset(others))
 
     def _begin(
         self, whole: str, prompt: Sequence[Message], markers: Sequence[str], before: int, start: int
@@ -154,39 +147,51 @@ class OwnTemplate(JinjaTemplate):
 
     # --- labelling ---------------------------------------------------------------------------------
 
-    def labelled(self, conversation: Conversation) -> tuple[list[Piece], bool]:
-        """The pieces of a conversation's rendering, and whether inference sees the same prompts.
+    def labelled(self, conversation: Conversation) -> tuple[list[Piece], frozenset[int]]:
+        """The pieces of a conversation's rendering, and the answers to which inference has another prompt.
 
         Raises `RefusedConversation`.
         """
         if not self._latest or self._latest[0] is not conversation:
-            messages = conversation.messages
-            require_characters(messages)
-            layout = self.layout(tuple(message.role for message in messages))
-            pieces = layout.filled([message.content for message in messages]) if layout else []
-            rendered = self.render(messages)
-            if layout is None or "".join(piece.text for piece in pieces) != rendered:
-                labels = self.labelled_by_prompts(messages)
-            else:
-                labels = pieces, layout.same
+            require_characters(conversation.messages, conversation.tools)
+            labels = self._labelled_by_layout(conversation)
+            labels = labels or self.labelled_by_prompts(conversation.messages, conversation.tools)
             self._latest[:] = [conversation, labels]
         return self._latest[1]
 
-    def labelled_by_prompts(self, messages: Sequence[Message]) -> tuple[list[Piece], bool]:
+    def _labelled_by_layout(self, conversation: Conversation) -> tuple[list[Piece], frozenset[int]] | None:
+        """`labelled` by the layout of the roles; None if the rendering, or the last prompt, is another."""
+        messages = conversation.messages
+        if conversation.tools or any(message.tool for message in messages):
+            return None
+        layout = self.layout(tuple(message.role for message in messages))
+        if layout is None:
+            return None
+        pieces = layout.filled([message.content for message in messages])
+        if "".join(piece.text for piece in pieces) != self.render(messages):
+            return None
+        last = len(messages) - 1
+        if not self.has_one_prompt and last not in layout.others:
+            before = "".join(piece.text for piece in itertools.takewhile(lambda piece: piece.answer != last, pieces))
+            if before != self.render(messages[:last], prompt=True):
+                return None
+        return pieces, layout.others
+
+    def labelled_by_prompts(self, messages: Sequence[Message], tools: str = "") -> tuple[list[Piece], frozenset[int]]:
         """`labelled` without a layout: each answer begins where its turn's own prompt ends.
 
-        An answer whose content the template changes is not trained; the second value is then False.
-        Texts of contents that spell a control token are stand-ins in the pieces. Raises
-        `RefusedConversation`.
+        An answer whose content or calls the template changes is not trained; it is then in the
+        second value. Texts of contents that spell a control token are stand-ins in the pieces.
+        Raises `RefusedConversation`.
         """
-        hidden = self.hidden(messages)
-        whole = self.render_safely(hidden)
-        if self.shown(whole) != self.render(messages):
+        hidden, hidden_tools = self.hidden(messages), self.hide_json(tools)
+        whole = self.render_safely(hidden, tools=hidden_tools)
+        if self.shown(whole) != self.render(messages, tools=tools):
             raise RefusedConversation("the template treats control tokens in a text in a way of its own")
         begins: list[tuple[int, int]] = []  # where an answer begins, and its message
         for i, message in enumerate(hidden):
             if message.role == "assistant":
-                prompt = self.render(hidden[:i], prompt=True)
+                prompt = self.render(hidden[:i], prompt=True, tools=hidden_tools)
                 if whole.startswith(prompt) and len(prompt) >= max(begins, default=(0, 0))[0]:
                     begins.append((len(prompt), i))
         answers: list[tuple[int, int, int]] = []
@@ -194,14 +199,16 @@ class OwnTemplate(JinjaTemplate):
         bounds = [*(begin for begin, _ in begins[1:]), len(whole)]
         for (begin, i), bound in zip(begins, bounds, strict=False):
             # What follows this answer is no part of it: a rendering that ends with it has the same text so far.
-            bound = min(bound, _common_length(whole, self.render(hidden[: i + 1])))
+            upto = self.render(hidden[: i + 1], tools=hidden_tools)
+            bound = min(bound, len(commonprefix([whole, upto])))  # noqa: RUF071 (texts, not paths)
             with suppress(RefusedConversation):  # this answer cannot be trained where it is
                 stop = self.end_token(whole, begin, bound).end()
-                span = "".join(whole[begin:stop].split())
-                thought = "".join(hidden[i].reasoning.split())
-                if "".join(hidden[i].content.split()) in span and (thought in span or not shows_reasoning):
+                # The generation prompt may have the beginning of an answer, such as `<think>`.
+                opened = self.render(hidden[:i], tools=hidden_tools)
+                start = len(opened) if whole.startswith(opened) else begin
+                if is_whole(hidden[i], whole[min(start, begin) : stop], shows_reasoning):
                     answers.append((begin, stop, i))
-        same = len(answers) == sum(message.role == "assistant" for message in hidden)
+        others = {i for i, message in enumerate(hidden) if message.role == "assistant"} - {i for _, _, i in answers}
         if not answers:
             raise RefusedConversation(
                 "the template changes every answer, or writes before it what is not its generation prompt"
@@ -211,7 +218,7 @@ class OwnTemplate(JinjaTemplate):
         for begin, stop, i in answers:
             pieces += [Piece(whole[cursor:begin]), Piece(whole[begin:stop], answer=i)]
             cursor = stop
-        return [*pieces, Piece(whole[cursor:])], same
+        return [*pieces, Piece(whole[cursor:])], frozenset(others)
 
     # --- the interface of a chat template ----------------------------------------------------------
 
@@ -224,7 +231,7 @@ class OwnTemplate(JinjaTemplate):
         """The template's own generation prompt for the last answer."""
         messages = self.hidden(conversation.messages[:-1])
         turn = sum(message.role == "assistant" for message in messages)
-        pieces = [Piece(self.render_safely(messages, prompt=True))]
+        pieces = [Piece(self.render_safely(messages, prompt=True, tools=self.hide_json(conversation.tools)))]
         return [*self._segments(pieces, conversation.messages, turn)]
 
     def normalized(self, messages: tuple[Message, ...]) -> list[Message]:
@@ -238,7 +245,9 @@ class OwnTemplate(JinjaTemplate):
     def leaves_out(self, conversation: Conversation) -> bool:
         """Whether the answers have reasoning, and nothing of it is in what the template renders."""
         messages = conversation.messages
-        return any(m.reasoning for m in messages) and not self._shows_reasoning(messages, self.render(messages))
+        if not any(m.reasoning for m in messages):
+            return False
+        return not self._shows_reasoning(messages, self.render(messages, tools=conversation.tools))
 
     def _shows_reasoning(self, messages: Sequence[Message], rendered: str) -> bool:
         text = "".join(rendered.split())
@@ -247,8 +256,8 @@ class OwnTemplate(JinjaTemplate):
     difference = "the template changes earlier turns later"
 
     def same_at_every_turn(self, conversation: Conversation) -> bool:
-        """Whether each answer's prompt in training equals the prompt of inference at that turn."""
-        return self.labelled(conversation)[1]
+        """Whether each trained answer's prompt in training equals the prompt of inference at that turn."""
+        return not any(conversation.messages[i].trained for i in self.labelled(conversation)[1])
 
     def jinja(self) -> str:
         """The model's own template."""
@@ -267,8 +276,9 @@ class OwnTemplate(JinjaTemplate):
                     yield Segment(role, turn, trained, text=self.shown(text), after=after)
                     after = "text"
                     continue
-                is_end = answer is not None and control == self.stops[0]
-                yield Segment(role, turn, trained, control="eos" if is_end else control)
+                is_end = answer is not None and control in self.ends
+                name = "eos" if is_end and control == self.stops[0] else control
+                yield Segment(role, turn, trained, control=name, ends=is_end)
                 after = "control"
                 turn += is_end
 
@@ -314,13 +324,7 @@ def template_of(hf: Any) -> OwnTemplate:
         ) from reason
     last = max((i for i, segment in enumerate(prompt) if segment.control), default=len(prompt))
     is_constant = exchange[0].content not in "".join(segment.text or "" for segment in prompt[last:])
-    return replace(template, opening=tuple(prompt[last:] if is_constant else ()))
-
-
-def _common_length(one: str, other: str) -> int:
-    """The number of characters with which both texts begin."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return replace(template, opening=tuple(prompt[last:] if is_constant else ()), has_tools=shows_tools(template))
 
 
 def _generation_stops(hf: Any) -> set[int]:
@@ -328,23 +332,3 @@ def _generation_stops(hf: Any) -> set[int]:
     settings = read_json(Path(hf.name_or_path) / "generation_config.json", dict[str, Any]) or {}
     ids = settings.get("eos_token_id")
     return {hf.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
-
-
-def _pieces(
-    whole: str, spans: Sequence[tuple[int, int, int, str]], answers: Mapping[int, tuple[int, int]]
-) -> Iterator[Piece]:
-    """Cut a rendering of markers at its contents and at the ends of its answers."""
-    answer_of = {(begin, stop): i for i, (begin, stop) in answers.items()}
-
-    def template_text(begin: int, end: int) -> Iterator[Piece]:
-        cuts = sorted({begin, end, *(cut for span in answer_of for cut in span if begin < cut < end)})
-        for start, stop in itertools.pairwise(cuts):
-            inside = (i for (first, last), i in answer_of.items() if first <= start and stop <= last)
-            yield Piece(whole[start:stop], answer=next(inside, None))
-
-    cursor = 0
-    for start, end, i, sides in spans:
-        yield from template_text(cursor, start)
-        yield Piece(sides, i, i if i in answers else None)
-        cursor = end
-    yield from template_text(cursor, len(whole))

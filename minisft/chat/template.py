@@ -30,7 +30,8 @@ class Segment:
     """Either `text`, or a control token with the name `control` (`bos`, `eos`, `[INST]`, …).
 
     `after` is what precedes a text in its row: `nothing`, `control` or `text`. Some tokenizers
-    encode a text differently in each of these positions.
+    encode a text differently in each of these positions. `ends`: whether a control token other than
+    `eos` ends an answer.
     """
 
     role: str
@@ -39,6 +40,12 @@ class Segment:
     text: str | None = None
     control: str | None = None
     after: str = "control"
+    ends: bool = False
+
+    @property
+    def is_end(self) -> bool:
+        """Whether this is the token that ends an answer."""
+        return self.control == "eos" or self.ends
 
 
 class ChatTemplate(Protocol):
@@ -61,6 +68,10 @@ class ChatTemplate(Protocol):
         """
 
     @property
+    def has_tools(self) -> bool:
+        """Whether it can show tool calls, their results, and the definitions of tools."""
+
+    @property
     def opening(self) -> tuple[Segment, ...]:
         """What directly precedes each answer, if `markers` is `own`."""
 
@@ -76,9 +87,9 @@ class ChatTemplate(Protocol):
     def segments(self, conversation: Conversation) -> Iterator[Segment]:
         """Yield the segments of a whole conversation; the caller may stop when its row is full.
 
-        A BOS is the control `bos`. Every answer ends in the control `eos`, trained if the answer is:
-        truncation, `check` and generation know the end of an answer by it. No other control token
-        is trained. A text directly after a text has `after="text"`. Raises `RefusedConversation`.
+        A BOS is the control `bos`. Every answer ends in a segment with `is_end`, trained if the
+        answer is: truncation and `check` know the end of an answer by it. A text directly after a
+        text has `after="text"`. Raises `RefusedConversation`.
         """
 
     def prompt_segments(self, conversation: Conversation) -> list[Segment]:
@@ -91,7 +102,7 @@ class ChatTemplate(Protocol):
         """The part of an answer's text that is trained."""
 
     def same_at_every_turn(self, conversation: Conversation) -> bool:
-        """Whether each answer's prompt in training equals the prompt of inference at that turn.
+        """Whether each trained answer's prompt equals the prompt of inference at that turn.
 
         Raises `RefusedConversation`.
         """

@@ -44,6 +44,7 @@ class Tokenizer(Protocol):
     bos_id: int | None
     unk_id: int | None
     eos_id: int
+    stop_ids: list[int]
     pad_id: int
     vocab_size: int
     control_ids: frozenset[int]

@@ -91,9 +91,10 @@ def encode(
     loaded_tokenizer = load_tokenizer(tokenizer, template)
     if template is None and (remark := other_template(loaded_tokenizer)):
         note(remark)
+    chat_template = template_for(loaded_tokenizer)
     rows = encode_stream(
-        read(source, counts),
-        template_for(loaded_tokenizer),
+        read(source, counts, reads_tools=chat_template.has_tools),
+        chat_template,
         loaded_tokenizer,
         max_length=max_length,
         ledger=counts,
@@ -139,11 +140,12 @@ def show(
     if max_length < 2:
         raise UserError(f"max length is {max_length}: give at least 2 tokens")
     loaded_tokenizer = load_tokenizer(tokenizer, template)
-    conversations = read(find_data(data, note).path, Ledger())
+    chat_template = template_for(loaded_tokenizer)
+    conversations = read(find_data(data, note).path, Ledger(), reads_tools=chat_template.has_tools)
     first = list(itertools.islice(conversations, min(max(0, row) + 1, sys.maxsize)))
     if not 0 <= row < len(first):
         raise UserError(f"--row {row} is outside {data}, which has {len(first)} usable conversations")
-    encoded = encode(first[row], template_for(loaded_tokenizer), loaded_tokenizer, max_length, truncation)
+    encoded = encode(first[row], chat_template, loaded_tokenizer, max_length, truncation)
     say(Lens(encoded, loaded_tokenizer))
 
 
@@ -185,12 +187,14 @@ def check(
             max_length=max_length,
             truncation=truncation,
             train_on=train_on,
-            against=read(find_data(against, note).path, Ledger()) if against else None,
+            against=(
+                read(find_data(against, note).path, Ledger(), reads_tools=chat_template.has_tools) if against else None
+            ),
             say=note,
         )
     else:
         report = check_conversations(
-            read(path, ledger),
+            read(path, ledger, reads_tools=chat_template.has_tools),
             chat_template,
             loaded_tokenizer,
             max_length=2048 if max_length is None else max_length,

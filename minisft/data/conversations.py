@@ -5,6 +5,7 @@ Every row is counted exactly once in the `Ledger`: as a kept row, or as dropped 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,16 +24,18 @@ class Conversation:
     """A clean conversation: user and assistant turns alternate, and the last turn is an answer.
 
     System prompts may appear anywhere before the last answer. Two answers follow each other only if
-    one of them is trained and the other is not.
+    one of them is trained and the other is not, or the first one calls tools. Results of tools
+    follow the answer that calls them. `tools` are the definitions of the tools, as JSON text.
     """
 
     id: str
     messages: tuple[Message, ...]
+    tools: str = ""
 
     @property
     def characters(self) -> int:
-        """The number of characters in all messages, reasoning included."""
-        return sum(len(m.content) + len(m.reasoning) for m in self.messages)
+        """The number of characters in all messages, reasoning and tools included."""
+        return len(self.tools) + sum(len(m.content) + len(m.reasoning) + len(m.tool) for m in self.messages)
 
     @property
     def answers(self) -> int:
@@ -41,14 +44,16 @@ class Conversation:
 
     def to_sharegpt(self) -> dict[str, Any]:
         """The conversation as a ShareGPT row, to be written to a file."""
-        names = {"user": "human", "assistant": "gpt", "system": "system"}
+        names = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}
         turns = [
             {"from": names[m.role], "value": m.content}
             | ({} if m.trained else {"weight": 0})
             | ({"reasoning_content": m.reasoning} if m.reasoning else {})
+            | (json.loads(m.tool) if m.tool else {})
             for m in self.messages
         ]
-        return {"id": self.id, "conversations": turns}
+        tools = {"tools": json.loads(self.tools)} if self.tools else {}
+        return {"id": self.id, "conversations": turns, **tools}
 
 
 def only_last_answer(conversation: Conversation) -> Conversation:
@@ -58,7 +63,7 @@ def only_last_answer(conversation: Conversation) -> Conversation:
         replace(m, trained=m.trained and i == last) if m.role == "assistant" else m
         for i, m in enumerate(conversation.messages)
     )
-    return Conversation(conversation.id, messages)
+    return replace(conversation, messages=messages)
 
 
 def one_per_answer(conversation: Conversation) -> Iterator[Conversation]:
@@ -73,7 +78,7 @@ def one_per_answer(conversation: Conversation) -> Iterator[Conversation]:
         if message.role == "assistant":
             number += 1
             if message.trained:
-                yield Conversation(f"{conversation.id}@{number}", (*before, message))
+                yield replace(conversation, id=f"{conversation.id}@{number}", messages=(*before, message))
             message = replace(message, trained=False)
         before.append(message)
 
@@ -81,12 +86,15 @@ def one_per_answer(conversation: Conversation) -> Iterator[Conversation]:
 # --- from raw rows -----------------------------------------------------------------------------------------
 
 
-def clean(row: Any, where: str, ledger: Ledger, escaped: bool | None = None) -> Conversation | None:
+def clean(
+    row: Any, where: str, ledger: Ledger, escaped: bool | None = None, reads_tools: bool = False
+) -> Conversation | None:
     """Turn one raw row into a conversation that alternates and ends in an answer.
 
     `row` may have any format that `row_formats` reads, or be an `UnusableRow`, the reason why it
     could not be read. `where` names a row that has no id. `escaped` tells whether its file was
-    HTML-escaped (see `html_escapes`); with None the row is judged by itself. Returns None for a
+    HTML-escaped (see `html_escapes`); with None the row is judged by itself. `reads_tools`: whether
+    a chat template can show tools; otherwise a row with tools is dropped. Returns None for a
     dropped row; drops and repairs are counted in `ledger`.
     """
     row_id = where
@@ -95,12 +103,12 @@ def clean(row: Any, where: str, ledger: Ledger, escaped: bool | None = None) -> 
         row_id = own_id(row) or where
         if was_text:
             ledger.repair(IS_JSON, row_id)
-        parsed = read_row(row)
+        parsed = read_row(row, reads_tools)
         for reason in parsed.repairs:
             if not (was_text and reason == IS_JSON):  # the ledger counts a row once per reason
                 ledger.repair(reason, row_id)
         messages = _repaired_text(parsed.messages, row_id, ledger, escaped)
-        conversation = Conversation(row_id, tuple(_alternating(messages, row_id, ledger)))
+        conversation = Conversation(row_id, tuple(_alternating(messages, row_id, ledger)), parsed.tools)
     except UnusableRow as reason:
         ledger.drop(str(reason), row_id)
         return None
@@ -160,10 +168,10 @@ def _alternating(messages: list[Message], row_id: str, ledger: Ledger) -> list[M
     """Make user and assistant turns alternate and end in an answer; system prompts stay in place.
 
     Consecutive turns of one role are joined, except answers of different weight, as in Mistral's
-    own normalization.
+    own normalization. Raises `UnusableRow` for the result of a tool that was not called.
     """
     turns: list[Message] = []
-    last = None  # index in `turns` of the last user or assistant turn
+    last = None  # index in `turns` of the last turn that is no system prompt
     joined: dict[int, list[str]] = {}  # index in `turns` -> its texts, joined at the end in linear time
     repairs: dict[str, None] = {}  # an ordered set: the ledger counts a row once per reason
     for message in messages:
@@ -172,23 +180,27 @@ def _alternating(messages: list[Message], row_id: str, ledger: Ledger) -> list[M
                 turns.append(message)
         elif last is None and message.role == "assistant":
             repairs["answer before any question: removed"] = None
-        elif is_blank(message.content):
+        elif message.role == "tool":
+            if last is None or not (turns[last].role == "tool" or _calls(turns[last])):
+                raise UnusableRow("the result of a tool that was not called")
+            last = len(turns)
+            turns.append(message)
+        elif is_blank(message.content) and not _calls(message):
             repairs["empty turn: cut there"] = None
             break
         elif last is not None and _continues(turns[last], message):
             repairs["consecutive turns of one role: joined"] = None
             joined.setdefault(last, [turns[last].content]).append(message.content)
-            if message.reasoning:
-                thoughts = filter(None, (turns[last].reasoning, message.reasoning))
-                turns[last] = replace(turns[last], reasoning="\n\n".join(thoughts))
+            thoughts = "\n\n".join(filter(None, (turns[last].reasoning, message.reasoning)))
+            turns[last] = replace(turns[last], reasoning=thoughts, tool=message.tool)
         else:
             last = len(turns)
             turns.append(message)
     for i, texts in joined.items():
-        turns[i] = replace(turns[i], content="\n\n".join(texts))
+        turns[i] = replace(turns[i], content="\n\n".join(filter(None, texts)))
     answers = sum(m.role == "assistant" for m in turns)
     while turns and turns[-1].role != "assistant":
-        if turns.pop().role == "user" and answers:
+        if turns.pop().role in ("user", "tool") and answers:
             repairs["last question has no answer: removed"] = None
     for reason in repairs:
         ledger.repair(reason, row_id)
@@ -201,13 +213,20 @@ def _alternating(messages: list[Message], row_id: str, ledger: Ledger) -> list[M
 
 
 def _require_length(messages: list[Message]) -> None:
-    if any(max(len(m.content), len(m.reasoning)) > LONGEST_MESSAGE for m in messages):
+    if any(max(len(m.content), len(m.reasoning), len(m.tool)) > LONGEST_MESSAGE for m in messages):
         raise UnusableRow(f"a message of more than {LONGEST_MESSAGE:,} characters")
 
 
 def _continues(previous: Message, message: Message) -> bool:
     """Whether a message is joined to the previous turn."""
-    return previous.role == message.role and (message.role == "user" or previous.trained == message.trained)
+    if previous.role != message.role or _calls(previous):
+        return False
+    return message.role == "user" or previous.trained == message.trained
+
+
+def _calls(message: Message) -> bool:
+    """Whether a message is an answer that calls tools."""
+    return message.role == "assistant" and bool(message.tool)
 
 
 def is_blank(text: str) -> bool:

@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any
 
-from minisft.data.messages import UnusableRow
+from minisft.data.ledger import UnusableRow
 
 BAD_ROW = "row is not valid JSON"
 TWICE = "row has a key twice"

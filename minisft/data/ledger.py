@@ -14,6 +14,10 @@ FIRST = 5  # row ids kept per reason
 MOST = 200  # distinct reasons, keys or lines kept; a damaged file may have a new unknown role in every row
 
 
+class UnusableRow(ValueError):
+    """Why a raw row yields no conversation; the message becomes a reason in the ledger."""
+
+
 @dataclass
 class Stage:
     """Rows and tokens after one step.

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minisft.data import tools
+from minisft.data.ledger import UnusableRow
 from minisft.text import one_line
 
 ROLES = {
@@ -48,10 +50,8 @@ DROPPED = {
     **dict.fromkeys(("image", "images", "image_url", "image_urls", "image_path", "input_image"), "needs images"),
     **dict.fromkeys(("video", "videos", "video_url"), "needs videos"),
     **dict.fromkeys(("audio", "audios", "audio_url", "input_audio"), "needs audio"),
-    **dict.fromkeys(
-        ("tool_calls", "function_call", "tool_use", "tool_result"), "tool calls that the template cannot show"
-    ),
-    **dict.fromkeys(("tools", "functions"), "tools that the template cannot show"),
+    **dict.fromkeys((*tools.CALLS, "tool_use", "tool_result"), "tool calls that the template cannot show"),
+    **dict.fromkeys(tools.DEFINITIONS, "tools that the template cannot show"),
     "documents": "documents that the template cannot show",
     **dict.fromkeys(("train_detail", "training_detail"), "weights for parts of an answer"),
 }
@@ -65,30 +65,33 @@ KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is `system`, `user` or `assistant`; `content` is untrusted text.
+    """One turn. `role` is `system`, `user`, `assistant` or `tool`; `content` is untrusted text.
 
     `trained` is the weight of the message in the loss. Only assistant messages are ever trained,
     and all of them are, except those that the data set marks with weight 0. `reasoning` is what the
-    model thought before an answer, for templates that have a place for it.
+    model thought before an answer, for templates that have a place for it. `tool` has the further
+    keys of a chat message with tools, as JSON text: `tool_calls` of an answer, or the `name` and
+    `tool_call_id` of a result.
     """
 
     role: str
     content: str
     trained: bool = True
     reasoning: str = ""
-
-
-class UnusableRow(ValueError):
-    """Why a raw row yields no conversation; the message becomes a reason in the ledger."""
+    tool: str = ""
 
 
 @dataclass
 class ReadRow:
     """The messages of a row, the repairs made to read them, and the keys that were not read.
 
-    `repairs` and `unread` are ordered sets.
+    `repairs` and `unread` are ordered sets. `reads_tools`: whether tool calls, results and
+    definitions are read; otherwise a row with them is unusable. `tools` are the definitions, as
+    JSON text.
     """
 
+    reads_tools: bool = False
+    tools: str = ""
     messages: list[Message] = field(default_factory=list)
     repairs: dict[str, None] = field(default_factory=dict)
     unread: dict[str, None] = field(default_factory=dict)
@@ -157,14 +160,14 @@ def require_supported_keys(keys: Keys, found: ReadRow, reads: str = "") -> None:
     the one that the caller `reads`, as repairs of the row `found`.
     """
     for key, value in keys.row.items():
-        if key in DROPPED:
-            if not _is_none(keys.take((key,))):
+        if key in DROPPED and not (found.reads_tools and key in (*tools.CALLS, *tools.DEFINITIONS)):
+            if not is_none(keys.take((key,))):
                 raise UnusableRow(DROPPED[key])
         elif key in LEFT_OUT and key != reads and isinstance(value, str | list | dict) and not is_empty(value):
             found.repairs[LEFT_OUT[key]] = None
 
 
-def _is_none(value: Any) -> bool:
+def is_none(value: Any) -> bool:
     """Whether a value is empty, false, or empty JSON inside a string, as some tools write it."""
     return not value or is_empty(value) or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
@@ -216,15 +219,50 @@ def message_of(turn: Any, found: ReadRow) -> Message:
     role = keys.take(ROLE)
     if not isinstance(role, str):
         raise UnusableRow("a turn without role and text")
-    known_role = ROLES.get(role.strip().lower())
+    name = role.strip().lower()
+    known_role = ROLES.get(name) or (tools.ROLES.get(name) if found.reads_tools else None)
     content = keys.take(TEXT)
+    tool = ""
+    if found.reads_tools:
+        tool, content = _tool_part(keys, name, known_role, content, found)
     is_null = content is None and not turn.keys().isdisjoint(TEXT)
     content = "" if is_null else text_of(content, known_role, found)
     if known_role is None:
         raise UnusableRow(f"unknown role {role[:20]!r}")
     trained = weight(keys, (*WEIGHT, *TRAINED), known_role == "assistant")
     found.unread |= {f"{name} (of a turn)": None for name in keys.unread()}
-    return Message(known_role, content, trained, reasoning)
+    return Message(known_role, content, trained, reasoning, tool)
+
+
+def _tool_part(keys: Keys, name: str, role: str | None, content: Any, found: ReadRow) -> tuple[str, Any]:
+    """The further keys of a turn with tools, as JSON text, and its content.
+
+    `name` is the role as the turn spells it. Raises `UnusableRow`.
+    """
+    calls = content if name == tools.CALL else keys.look(tools.CALLS)[1]
+    if not (name == tools.CALL or is_none(calls)):
+        keys.take(tools.CALLS)
+        if role != "assistant":
+            raise UnusableRow("tool calls of another role than the assistant")
+    if role == "assistant" and not is_none(calls):
+        return tools_json({"tool_calls": tools.calls_of(calls)}, found), "" if name == tools.CALL else content or ""
+    if role != "tool":
+        return "", content
+    of = {key: value for key in tools.RESULT if isinstance(value := keys.take((key,)), str)}
+    is_text = isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content)))
+    return tools_json(of, found) if of else "", content if is_text else tools.result_text(content)
+
+
+def tools_json(value: Any, found: ReadRow) -> str:
+    """JSON text of what a row says of tools; nulls are removed, which is a repair of the row `found`."""
+    cleaned = tools.without_nulls(value)
+    if cleaned != value:
+        found.repairs[tools.NULL] = None
+    return tools.as_json(cleaned)
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("type"), str)
 
 
 def _reasoning(keys: Keys) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ PATIENCE = 1000  # rows without a usable conversation before a file is refused
 SAMPLE = 1 << 22  # characters of the first rows that decide whether a file is HTML-escaped
 
 
-def read(path: Path | str, ledger: Ledger, is_clean: bool = False) -> Iterator[Conversation]:
+def read(path: Path | str, ledger: Ledger, is_clean: bool = False, reads_tools: bool = False) -> Iterator[Conversation]:
     """Yield each usable conversation of a file (JSON, JSON lines, Parquet, Arrow) or folder.
 
     Counts the stages raw and cleaned in `ledger`, and numbers repeated ids so that every id is
     unique. Raises `UserError` if the path does not exist, is empty, has another format, or has no
     usable conversation. A file that was written from clean conversations (`is_clean`) is not judged
-    for HTML escaping again: `&lt;` in it is what somebody wrote.
+    for HTML escaping again: `&lt;` in it is what somebody wrote. `reads_tools`: whether the chat
+    template can show tools (`ChatTemplate.has_tools`); otherwise rows with tools are dropped.
     """
     path = Path(path)
     used: dict[str, int] = {}  # id -> the last number tried for a repetition of it
@@ -44,14 +46,14 @@ def read(path: Path | str, ledger: Ledger, is_clean: bool = False) -> Iterator[C
     for where, row, escaped in _judged_rows(path, ledger):
         rows += 1
         ledger.count("raw", characters=sum(map(len, texts_of(row))))
-        conversation = clean(row, where, ledger, escaped and not is_clean)
+        conversation = clean(row, where, ledger, escaped and not is_clean, reads_tools)
         if conversation is None:
             if not used and rows >= PATIENCE:  # a large file of another format is refused early
                 break
             continue
         if conversation.id in used:
             ledger.repair("id seen before: numbered", conversation.id)
-            conversation = Conversation(_unused_id(conversation.id, used), conversation.messages)
+            conversation = replace(conversation, id=_unused_id(conversation.id, used))
         used[conversation.id] = 1
         ledger.count("cleaned", characters=conversation.characters)
         yield conversation

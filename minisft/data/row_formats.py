@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from typing import Any
 
+from minisft.data import tools
 from minisft.data.json_text import KeyTwiceError, parse_row, unreadable_row
 from minisft.data.messages import (
     ANSWER,
@@ -32,10 +33,12 @@ from minisft.data.messages import (
     as_text,
     encodable,
     is_empty,
+    is_none,
     message_of,
     messages_of,
     require_supported_keys,
     text_of,
+    tools_json,
     weight,
 )
 
@@ -47,18 +50,20 @@ FLAGS = dict.fromkeys(("true", "1", "desirable"), True) | dict.fromkeys(
 )
 
 
-def read_row(row: dict[str, Any]) -> ReadRow:
+def read_row(row: dict[str, Any], reads_tools: bool = False) -> ReadRow:
     """The messages of one row before cleaning. Raises `UnusableRow` with the reason if none.
 
     The system prompt and earlier turns are taken from columns of the row, unless the conversation
-    already begins with them.
+    already begins with them. `reads_tools`: see `ReadRow`.
     """
-    parsed = ReadRow()
+    parsed = ReadRow(reads_tools)
     keys = Keys(row)
     if own_id(row) is not None:
         keys.take(("id",))
     require_supported_keys(keys, parsed)
     _require_wanted(keys)
+    if reads_tools and not is_none(definitions := keys.take(tools.DEFINITIONS)):
+        parsed.tools = tools_json(tools.definitions_of(definitions), parsed)
     messages = _joined(_history(keys.take(HISTORY), parsed), _conversation_messages(keys, parsed))
     if not messages:
         raise UnusableRow("empty conversation")

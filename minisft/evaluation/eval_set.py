@@ -115,7 +115,7 @@ def make_eval_set(run: Run, settings: EvalSettings, digests: Digests | None = No
 
 def _fitting(run: Run, file: Path) -> Iterator[Conversation]:
     tokenizer, template = load_template(run.model_folder, run.config.template)
-    for conversation in read(file, Ledger(), is_clean=True):
+    for conversation in read(file, Ledger(), is_clean=True, reads_tools=template.has_tools):
         with suppress(RefusedConversation):
             row = encode(conversation, template, tokenizer, run.config.max_length)
             if not row.truncated and questions_of(conversation, "all"):
@@ -125,9 +125,9 @@ def _fitting(run: Run, file: Path) -> Iterator[Conversation]:
 def questions_of(conversation: Conversation, answers: str) -> list[Conversation]:
     """Return one conversation per scored answer, ending with it.
 
-    Answers of weight 0 are not scored.
+    Answers of weight 0 are not scored, nor are answers that call tools: BLEU compares texts.
     """
-    questions = list(one_per_answer(conversation))
+    questions = [one for one in one_per_answer(conversation) if not one.messages[-1].tool]
     return questions[-1:] if answers == "last" else questions
 
 

@@ -6,6 +6,7 @@ rows per invariant.
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -181,6 +182,7 @@ def _prompt_differences(
     answer = next(i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.trained)
     encoded = tokenizer.hf.apply_chat_template(
         as_chat(conversation.messages[:answer]),
+        tools=json.loads(conversation.tools) if conversation.tools else None,
         chat_template=template.jinja(),
         add_generation_prompt=True,
         sanitize_control_tokens=True,

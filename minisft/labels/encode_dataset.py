@@ -76,8 +76,8 @@ def _encode(
         drafts = []
         for conversation in batch:
             try:
-                if train_on == "all" and not template.same_at_every_turn(conversation):
-                    ledger.repair(_other_prompts(template), conversation.id)
+                if not template.same_at_every_turn(conversation):
+                    ledger.repair(_other_prompts(template, train_on), conversation.id)
                 if template.leaves_out(conversation):
                     ledger.repair(
                         f"reasoning left out: the template {template.name} has no place for it", conversation.id
@@ -105,8 +105,10 @@ def _prepared(conversations: Iterable[Conversation], train_on: str) -> Iterator[
             yield only_last_answer(conversation) if train_on == "last" else conversation
 
 
-def _other_prompts(template: ChatTemplate) -> str:
-    return f"{template.difference} ({template.name}): train on each answer to fix this"
+def _other_prompts(template: ChatTemplate, train_on: str) -> str:
+    if train_on == "all":
+        return f"{template.difference} ({template.name}): train on each answer to fix this"
+    return f"the template {template.name} writes another prompt at inference than before a trained answer"
 
 
 def _fill(drafts: list[Draft], tokenizer: Tokenizer, markers: dict[tuple[str, str], list[int]]) -> None:

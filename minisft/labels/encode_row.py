@@ -130,7 +130,7 @@ class Draft:
         for segment, end in self._round:
             if segment.control:
                 self._append(segment, _control_ids(segment.control, self.tokenizer))
-                if segment.control == "eos":
+                if segment.is_end:
                     self.ends.append(len(self.input_ids))
             elif segment.text:
                 self._add_text(segment, segment.text, end, next(ids_of_texts))

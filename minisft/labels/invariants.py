@@ -38,7 +38,10 @@ INVARIANTS = {
         "encode text without parsing special tokens, so that it cannot forge a turn, and remove padding",
     ),
     "text": ("text tokens equal those of the template and tokenizer", "encode the row again"),
-    "trained control": ("EOS is the only trained control token", "mask BOS and the template's markers"),
+    "trained control": (
+        "EOS is the only trained control token, or one that an own template writes inside an answer",
+        "mask BOS and the template's markers",
+    ),
     "eos": (
         "every answer ends in a trained EOS, unless the row was cut there",
         "append the real EOS id to each answer and train it; if rows were cut, give --max-length",
@@ -107,7 +110,7 @@ def check_row(
         return list(first.values())
     labelled = ParsedRow(input_ids, labels, tokenizer, full=max_length is not None and len(input_ids) >= max_length)
     controls = [i for i, token in enumerate(input_ids) if token in tokenizer.control_ids]
-    note(_labels(labelled, controls))
+    note(_labels(labelled, _not_trained(labelled, controls, template, conversation is not None)))
     if template.markers != "own":
         note(_bos(labelled))
     if max_length is not None and len(input_ids) > max_length:
@@ -146,13 +149,27 @@ def _malformed(ids: Any, labels: Any, tokenizer: Tokenizer) -> Found:
         yield "length", None, f"{len(ids)} ids and {len(labels)} labels"
 
 
+def _not_trained(row: ParsedRow, controls: list[int], template: ChatTemplate, is_known: bool) -> list[int]:
+    """The positions of `controls` that may not be trained, whatever the answers are.
+
+    A model's own template may write control tokens inside an answer (gpt-oss, calls of LFM 2). If
+    the conversation is known, its segments decide; otherwise those before an answer count.
+    """
+    if template.markers != "own":
+        return [i for i in controls if row.ids[i] != row.tokenizer.eos_id or i < row.start]
+    if is_known:
+        return []
+    before = {row.tokenizer.control_id(segment.control) for segment in template.opening if segment.control}
+    return [i for i in controls if row.ids[i] in before | {row.tokenizer.bos_id} - {row.tokenizer.eos_id}]
+
+
 def _labels(row: ParsedRow, controls: list[int]) -> Found:
     for i, (token, label) in enumerate(zip(row.ids, row.labels, strict=True)):
         if label not in (IGNORE_INDEX, token):
             yield "labels", i, f"{row.piece(i)} has label {label}"
             break
     for i in controls:
-        if row.trained(i) and (row.ids[i] != row.tokenizer.eos_id or i < row.start):
+        if row.trained(i):
             yield "trained control", i, f"{row.piece(i)} is trained"
     if row.first_trained(1, len(row.ids)) is None:  # the first token is never predicted
         yield "targets", None, f"none of the row's {len(row.ids)} tokens is trained"
@@ -189,7 +206,7 @@ def _as_encoded(
         ids = encode_segments([segment], tokenizer)
         expected += ids
         mask += [segment.trained] * len(ids)
-        if segment.control == "eos":
+        if segment.is_end:
             ends.append(len(expected))
     same = _common_prefix(row.ids, expected)
     if same < len(row.ids):

@@ -122,8 +122,8 @@ def by_opening(row: ParsedRow, template: ChatTemplate, controls: list[int]) -> F
                 start,
                 f"{row.piece(start)} is trained but does not follow the template's opening of an answer",
             )
-        if row.ids[end - 1] != row.tokenizer.eos_id and not (row.full and end == len(row.ids)):
-            yield "eos", end - 1, f"the trained tokens end in {row.piece(end - 1)}, not in EOS"
+        if row.ids[end - 1] not in row.tokenizer.stop_ids and not (row.full and end == len(row.ids)):
+            yield "eos", end - 1, f"the trained tokens end in {row.piece(end - 1)}, at which generation does not stop"
         start = row.first_trained(end, len(row.ids))
 
 

@@ -54,13 +54,15 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
     that memory does not grow with its size. Raises `UserError` if the source cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    split = assign(read(source, ledger), config.test_fraction, config.seed, ledger)
+    has_tools = template_for(tokenizer, config.template).has_tools
+    split = assign(read(source, ledger, reads_tools=has_tools), config.test_fraction, config.seed, ledger)
     for stage in ("train side of the split", "test side of the split", "test", "train"):
         ledger.count(stage, rows=0)  # fixes the order in which the ledger shows them
     with (folder / TEST).open("w", encoding="utf-8") as test:
 
         def train_side() -> Iterator[Conversation]:
-            for conversation in read(source, Ledger()):  # the first pass has recorded the cleaning
+            # The first pass has recorded the cleaning.
+            for conversation in read(source, Ledger(), reads_tools=has_tools):
                 side = split.side(conversation)
                 count_side(side, conversation, ledger)
                 if side == "train":
@@ -215,7 +217,9 @@ def _encoded(
 def _test_rows(config: RunConfig, tokenizer: Tokenizer, file: Path) -> Iterator[Row]:
     if not config.eval_rows or not file.stat().st_size:
         return iter(())
-    rows = _encoded(read(file, Ledger(), is_clean=True), config, tokenizer, Ledger())
+    has_tools = template_for(tokenizer, config.template).has_tools
+    test = read(file, Ledger(), is_clean=True, reads_tools=has_tools)
+    rows = _encoded(test, config, tokenizer, Ledger())
     return itertools.islice(rows, config.eval_rows)
 
 

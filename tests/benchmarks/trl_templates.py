@@ -6,7 +6,7 @@
 For each `X.jinja` with an `X_training.jinja`: this package labels conversations by the original alone; TRL's mask comes
 from the `{% generation %}` marks of the patched one, through transformers' `return_assistant_tokens_mask`. Every
 difference is put into one of the classes below, by rule; what fits none is counted as unexplained, and the exit code
-is then 1.
+is then 1. Where the original shows tools, as many conversations with tool calls are compared too.
 
     same              ids and mask are equal
     end only          TRL also trains what the template writes after the token at which generation stops
@@ -14,6 +14,7 @@ is then 1.
     both              the two before
     other text        the patched template writes other text than the original (it keeps earlier thoughts, for example);
                       ours is checked to be the original's, and each labels its own
+    fewer             the original writes some answers otherwise than inference does; these are not trained here
     refused           this package refuses the conversation, with the reason
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import random
 import re
@@ -35,6 +37,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from minisft.chat.jinja_template import as_chat
 from minisft.chat.own_template import template_of
 from minisft.chat.registry import template_for
 from minisft.chat.template import RefusedConversation
@@ -49,9 +52,22 @@ CONTROL = re.compile(
     r"<\|[^|<>{}'\"\s]+\|>|<｜[^<>｜]+｜>|</?s>|<(?:bos|eos)>|<(?:start|end)_of_\w+>|<\|turn>|<turn\|>|<\|channel>"
     r"|<channel\|>|\[/?INST\]|\[gMASK\]|<sop>"
 )
-EXPLAINED = ("same", "end only", "begin only", "both", "other text", "refused")
+EXPLAINED = ("same", "end only", "begin only", "both", "other text", "fewer", "refused")
 # The token at which generation stops, where the template does not show it by itself.
+STOPS = {"gptoss": ["<|return|>", "<|call|>"]}  # of its generation_config.json
 EOS = {"cohere2": "<|END_OF_TURN_TOKEN|>", "gptoss": "<|return|>"}
+LOOK_UP = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks something up",
+        "parameters": {
+            "type": "object",
+            "properties": {"what": {"type": "string", "description": "what"}, "count": {"type": "integer"}},
+            "required": ["what"],
+        },
+    },
+}
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "red", "rain", "over", "old", "stone", "walls")
 
 
@@ -72,6 +88,30 @@ def conversations(count: int) -> list[Conversation]:
     return made
 
 
+def tool_conversations(count: int) -> list[Conversation]:
+    """Questions that are answered after a call, or after two calls one after the other."""
+    chance = random.Random(1)
+
+    def words(most: int = 5) -> str:
+        return " ".join(chance.choices(WORDS, k=chance.randint(1, most)))
+
+    made = []
+    for i in range(count):
+        turns = [Message("system", words())] * (chance.random() < 0.3)
+        for turn in range(chance.randint(1, 2)):
+            turns.append(Message("user", words()))
+            for step in range(chance.randint(1, 2)):
+                call_id = f"call0{turn}{step}00"
+                arguments = {"what": words(), "count": chance.randint(0, 9)}
+                call = {"type": "function", "id": call_id, "function": {"name": "look_up", "arguments": arguments}}
+                turns.append(Message("assistant", "", tool=json.dumps({"tool_calls": [call]})))
+                result = {"name": "look_up", "tool_call_id": call_id}
+                turns.append(Message("tool", words(), tool=json.dumps(result)))
+            turns.append(Message("assistant", words(9)))
+        made.append(Conversation(str(i), tuple(turns), json.dumps([LOOK_UP])))
+    return made
+
+
 def tokenizer_of(source: str, base: Any, folder: Path, eos: str) -> HuggingFaceTokenizer:
     """The packaged tokenizer with this template, its control tokens, and the end of its answers as EOS."""
     hf = copy.deepcopy(base)
@@ -79,6 +119,8 @@ def tokenizer_of(source: str, base: Any, folder: Path, eos: str) -> HuggingFaceT
     hf.chat_template = source
     hf.eos_token = eos
     hf.save_pretrained(folder)
+    stops = {"eos_token_id": hf.convert_tokens_to_ids(STOPS.get(folder.name, []))}
+    (folder / "generation_config.json").write_text(json.dumps(stops))
     hf.eos_token = template_of(AutoTokenizer.from_pretrained(folder)).stops[0]
     hf.save_pretrained(folder)
     return HuggingFaceTokenizer(folder, "own")
@@ -90,9 +132,10 @@ def compare(conversation: Conversation, tokenizer: HuggingFaceTokenizer, patched
         row = encode(conversation, template, tokenizer, 1 << 30)
     except RefusedConversation as reason:
         return f"refused: {reason}"
-    chat = [{"role": m.role, "content": m.content} for m in conversation.messages]
+    chat = as_chat(conversation.messages)
+    tools = json.loads(conversation.tools) if conversation.tools else None
     theirs = tokenizer.hf.apply_chat_template(
-        chat, chat_template=patched, return_assistant_tokens_mask=True, return_dict=True
+        chat, tools=tools, chat_template=patched, return_assistant_tokens_mask=True, return_dict=True
     )
     # By text: the same text may be cut into tokens in two ways where an answer begins.
     labelled = zip(row.input_ids, row.labels, strict=True)
@@ -100,11 +143,32 @@ def compare(conversation: Conversation, tokenizer: HuggingFaceTokenizer, patched
     masked = zip(theirs["input_ids"], theirs["assistant_masks"], strict=True)
     them = [(tokenizer.decode([token]), bool(trained)) for token, trained in masked]
     text = "".join(piece for piece, _ in ours)
-    if text != tokenizer.decode(tokenizer.hf.apply_chat_template(chat)["input_ids"]):
+    if text != tokenizer.decode(tokenizer.hf.apply_chat_template(chat, tools=tools)["input_ids"]):
         return "not the original's text"
     if text != "".join(piece for piece, _ in them):
         return "other text"
-    return classify(trained_ranges(ours), trained_ranges(them), text, template.ends)
+    found, expected = trained_ranges(ours), trained_ranges(them)
+    if 0 < len(found) < len(expected) == len(found) + unlike_inference(conversation, tokenizer, text):
+        return "fewer"
+    return classify(found, expected, text, template.ends)
+
+
+def unlike_inference(conversation: Conversation, tokenizer: HuggingFaceTokenizer, text: str) -> int:
+    """The number of answers that the original does not write as inference does: after their own prompt, and with a
+    token at which generation stops.
+    """
+    tools = json.loads(conversation.tools) if conversation.tools else None
+    chat = as_chat(conversation.messages)
+    ends = template_for(tokenizer).ends
+    count = 0
+    for i in (i for i, message in enumerate(chat) if message["role"] == "assistant"):
+        prompt, answered = (
+            tokenizer.hf.apply_chat_template(chat[:n], tools=tools, add_generation_prompt=n == i, tokenize=False)
+            for n in (i, i + 1)
+        )
+        same = os.path.commonprefix([text, answered])  # noqa: RUF071 (texts, not paths)
+        count += not (text.startswith(prompt) and any(end in same[len(prompt) :] for end in ends))
+    return count
 
 
 def trained_ranges(tokens: list[tuple[str, bool]]) -> list[tuple[int, int]]:
@@ -153,15 +217,17 @@ def main() -> None:
             except UserError as error:
                 print(f"{name:26} not compared: {error}")
                 continue
-            counts: Counter[str] = Counter()
-            for conversation in conversations(options.conversations):
-                counts[compare(conversation, tokenizer, patched.read_text())] += 1
+            kinds = {name: conversations(options.conversations)}
+            if template_for(tokenizer).has_tools:
+                kinds[f"{name}, tools"] = tool_conversations(options.conversations)
+            for kind, talks in kinds.items():
+                counts = Counter(compare(conversation, tokenizer, patched.read_text()) for conversation in talks)
+                strange = {what: n for what, n in counts.items() if what.partition(":")[0] not in EXPLAINED}
+                unexplained += sum(strange.values())
+                print(f"{kind:26} {', '.join(f'{what} {n}' for what, n in counts.most_common())}")
             if options.show:
                 show(tokenizer, patched.read_text())
         pairs += 1
-        strange = {what: n for what, n in counts.items() if what.partition(":")[0] not in EXPLAINED}
-        unexplained += sum(strange.values())
-        print(f"{name:26} {', '.join(f'{what} {n}' for what, n in counts.most_common())}")
     print(f"{pairs} pairs, {unexplained} unexplained differences")
     sys.exit(1 if unexplained else 0)
 

@@ -8,6 +8,7 @@ from conftest import AT_LENGTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisft.chat.jinja_template import has_one_prompt
 from minisft.chat.own_template import OwnTemplate
 from minisft.chat.registry import other_template, template_for
 from minisft.chat.template import RefusedConversation
@@ -114,10 +115,12 @@ def tokenizers(tiny_model, tmp_path_factory):
     return made
 
 
-def expected_prompt(tokenizer, messages):
+def expected_prompt(tokenizer, messages, tools=None):
     """The prompt of plain transformers; control tokens that a content spells are text there, too, if asked."""
-    chat = [{"role": m.role, "content": m.content} for m in messages]
-    encoded = tokenizer.hf.apply_chat_template(chat, add_generation_prompt=True, sanitize_control_tokens=True)
+    chat = [{"role": m.role, "content": m.content} | (json.loads(m.tool) if m.tool else {}) for m in messages]
+    encoded = tokenizer.hf.apply_chat_template(
+        chat, tools=tools, add_generation_prompt=True, sanitize_control_tokens=True
+    )
     return encoded["input_ids"]
 
 
@@ -208,13 +211,13 @@ def test_a_layout_labels_as_the_prompts_of_each_turn_do(tokenizers, name, conver
     """The fast way, by the layout of the roles, against the slow one, by one rendering for each answer."""
     template = template_for(tokenizers[name])
     try:
-        slow, same = template.labelled_by_prompts(conversation.messages)
+        slow, others = template.labelled_by_prompts(conversation.messages)
         layout = template.layout(tuple(m.role for m in conversation.messages))
         rendered = template.render(conversation.messages)
     except RefusedConversation:
         return
     fast = layout.filled([m.content for m in conversation.messages]) if layout else []
-    if "".join(piece.text for piece in fast) != rendered or not (same and layout.same):
+    if "".join(piece.text for piece in fast) != rendered or others or layout.others:
         return
 
     def trained(pieces):
@@ -244,6 +247,73 @@ def test_earlier_thoughts_are_trained_one_answer_at_a_time(tokenizers):
     rows = list(encode_stream([conversation], template, tokenizer, max_length=999, ledger=ledger, train_on="each"))
     assert [tokenizer.decode([i for i in r.labels if i >= 0]).split("\n")[1] for r in rows] == ["add", "add again"]
     assert not ledger.repaired
+
+
+def test_control_tokens_that_a_template_writes_inside_an_answer_are_trained(tiny_model, tmp_path):
+    """As gpt-oss, whose answers begin with the name of a channel; `check` has nothing to object."""
+    source = CHATML.replace(
+        "+ m['role'] + '\n'",
+        "+ m['role'] + ('<|start_header_id|>final<|end_header_id|>' if m['role'] == 'assistant' else '\n')",
+    ).replace("assistant\n' }}{% endif %}", "assistant' }}{% endif %}")
+    tokenizer = HuggingFaceTokenizer(save(source, tiny_model, tmp_path / "model"), "own")
+    template = template_for(tokenizer)
+    row = encode(ONE, template, tokenizer, 999)
+    ((start, end),) = spans(row)
+    assert tokenizer.decode(row.input_ids[start:end]) == "<|start_header_id|>final<|end_header_id|>sat on<|im_end|>"
+    assert check_conversations([ONE, TWO], template, tokenizer, 999).ok
+    assert check_row("c", row.input_ids, row.labels, template, tokenizer) == [], "without the conversation, too"
+    mark = max(i for i in range(start) if row.input_ids[i] in tokenizer.control_ids)
+    labels = [*row.labels[:mark], *row.input_ids[mark:start], *row.labels[start:]]
+    found = [violation.invariant for violation in check_row("c", row.input_ids, labels, template, tokenizer)]
+    assert "trained control" in found, "the marker before an answer is no part of it"
+
+
+def test_a_head_that_inference_does_not_see_is_counted(tiny_model, tmp_path):
+    """This template writes how many messages there are: at inference there is one less."""
+    tokenizer = HuggingFaceTokenizer(save("{{ messages | length }}" + CHATML, tiny_model, tmp_path / "model"), "own")
+    template = template_for(tokenizer)
+    for train_on, says in (("all", "train on each answer"), ("each", "another prompt"), ("last", "another prompt")):
+        ledger = Ledger()
+        rows = list(encode_stream([TWO], template, tokenizer, max_length=999, ledger=ledger, train_on=train_on))
+        assert len(rows) == (2 if train_on == "each" else 1)
+        ((reason, count),) = ledger.repaired.items()
+        assert says in reason and count.rows == len(rows)
+
+
+PROMPT_BY_CONTENT = CHATML.replace(
+    "{{ '<|im_start|>assistant\n' }}",
+    "{{ '<|im_start|>assistant\n' }}{% if '/deep' in messages[0]['content'] %}{{ '<think>\n' }}{% endif %}",
+)
+
+
+def test_a_generation_prompt_that_depends_on_a_content_is_compared(tiny_model, tmp_path):
+    tokenizer = HuggingFaceTokenizer(save(PROMPT_BY_CONTENT, tiny_model, tmp_path / "model"), "own")
+    template = template_for(tokenizer)
+    encode(ONE, template, tokenizer, 999)
+    with pytest.raises(RefusedConversation, match="what is not its generation prompt"):
+        encode(talk(("user", "the /deep cat"), ("assistant", "sat on")), template, tokenizer, 999)
+    encode(talk(("user", "the /deep cat"), ("assistant", "<think>\nhm\n</think>\nsat on")), template, tokenizer, 999)
+
+
+@pytest.mark.parametrize(
+    ("source", "one"),
+    [
+        (CHATML, True),
+        (MARKED, True),
+        (CHATML + "{% if add_generation_prompt %}{{ bos_token }}{% endif %}", True),
+        (PROMPT_BY_CONTENT, False),
+        ("{% set last = messages[-1]['content'] %}{% if add_generation_prompt %}{{ last }}{% endif %}", False),
+        (
+            "{% macro last() %}{{ messages[-1] }}{% endmacro %}{% if add_generation_prompt %}{{ last() }}{% endif %}",
+            False,
+        ),
+        ("{% for m in messages %}{% if loop.last and add_generation_prompt %}A{% endif %}{% endfor %}", False),
+        ("{{ 'A' if add_generation_prompt }}", False),
+        ("{% if x %}", False),
+    ],
+)
+def test_templates_whose_generation_prompt_is_certainly_one(source, one):
+    assert has_one_prompt(source) == one
 
 
 @pytest.mark.parametrize("name", ["thinking", "chatml"])
