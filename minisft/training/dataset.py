@@ -71,7 +71,11 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
         selected = select(train_side(), "train", ledger, config.max_characters, config.max_rows)
         rows = _encoded(selected, config, tokenizer, ledger)
         written = write_rows(rows, folder / TRAIN)
-    write_rows(_test_rows(config, tokenizer, folder / TEST), folder / TEST_ROWS)
+    test_ledger = Ledger()
+    write_rows(_test_rows(config, tokenizer, folder / TEST, test_ledger), folder / TEST_ROWS)
+    ledger.dropped |= {f"test loss: {reason}": rows for reason, rows in test_ledger.dropped.items()}
+    for note in test_ledger.notes:
+        ledger.note(note)
     return written
 
 
@@ -212,10 +216,10 @@ def _encoded(
     )
 
 
-def _test_rows(config: RunConfig, tokenizer: Tokenizer, file: Path) -> Iterator[Row]:
+def _test_rows(config: RunConfig, tokenizer: Tokenizer, file: Path, ledger: Ledger) -> Iterator[Row]:
     if not config.eval_rows or not file.stat().st_size:
         return iter(())
-    rows = _encoded(read(file, Ledger(), is_clean=True), config, tokenizer, Ledger())
+    rows = _encoded(read(file, Ledger(), is_clean=True), config, tokenizer, ledger)
     return itertools.islice(rows, config.eval_rows)
 
 
