@@ -133,6 +133,12 @@ def made_from(run_folder: Path, wanted: dict[str, Any]) -> bool:
     return made is None or not made.made_of or made.made_of.get("files") == wanted["files"]
 
 
+def training_rows_digest(run_folder: Path) -> str:
+    """Return the recorded checksum of a run's training rows; "" if it has none."""
+    made = read_json(run_folder / "data" / MADE_OF, MadeRows)
+    return made.sha256.get(TRAIN, "") if made else ""
+
+
 def require_as_made(run_folder: Path) -> None:
     """Raise `UserError` if the rows of a run have changed since they were prepared."""
     made = read_json(run_folder / "data" / MADE_OF, MadeRows)
