@@ -128,9 +128,10 @@ def make_eval_set(run: Run, settings: EvalSettings, digests: Digests | None = No
 
 
 def _none_fits(run: Run, refused: Mapping[str, str]) -> str:
-    if refused:
-        return f"no test conversation of {run.name} can be used: {refusals(refused)}; use another --template"
     limit = run.config.max_length
+    if refused:
+        how = "prepare it again with another --template, or use more data"
+        return f"{run.name}: {refusals(refused)}, and no other fits in {limit} tokens: {how}"
     return f"no test conversation of {run.name} fits in {limit} tokens: use more data or a larger maximum"
 
 

@@ -148,7 +148,7 @@ def test_a_template_that_refuses_every_test_conversation_is_named(model_with, pr
         "{% if 'hi' in messages[0]['content']|lower or messages[0]['content'] == 'say' %}{{ raise_exception('no') }}"
     )
     run, _, _ = prepared(model_with(picky + "{% endif %}" + ROLES), "own")
-    with pytest.raises(UserError, match=r"the chat template refuses 3 test conversations .*use another --template"):
+    with pytest.raises(UserError, match=r"refuses 3 test conversations .*, and no other fits in 128 tokens"):
         make_eval_set(run, QUICK)
 
 
