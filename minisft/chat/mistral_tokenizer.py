@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from minisft import system
-from minisft.chat.pieces import bytes_of_piece, no_piece_crosses_a_space
+from minisft.chat.pieces import bytes_of_piece
+from minisft.chat.space_cuts import no_piece_crosses_a_space
 from minisft.errors import UserError
 from minisft.text import visible
 

@@ -7,7 +7,6 @@ writes every byte as one printable character, a space as `Ġ`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 SPACE_MARK = "▁"
 
@@ -17,12 +16,6 @@ def bytes_of_piece(piece: str) -> bytes:
     if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
         return bytes([int(match[1], 16)])
     return piece.replace(SPACE_MARK, " ").encode()
-
-
-def no_piece_crosses_a_space(pieces: Iterable[str], byte_level: bool) -> bool:
-    """Whether no piece of a vocabulary has a space right after a letter, as in `of▁the`."""
-    space = "Ġ" if byte_level else f"[ {SPACE_MARK}]"
-    return not any(map(re.compile(f"[A-Za-z]{space}[A-Za-z]?").search, pieces))
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minisft.chat.mistral_tokenizer import MistralCommonTokenizer
-from minisft.chat.pieces import BYTE_OF, SPACE_MARK, bytes_of_piece, no_piece_crosses_a_space
+from minisft.chat.pieces import BYTE_OF, SPACE_MARK, bytes_of_piece
 from minisft.chat.registry import DEFAULT, template_named
+from minisft.chat.space_cuts import acts_on_each_side, no_piece_crosses_a_space, parts
 from minisft.data.model_folder import clean_logs, require_own_tokenizer
 from minisft.errors import UserError
 from minisft.files import read_json
@@ -32,11 +33,10 @@ class Tokenizer(Protocol):
 
     `template_name` is the chat template that the tokenizer is set up for. `continues_text`: a text
     that follows a text is encoded as its continuation; Mistral's own tokenizers encode every text
-    alone. `cuts_at_spaces`: no token crosses a space between two words, so the ids of a text that
-    is cut before such a space are the first ids of the whole text. `unk_id` stands for text that
-    has no token. `added_words` maps ids to words
-    that were added to the vocabulary but are not control tokens (`<think>` in many models): a text
-    may contain them, and each is one id.
+    alone. `cuts_at_spaces`: the ids of a text that is cut before a space between two words are the
+    first ids of the whole text, and its continuation has the others (`space_cuts`). `unk_id` stands
+    for text that has no token. `added_words` maps ids to words that were added to the vocabulary but
+    are not control tokens (`<think>` in many models): a text may contain them, and each is one id.
     """
 
     name: str
@@ -124,12 +124,16 @@ class HuggingFaceTokenizer:
         words = [token for token in added if token["id"] not in control | self.control_ids]
         self.added_words = {token["id"]: token["content"] for token in words}
         self._forgeable = _hide_control_tokens(serialized, self.control_ids, self.added_words)
-        self._byte_level = any(part.get("type") == "ByteLevel" for part in _parts(serialized["decoder"]))
+        self._byte_level = any(part.get("type") == "ByteLevel" for part in parts(serialized["decoder"]))
         self._at = _tokenizers_by_position(serialized)
-        by_words = bool(serialized["pre_tokenizer"]) or serialized["model"]["type"] in ("BPE", "Unigram")
-        cuts = by_words and no_piece_crosses_a_space(self.hf.get_vocab(), self._byte_level)
-        self.cuts_at_spaces = cuts and not any(
-            token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"]) for token in words
+        with_spaces = re.compile(rf"[\s{SPACE_MARK}]")
+        # A text may get a mark behind each added token; as the continuation of a text it gets none.
+        same_marks = self._at["control"] is self._at["text"] or not serialized["added_tokens"]
+        self.cuts_at_spaces = (
+            acts_on_each_side(serialized)
+            and no_piece_crosses_a_space(self.hf.get_vocab(), self._byte_level)
+            and same_marks
+            and not any(token["lstrip"] or token["rstrip"] or with_spaces.search(token["content"]) for token in words)
         )
 
     def _add_control_tokens(self, names: Sequence[str]) -> None:
@@ -220,7 +224,7 @@ def _load(folder: Path | str) -> Any:
 def _growth(component: dict[str, Any] | None) -> float:
     """How many characters the replacements of a normalizer or decoder make, at most, of one character."""
     growth = 1.0
-    for part in _parts(component):
+    for part in parts(component):
         if part["type"] == "Replace":  # a regular expression may match a single character, or none
             replaced = len(part["pattern"].get("String", "")) or 1
             growth *= max(1, len(part["content"]) / replaced)
@@ -282,10 +286,10 @@ def _tokenizers_by_position(serialized: dict[str, Any]) -> dict[str, Any]:
 
     bare = serialized | {part: copy.deepcopy(serialized[part]) for part in ("normalizer", "pre_tokenizer")}
     marks = only_first = False
-    for part in _parts(bare["normalizer"]):
+    for part in parts(bare["normalizer"]):
         if part["type"] == "Prepend":
             marks, part["prepend"] = True, ""
-    for part in _parts(bare["pre_tokenizer"]):
+    for part in parts(bare["pre_tokenizer"]):
         if part is not bare["pre_tokenizer"] and part.get("prepend_scheme") != "first":
             continue  # after another pre-tokenizer it marks every split-off stretch, at any position
         if part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never":
@@ -298,17 +302,6 @@ def _tokenizers_by_position(serialized: dict[str, Any]) -> dict[str, Any]:
         return dict.fromkeys(("nothing", "control", "text"), marked)
     unmarked = RustTokenizer.from_str(json.dumps(bare))
     return {"nothing": marked, "control": unmarked if only_first else marked, "text": unmarked}
-
-
-def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder or, if it is a sequence, its parts."""
-    if component is None:
-        return
-    if component["type"] != "Sequence":
-        yield component
-    for key in ("normalizers", "pretokenizers", "decoders"):
-        for part in component.get(key, ()):
-            yield from _parts(part)
 
 
 def load_tokenizer(source: str = "smollm2", template: str | None = None) -> Tokenizer:

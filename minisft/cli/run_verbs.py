@@ -169,7 +169,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare the loss, speed, memory and communication of several runs."""
-    from minisft.launch.compare_runs import comparison_table, summary_rows, verdict
+    from minisft.launch.compare_runs import comparison_table, data_difference, summary_rows, verdict
     from minisft.run.folder import Run, all_runs
 
     chosen = [Run.load(name) for name in runs] if runs else all_runs()
@@ -178,5 +178,5 @@ def compare(
         print_json(rows)
         return
     say(comparison_table(rows))
-    if conclusion := verdict(chosen):
-        say(f"\n{conclusion}")
+    for sentence in filter(None, (verdict(chosen), data_difference(chosen))):
+        say(f"\n{sentence}")

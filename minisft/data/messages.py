@@ -172,6 +172,14 @@ def is_none(value: Any) -> bool:
     return not value or is_empty(value) or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
+_SPELLED = dict.fromkeys(("0", "0.", "0.0", "false"), 0) | dict.fromkeys(("1", "1.", "1.0", "true"), 1)
+
+
+def spelled_weight(value: Any) -> Any:
+    """A weight whose text is 0 or 1 in some spelling, as a number; any other value as it is."""
+    return _SPELLED.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
 def weight(keys: Keys, names: Sequence[str], is_answer: bool = True) -> bool:
     """Whether the keys `names` leave a row or turn trained.
 
@@ -180,7 +188,7 @@ def weight(keys: Keys, names: Sequence[str], is_answer: bool = True) -> bool:
     """
     trained = True
     for name in names:
-        value = keys.row.get(name)
+        value = spelled_weight(keys.row.get(name))
         # A number under `loss` or `training` is a measurement, not a weight.
         if value is None or (name in TRAINED and not isinstance(value, bool)):
             continue

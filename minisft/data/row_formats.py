@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from decimal import Decimal
 from typing import Any
 
 from minisft.data import tools
@@ -37,6 +36,7 @@ from minisft.data.messages import (
     message_of,
     messages_of,
     require_supported_keys,
+    spelled_weight,
     text_of,
     tools_json,
     weight,
@@ -143,26 +143,12 @@ def _require_wanted(keys: Keys) -> None:
             raise UnusableRow(f"marked as undesirable ({name})")
         if is_mark:
             keys.take((name,))
-    for name in (*WEIGHT, *TRAINED):
-        value = keys.row.get(name)
-        if name in WEIGHT and isinstance(value, list) and value:
-            raise UnusableRow("weights of a row as a list")
-        if _weighs_nothing(value, is_weight=name in WEIGHT):
-            raise UnusableRow("a row of weight 0")
-    numbers = [name for name in WEIGHT if isinstance(keys.row.get(name), int | float)]
-    weight(keys, numbers)
-
-
-def _weighs_nothing(value: Any, is_weight: bool) -> bool:
-    """Whether a row's weight is 0 in any spelling; under other keys than a weight, only false is."""
-    if isinstance(value, bool):
-        return not value
-    if not is_weight or value is None:
-        return False
-    if isinstance(value, str):
-        text = value.strip().lower()
-        return FLAGS.get(text) is False or text in ("0.0", "0.")
-    return isinstance(value, Decimal | int | float) and value == 0
+    values = {name: spelled_weight(keys.row.get(name)) for name in (*WEIGHT, *TRAINED)}
+    if any(isinstance(values[name], list) and values[name] for name in WEIGHT):
+        raise UnusableRow("weights of a row as a list")
+    # Another text or object in a column of this name is no weight.
+    if not weight(keys, [name for name, value in values.items() if not isinstance(value, str | list | dict)]):
+        raise UnusableRow("a row of weight 0")
 
 
 def _flag(value: Any) -> bool | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from minisft.data.conversations import Conversation
 from minisft.data.ledger import Ledger
 
-FEW = 10  # rows up to which a name that is neither random nor a word counts as one conversation
+FEW = 10  # parts up to which a name that is neither random nor a word counts as one conversation
 _PART = re.compile(r"([A-Za-z0-9]{7})_\d+")  # ShareGPT's ids: a random name and the number of the part
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _CHANGES = re.compile(r"(?<=[a-z])(?=[A-Z0-9])|(?<=[A-Z])(?=[a-z0-9])|(?<=[0-9])(?=[A-Za-z])")
@@ -24,8 +24,8 @@ _CHANGES = re.compile(r"(?<=[a-z])(?=[A-Z0-9])|(?<=[A-Z])(?=[a-z0-9])|(?<=[0-9])
 class Origins:
     """Which ids are parts of one conversation.
 
-    `names` are conversations whose parts have the ids `<name>_<number>`. `repeated` are ids that
-    occur a few times in the data, so that their numbered copies (`<id>#2`) are one conversation.
+    `names` are conversations whose parts have the ids `<name>_<number>`. `repeated` are ids whose
+    numbered copies (`<id>#2`) belong to the same conversation.
     """
 
     names: frozenset[str] = frozenset()
@@ -37,18 +37,23 @@ class Origins:
 
         `QWJhYvA_7` is a part of a conversation; `example_7` is an independent row, and so is
         `topic12_7` if there are many of them. A name counts as a conversation if it looks random or
-        if only a few rows have it. If most names look random, a name with up to `wanted` rows
-        counts as well, even if it happens to look like a word.
+        if only a few parts have it. If most names look random, a name with up to `wanted` parts
+        counts as well, even if it happens to look like a word. Numbered copies are no further parts.
         """
         all_ids = set(ids)
         copies = Counter(base for name in ids if (base := name.partition("#")[0]) != name and base in all_ids)
-        # An id with very many copies says nothing, for example if every row has the same id.
-        repeated = frozenset(name for name, count in copies.items() if count < max(FEW, wanted))
-        rows = Counter(match[1] for name in ids if (match := _PART.fullmatch(name.partition("#")[0])))
-        random = {name for name in rows if _looks_random(name)}
-        most = wanted if 2 * len(random) > len(rows) else 0
-        names = (name for name in rows if name in random or rows[name] <= max(most, 0 if _is_word(name) else FEW))
-        return cls(frozenset(names), repeated)
+        part_ids = {base: match[1] for name in ids if (match := _PART.fullmatch(base := name.partition("#")[0]))}
+        parts = Counter(part_ids.values())
+        random = {name for name in parts if _looks_random(name)}
+        most = wanted if 2 * len(random) > len(parts) else 0
+        names = frozenset(
+            name for name in parts if name in random or parts[name] <= max(most, 0 if _is_word(name) else FEW)
+        )
+        # An id with very many copies says nothing, for example if every row has the same id; but the
+        # copies of several parts are all of their conversation.
+        several = {base for base, name in part_ids.items() if name in names and parts[name] > 1}
+        repeated = frozenset(base for base, n in copies.items() if n < max(FEW, wanted) or base in several)
+        return cls(names, repeated)
 
     def origin(self, conversation_id: str) -> str:
         """The name of the conversation that a row was cut from; the row's own id if it is whole."""

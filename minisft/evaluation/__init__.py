@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "answers": ["answer_loss", "ask", "load_to_answer"],
         "bleu_breakdown": ["break_down_bleu"],
         "chat_session": ["SideBySideChat"],
-        "contamination": ["Prompt", "find_overlaps", "trained_texts"],
+        "contamination": ["Beginning", "Prompt", "find_overlaps", "trained_texts", "words_of"],
         "eval_set": ["EvalSettings", "load_template", "make_eval_set", "prompt_ids"],
         "evaluate_checkpoints": ["evaluate_runs", "results_of"],
         "metrics": ["paired_bootstrap"],

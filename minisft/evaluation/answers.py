@@ -11,15 +11,14 @@ from typing import Any
 from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.data.conversations import Conversation, Message
-from minisft.evaluation.eval_set import load_template, prompt_ids
+from minisft.evaluation.eval_set import UNLIMITED, load_template, prompt_ids
 from minisft.evaluation.generate import attending, generate_batched
-from minisft.labels.encode_row import encode
+from minisft.labels.encode_row import Row, encode
 from minisft.model.loading import load_model
 from minisft.training.checkpoint_health import require_sound
 from minisft.training.collators import PaddingFree, PadRight, portions
 
 TOKENS_AT_ONCE = 4096  # per batch when computing a loss
-UNLIMITED = 1 << 30  # tokens: no truncation
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,12 @@ def generate(
 def answer_loss(
     model: Any, conversations: Sequence[Conversation], template: ChatTemplate, tokenizer: HuggingFaceTokenizer
 ) -> tuple[float, int]:
-    """Compute the teacher-forced loss of the reference answers.
+    """Compute the teacher-forced loss of the conversations' answers; see `loss_of_rows`."""
+    return loss_of_rows(model, [encode(c, template, tokenizer, UNLIMITED) for c in conversations], tokenizer.pad_id)
+
+
+def loss_of_rows(model: Any, rows: Sequence[Row], pad_id: int) -> tuple[float, int]:
+    """Compute the loss of encoded rows.
 
     Returns (mean over the trained tokens of all rows, in nats; number of these tokens).
     """
@@ -66,11 +70,9 @@ def answer_loss(
     from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
 
     # Sorted by length, so that a padded batch contains little padding.
-    rows = sorted(
-        (encode(c, template, tokenizer, UNLIMITED) for c in conversations), key=lambda row: len(row.input_ids)
-    )
+    rows = sorted(rows, key=lambda row: len(row.input_ids))
     padding_free = supports_padding_free(model)
-    collate = PaddingFree() if padding_free else PadRight(tokenizer.pad_id)
+    collate = PaddingFree() if padding_free else PadRight(pad_id)
     total, count = 0.0, 0
     with attending(model, PER_DOCUMENT) if padding_free else nullcontext():
         for portion in portions([len(row.input_ids) for row in rows], TOKENS_AT_ONCE):

@@ -30,10 +30,22 @@ Words = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One evaluated prompt: the text of all its tokens, and the user's messages in it."""
+class Beginning:
+    """How a training row with a prompt begins.
 
-    whole: str
+    First the template writes `head` words, whatever they are: they may name the date or the number
+    of messages. Then come the `words` from the first message to the answer.
+    """
+
+    head: int
+    words: Words
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One evaluated prompt: how a row that contains it may begin, and the user's messages in it."""
+
+    beginnings: Sequence[Beginning]
     questions: Sequence[str]
 
 
@@ -41,8 +53,8 @@ class Prompt:
 class Overlap:
     """A prompt found in the training row with id `row`.
 
-    `exact` if the row begins with the prompt; `share` is the share of the prompt's shingles in the
-    row, 0 to 1.
+    `exact` if the row's conversation begins with that of the prompt; `share` is the share of the
+    prompt's shingles in the row, 0 to 1.
     """
 
     row: str
@@ -53,11 +65,11 @@ class Overlap:
 def find_overlaps(prompts: Mapping[str, Prompt], rows: Iterable[tuple[str, str]]) -> dict[str, Overlap]:
     """Return the `prompts` (by id) that occur in training `rows` (id, text), with the closest row.
 
-    Only words are compared; case, punctuation and white space are ignored. Exact: a row begins with
-    the whole prompt. Near: one row contains at least 80% of the questions' shingles, that is
-    sequences of five words (containment, Broder 1997), however different the rest of the row is.
-    System prompts are ignored, because many rows share them. Questions of fewer than eight words
-    can only be exact.
+    Only words are compared; case, punctuation and white space are ignored. Exact: behind the words
+    that the template writes first, a row begins with the whole prompt. Near: one row contains at
+    least 80% of the questions' shingles, that is sequences of five words (containment, Broder
+    1997), however different the rest of the row is. System prompts are ignored, because many rows
+    share them. Questions of fewer than eight words can only be exact.
     """
     shingles = {name: set().union(*map(_shingles, map(words_of, p.questions))) for name, p in prompts.items()}
     shingles = {name: own for name, own in shingles.items() if len(own) >= FEWEST}
@@ -65,19 +77,19 @@ def find_overlaps(prompts: Mapping[str, Prompt], rows: Iterable[tuple[str, str]]
     for name, own in shingles.items():
         for shingle in own:
             prompts_with.setdefault(shingle, []).append(name)
-    whole_prompts: dict[Words, list[str]] = {}
+    prompts_of: dict[Beginning, list[str]] = {}
     for name, prompt in prompts.items():
-        if any(map(words_of, prompt.questions)):
-            whole_prompts.setdefault(words_of(prompt.whole), []).append(name)
-    lengths = {len(words) for words in whole_prompts}
+        for beginning in set(prompt.beginnings) if any(map(words_of, prompt.questions)) else ():
+            prompts_of.setdefault(beginning, []).append(name)
+    spans = {(beginning.head, beginning.head + len(beginning.words)) for beginning in prompts_of}
 
     overlaps: dict[str, Overlap] = {}
     for row_id, text in rows:
         words = words_of(text)
         counts = Counter(name for shingle in _shingles(words) & prompts_with.keys() for name in prompts_with[shingle])
         matches = {name: (False, count / len(shingles[name])) for name, count in counts.items()}
-        for length in lengths:
-            matches |= dict.fromkeys(whole_prompts.get(words[:length], ()), (True, 1.0))
+        for start, end in spans:
+            matches |= dict.fromkeys(prompts_of.get(Beginning(start, words[start:end]), ()), (True, 1.0))
         for name, (exact, share) in matches.items():
             best = overlaps.get(name)
             if share >= NEAR and (best is None or (exact, share) > (best.exact, best.share)):

@@ -6,29 +6,33 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from minisft.chat.registry import template_for
-from minisft.chat.template import ChatTemplate, RefusedConversation
+from minisft.chat.template import ChatTemplate, RefusedConversation, Segment
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.checksums import Digests, code_digest, remember, remembered
-from minisft.data.conversations import Conversation, one_per_answer
+from minisft.data.conversations import Conversation, Message, one_per_answer
 from minisft.data.ledger import Ledger
 from minisft.data.read_files import read
 from minisft.errors import UserError
-from minisft.evaluation.contamination import Overlap, Prompt, find_overlaps, trained_texts
+from minisft.evaluation.contamination import Beginning, Overlap, Prompt, Words, find_overlaps, trained_texts, words_of
 from minisft.files import read_json
-from minisft.labels.encode_row import encode, encode_segments
+from minisft.labels.encode_row import Row, encode, encode_segments
 from minisft.run.folder import Run
+from minisft.text import one_line
 from minisft.training.dataset import TEST, TRAIN, load_rows
 
 ANSWERS = ("last", "all")
 LEAKS = "leaks.json"  # in the cache folder: which questions leaked, by question set and rows
 MOST_LEAKS = 50
+UNLIMITED = 1 << 30  # tokens: no truncation
+MARK = "m4rk"  # stands for every message where only the template's own text is wanted
+LONGER = 3  # exchanges by which a trained conversation may be longer; some templates write other text then
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,20 @@ class EvalSettings:
 class EvalSet:
     """What checkpoints answer: conversations, and one question for each scored answer in them.
 
-    `leaks` are the questions, by id, that were in the training data, out of the `seen` questions
-    that were compared with it (more than `questions`, if leaked conversations were replaced).
+    `prompts` are the ids before the answers, and `rows` the questions with their answers; they are
+    made once, because a template may print the date. `leaks` are the questions, by id, that were in
+    the training data, out of the `seen` questions that were compared with it (more than
+    `questions`, if leaked conversations were replaced). `refused` are the test conversations that
+    the chat template refused, with the reason, by id.
     """
 
     conversations: list[Conversation]
     questions: list[Conversation]
+    prompts: list[list[int]]
+    rows: list[Row]
     leaks: Mapping[str, Overlap]
     seen: int
+    refused: Mapping[str, str]
 
     def leakage(self, settings: EvalSettings) -> dict[str, Any]:
         """Return how many questions leaked, which, and whether they were excluded, as JSON."""
@@ -92,7 +102,8 @@ def make_eval_set(run: Run, settings: EvalSettings, digests: Digests | None = No
     file = run.folder / "data" / TEST
     if not file.exists() or file.stat().st_size == 0:
         raise UserError(f"{run.name} has no test conversations: train it on data with at least two conversations")
-    candidates = _fitting(run, file)
+    refused: dict[str, str] = {}
+    candidates = _fitting(run, file, refused)
     chosen: list[Conversation] = []
     leaks: dict[str, Overlap] = {}
     seen = 0
@@ -108,18 +119,41 @@ def make_eval_set(run: Run, settings: EvalSettings, digests: Digests | None = No
     if not chosen and seen:
         raise UserError(f"every test conversation of {run.name} leaked: use more data, or do not exclude leaked ones")
     if not chosen:
-        limit = run.config.max_length
-        raise UserError(f"no test conversation of {run.name} fits in {limit} tokens: use more data or a larger maximum")
-    return EvalSet(chosen, [q for c in chosen for q in questions_of(c, settings.answers)], leaks, seen)
+        raise UserError(_none_fits(run, refused))
+    tokenizer, template = load_template(run.model_folder, run.config.template)
+    scored = [q for c in chosen for q in questions_of(c, settings.answers)]
+    prompts = [prompt_ids(question, template, tokenizer) for question in scored]
+    rows = [encode(question, template, tokenizer, UNLIMITED) for question in scored]
+    return EvalSet(chosen, scored, prompts, rows, leaks, seen, refused)
 
 
-def _fitting(run: Run, file: Path) -> Iterator[Conversation]:
+def _none_fits(run: Run, refused: Mapping[str, str]) -> str:
+    limit = run.config.max_length
+    if refused:
+        how = "prepare it again with another --template, or use more data"
+        return f"{run.name}: {refusals(refused)}, and no other fits in {limit} tokens: {how}"
+    return f"no test conversation of {run.name} fits in {limit} tokens: use more data or a larger maximum"
+
+
+def refusals(refused: Mapping[str, str]) -> str:
+    """Say how many conversations, by id, a chat template refused, and why; "" if none."""
+    if not refused:
+        return ""
+    first, reason = next(iter(refused.items()))
+    return f"the chat template refuses {len(refused)} test conversations (first {one_line(first)}: {reason})"
+
+
+def _fitting(run: Run, file: Path, refused: dict[str, str]) -> Iterator[Conversation]:
+    """Yield the test conversations that fit in a row; add those that the template refuses to `refused`."""
     tokenizer, template = load_template(run.model_folder, run.config.template)
     for conversation in read(file, Ledger(), is_clean=True, reads_tools=template.has_tools):
-        with suppress(RefusedConversation):
+        try:
             row = encode(conversation, template, tokenizer, run.config.max_length)
-            if not row.truncated and questions_of(conversation, "all"):
-                yield conversation
+        except RefusedConversation as reason:
+            refused[conversation.id] = str(reason)
+            continue
+        if not row.truncated and questions_of(conversation, "all"):
+            yield conversation
 
 
 def questions_of(conversation: Conversation, answers: str) -> list[Conversation]:
@@ -136,16 +170,36 @@ def prompt_ids(conversation: Conversation, template: ChatTemplate, tokenizer: Hu
     return encode_segments(template.prompt_segments(conversation), tokenizer)
 
 
+def _prompt(question: Conversation, template: ChatTemplate, tokenizer: HuggingFaceTokenizer) -> Prompt:
+    """Return what the training row of a conversation that begins like `question` begins with."""
+    more = (Message("user", MARK), Message("assistant", MARK, trained=False))
+    beginnings = []
+    for exchanges in range(LONGER + 1):
+        longer = replace(question, messages=question.messages + more * exchanges)
+        marked = replace(longer, messages=tuple(replace(m, content=MARK, reasoning="") for m in longer.messages))
+        with suppress(RefusedConversation):
+            head = len(_words(_before_mark(template.segments(marked)), tokenizer))
+            prompt = itertools.takewhile(lambda segment: not segment.trained, template.segments(longer))
+            beginnings.append(Beginning(head, _words(prompt, tokenizer)[head:]))
+    return Prompt(beginnings, [m.content for m in question.messages if m.role == "user"])
+
+
+def _before_mark(segments: Iterable[Segment]) -> Iterator[Segment]:
+    for segment in segments:
+        text, mark, _ = (segment.text or "").partition(MARK)
+        yield replace(segment, text=text) if mark else segment
+        if mark:
+            return
+
+
+def _words(segments: Iterable[Segment], tokenizer: HuggingFaceTokenizer) -> Words:
+    return words_of(tokenizer.decode(encode_segments(segments, tokenizer)))
+
+
 def _leaks(run: Run, questions: Mapping[str, Conversation], digests: Digests) -> dict[str, Overlap]:
     """Return which questions are in the run's training rows; remembered in the cache folder."""
     tokenizer, template = load_template(run.model_folder, run.config.template)
-    prompts = {
-        question_id: Prompt(
-            tokenizer.decode(prompt_ids(question, template, tokenizer)),
-            [m.content for m in question.messages if m.role == "user"],
-        )
-        for question_id, question in questions.items()
-    }
+    prompts = {question_id: _prompt(question, template, tokenizer) for question_id, question in questions.items()}
     data = run.folder / "data"
     if not (data / TRAIN).is_file():
         raise UserError(f"{run.name} has no training rows ({data / TRAIN}): prepare it again with --overwrite")

@@ -24,15 +24,15 @@ from minisft.checksums import Digests, code_digest
 from minisft.data.conversations import Conversation
 from minisft.data.model_folder import small_model_files
 from minisft.errors import UserError
-from minisft.evaluation.answers import Answer, answer_loss, generate, load_to_answer
+from minisft.evaluation.answers import Answer, generate, load_to_answer, loss_of_rows
 from minisft.evaluation.eval_set import (
     EvalSet,
     EvalSettings,
     fingerprint,
     load_template,
     make_eval_set,
-    prompt_ids,
     read_cache,
+    refusals,
 )
 from minisft.evaluation.metrics import as_line, corpus_scores, tokenizer_for
 from minisft.evaluation.report import interval_told, write_summary
@@ -42,7 +42,7 @@ from minisft.locks import open_lock, try_lock
 from minisft.run.folder import Run, checkpoint_step, lock_file, outputs_root
 from minisft.run.records import CheckpointResult, ResultsOwner, Summary
 from minisft.text import one_line, say
-from minisft.training.checkpoint_health import checkpoint_problem, origin_problem, weight_files
+from minisft.training.checkpoint_health import content_problem, origin_problem, weight_files
 from minisft.training.dataset import MADE_OF, require_as_made
 
 Say = Callable[[str], None]
@@ -70,13 +70,22 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
         before = run.identity
         if (run.folder / "data" / MADE_OF).exists():  # runs of earlier versions have no checksums
             require_as_made(run.folder)
-        eval_set = make_eval_set(run, settings, digests)
+        models = dict(steps_of(run))
+        # First of all: with another tokenizer or template than it had, perhaps nothing fits. And a result
+        # of equal weights may be known from another run.
+        unusable = {step: problem for step, model in models.items() if (problem := origin_problem(run, model))}
+        for step, problem in unusable.items():
+            report_broken(f"{run.name} {models[step].name} cannot be used: {problem}")
         results: list[dict[str, Any]] = []
-        unusable: dict[int, str] = {}
-        for step, model in steps_of(run):
+        if unusable.keys() == models.keys():
+            _remove_others(folder, set())
+            write_summary(folder, run, asdict(settings), [], unusable, {})
+            return
+        eval_set = make_eval_set(run, settings, digests)
+        for step, model in models.items():
+            if step in unusable:
+                continue
             try:
-                if problem := origin_problem(run, model):  # equal weights may be known from elsewhere
-                    raise UserError(problem)
                 key = _key(run, model, eval_set, settings, digests)
                 scores = known.get(key) or cached_result(folder, step, key)
                 if scores is None:
@@ -96,9 +105,10 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
             say(_line(results[-1]))
         _remove_others(folder, {result["step"] for result in results})
         _write_lines(folder / "references.txt", (q.messages[-1].content for q in eval_set.questions))
-        if results and (note := results[0].get("bleu_note")):
+        refused = refusals(eval_set.refused)
+        for note in filter(None, (refused, results[0].get("bleu_note") if results else "")):
             say(f"{run.name}: {note}")
-        write_summary(folder, run, asdict(settings), results, unusable, eval_set.leakage(settings))
+        write_summary(folder, run, asdict(settings), results, unusable, eval_set.leakage(settings), refused)
 
     for run in runs:
         try:
@@ -181,7 +191,7 @@ def _evaluated(
     run: Run, folder: Path, eval_set: EvalSet, settings: EvalSettings, saved_answers: SavedAnswers
 ) -> dict[str, Any]:
     """Run `evaluate_model` if the checkpoint is sound; raises `UserError` if it is not."""
-    if problem := checkpoint_problem(run, folder):
+    if problem := content_problem(run, folder):
         raise UserError(problem)
     return evaluate_model(run, folder, eval_set, settings, saved_answers)
 
@@ -214,11 +224,11 @@ def evaluate_model(
     nats per token of the reference answers, their `perplexity`, and every answer with its prompt
     and reference.
     """
-    tokenizer, template = load_template(run.model_folder, run.config.template)
+    tokenizer, _ = load_template(run.model_folder, run.config.template)
     model = load_to_answer(folder, tokenizer, run.precision, run.trust_remote_code)
     questions, label = eval_set.questions, one_line(f"{run.name} {folder.name}")
-    answers = _answers(model, questions, template, tokenizer, settings, saved_answers, label)
-    loss, trained_tokens = answer_loss(model, questions, template, tokenizer)
+    answers = _answers(model, eval_set, tokenizer, settings, saved_answers, label)
+    loss, trained_tokens = loss_of_rows(model, eval_set.rows, tokenizer.pad_id)
     references = [q.messages[-1].content.strip() for q in questions]
     rows = [
         {"id": q.id, "prompt": _last_user_message(q), "reference": r, "output": a.text, "stopped": a.stopped}
@@ -243,8 +253,7 @@ def _last_user_message(question: Conversation) -> str:
 
 def _answers(
     model: Any,
-    questions: Sequence[Any],
-    template: Any,
+    eval_set: EvalSet,
     tokenizer: Any,
     settings: EvalSettings,
     saved_answers: SavedAnswers | None,
@@ -253,16 +262,17 @@ def _answers(
     """Answer all questions, with a progress bar; answers already in `saved_answers` are reused."""
     from tqdm import tqdm
 
-    answers = {} if saved_answers is None else saved_answers.read(len(questions))
-    missing = [i for i in range(len(questions)) if i not in answers]
-    prompts = [prompt_ids(questions[i], template, tokenizer) for i in missing]
-    with tqdm(total=len(questions), initial=len(answers), desc=label, unit="answer", leave=False, disable=None) as bar:
-        for i, answer in generate(model, prompts, tokenizer, settings.max_new_tokens, settings.batch_size):
+    prompts = eval_set.prompts
+    answers = {} if saved_answers is None else saved_answers.read(len(prompts))
+    missing = [i for i in range(len(prompts)) if i not in answers]
+    asked = [prompts[i] for i in missing]
+    with tqdm(total=len(prompts), initial=len(answers), desc=label, unit="answer", leave=False, disable=None) as bar:
+        for i, answer in generate(model, asked, tokenizer, settings.max_new_tokens, settings.batch_size):
             answers[missing[i]] = answer
             if saved_answers is not None:
                 saved_answers.add(missing[i], answer)
             bar.update()
-    return [answers[i] for i in range(len(questions))]
+    return [answers[i] for i in range(len(prompts))]
 
 
 def _key(run: Run, model: Path, eval_set: EvalSet, settings: EvalSettings, digests: Digests) -> str:
@@ -270,6 +280,8 @@ def _key(run: Run, model: Path, eval_set: EvalSet, settings: EvalSettings, diges
     import torch
 
     questions = [asdict(question) for question in eval_set.questions]
+    # A template may print the date: the same questions are other ids tomorrow.
+    rendered = [eval_set.prompts, [[row.input_ids, row.labels] for row in eval_set.rows]]
     # The batch size does not change answers, and exclusion changes the questions themselves.
     relevant = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "exclude_leaked")}
     sums = [[str(file.name), digests.of(file)] for file in weight_files(model)]
@@ -278,7 +290,7 @@ def _key(run: Run, model: Path, eval_set: EvalSet, settings: EvalSettings, diges
     device = [run.precision, torch.cuda.get_device_name()] if torch.cuda.is_available() else ["fp32", "cpu"]
     relevant["tokenizer"] = tokenizer_for([question.messages[-1].content for question in eval_set.questions])
     code = code_digest("data", "chat", "labels", "model", "evaluation")
-    return fingerprint([code, sums, questions, relevant, device, run.config.template, run.config.max_length])
+    return fingerprint([code, sums, questions, rendered, relevant, device])
 
 
 def _line(result: Mapping[str, Any]) -> str:

@@ -21,11 +21,12 @@ def write_summary(
     results: Sequence[Mapping[str, Any]],
     unusable: Mapping[int, str],
     leakage: Mapping[str, Any],
+    refused: str = "",
 ) -> None:
     """Write `summary.json` and `summary.md` of one run; without results, remove outdated ones.
 
     `results` are those of its checkpoints, in step order; `unusable` is {step: reason}; `leakage`
-    comes from `EvalSet.leakage`.
+    comes from `EvalSet.leakage`; `refused` says which conversations could not be used.
     """
     if not results:
         for name in ("summary.json", "summary.md"):
@@ -41,12 +42,13 @@ def write_summary(
             "bleu_signature": results[0]["bleu_signature"],
             "chrf_signature": results[0]["chrf_signature"],
             "leakage": dict(leakage),
+            "refused": refused,
             "unusable": {str(step): reason for step, reason in unusable.items()},
             "checkpoints": [_scores(result) for result in results],
         },
     )
     with written_whole(folder / "summary.md") as stream:
-        stream.write("\n".join(_markdown(run, settings, results, unusable, leakage)) + "\n")
+        stream.write("\n".join(_markdown(run, settings, results, unusable, leakage, refused)) + "\n")
 
 
 def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,6 +63,7 @@ def _markdown(
     results: Sequence[Mapping[str, Any]],
     unusable: Mapping[int, str],
     leakage: Mapping[str, Any],
+    refused: str,
 ) -> list[str]:
     which = "the last answer of each" if settings["answers"] == "last" else "every answer of each"
     lines = [
@@ -76,7 +79,7 @@ def _markdown(
         f"chrF: {_code(results[0]['chrf_signature'])}",
         "",
     ]
-    if note := results[0].get("bleu_note"):
+    for note in filter(None, (refused, results[0].get("bleu_note"))):
         lines += [in_markdown(note), ""]
     lines += _score_table(results)
     for step, reason in unusable.items():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minisft.run.folder import Run, checkpoint_step
 from minisft.text import in_gigabytes, one_line
+from minisft.training.dataset import training_rows_digest
 from minisft.training.metrics_log import speed
 from minisft.zero.communication import bytes_sent
 from minisft.zero.measured_memory import OTHER
@@ -107,6 +108,21 @@ def verdict(runs: Sequence[Run]) -> str:
             "the links between the GPUs decide."
         )
     return " ".join(sentences)
+
+
+def data_difference(runs: Sequence[Run]) -> str:
+    """Say which runs have different training rows, whose losses do not compare; "" if all have the same.
+
+    Runs of earlier versions recorded no checksum of their rows, and are left out.
+    """
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        if digest := training_rows_digest(run.folder):
+            names.setdefault(digest, []).append(one_line(run.name))
+    if len(names) < 2:
+        return ""
+    groups = "; ".join(map(join_names, names.values()))
+    return f"These runs were not made from the same training rows, so do not compare their losses: {groups}."
 
 
 def least_state_memory(rows: Sequence[dict[str, Any]]) -> list[str]:

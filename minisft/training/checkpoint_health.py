@@ -49,7 +49,12 @@ def checkpoint_problem(run: Run, folder: Path) -> str:
 
     `folder` may also be the model before training, which needs no chat template.
     """
-    return _sentence(lambda: _checkpoint_problem(run, folder))
+    return content_problem(run, folder) or origin_problem(run, folder)
+
+
+def content_problem(run: Run, folder: Path) -> str:
+    """Do as `checkpoint_problem`, for a checkpoint whose `origin_problem` is known to be ""."""
+    return _sentence(lambda: _content_problem(run, folder))
 
 
 def _sentence(find_problem: Callable[[], str]) -> str:
@@ -70,7 +75,7 @@ def _model_problem(folder: Path, trust_remote_code: bool, values: bool) -> str:
     return weights_mismatch(model, loading_info, files) or (not_finite_reason(files) if values else "")
 
 
-def _checkpoint_problem(run: Run, folder: Path) -> str:
+def _content_problem(run: Run, folder: Path) -> str:
     trust = run.trust_remote_code
     if not (folder / "config.json").is_file():
         return "it has no config.json"
@@ -79,7 +84,6 @@ def _checkpoint_problem(run: Run, folder: Path) -> str:
         return f"it has another architecture: a {config.model_type} model, and the run's is {own.model_type}"
     return (
         _model_problem(folder, trust, values=True)
-        or _origin_problem(run, folder)
         or (checkpoint_damage(folder, only=OF_A_MODEL) if folder != run.model_folder else "")
         or _tokenizer_problem(run, folder, config.get_text_config().vocab_size)
     )

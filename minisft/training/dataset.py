@@ -73,7 +73,11 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
         selected = select(train_side(), "train", ledger, config.max_characters, config.max_rows)
         rows = _encoded(selected, config, tokenizer, ledger)
         written = write_rows(rows, folder / TRAIN)
-    write_rows(_test_rows(config, tokenizer, folder / TEST), folder / TEST_ROWS)
+    test_ledger = Ledger()
+    write_rows(_test_rows(config, tokenizer, folder / TEST, test_ledger), folder / TEST_ROWS)
+    ledger.dropped |= {f"test loss: {reason}": rows for reason, rows in test_ledger.dropped.items()}
+    for note in test_ledger.notes:
+        ledger.note(note)
     return written
 
 
@@ -129,6 +133,12 @@ def made_from(run_folder: Path, wanted: dict[str, Any]) -> bool:
     made = read_json(run_folder / "data" / MADE_OF, MadeRows)
     # Runs of earlier versions do not say it.
     return made is None or not made.made_of or made.made_of.get("files") == wanted["files"]
+
+
+def training_rows_digest(run_folder: Path) -> str:
+    """Return the recorded checksum of a run's training rows; "" if it has none."""
+    made = read_json(run_folder / "data" / MADE_OF, MadeRows)
+    return made.sha256.get(TRAIN, "") if made else ""
 
 
 def require_as_made(run_folder: Path) -> None:
@@ -214,12 +224,12 @@ def _encoded(
     )
 
 
-def _test_rows(config: RunConfig, tokenizer: Tokenizer, file: Path) -> Iterator[Row]:
+def _test_rows(config: RunConfig, tokenizer: Tokenizer, file: Path, ledger: Ledger) -> Iterator[Row]:
     if not config.eval_rows or not file.stat().st_size:
         return iter(())
     has_tools = template_for(tokenizer, config.template).has_tools
     test = read(file, Ledger(), is_clean=True, reads_tools=has_tools)
-    rows = _encoded(test, config, tokenizer, Ledger())
+    rows = _encoded(test, config, tokenizer, ledger)
     return itertools.islice(rows, config.eval_rows)
 
 

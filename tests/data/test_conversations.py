@@ -101,7 +101,7 @@ def turn(**changes):
         (turn(**{"from": "tool"}), "unknown role 'tool'"),
         (turn(**{"from": ""}), "unknown role ''"),
         (turn(**{"from": "\x1b[31m\ud800" + "x" * 99}), r"unknown role '\x1b[31m\ud800xxxxxxxxxxxxxx'"),
-        *((turn(weight=weight), "a weight other than 0 or 1") for weight in (2, -1, 0.5, "1", [], {}, float("nan"))),
+        *((turn(weight=weight), "a weight other than 0 or 1") for weight in (2, -1, 0.5, "2", [], {}, float("nan"))),
         (turn(train="yes"), "a weight other than 0 or 1"),
         (sharegpt_row("x", ("gpt", "A")), "no question with an answer"),
         (sharegpt_row("x", ("human", "A")), "no question with an answer"),
@@ -251,7 +251,7 @@ def test_weights_decide_which_answers_are_trained():
 
     assert trained(0, 1, None) == ([False, True, True], [])
     assert trained(False, True) == ([False, True], [])
-    assert trained(0.0, 1.0) == ([False, True], [])
+    assert trained(0.0, 1.0) == trained("0", "1") == trained("false", " True") == ([False, True], [])
     assert trained(0) == (None, ["every answer has weight 0"])
     half = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": False}]}
     half["conversations"] += [{"from": "gpt", "value": "b"}, {"from": "gpt", "value": "c", "train": True}]
@@ -429,6 +429,12 @@ def test_a_row_of_no_weight_in_any_spelling_is_dropped(key, value):
     found, _, dropped = cleaned(talk_with({key: value}))
     assert not found and dropped in (["a row of weight 0"], ["weights of a row as a list"])
     assert cleaned(talk_with({key: None}))[2] == []
+
+
+@pytest.mark.parametrize("value", ["70 kg", "", {"kg": 70}])
+def test_a_column_that_only_has_the_name_of_a_weight_is_none(value):
+    assert cleaned(talk_with({"weight": value})) == (PAIR, [], [])
+    assert cleaned(talk_with({"weight": Decimal("0.5")}))[2] == ["a weight other than 0 or 1"]
 
 
 @pytest.mark.attack("16")

@@ -90,6 +90,16 @@ def test_only_sharegpts_own_ids_are_grouped():
     assert origin("example_12") != origin("example_13")
 
 
+@pytest.mark.parametrize("name", ["QWJhYvA", "abc1234", "banana1"])
+@pytest.mark.parametrize("copies", [2, 5, 12, 40, 200])
+@pytest.mark.parametrize("parts", [2, 5, 10])
+def test_copies_of_several_parts_stay_with_their_conversation(name, copies, parts):
+    """A file that was joined from many, each with the same ids and other texts; `read` numbers the copies."""
+    ids = [f"{name}_{part}#{copy}".removesuffix("#1") for part in range(parts) for copy in range(1, copies + 1)]
+    train, test = split(made([*ids, *(f"row-{i}" for i in range(100))]))
+    assert {c.id[:7] for c in train if c.id in ids}.isdisjoint(c.id[:7] for c in test)
+
+
 NAMES = ["example", "medical", "finance", "message", "Chapter", "PROBLEM", "history", "topic12", "batch1a", "science"]
 
 

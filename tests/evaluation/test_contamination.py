@@ -4,18 +4,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisft.evaluation.contamination import NEAR, Prompt, find_overlaps, words_of
+from minisft.evaluation.contamination import NEAR, Beginning, Prompt, find_overlaps, words_of
 
 QUESTION = "What is the best way to learn how to bake good bread at home without any special tools?"
 SYSTEM = "You are a helpful assistant who always answers in one short and friendly sentence, whatever people may ask."
 
 
-def asked(question, system=""):
-    return Prompt(f"<s>[INST] {system} {question} [/INST]", [question])
+def rendered(question, system="", head=""):
+    return f"{head}<s>[INST] {system} {question} [/INST]"
 
 
-def row(question, answer="So it is.", system=""):
-    return f"{asked(question, system).whole} {answer}</s>"
+def asked(question, system="", heads=(0,)):
+    return Prompt([Beginning(head, words_of(rendered(question, system))) for head in heads], [question])
+
+
+def row(question, answer="So it is.", system="", head=""):
+    return f"{rendered(question, system, head)} {answer}</s>"
 
 
 def leak_of(prompt, *texts):
@@ -48,6 +52,13 @@ def test_short_questions_are_only_compared_whole(question):
     assert leak_of(asked(question), row(f"{question}!")).exact
 
 
+def test_a_short_question_is_exact_behind_any_text_of_the_template_but_only_where_the_conversation_begins():
+    hi = asked("Hi", heads=(3, 6))
+    assert leak_of(hi, row("Hi", head="On 3 May. ")).exact
+    assert leak_of(hi, row("Hi", head="On 21 June, in 12 messages. ")).exact
+    assert leak_of(hi, row("Please translate: Hi", head="On 3 May. "), row("Hi", head="Today. ")) is None
+
+
 def test_what_has_no_words_is_compared_by_its_signs():
     assert leak_of(asked("???"), row("!"), row("How far?")) is None
     assert leak_of(asked("🙂🙂"), row("🙃")) is None
@@ -66,7 +77,9 @@ def test_scripts_without_blanks_are_compared_by_the_character():
 def test_all_prompts_that_begin_a_row_are_exact_and_no_others(texts, seed):
     chance = random.Random(seed)
     starts = [text[: chance.randint(1, len(text))] for text in texts]
-    found = find_overlaps({str(i): Prompt(s, [s]) for i, s in enumerate(starts)}, enumerate(texts))
+    found = find_overlaps(
+        {str(i): Prompt([Beginning(0, words_of(s))], [s]) for i, s in enumerate(starts)}, enumerate(texts)
+    )
     for i, start in enumerate(starts):
         words = words_of(start)
         begins = bool(words) and any(words_of(text)[: len(words)] == words for text in texts)

@@ -112,8 +112,8 @@ def test_perfect_answers_in_chinese_score_100_with_one_tokenizer_for_all_checkpo
     run = prepare(RunConfig.course("vanilla", **about), say=quiet)
     save_checkpoint(AutoModelForCausalLM.from_pretrained(tiny_model), tiny_model, run.folder / "checkpoint-3")
 
-    def perfect(model, questions, *rest):
-        return [Answer(question.messages[-1].content, True) for question in questions]
+    def perfect(model, eval_set, *rest):
+        return [Answer(question.messages[-1].content, True) for question in eval_set.questions]
 
     monkeypatch.setattr(evaluate_checkpoints, "_answers", perfect)
     said = []

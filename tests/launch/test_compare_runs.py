@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from conftest import minisft
 
 from minisft.course.figures.runs import comparison
 from minisft.files import write_json
-from minisft.launch.compare_runs import comparison_frames, comparison_table, summary_rows, verdict
+from minisft.launch.compare_runs import comparison_frames, comparison_table, data_difference, summary_rows, verdict
 from minisft.run.config import RunConfig
 from minisft.run.folder import Run
 
@@ -75,6 +76,19 @@ def test_the_sentence_follows_the_numbers(make_run):
     assert "2 ranks share its cores" in said
     assert "cores" not in verdict([make_run("g", 10, 900, on_gpu=True), make_run("h", 20, 300, on_gpu=True)])
     assert verdict([slow]) == verdict([]) == ""
+
+
+def test_runs_of_different_rows_are_told_apart(make_run):
+    runs = [make_run(name, 10, 900) for name in ("a", "b", "c", "old")]
+    for run, digest in zip(runs, ("1", "2", "1"), strict=False):
+        (run.folder / "data").mkdir()
+        write_json(run.folder / "data" / "made_of.json", {"rows": 9, "sha256": {"train.arrow": digest}})
+    said = data_difference(runs)
+    assert said.startswith("These runs were not made from the same training rows")
+    assert said.endswith(": a and c; b.")
+    assert said in " ".join(minisft("compare").stdout.split("\n"))
+    assert data_difference([runs[0], *runs[2:]]) == ""
+    assert "not made from the same" not in minisft("compare", "a", "c").stdout
 
 
 def test_a_run_that_has_not_started_has_dashes(make_run, own_outputs):
