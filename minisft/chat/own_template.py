@@ -120,7 +120,10 @@ class OwnTemplate(JinjaTemplate):
             try:
                 begin, is_prefix = self._begin(whole, messages[:i], markers[:i], before, start)
                 others |= set() if is_prefix else {i}
-                answers[i] = begin, self.end_token(whole, end, after).end()
+                stop = self.end_token(whole, end, after).end()
+                if whole[before:stop] not in self.render(messages[: i + 1]):
+                    raise RefusedConversation("the template changes this answer in later turns")
+                answers[i] = begin, stop
             except RefusedConversation:  # this answer cannot be trained where it is
                 others.add(i)
         if not answers:

@@ -1,7 +1,9 @@
 """Compares `--template own` with templates that TRL's authors patched by hand, one pair after the other.
 
     pip download --no-deps --dest trl trl && unzip -d trl trl/*.whl
-    python tests/benchmarks/trl_templates.py trl/trl/chat_templates [--conversations 200] [--show NAME]
+    python tests/benchmarks/trl_templates.py trl/trl/chat_templates [--conversations 200] [--show NAME] [--out FILE]
+
+With `--out`, the counts go to a file, too: notebook 01 shows those in `trl_templates.json`.
 
 For each `X.jinja` with an `X_training.jinja`: this package labels conversations by the original alone; TRL's mask comes
 from the `{% generation %}` marks of the patched one, through transformers' `return_assistant_tokens_mask`. Every
@@ -202,11 +204,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--conversations", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="JSON file for the counts")
     parser.add_argument("--show", default="", help="show one conversation of this pair, and both masks")
     options = parser.parse_args()
     logging.set_verbosity_error()
     base = AutoTokenizer.from_pretrained(find_tokenizer("smollm2"))
     pairs = unexplained = 0
+    table: dict[str, dict[str, int]] = {}
     for patched in sorted(options.folder.glob("*_training.jinja")):
         name = patched.stem.removesuffix("_training")
         if options.show not in ("", name) or not (source := patched.with_name(f"{name}.jinja")).exists():
@@ -224,11 +228,14 @@ def main() -> None:
                 counts = Counter(compare(conversation, tokenizer, patched.read_text()) for conversation in talks)
                 strange = {what: n for what, n in counts.items() if what.partition(":")[0] not in EXPLAINED}
                 unexplained += sum(strange.values())
+                table[kind] = dict(counts.most_common())
                 print(f"{kind:26} {', '.join(f'{what} {n}' for what, n in counts.most_common())}")
             if options.show:
                 show(tokenizer, patched.read_text())
         pairs += 1
     print(f"{pairs} pairs, {unexplained} unexplained differences")
+    if options.out:
+        options.out.write_text(json.dumps({"conversations": options.conversations, "pairs": table}, indent=1) + "\n")
     sys.exit(1 if unexplained else 0)
 
 

@@ -154,7 +154,8 @@ def test_every_answer_follows_the_prompt_of_plain_transformers_and_ends_where_ge
         prompt = template.prompt_segments(part)
         assert encode_segments(prompt, tokenizer) == row.input_ids[:start]
     whole = encode(conversation, template, tokenizer, 999)
-    assert len(spans(whole)) == sum(m.role == "assistant" for m in conversation.messages)
+    # A thought before the last answer only: the first one is another text at its own turn.
+    assert len(spans(whole)) == (1 if name == "thinking" else sum(m.role == "assistant" for m in conversation.messages))
     chat = [{"role": m.role, "content": m.content} for m in conversation.messages]
     assert whole.input_ids == tokenizer.hf.apply_chat_template(chat)["input_ids"]
 
@@ -169,6 +170,49 @@ def test_the_packaged_model_s_own_template_has_these_ids(tokenizers):
     prompt = [*system, 2, 198, 1, 4093, 198, 26843, 2, 198, 1, 520, 9531, 198]
     assert row.input_ids == [*prompt, 19556, 17, 2, 198]
     assert row.labels == [-100] * len(prompt) + [19556, 17, 2, -100]
+
+
+# `TWO` on the packaged tokenizer, made with transformers 5.23 alone: the prompts, and between bars
+# the answers that follow them. The thinking template writes a thought before the last answer only,
+# so the first one is not trained.
+GOLDEN = {
+    "chatml": (
+        "1 9690 198 2683 724 30 2 198 1 4093 198 1195 2644 2 198 1 520 9531 198 | 26185 335 2 | 198 1 "
+        "4093 198 81 1171 2 198 1 520 9531 198 | 397 3680 2382 5249 2 | 198"
+    ),
+    "headers": (
+        "1 49152 4093 49153 198 198 1195 2644 49154 49152 520 9531 49153 1116 | 26185 335 49154 | 49152 "
+        "4093 49153 198 198 81 1171 49154 49152 520 9531 49153 1116 | 397 3680 2382 5249 49154 |"
+    ),
+    "strict": (
+        "1 49155 4093 198 1195 2644 49156 198 49155 3980 198 | 26185 335 49156 | 198 49155 4093 198 81 "
+        "1171 49156 198 49155 3980 198 | 397 3680 2382 5249 49156 | 198"
+    ),
+    "thinking": (
+        "1 4093 198 1195 2644 2 198 1 520 9531 198 26185 335 2 198 1 4093 198 81 1171 2 198 1 520 9531 "
+        "198 | 44 17400 46 198 198 9617 17400 46 198 198 397 3680 2382 5249 2 | 198"
+    ),
+    "marked": (
+        "49158 1195 2644 49157 198 49159 | 26185 335 49157 | 198 49158 81 1171 49157 198 49159 | 397 3680 "
+        "2382 5249 49157 | 198 2"
+    ),
+    "text marks": (
+        "44 108 4093 46 198 1195 2644 2 198 44 108 520 9531 46 198 | 26185 335 2 | 198 44 108 4093 46 198 "
+        "81 1171 2 198 44 108 520 9531 46 198 | 397 3680 2382 5249 2 | 198"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_ids(tmp_path, name):
+    from minisft.data.download import find_tokenizer
+
+    tokenizer = HuggingFaceTokenizer(save(TEMPLATES[name][0], find_tokenizer("smollm2"), tmp_path / "model"), "own")
+    row = encode(TWO, template_for(tokenizer), tokenizer, 999)
+    parts = [[int(token_id) for token_id in part.split()] for part in GOLDEN[name].split("|")]
+    assert row.input_ids == [token_id for part in parts for token_id in part]
+    trained = [i % 2 == 1 for i, part in enumerate(parts) for _ in part]
+    assert row.labels == [i if mine else IGNORE_INDEX for i, mine in zip(row.input_ids, trained, strict=True)]
 
 
 # --- any text ----------------------------------------------------------------------------------------------
@@ -494,13 +538,13 @@ def test_check_compares_the_prompts_with_plain_transformers(tokenizers, name, mo
     tokenizer = tokenizers[name]
     forging = talk(("user", "the <|im_end|> cat</s>"), ("assistant", "sat on"), ("user", "x"), ("assistant", "[INST]"))
     conversations = [ONE, TWO, forging]
-    report = check_conversations(conversations, template_for(tokenizer), tokenizer)
-    assert report.ok and report.invariants["reference"].checked == 3
+    report = check_conversations(conversations, template_for(tokenizer), tokenizer, train_on="each")
+    assert report.ok and report.invariants["reference"].checked == 5
     real = tokenizer.hf.apply_chat_template
     changed = {"input_ids": [5, *real([{"role": "user", "content": "x"}])["input_ids"]]}
     monkeypatch.setattr(tokenizer.hf, "apply_chat_template", lambda *a, **k: changed)
-    report = check_conversations(conversations, template_for(tokenizer), tokenizer)
-    assert report.invariants["reference"].failed >= 3
+    report = check_conversations(conversations, template_for(tokenizer), tokenizer, train_on="each")
+    assert report.invariants["reference"].failed == 5
 
 
 def test_rows_alone_are_checked_by_the_opening_of_answers(tokenizers):
