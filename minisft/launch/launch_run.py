@@ -31,12 +31,11 @@ from minisft.launch.prepare_run import HOSTS, Say, only_one, prepare, require_pl
 from minisft.launch.supervisor import Task
 from minisft.run.folder import Run, project_root, require_harmless_deepspeed, require_own_files
 from minisft.run.records import HostsRecord
-from minisft.system import is_here
 from minisft.text import one_line
 from minisft.training import preflight
 from minisft.training.checkpoints import resume_point
 from minisft.training.dataset import require_as_made, require_same_model
-from minisft.training.heartbeat import HEARTBEAT_TIMEOUT, PROGRESS_TIMEOUT, clear, read_heartbeats
+from minisft.training.heartbeat import HEARTBEAT_TIMEOUT, PROGRESS_TIMEOUT, clear
 from minisft.zero.lint_config import lint
 
 __all__ = ["RunFailed", "launch", "prepare"]
@@ -98,7 +97,6 @@ def launch(
         interrupted = _follow(task, say, locks)
         end_marked(task.mark)
         if run.status != "done" and run.failure is None:  # the supervisor itself was killed
-            _wait_for_ranks(run)
             write_json(run.folder / "FAILED", {"rank": None, "step": None, "reason": "the supervisor was killed"})
         if isinstance(say, LiveView):
             say.close()
@@ -267,21 +265,3 @@ def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
     for line in stream:
         lines.put(line.rstrip("\n"))
     lines.put(None)
-
-
-def _wait_for_ranks(run: Run) -> None:
-    """Give the ranks 3 s to notice that their supervisor is gone, then kill those that remain."""
-    import psutil
-
-    local_pids = [status.pid for status in read_heartbeats(run.folder) if is_here(status.host)]
-    ranks = []
-    for pid in local_pids:
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            # A pid may have been reused: only a process whose command names this folder is a rank.
-            if str(run.folder) in process.cmdline() or display_path(run.folder) in process.cmdline():
-                ranks.append(process)
-    for process in psutil.wait_procs(ranks, timeout=3)[1]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(ranks, timeout=3)

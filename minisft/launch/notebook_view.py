@@ -11,13 +11,12 @@ import re
 import time
 from contextlib import suppress
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from typing_extensions import TypedDict
 
 from minisft.errors import UserError
-from minisft.files import last_lines, parse_json
+from minisft.files import Tail, last_lines, parse_json
 from minisft.run.folder import Run
 from minisft.training.heartbeat import read_heartbeats
 
@@ -50,7 +49,7 @@ class LiveView:
 
     def __init__(self, run: Run):
         self.run = run
-        self.metrics = _Tail(run.folder / "metrics.jsonl")
+        self.metrics = Tail(run.folder / "metrics.jsonl")
         self.losses: list[tuple[int, float]] = []
         self.notes: list[str] = []  # lines of the run's output that are not steps
         self.step, self.steps, self.step_details = 0, 0, ""
@@ -174,23 +173,3 @@ def curve(points: list[tuple[int, float]]) -> str:
         f'<text x="{right}" y="{y + 20}" text-anchor="end">step {steps[-1]}</text>'
         f'<text x="{(left + right) / 2}" y="{y + 20}" text-anchor="middle">loss</text></svg>'
     )
-
-
-class _Tail:
-    """Reads the complete lines that were added to a file since the last read."""
-
-    def __init__(self, file: Path):
-        self.file, self.offset = file, 0  # in bytes
-
-    def new_lines(self) -> list[str]:
-        try:
-            with self.file.open("rb") as stream:
-                if stream.seek(0, 2) < self.offset:  # truncated when the run resumed from a checkpoint
-                    self.offset = 0
-                stream.seek(self.offset)
-                data = stream.read()
-        except OSError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        return whole.decode(errors="replace").splitlines()

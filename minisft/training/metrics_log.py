@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from minisft.files import open_own
 from minisft.text import harmless, say
 from minisft.training.checkpoints import cut_metrics
-from minisft.training.heartbeat import announce
+from minisft.training.progress import progress
 
 WARM_UP_STEPS = 2  # not counted in speeds: the first steps fill caches and allocate optimizer states
 COUNTS = ("tokens", "trained_tokens")
@@ -47,7 +47,7 @@ class MetricsLogger:
         self.lines.append({key: line[key] for key in ("tokens", "trained_tokens", "seconds", "warm_up")})
         self.recent.append(line["seconds"])
         pace = median(self.recent)
-        announce(
+        progress.info(
             f"step {line['step']:>3}/{self.steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  "
             f"{line['tokens'] / max(line['seconds'], 1e-9):,.0f} tokens/s  "
             f"about {duration((self.steps - line['step']) * pace)} left"
@@ -56,7 +56,7 @@ class MetricsLogger:
     def test_loss(self, step: int, loss: float) -> None:
         """Record the test loss of the checkpoint at `step`."""
         self.board.add_scalar("test/loss", loss, step)
-        announce(f"checkpoint-{step}: test loss {loss:.4f}")
+        progress.info(f"checkpoint-{step}: test loss {loss:.4f}")
 
     def finish(self) -> dict[str, Any]:
         """Close TensorBoard's file; return this process's speed after the warm-up."""

@@ -17,7 +17,8 @@ from minisft.training.heartbeat import Heartbeat, RankStatus, Watch, read_heartb
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from minisft.training.heartbeat import Heartbeat, announce
+from minisft.training.heartbeat import Heartbeat
+from minisft.training.progress import log_progress, progress
 folder, rank, deeds = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 def fail(reason):
     try:
@@ -48,7 +49,7 @@ for deed in deeds:
     elif deed == "mute":
         raise ImportError("no module named nothing")
     elif deed == "say":
-        print("[minisft] a row of the data"); announce("hello")
+        print("a row of the data", flush=True); log_progress(folder); progress.info("hello")
 """
 # What a launcher does: starts the ranks, and ends them all when one fails.
 LAUNCHER = """
