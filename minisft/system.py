@@ -77,6 +77,14 @@ def _malloc_trim() -> Callable[[int], int] | None:
         return None
 
 
+def skip_accelerator_search() -> None:
+    """Keep DeepSpeed, when it is imported, from probing for accelerators where there is no GPU, and warning of it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def is_here(name: str) -> bool:
     """Whether `name` means this machine: a loopback address, `localhost`, or its own host name."""
     return is_loopback(name) or name == socket.gethostname()

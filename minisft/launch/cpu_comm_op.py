@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from minisft.system import skip_accelerator_search
 from minisft.text import one_line
 
 FOLDER = "TORCH_EXTENSIONS_DIR"  # environment variable that tells PyTorch the folder
@@ -76,7 +77,7 @@ def main() -> None:
     Runs do without it if there is no compiler.
     """
     os.environ.update(build_environment())
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    skip_accelerator_search()
     remove_stale_locks(extensions_folder())
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

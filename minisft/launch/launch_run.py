@@ -36,7 +36,6 @@ from minisft.training import preflight
 from minisft.training.checkpoints import resume_point
 from minisft.training.dataset import require_as_made, require_same_model
 from minisft.training.heartbeat import HEARTBEAT_TIMEOUT, PROGRESS_TIMEOUT, clear
-from minisft.zero.lint_config import lint
 
 __all__ = ["RunFailed", "launch", "prepare"]
 TICK = 0.25  # seconds between two checks for an interrupt
@@ -158,6 +157,8 @@ def _require_sound_deepspeed(run: Run, say: Say) -> None:
     """Raise `UserError` for errors in `deepspeed.json`, which may be edited; say warnings."""
     if (config := run.deepspeed) is None:
         return
+    from minisft.zero.lint_config import lint  # it imports DeepSpeed
+
     findings = lint(config, ranks=run.config.ranks)
     if errors := [finding for finding in findings if finding.severity == "error"]:
         messages = "; ".join(f"{finding.key} {finding.message}" for finding in errors)

@@ -131,8 +131,7 @@ def _train(run: Run, rank: int, heartbeat: Heartbeat) -> None:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # so that DeepSpeed does not probe for accelerators
+    system.skip_accelerator_search()
     if run.deepspeed:
         import deepspeed
     from minisft.training.build_trainer import make_trainer

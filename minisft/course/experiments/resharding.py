@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft import processes
+from minisft.system import skip_accelerator_search
 from minisft.text import note, say
 
 STAGES = (0, 1, 2, 3)
@@ -265,7 +266,7 @@ def _first_line(error: Exception, folder: Path) -> str:
 
 def _work(folder: Path, load: bool) -> None:
     """Run one rank of a worker process; does not return."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    skip_accelerator_search()
     import deepspeed
     import torch
 

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from minisft.system import skip_accelerator_search
 from minisft.text import say
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", metavar="JSON", help="e.g. {} '{\"reduce_bucket_size\": 500000}'")
     options = parser.parse_args()
     stage = options.stage
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    skip_accelerator_search()
     import deepspeed
     import torch
 
