@@ -249,11 +249,11 @@ def open_regular(file: Path) -> io.BufferedReader:
     return os.fdopen(handle, "rb")
 
 
-def last_lines(file: Path, most_bytes: int = 1 << 16) -> list[str]:
-    """The lines in the last `most_bytes` bytes of a log; empty if it cannot be read."""
+def last_lines(file: Path) -> list[str]:
+    """The lines in the last 64 KiB of a log; empty if it cannot be read."""
     with suppress(OSError, UserError), open_regular(file) as stream:
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - most_bytes))
-        return stream.read(most_bytes).decode(errors="replace").splitlines()
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - (1 << 16)))
+        return stream.read(1 << 16).decode(errors="replace").splitlines()
     return []
 
 

@@ -46,22 +46,14 @@ LAST = ("done", "failed")  # the phases in which a rank ends
 
 
 @dataclass(frozen=True)
-class RankStatus:
+class RankStatus(RankHeartbeat):
     """The last heartbeat of a rank.
 
-    `changed` is the modification time of its file, which advances as long as the rank lives.
-    `began` maps each phase to the time at which it first began. Both are in seconds since 1970;
-    `began` is by the clock of the rank's host.
+    `changed` is the modification time of its file, in seconds since 1970, which advances as long as
+    the rank lives. `began` is by the clock of the rank's host.
     """
 
-    rank: int
-    host: str
-    pid: int
-    phase: str
-    step: int
-    micro_batch: int
-    began: dict[str, float]
-    changed: float
+    changed: float = 0.0
 
     @property
     def progress(self) -> tuple[str, int, int]:

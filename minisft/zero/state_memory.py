@@ -15,12 +15,7 @@ import numpy as np
 
 from minisft.errors import UserError
 from minisft.zero.parameter_shapes import Shapes, elements_touched, partition_size, split_size, sub_groups
-from minisft.zero.strategies import (
-    DEFAULT_BUCKET,
-    DEFAULT_PERSISTENCE,
-    deepspeed_config,
-    strategy_named,
-)
+from minisft.zero.strategies import DEFAULT_BUCKET, DEFAULT_PERSISTENCE, deepspeed_config, strategy_named
 
 T = TypeVar("T")
 OWNERS = (
@@ -250,14 +245,14 @@ def bytes_on_gpu(held: Mapping[str, int], deepspeed: Mapping[str, Any] | None) -
     return {owner: 0 if owner in offloaded_owners else size for owner, size in held.items()}
 
 
-def paper_formula(parameters: float, ranks: int, stage: int | None, optimizer: int = 12) -> float:
-    """Bytes of model states per rank by the paper's formula: fp16 parameters and gradients, and `optimizer` bytes each.
+def paper_formula(parameters: float, ranks: int, stage: int | None) -> float:
+    """Bytes of model states per rank by the paper's formula: 2 bytes per parameter, 2 per gradient, 12 for Adam.
 
     Stages None and 0 split nothing. Rajbhandari et al. 2020, section 3.1 and figure 1; the formula leaves out buckets,
     padding, and parameters that cross a border.
     """
     weights = gradients = 2.0 * parameters
-    states = float(optimizer) * parameters
+    states = 12.0 * parameters  # fp32 masters and two averages
     if (stage or 0) >= 1:
         states /= ranks
     if (stage or 0) >= 2:
