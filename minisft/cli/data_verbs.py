@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -165,28 +165,14 @@ def check(
     loaded_tokenizer = load_tokenizer(tokenizer, template)
     chat_template = template_for(loaded_tokenizer)
     ledger = Ledger()
+    settings: dict[str, Any] = {"truncation": truncation, "train_on": train_on, "say": note}
     if tokenized:
-        report = check_tokenized(
-            Tokenized(path),
-            chat_template,
-            loaded_tokenizer,
-            max_length=max_length,
-            truncation=truncation,
-            train_on=train_on,
-            against=read(find_data(against, note).path, Ledger()) if against else None,
-            say=note,
-        )
+        source = read(find_data(against, note).path, Ledger()) if against else None
+        settings |= {"max_length": max_length, "against": source}
+        report = check_tokenized(Tokenized(path), chat_template, loaded_tokenizer, **settings)
     else:
-        report = check_conversations(
-            read(path, ledger),
-            chat_template,
-            loaded_tokenizer,
-            max_length=2048 if max_length is None else max_length,
-            truncation=truncation,
-            train_on=train_on,
-            say=note,
-            ledger=ledger,
-        )
+        settings |= {"max_length": 2048 if max_length is None else max_length, "ledger": ledger}
+        report = check_conversations(read(path, ledger), chat_template, loaded_tokenizer, **settings)
     dropped = {reason: entry.rows for reason, entry in ledger.dropped.items()}
     if as_json:
         print_json(report.to_dict() | {"dropped": dropped, "lost": ledger.lost})

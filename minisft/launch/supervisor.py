@@ -12,8 +12,7 @@ On Linux, processes whose parents die become the supervisor's own children, so n
 supervisor itself is killed, the ranks notice and end, and its guardian (`minisft.launch.guardian`)
 kills those that do not.
 
-The run's progress (`minisft.training.progress`) goes to its standard output, the launchers' output to the log.
-`FAILED` is written last.
+The launchers' output goes to a log. `FAILED` is written last.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from typing import TextIO
 
 from minisft import processes
 from minisft.errors import UserError
-from minisft.files import Tail, open_own, write_json
+from minisft.files import open_own, write_json
 from minisft.launch.commands import Command
 from minisft.launch.end_processes import adopt_orphans, end_all, remove_shared_memory
 from minisft.launch.failure_reasons import (
@@ -52,7 +51,7 @@ from minisft.launch.failure_reasons import (
 from minisft.launch.guardian import Guardian
 from minisft.processes import lives
 from minisft.system import is_here
-from minisft.text import one_line, say
+from minisft.text import one_line
 from minisft.training.heartbeat import (
     BEAT,
     GUARDIAN,
@@ -64,7 +63,6 @@ from minisft.training.heartbeat import (
     read_heartbeats,
     write_failure,
 )
-from minisft.training.progress import PROGRESS
 
 LOOK = 0.25  # seconds between two checks of the launchers
 GRACE = 5.0  # seconds that a launcher has to notice the death of one of its ranks
@@ -126,7 +124,6 @@ class Supervisor:
     def __init__(self, task: Task):
         self.task, self.folder = task, Path(task.folder)
         self.watch = Watch()
-        self.progress = Tail(self.folder / PROGRESS)
         self.reason = ""  # why the run is being ended early
         self.blamed: RankStatus | None = None  # the rank that the reason is about
         self.exits: dict[int, int] = {}  # rank by file descriptor; it becomes readable when the process ends
@@ -155,14 +152,12 @@ class Supervisor:
             write_failure(self.folder, failure_record(None, f"{self.folder.name} cannot be started: {one_line(error)}"))
             guardian.dismiss()
             return 1
-        self.progress.new_lines()  # those of an earlier try have been shown
         launchers = self._start_launchers(environment | {SUPERVISOR: own_status.name}, log)
         self._watch_until_over(launchers, own_status, parent)
         if not self.reason:
             self._look_at_ranks()
         own_status.remove()  # ranks on other hosts end when it disappears
         end_all(launchers, guardian.pid)
-        self._show_progress()
         code = self._verdict(next((one.returncode for one in launchers if one.returncode), 0))
         for command in self.task.commands:
             remove_shared_memory(command.words)
@@ -192,7 +187,6 @@ class Supervisor:
         interval = max(0.5, self.task.ranks / 100)  # each look reads one file per rank
         while any(one.poll() is None for one in launchers) and not (self.reason or self.over):
             self._listen(LOOK)
-            self._show_progress()
             now = time.monotonic()
             if now - beaten > BEAT:
                 own_status.beat()
@@ -203,11 +197,6 @@ class Supervisor:
                 self._look_at_ranks()
                 self._look_at_launchers(launchers)
                 looked = now
-
-    def _show_progress(self) -> None:
-        for line in self.progress.new_lines():
-            with suppress(OSError):  # whoever read it is gone
-                say(line)
 
     def _open_log(self) -> FileIO:
         """Open a new log; an earlier log, which may have a hard link elsewhere, is not changed."""

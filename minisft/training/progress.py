@@ -1,8 +1,8 @@
 """What a run tells its user: lines of a standard logger, kept in `logs/progress.txt` of the run folder.
 
-Rank 0 logs to `progress`. The supervisor shows each line that is added to the file, so output of
-launchers, libraries and data, which goes to other files, never passes for one. A run that was
-started by hand has no supervisor: there the lines go to its terminal as well.
+Rank 0 logs to `progress`. Whoever launched the run shows each line that is added to the file, so
+output of launchers, libraries and data, which goes to other files, never passes for one. A run that
+was started by hand has no supervisor: there the lines go to its terminal as well.
 """
 
 from __future__ import annotations

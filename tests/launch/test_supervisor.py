@@ -13,6 +13,7 @@ from minisft.launch.commands import Command
 from minisft.launch.failure_reasons import LOST, killed_reason
 from minisft.launch.supervisor import Task
 from minisft.training.heartbeat import Heartbeat, RankStatus, Watch, read_heartbeats
+from minisft.training.progress import PROGRESS
 
 RANK = """
 import os, signal, sys, time
@@ -75,7 +76,6 @@ def supervise(folder, commands, ranks, heartbeat_timeout=30.0, progress_timeout=
     process = subprocess.Popen(
         [sys.executable, "-m", "minisft.launch.supervisor", task.folder],
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
         text=True,
     )
     process.stdin.write(task.to_json() + "\n")
@@ -86,7 +86,8 @@ def supervise(folder, commands, ranks, heartbeat_timeout=30.0, progress_timeout=
         assert time.monotonic() < deadline
         family |= set(psutil.Process(process.pid).children(recursive=True))
         time.sleep(0.05)
-    said = process.stdout.read()
+    progress = folder / PROGRESS
+    said = progress.read_text() if progress.exists() else ""
     process.stdin.close()
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     failed = folder / "FAILED"
