@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import ipaddress
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -65,16 +65,8 @@ def release_free_memory() -> None:
     longer-lived blocks (the optimizer states) are allocated above them. Without this call a step
     finds fragmented memory and allocates more.
     """
-    if trim := _malloc_trim():
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return None
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def skip_accelerator_search() -> None:

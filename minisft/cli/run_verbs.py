@@ -109,14 +109,12 @@ def _settings_and_place(
     options: dict[str, Any], hostfile: Path | None, launcher: str | None
 ) -> tuple[RunConfig, Place | None]:
     """The settings, and the hosts of a hostfile: one rank per slot unless `--ranks` is given."""
-    from minisft.launch.hosts import Place, read_hostfile
+    from minisft.launch.hosts import read_hostfile
 
-    if hostfile is None:
-        return run_config(options), _place(None, 0, launcher)
-    hosts = read_hostfile(hostfile)
-    options.setdefault("ranks", sum(host.slots for host in hosts))
+    if hostfile is not None:
+        options.setdefault("ranks", sum(host.slots for host in read_hostfile(hostfile)))
     config = run_config(options)
-    return config, Place.of_hosts(hosts, config.ranks, launcher or "ssh")
+    return config, _place(hostfile, config.ranks, launcher)
 
 
 def _place(hostfile: Path | None, ranks: int, launcher: str | None) -> Place | None:

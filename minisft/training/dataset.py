@@ -152,7 +152,8 @@ def changed_model(run: Run, weights: bool = True) -> str:
     Without `weights` only config and tokenizer are compared.
     """
     digests = Digests()
-    present = {str(file.relative_to(run.model_folder)) for file in _present(run.model_folder)}
+    files = files_of_a_model(run.model_folder) if run.model_folder.is_dir() else []
+    present = {str(file.relative_to(run.model_folder)) for file in files}
     added = sorted(name for name in present - run.model_files.keys() if weights or not name.endswith(WEIGHTS_SUFFIX))
     if run.model_files and added:  # runs of earlier versions have no checksums
         return f"{run.model_folder / added[0]} was added after the run was prepared"
@@ -165,10 +166,6 @@ def changed_model(run: Run, weights: bool = True) -> str:
         if digests.of(file) != expected:
             return f"{file} has changed since the run was prepared"
     return ""
-
-
-def _present(folder: Path) -> list[Path]:
-    return files_of_a_model(folder) if folder.is_dir() else []
 
 
 def require_same_model(run: Run) -> None:

@@ -156,8 +156,7 @@ def _train(run: Run, rank: int, heartbeat: Heartbeat) -> None:
         trainer.state.global_step = checkpoint_step(checkpoint)  # the run was killed after its last checkpoint
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if world > 1:
-        torch.distributed.barrier()
+    trainer.accelerator.wait_for_everyone()
     if rank == 0:
         logger = trainer.metrics.logger
         speeds = logger.finish() if logger else speed([])
@@ -165,9 +164,8 @@ def _train(run: Run, rank: int, heartbeat: Heartbeat) -> None:
         done |= {"observing_seconds": round(trainer.metrics.seconds + trainer.memory.seconds, 3)}
         write_json(run.folder / "DONE", done)
         (run.folder / "FAILED").unlink(missing_ok=True)  # from an earlier try
-    if world > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def _start_from(run: Run, rank: int) -> Path | None:
