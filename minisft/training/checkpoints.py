@@ -30,16 +30,8 @@ HALVES = (f"{SCRATCH}/checkpoint-*", ".removed-checkpoint-*/*")
 MADE_AGAIN = (  # the files of a run folder that preparing and starting write again
     *("run.json", "deepspeed.json", "command.txt", "hosts.json", "hostfile", "environment", "job.sbatch"),
     *("slurm-hostfile", "ledger.json", "metrics.jsonl", "memory.json", "DONE", "FAILED", ".minisft-*"),
-    *(
-        "data/made_of.json",
-        "data/*.arrow",
-        "data/test.jsonl",
-        "logs/*.log",
-        "logs/progress.txt",
-        "ranks/*.json",
-        "ranks/.minisft-*",
-    ),
-    "tensorboard/events.*",
+    *("data/made_of.json", "data/*.arrow", "data/test.jsonl", "logs/*.log", "ranks/*.json", "ranks/.minisft-*"),
+    *("logs/progress.txt", "tensorboard/events.*"),
 )
 UNSAFE = ("training_args.bin",)  # a pickle, and not needed: run.json has the same settings
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -22,38 +23,21 @@ from minisft.zero.lint_keys import ZERO
 
 MOST_BYTES = 250_000  # size limit of a file: real configurations have a few thousand bytes
 MOST_DIGITS = 30  # of an integer
+SEVERITY = attrgetter("severity")  # "error" sorts before "warning", and the sort is stable
 
 
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
-FLAGS = (
-    "prescale_gradients",
-    "managed_gradient_accumulation",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "disable_allgather",
-    "disable_python_gc",
-    "dump_state",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dataloader_drop_last",
-    "use_data_before_expert_parallelism",
-)
 LOG_LEVELS = ["debug", "info", "warning", "error", "critical", None]
 # The keys whose "auto" transformers' Trainer fills in: inside zero_optimization, and at the top level.
 AUTO_KEYS = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "reduce_bucket_size")
-FILLED_BY_TRAINER = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-)
+FILLED_BY_TRAINER = (*keys.BATCH_KEYS, "gradient_clipping")
 
 
 def lint_file(file: str | Path, **options: Any) -> list[Finding]:
     """`lint` of a file, plus the keys that are in it twice. Raises `UserError` if it is not a JSON object."""
     config, repeated = _read(Path(file))
     twice = [Finding("error", key, "appears twice, which DeepSpeed refuses: keep one") for key in repeated]
-    return sorted([*twice, *lint(config, **options)], key=_severity)
+    return sorted([*twice, *lint(config, **options)], key=SEVERITY)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
@@ -94,11 +78,7 @@ def lint(config: Mapping[str, Any], ranks: int | None = None, parameters: int | 
     if parsed is not None and f"{ZERO}.stage" not in errors:
         sizes = [finding for finding in _sizes(config, parsed, parameters) if finding.key not in errors]
         findings += [*_combinations(config, parsed), *sizes]
-    return sorted(findings, key=_severity)
-
-
-def _severity(finding: Finding) -> str:
-    return finding.severity  # "error" sorts before "warning", and the sort is stable
+    return sorted(findings, key=SEVERITY)
 
 
 def _top(config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -157,7 +137,7 @@ def _batch(config: Mapping[str, Any], ranks: int | None) -> Iterator[Finding]:
 
 def _scalars(config: Mapping[str, Any]) -> Iterator[Finding]:
     """Single values that DeepSpeed does not check: it fails at the first step, or treats any string as true."""
-    for key in FLAGS:
+    for key in (*keys.FLAGS, "use_data_before_expert_parallelism"):
         value = config.get(key)
         if isinstance(value, str) and value != "auto":
             yield Finding("error", key, f"is {display_value(value)}, a string: give true or false, without quotes")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Collection, Generator, ItemsView, Iterator, KeysView, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -35,46 +35,7 @@ FILLED: dict[str, dict[str, Any]] = {
 NUMBERS = {"lr": 1, "eps": 1, "weight_decay": 1, "betas": 2}  # how many numbers each key takes
 MUON_KEYS = ("muon_lr", "adam_lr", "adam_w_mode", "torch_adam", "fp32_optimizer_states")
 _UNKNOWN = re.compile(r"unexpected keyword argument '(.+)'")
-ONE_ROW = {"train_micro_batch_size_per_gpu": 1}
 MOST_ERRORS = 50
-
-
-class Block(dict):
-    """A JSON object that records which of its keys are read; `whole` means that it was iterated or copied."""
-
-    def __init__(self, values: Mapping[str, Any]):
-        super().__init__({key: Block(value) if isinstance(value, dict) else value for key, value in values.items()})
-        self.read: set[str] = set()
-        self.whole = False
-
-    def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
-        return super().__getitem__(key)
-
-    def __contains__(self, key: Any) -> bool:
-        self.read.add(key)
-        return super().__contains__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.read.add(key)
-        return super().get(key, default)
-
-    def __iter__(self) -> Iterator[str]:
-        self.whole = True
-        return super().__iter__()
-
-    # A dict's own views and copies would bypass the methods above.
-    def keys(self) -> KeysView[str]:  # type: ignore[override]
-        return KeysView(self)
-
-    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
-        return ItemsView(self)
-
-    def __copy__(self) -> dict[str, Any]:
-        return dict(self)
-
-    def __deepcopy__(self, memo: Any) -> dict[str, Any]:
-        return dict(self)
 
 
 def parse(config: Mapping[str, Any], known: Collection[str] = ()) -> tuple[Any, list[Finding]]:
@@ -84,7 +45,9 @@ def parse(config: Mapping[str, Any], known: Collection[str] = ()) -> tuple[Any, 
     a combination is refused. `lint` checks the batch sizes, and "auto", which Trainer replaces beforehand or DeepSpeed
     drops.
     """
-    settings = {key: value for key, value in _filled(config).items() if key not in keys.BATCH_KEYS + keys.PARALLEL_KEYS}
+    settings = {
+        key: value for key, value in _filled(config).items() if key not in {*keys.BATCH_KEYS, *keys.PARALLEL_KEYS}
+    }
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -97,11 +60,11 @@ def parse(config: Mapping[str, Any], known: Collection[str] = ()) -> tuple[Any, 
     return parsed, [finding for finding in findings if finding.key not in known]
 
 
-def _parsed(settings: dict[str, Any], known: Collection[str]) -> tuple[Any, Block, list[Finding]]:
+def _parsed(settings: dict[str, Any], known: Collection[str]) -> tuple[Any, keys.Block, list[Finding]]:
     """An instance of DeepSpeed's class, what it has read, and findings; removes from `settings` what it refuses."""
     findings: list[Finding] = []
     while True:
-        block = Block(settings | ONE_ROW)
+        block = keys.Block(settings | keys.ONE_ROW)
         try:
             return keys.DeepSpeedConfig(block), block, findings
         except ValidationError as error:
@@ -160,22 +123,22 @@ def _without_auto(value: Any) -> Any:
     return value
 
 
-def _culprit(block: Block, reason: str) -> str:
+def _culprit(block: keys.Block, reason: str) -> str:
     """The key that DeepSpeed refuses for this reason even on its own; empty if it only refuses a combination."""
     for key in [key for key in dict.keys(block) if key in keys.TOP_KEYS or key in keys.REMOVED_KEYS]:
         try:
-            keys.DeepSpeedConfig(Block({key: block[key]} | ONE_ROW))
+            keys.DeepSpeedConfig(keys.Block({key: block[key]} | keys.ONE_ROW))
         except Exception as error:
             if str(error) == reason:
                 return key
     return ""
 
 
-def _unread(block: Block, *path: str) -> Iterator[Finding]:
+def _unread(block: keys.Block, *path: str) -> Iterator[Finding]:
     """The keys that DeepSpeed did not read, in the blocks that it reads key by key."""
     for name, inner in dict.items(block):
         inner_path = (*path, name)
-        if not isinstance(inner, Block) or inner_path[1:] == ("params",):  # params are passed to a class
+        if not isinstance(inner, keys.Block) or inner_path[1:] == ("params",):  # params are passed to a class
             continue
         yield from _unread(inner, *inner_path)
         if inner.whole or not inner.read:

@@ -1,11 +1,12 @@
 """The keys of a DeepSpeed 0.19 configuration: DeepSpeed's classes name most of them, and here is what they do not say.
 
-They do not say which top-level keys there are (`runtime/config.py` reads them one by one), nor at which stage a key has
-an effect. A test compares these lists with live engines.
+The top-level keys have no class: they are those that it reads of an empty configuration. At which stage a key has an
+effect is written here; a test compares it with live engines.
 """
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, Iterator, KeysView, Mapping
 from typing import Any
 
 from minisft.system import skip_accelerator_search
@@ -23,6 +24,7 @@ from deepspeed.runtime.zero.offload_config import (  # noqa: E402
 DeepSpeedConfig = config.DeepSpeedConfig
 REMOVED_KEYS = frozenset(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
 ZERO = "zero_optimization"
+ONE_ROW = {"train_micro_batch_size_per_gpu": 1}
 # The class that checks each of these blocks, by its place in a file.
 CLASSES: dict[tuple[str, ...], Any] = {
     (ZERO,): DeepSpeedZeroConfig,
@@ -37,6 +39,44 @@ ALIASES: dict[str, str] = {name: field.alias for name, field in _FIELDS.items() 
 ZERO_KEYS = [field.alias or name for name, field in _FIELDS.items()]
 _ABOUT = {name: field.json_schema_extra for name, field in _FIELDS.items() if isinstance(field.json_schema_extra, dict)}
 DEPRECATED_ZERO_KEYS = {name: about["new_param"] for name, about in _ABOUT.items() if about.get("deprecated")}
+
+
+class Block(dict):
+    """A JSON object that records which of its keys are read; `whole` means that it was iterated or copied."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        super().__init__({key: Block(value) if isinstance(value, dict) else value for key, value in values.items()})
+        self.read: set[str] = set()
+        self.whole = False
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: Any) -> bool:
+        self.read.add(key)
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self.whole = True
+        return super().__iter__()
+
+    # A dict's own views and copies would bypass the methods above.
+    def keys(self) -> KeysView[str]:  # type: ignore[override]
+        return KeysView(self)
+
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+        return ItemsView(self)
+
+    def __copy__(self) -> Block:  # DeepSpeed reads a copy
+        return self
+
+    def __deepcopy__(self, memo: Any) -> dict[str, Any]:
+        return dict(self)
 
 
 def canonical(key: str) -> str:
@@ -55,18 +95,12 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-TOP_KEYS = _words(
-    """
-    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
-    optimizer scheduler zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer fp16 bf16 bfloat16
-    torch_autocast data_types gradient_clipping communication_data_type seq_parallel_communication_data_type
-    prescale_gradients gradient_predivide_factor gradient_allreduce_op disable_allgather disable_python_gc
-    steps_per_print dump_state wall_clock_breakdown memory_breakdown log_level timers comms_logger flops_profiler
-    tensorboard wandb csv_monitor comet activation_checkpointing autotuning aio checkpoint datastates_ckpt
-    dataloader_drop_last data_efficiency pipeline hybrid_engine tensor_parallel expert_parallel compile
-    weight_quantization use_data_before_expert_parallelism vocabulary_size sequence_parallel_size data_parallel_size
-    """
-)
+_read = Block(ONE_ROW)
+_defaults = vars(DeepSpeedConfig(_read))
+PARALLEL_KEYS = frozenset({"sequence_parallel_size", "data_parallel_size"})  # these need that many processes
+TOP_KEYS = frozenset(_read.read) - REMOVED_KEYS | PARALLEL_KEYS
+# Those whose value is true or false; DeepSpeed takes any text for true.
+FLAGS = [key for key in sorted(TOP_KEYS) if isinstance(_defaults.get(key), bool)]
 OBJECT_KEYS = _words(
     """
     optimizer scheduler activation_checkpointing flops_profiler data_types checkpoint tensorboard wandb csv_monitor
@@ -75,7 +109,6 @@ OBJECT_KEYS = _words(
     """
 )
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-PARALLEL_KEYS = ("sequence_parallel_size", "data_parallel_size")  # these need that many processes
 # The keys of `zero_optimization` that have an effect at some stages only, besides those that begin with `stage3_`.
 AT_STAGE_3 = _words(
     """

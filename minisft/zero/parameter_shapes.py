@@ -36,16 +36,25 @@ class Shapes:
 
     @property
     def parameters(self) -> int:
-        return sum(elements for group in self.groups for _, elements in group)
+        return sum(elements for _, elements in self.named)
+
+    @property
+    def named(self) -> list[tuple[str, int]]:
+        """Name and elements of every parameter, whatever its group."""
+        return [parameter for group in self.groups for parameter in group]
+
+    def parts(self, ranks: int) -> list[int]:
+        """Elements of one rank's slice of each param group at stages 1 and 2."""
+        return [partition_size(sum(elements for _, elements in group), ranks) for group in self.groups]
 
     @property
     def tensors(self) -> int:
-        return sum(map(len, self.groups))
+        return len(self.named)
 
     @property
     def largest(self) -> int:
         """Elements of the largest parameter."""
-        return max(elements for group in self.groups for _, elements in group)
+        return max(elements for _, elements in self.named)
 
     @classmethod
     def of_model(cls, model: Any) -> Shapes:

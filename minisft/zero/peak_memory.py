@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisft.zero.activation_trace import ActivationTrace
-from minisft.zero.parameter_shapes import Shapes, partition_size, sub_groups
+from minisft.zero.parameter_shapes import Shapes, sub_groups
 from minisft.zero.state_memory import ELEMENT, generated_config, offloaded, total_bytes
 from minisft.zero.strategies import Strategy, strategy_named
 
@@ -76,7 +76,7 @@ class _Step:
         if stage in (1, 2):
             held["buckets"] += e * int(zero["reduce_bucket_size"]) * (2 if zero.get("overlap_comm") else 1)
         if stage == 3:
-            split = sum(n for group in self.shapes.groups for _, n in group if n > int(zero[PERSISTENCE]))
+            split = sum(n for _, n in self.shapes.named if n > int(zero[PERSISTENCE]))
             live = min(int(zero["stage3_max_live_parameters"]), split)
             held["persistent parameters"] += e * live
         return held
@@ -105,7 +105,7 @@ class _Step:
         if stage == 0:
             held[STEP_OWNER] = 4 * shapes.parameters  # flattened to be reduced, or copied for the masters
         elif stage in (1, 2):
-            held[STEP_OWNER] = each * max(partition_size(sum(n for _, n in group), ranks) for group in shapes.groups)
+            held[STEP_OWNER] = each * max(shapes.parts(ranks))
         elif stage == 3:  # one sub-group at a time; before that a tensor's norm in fp64
             stepped = max(n for group in shapes.groups for n in sub_groups(group, ranks, self.zero))
             held[STEP_OWNER] = max(each * stepped, 8 * -(-shapes.largest // ranks))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minisft.errors import UserError
-from minisft.zero.parameter_shapes import Shapes, elements_touched, partition_size, split_size, sub_groups
+from minisft.zero.parameter_shapes import Shapes, elements_touched, split_size, sub_groups
 from minisft.zero.strategies import DEFAULT_BUCKET, DEFAULT_PERSISTENCE, deepspeed_config, strategy_named
 
 T = TypeVar("T")
@@ -175,7 +175,7 @@ def _stage0(shapes: Shapes, ranks: int, precision: str) -> StatesOfRank:
 
 def _stage12(shapes: Shapes, ranks: int, precision: str) -> StatesOfRank:
     e = ELEMENT[precision]
-    parts = [partition_size(sum(n for _, n in group), ranks) for group in shapes.groups]
+    parts = shapes.parts(ranks)
     rest = {
         "parameters": e * sum(parts) * ranks,
         "fp32 masters": 4 * sum(parts),
@@ -186,9 +186,9 @@ def _stage12(shapes: Shapes, ranks: int, precision: str) -> StatesOfRank:
 
 def _stage3(shapes: Shapes, ranks: int, precision: str, zero: Mapping[str, Any]) -> StatesOfRank:
     e = ELEMENT[precision]
-    split = sum(split_size(group, ranks) for group in shapes.groups)
+    split = split_size(shapes.named, ranks)
     threshold = int(zero.get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE))
-    small = [x for group in shapes.groups for x in group if x[1] <= threshold]
+    small = [parameter for parameter in shapes.named if parameter[1] <= threshold]
     rest = {
         "parameters": e * split,
         "gradients": e * split,
@@ -213,9 +213,9 @@ def _offloaded(
     e = ELEMENT[precision]
     none = np.zeros(ranks, dtype=np.int64)
     if stage == 3:
-        split = sum(split_size(group, ranks) for group in shapes.groups)
+        split = split_size(shapes.named, ranks)
         return rest | {"gradients": (e + 4) * split}, none, none
-    parts = sum(partition_size(sum(n for _, n in group), ranks) for group in shapes.groups)
+    parts = sum(shapes.parts(ranks))
     rest = rest | {
         "gradients": 4 * parts,
         "buckets": e * shapes.largest,
