@@ -7,7 +7,6 @@ read from there is escaped. Where HTML cannot be shown, the view is a few lines 
 from __future__ import annotations
 
 import math
-import re
 import time
 from contextlib import suppress
 from html import escape
@@ -19,13 +18,13 @@ from minisft.errors import UserError
 from minisft.files import Tail, last_lines, parse_json
 from minisft.run.folder import Run
 from minisft.training.heartbeat import read_heartbeats
+from minisft.training.metrics_log import STEP
 
 REFRESH = 1.0  # seconds between two updates of the display
 LOG_LINES = 6
 POINTS = 240  # at most, on the loss curve
 WIDTH, HEIGHT = 440, 120  # of the loss curve, in pixels
 COLOURS = {"done": "#009E73", "failed": "#D55E00"}
-STEP = re.compile(r"step +(\d{1,12})/(\d{1,12}) +(.*)")
 
 
 def in_notebook() -> bool:

@@ -169,7 +169,7 @@ class Supervisor:
             subprocess.Popen(
                 command.words,
                 cwd=self.task.working_directory,
-                env=_without(environment, command.withheld) | command.environment,
+                env={k: v for k, v in environment.items() if k not in command.withheld} | command.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -296,10 +296,6 @@ class Supervisor:
         with suppress(OSError):
             write_json(self.folder / "FAILED", failure)
         return 1
-
-
-def _without(environment: dict[str, str], withheld: Sequence[str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name not in withheld}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from minisft.training.progress import progress
 WARM_UP_STEPS = 2  # not counted in speeds: the first steps fill caches and allocate optimizer states
 COUNTS = ("tokens", "trained_tokens")
 BAR = 24  # characters of the progress bar
+STEP = re.compile(r"step +(\d{1,12})/(\d{1,12}) +(.*)")  # the line that `MetricsLogger` logs for each step
 TENSORBOARD = ("loss", "lr", "grad_norm", "tokens", "trained_tokens", "seconds")
 
 
@@ -72,12 +73,12 @@ class TerminalProgress:
         self.redraws = stream is not None and stream.isatty()
 
     def __call__(self, line: str) -> None:
-        step = re.match(r"step +(\d{1,12})/(\d{1,12}) ", line)
+        step = STEP.match(line)
         if self.stream is None or not (step and self.redraws):
             self.close()
             say(line, to=self.stream)
             return
-        done, steps = map(int, step.groups())
+        done, steps = int(step[1]), int(step[2])
         filled = BAR * min(done, steps) // max(steps, 1)
         text = f"[{'#' * filled}{'.' * (BAR - filled)}] {harmless(line)}"
         columns = shutil.get_terminal_size().columns

@@ -7,7 +7,6 @@ engine builds the optimizer and the scheduler for one parameter, without compili
 from __future__ import annotations
 
 import itertools
-import logging
 import re
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from unittest import mock
 
 from pydantic import ValidationError
 
+from minisft.system import silenced
 from minisft.text import one_line
 from minisft.zero import lint_keys as keys
 from minisft.zero.lint_finding import Finding, display_value, is_number, suggest
@@ -48,15 +48,10 @@ def parse(config: Mapping[str, Any], known: Collection[str] = ()) -> tuple[Any, 
     settings = {
         key: value for key, value in _filled(config).items() if key not in {*keys.BATCH_KEYS, *keys.PARALLEL_KEYS}
     }
-    logger = logging.getLogger("DeepSpeed")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
+    with silenced("DeepSpeed"):
         parsed, block, findings = _parsed(settings, known)
         if parsed is not None:
             findings += [*_unread(block), *_engine_refuses(parsed, settings)]
-    finally:
-        logger.setLevel(level)
     return parsed, [finding for finding in findings if finding.key not in known]
 
 
