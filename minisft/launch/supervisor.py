@@ -35,7 +35,7 @@ from typing import TextIO
 
 from minisft import processes
 from minisft.errors import UserError
-from minisft.files import open_own, write_json
+from minisft.files import open_own, parse_json, write_json
 from minisft.launch.commands import Command
 from minisft.launch.end_processes import adopt_orphans, end_all, remove_shared_memory
 from minisft.launch.failure_reasons import (
@@ -91,8 +91,7 @@ class Task:
 
     @classmethod
     def from_json(cls, text: str) -> Task:
-        values = json.loads(text)
-        return cls(**values | {"commands": [Command(**command) for command in values["commands"]]})
+        return parse_json(text, Path("the task"), cls)
 
 
 def main() -> None:

@@ -226,23 +226,12 @@ def write_rows(rows: Iterable[Row], file: Path) -> int:
     import pyarrow
 
     schema = _schema()
-    written = 0
-    buffered: list[Row] = []
-
-    def flush(writer: Any) -> None:
-        columns = [[getattr(row, name) for row in buffered] for name in schema.names]
-        arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-        writer.write_batch(pyarrow.record_batch(arrays, schema))
-        buffered.clear()
-
+    written, rest = 0, iter(rows)
     with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
-        for row in rows:
-            buffered.append(row)
-            written += 1
-            if len(buffered) == ROWS_AT_ONCE:
-                flush(writer)
-        if buffered:
-            flush(writer)
+        while batch := list(itertools.islice(rest, ROWS_AT_ONCE)):
+            values = [{name: getattr(row, name) for name in schema.names} for row in batch]
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(values, schema))
+            written += len(batch)
     return written
 
 

@@ -1,7 +1,7 @@
 """The keys of a DeepSpeed 0.19 configuration: DeepSpeed's classes name most of them, and here is what they do not say.
 
-The top-level keys have no class: they are those that it reads of an empty configuration. At which stage a key has an
-effect is written here; a test compares it with live engines.
+The top-level keys have no class: they are those that DeepSpeed reads of an empty configuration. At which stages a key
+has an effect is in its engine alone, and so in the lists below.
 """
 
 from __future__ import annotations

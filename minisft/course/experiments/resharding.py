@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft import processes
+from minisft.files import read_json, write_json
 from minisft.text import note, say
 
 STAGES = (0, 1, 2, 3)
@@ -84,14 +84,11 @@ def resume_matrix(ranks: Sequence[int] = (SAVED_BY, 1), say: Callable[[str], Non
     with tempfile.TemporaryDirectory() as folder:
         say(f"saving at stages 0 to 3 on {SAVED_BY} ranks")
         _start(SAVED_BY, folder)
-        attempts = []
+        attempts: list[Resumed] = []
         for count in ranks:
             say(f"resuming on {count} rank{'s' if count > 1 else ''}")
             _start(count, folder, "--load")
-            rows = json.loads((Path(folder) / f"loaded-{count}.json").read_text())
-            for row in rows:
-                row["decays"] = tuple(row["decays"])
-                attempts.append(Resumed(**row))
+            attempts += read_json(Path(folder) / f"loaded-{count}.json", list[Resumed])
     return attempts
 
 
@@ -222,7 +219,7 @@ def _load_all(folder: Path, rank: int, ranks: int) -> None:
         if len(set(attempts[-1].decays)) == 1 or attempts[-1].one_counter:
             attempts.append(_load(folder, saved, stage, REPAIRED, rank, ranks))
     if rank == 0:
-        (folder / f"loaded-{ranks}.json").write_text(json.dumps([asdict(attempt) for attempt in attempts]))
+        write_json(folder / f"loaded-{ranks}.json", [asdict(attempt) for attempt in attempts])
 
 
 def _load(folder: Path, saved: int, stage: int, way: str, rank: int, ranks: int) -> Resumed:
