@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import TextIO
 
 from minisft.files import open_own
+from minisft.text import harmless
 
 PROGRESS = "logs/progress.txt"  # in a run folder
 
 progress = logging.getLogger(__name__)
+
+
+class _Harmless(logging.Formatter):
+    """Escapes what a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
 
 
 def log_progress(run_folder: Path, terminal: TextIO | None = None) -> None:
@@ -24,5 +32,7 @@ def log_progress(run_folder: Path, terminal: TextIO | None = None) -> None:
     handle = open_own(run_folder / PROGRESS, os.O_WRONLY | os.O_APPEND, private=True)
     file = os.fdopen(handle, "a", encoding="utf-8")
     progress.handlers = [logging.StreamHandler(stream) for stream in (file, terminal) if stream is not None]
+    for handler in progress.handlers:
+        handler.setFormatter(_Harmless())
     progress.setLevel(logging.INFO)
     progress.propagate = False
