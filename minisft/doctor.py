@@ -2,7 +2,7 @@
 
     minisft doctor
 
-Only what every part of the course needs is required. For everything else `ABOUT` lists what still
+Only what every part of the course needs is required. For everything else `CHECKS` lists what still
 works without it.
 """
 
@@ -93,12 +93,11 @@ def examine() -> MachineReport:
     Changes nothing; imports torch (seconds), never deepspeed.
     """
     checks = []
-    for name, run_check in LOOK.items():
+    for name, (look, consequence, remedy) in CHECKS.items():
         try:
-            ok, detail = run_check()
+            ok, detail = look()
         except (UserError, OSError) as error:  # a folder that cannot be found or read
             ok, detail = False, one_line(error)
-        consequence, remedy = ABOUT[name]
         missing = ("", "") if ok else (" ".join(consequence.split()), " ".join(remedy.split()))
         checks.append(Check(name, ok, detail, *missing, required=name in REQUIRED))
     return MachineReport(tuple(checks))
@@ -252,94 +251,91 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB"
 
 
-# --- the checks by name, and (consequence, remedy) if one fails --------------------------------------------------
+# --- the checks by name, in the order of the report -------------------------------------------------------------
 
-LOOK = {
-    "Python": _python,
-    "platform": _platform,
-    "packages": _packages,
-    "PyTorch": _torch,
-    "DeepSpeed": _deepspeed,
-    "GPUs": _gpus,
-    "CPU cores": _cores,
-    "memory": _memory,
-    "disk, outputs": _outputs_disk,
-    "disk, cache": _cache_disk,
-    "C++ compiler": _compiler,
-    "Python headers": _python_headers,
-    "ninja": _ninja,
-    "environment path": _environment_path,
-    "shared memory": _shared_memory,
-    "loopback port": _loopback,
-}
 REQUIRED = {"Python", "packages", "PyTorch"}
 
 NO_OP = """DeepSpeed compiles a small C++ op at its first run on a CPU (about 30 s). Without it zero0 to
 zero3 do not run there. Vanilla, ddp, evaluation and the notebooks' reading parts still work."""
 
-ABOUT = {
+# The function that looks, and the consequence and the remedy if it finds something missing.
+CHECKS = {
     "Python": (
+        _python,
         "minisft needs Python 3.11 or newer.",
         "Create the environment with such a Python: MINISFT_PYTHON=python3.11 launchers/setup.sh",
     ),
     "platform": (
+        _platform,
         """DeepSpeed and the locked versions are tested only on Linux x86-64. Vanilla, evaluation and
         the notebooks' reading parts should work wherever PyTorch does.""",
         "Use a Linux x86-64 machine, virtual machine or container for the distributed parts.",
     ),
     "packages": (
+        _packages,
         "Commands and notebooks that import them do not run.",
         "Run launchers/setup.sh, or activate the environment that it created.",
     ),
-    "PyTorch": ("No model can be loaded.", "Run launchers/setup.sh."),
+    "PyTorch": (_torch, "No model can be loaded.", "Run launchers/setup.sh."),
     "DeepSpeed": (
+        _deepspeed,
         "zero0 to zero3 do not run. Vanilla, ddp and evaluation still work.",
         "Run launchers/setup.sh.",
     ),
     "GPUs": (
+        _gpus,
         """Training runs on the CPU; the short runs of the course are designed for it. fp16 and
         full-size runs need a GPU. Everything else works.""",
         "If the machine has an NVIDIA GPU, check that nvidia-smi lists it and that PyTorch is a CUDA build.",
     ),
     "CPU cores": (
+        _cores,
         "Ranks share one core: distributed runs work, but take about twice as long.",
         "Give the container or virtual machine two cores.",
     ),
     "memory": (
+        _memory,
         f"""Each rank of SmolLM2-135M holds {_gib(ONE_RANK)} of weights, gradients and optimizer states
         before any activation, so runs with two ranks may be killed. Runs with one rank and the notebooks'
         toy examples still work.""",
         "Close other programs, or use a machine with 8 GiB.",
     ),
     "disk, outputs": (
+        _outputs_disk,
         f"""A default run keeps {EPOCHS} checkpoints of {_gib(CHECKPOINT)} for SmolLM2-135M. The
         course's short runs need less, and a run refuses to start if its checkpoints do not fit.""",
         "Free some space, or set MINISFT_OUTPUTS to a folder on another disk.",
     ),
     "disk, cache": (
+        _cache_disk,
         "The model and the data do not fit, so nothing that uses them runs. The notebooks' toy examples still work.",
         "Free some space, or set MINISFT_CACHE to a folder on another disk.",
     ),
     "C++ compiler": (
+        _compiler,
         NO_OP,
         "Install one (Debian, Ubuntu: apt install g++; conda: gxx_linux-64), or set CXX to an installed one.",
     ),
     "Python headers": (
+        _python_headers,
         NO_OP,
         "Install them (Debian, Ubuntu: apt install python3-dev), or use a Python that includes them.",
     ),
-    "ninja": (NO_OP, "Run launchers/setup.sh: it is one of the locked packages."),
+    "ninja": (_ninja, NO_OP, "Run launchers/setup.sh: it is one of the locked packages."),
     "environment path": (
+        _environment_path,
         f"PyTorch's build tool fails because this path contains a space. {NO_OP}",
         """Move the repository to a path without spaces and run launchers/setup.sh again, or run it while a
         virtual environment at such a path is active.""",
     ),
     "shared memory": (
+        _shared_memory,
         f"""DeepSpeed's C++ op takes {SHARED_PER_RANK >> 20} MiB per rank: zero0 to zero3 on a CPU
         may end with a bus error. Vanilla and ddp still work.""",
         "Give the container more shared memory, for example --shm-size=1g.",
     ),
     "loopback port": (
+        _loopback,
         "The ranks of a run cannot connect to each other: ddp and zero0 to zero3 do not start. Vanilla still works.",
         "Allow connections to 127.0.0.1 in the sandbox or firewall.",
     ),

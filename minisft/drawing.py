@@ -8,6 +8,7 @@ its font lacks. Run folders and data may have any name, so names go through `in_
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,32 @@ def legend_below(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     columns = max(1, min(len(labels), 100 // (6 + max(map(len, labels), default=0))))
     figure.legend(handles, labels, frameon=False, ncols=columns, loc="outside lower center")
+
+
+def stacked_bars(
+    axes: Any, names: Sequence[str], parts: Mapping[str, Sequence[float]], colors: Mapping[str, str]
+) -> list[float]:
+    """Draw a horizontal bar per name, from the top, stacked of its entry in each of `parts`; return the bars' ends."""
+    ends = [0.0] * len(names)
+    for part, sizes in parts.items():
+        if any(sizes):
+            axes.barh(names, sizes, left=ends, color=colors[part], label=part, edgecolor="white")
+            ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    axes.invert_yaxis()
+    return ends
+
+
+def mark_measured(axes: Any, values: Iterable[tuple[int, float]]) -> None:
+    """Draw a tick across the bar of each (row, value)."""
+    label: str | None = "measured"
+    for row, value in values:
+        axes.plot([value] * 2, [row - 0.46, row + 0.46], color="black", linewidth=2, label=label)
+        label = None
+
+
+def run_style(i: int, count: int) -> dict[str, Any]:
+    """Color and width of the curve of run `i` of `count`: later ones are thinner, so that equal curves all show."""
+    return {"color": PALETTE[i % 7], "linewidth": 7 - 5.5 * i / max(1, count - 1)}
 
 
 def in_figure(name: object) -> str:

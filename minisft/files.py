@@ -249,12 +249,30 @@ def open_regular(file: Path) -> io.BufferedReader:
     return os.fdopen(handle, "rb")
 
 
-def last_lines(file: Path, most_bytes: int = 1 << 16) -> list[str]:
-    """The lines in the last `most_bytes` bytes of a log; empty if it cannot be read."""
+def last_lines(file: Path) -> list[str]:
+    """The lines in the last 64 KiB of a log; empty if it cannot be read."""
     with suppress(OSError, UserError), open_regular(file) as stream:
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - most_bytes))
-        return stream.read(most_bytes).decode(errors="replace").splitlines()
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - (1 << 16)))
+        return stream.read(1 << 16).decode(errors="replace").splitlines()
     return []
+
+
+class Tail:
+    """The complete lines that were added to a log since the last look; none while it cannot be read."""
+
+    def __init__(self, file: Path):
+        self.file, self._offset = file, 0  # in bytes
+
+    def new_lines(self) -> list[str]:
+        data = b""
+        with suppress(OSError, UserError), open_regular(self.file) as stream:
+            if stream.seek(0, os.SEEK_END) < self._offset:  # truncated, as metrics are when a run resumes
+                self._offset = 0
+            stream.seek(self._offset)
+            data = stream.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return whole.decode(errors="replace").splitlines()
 
 
 def read_json(file: Path, shape: type[T] | Any = None, most: int | None = None) -> T | Any:

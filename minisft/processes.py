@@ -107,13 +107,8 @@ def marked(name: str, value: str) -> list[psutil.Process]:
     """The other live processes on this machine whose environment variable `name` has this value."""
     import psutil
 
-    processes = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            is_marked = process.pid != os.getpid() and process.environ().get(name) == value
-            if is_marked and process.status() != psutil.STATUS_ZOMBIE:
-                processes.append(process)
-    return processes
+    alive = (p for p in psutil.process_iter(["environ", "status"]) if p.info["status"] != psutil.STATUS_ZOMBIE)
+    return [p for p in alive if p.pid != os.getpid() and (p.info["environ"] or {}).get(name) == value]
 
 
 def open_standard_streams() -> None:

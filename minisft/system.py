@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import ipaddress
+import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -65,16 +66,28 @@ def release_free_memory() -> None:
     longer-lived blocks (the optimizer states) are allocated above them. Without this call a step
     finds fragmented memory and allocates more.
     """
-    if trim := _malloc_trim():
-        trim(0)
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
+def skip_accelerator_search() -> None:
+    """Keep DeepSpeed, when it is imported, from probing for accelerators where there is no GPU, and warning of it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@contextmanager
+def silenced(logger: str) -> Iterator[None]:
+    """Let a library's `logger` say nothing inside this context: what it reports is raised as well."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return None
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def is_here(name: str) -> bool:

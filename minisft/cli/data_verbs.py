@@ -5,25 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from minisft.chat.registry import other_template, template_for
-from minisft.cli.options import (
-    AsJson,
-    Data,
-    DataArgument,
-    MaxLength,
-    Model,
-    Template,
-    TokenizerName,
-    TrainOn,
-    Truncation,
-    app,
-    local_paths,
-    print_json,
-)
+from minisft.cli import options as opt
+from minisft.cli.options import app, local_paths, print_json
 from minisft.errors import UserError
 from minisft.files import as_json as json_text
 from minisft.text import note, say
@@ -39,10 +27,10 @@ Against = Annotated[
 
 @app.command()
 def fetch(
-    model: Model = "smollm2",
-    data: Data = "sharegpt",
+    model: opt.Model = "smollm2",
+    data: opt.Data = "sharegpt",
     verify: Annotated[bool, typer.Option("--verify", help="compute the checksum of every cached file again")] = False,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Download the model and the data, and print source, size and license.
 
@@ -63,13 +51,13 @@ def fetch(
 
 @app.command()
 def encode(
-    data: DataArgument,
+    data: opt.DataArgument,
     out: Annotated[Path, typer.Option(help="output file of JSON lines with id, input_ids and labels")],
-    tokenizer: TokenizerName = "smollm2",
-    template: Template = None,
-    max_length: MaxLength = 2048,
-    truncation: Truncation = "token",
-    train_on: TrainOn = "all",
+    tokenizer: opt.TokenizerName = "smollm2",
+    template: opt.Template = None,
+    max_length: opt.MaxLength = 2048,
+    truncation: opt.Truncation = "token",
+    train_on: opt.TrainOn = "all",
     ledger: Annotated[Path | None, typer.Option(help="JSON file for the counts of dropped and repaired rows")] = None,
 ) -> None:
     """Tokenize conversations into token ids and labels, one JSON line per row."""
@@ -119,12 +107,12 @@ def encode(
 
 @app.command()
 def show(
-    data: DataArgument = "sharegpt",
+    data: opt.DataArgument = "sharegpt",
     row: Annotated[int, typer.Option(help="index of the conversation among the usable ones, from 0")] = 0,
-    tokenizer: TokenizerName = "smollm2",
-    template: Template = None,
-    max_length: MaxLength = 256,
-    truncation: Truncation = "token",
+    tokenizer: opt.TokenizerName = "smollm2",
+    template: opt.Template = None,
+    max_length: opt.MaxLength = 256,
+    truncation: opt.Truncation = "token",
 ) -> None:
     """Show every token of one conversation with its label."""
     import itertools
@@ -151,14 +139,14 @@ def show(
 
 @app.command()
 def check(
-    data: DataArgument,
-    tokenizer: TokenizerName = "smollm2",
-    template: Template = None,
+    data: opt.DataArgument,
+    tokenizer: opt.TokenizerName = "smollm2",
+    template: opt.Template = None,
     max_length: CheckedLength = None,
-    truncation: Truncation = "token",
-    train_on: TrainOn = "all",
+    truncation: opt.Truncation = "token",
+    train_on: opt.TrainOn = "all",
     against: Against = None,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Check the labels of every row, for conversations or for tokenized data.
 
@@ -179,30 +167,15 @@ def check(
     loaded_tokenizer = load_tokenizer(tokenizer, template)
     chat_template = template_for(loaded_tokenizer)
     ledger = Ledger()
+    settings: dict[str, Any] = {"truncation": truncation, "train_on": train_on, "say": note}
     if tokenized:
-        report = check_tokenized(
-            Tokenized(path),
-            chat_template,
-            loaded_tokenizer,
-            max_length=max_length,
-            truncation=truncation,
-            train_on=train_on,
-            against=(
-                read(find_data(against, note).path, Ledger(), reads_tools=chat_template.has_tools) if against else None
-            ),
-            say=note,
-        )
+        source = read(find_data(against, note).path, Ledger(), reads_tools=chat_template.has_tools) if against else None
+        settings |= {"max_length": max_length, "against": source}
+        report = check_tokenized(Tokenized(path), chat_template, loaded_tokenizer, **settings)
     else:
-        report = check_conversations(
-            read(path, ledger, reads_tools=chat_template.has_tools),
-            chat_template,
-            loaded_tokenizer,
-            max_length=2048 if max_length is None else max_length,
-            truncation=truncation,
-            train_on=train_on,
-            say=note,
-            ledger=ledger,
-        )
+        settings |= {"max_length": 2048 if max_length is None else max_length, "ledger": ledger}
+        conversations = read(path, ledger, reads_tools=chat_template.has_tools)
+        report = check_conversations(conversations, chat_template, loaded_tokenizer, **settings)
     dropped = {reason: entry.rows for reason, entry in ledger.dropped.items()}
     if as_json:
         print_json(report.to_dict() | {"dropped": dropped, "lost": ledger.lost})

@@ -10,20 +10,15 @@ from typing import Annotated
 
 import typer
 
-from minisft.cli.options import (
-    AsJson,
-    TrustRemoteCode,
-    app,
-    complain,
-    print_json,
-)
+from minisft.cli import options as opt
+from minisft.cli.options import app, complain, print_json
 from minisft.errors import UserError
 from minisft.text import note, say
 
 
 @app.command()
 def doctor(
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
     brief: Annotated[bool, typer.Option("--brief", help="print only failed checks and a summary")] = False,
 ) -> None:
     """Check what this machine can run, what is missing, and what works without it.
@@ -54,8 +49,8 @@ def memory(
     accumulation: Annotated[int, typer.Option(help="micro-batches per optimizer step")] = 1,
     gpu_memory: Annotated[float | None, typer.Option(help="GB of one GPU; shows what fits and what to use")] = None,
     states_only: Annotated[bool, typer.Option("--states-only", help="omit the activations")] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Predict the memory of each rank under every strategy, without allocating it."""
     from minisft.zero import memory_report
@@ -83,7 +78,7 @@ def lint(
     file: Annotated[Path, typer.Argument(help="a DeepSpeed configuration in JSON")],
     ranks: Annotated[int | None, typer.Option(help="number of processes, to check the batch sizes")] = None,
     params: Annotated[float | None, typer.Option(help="number of model parameters, to check bucket sizes")] = None,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Find mistakes in a DeepSpeed configuration.
 
@@ -120,7 +115,7 @@ def evaluate(
     verify: Annotated[
         bool, typer.Option("--verify", help="read every file again, instead of reusing cached checksums")
     ] = False,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Evaluate every checkpoint and the model before training: BLEU, loss, example answers."""
     from minisft.course.figures.evaluation import draw
@@ -157,7 +152,7 @@ def chat(
     step: Annotated[int | None, typer.Option(help="step of the checkpoint; the last checkpoint if not given")] = None,
     beside: Annotated[bool, typer.Option("--beside", help="also show answers of the model before training")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="maximum answer length, in tokens")] = 200,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Talk to a trained model: each line is a question, and Ctrl-D ends the conversation."""
     from minisft.evaluation.chat_session import in_terminal, open_sessions

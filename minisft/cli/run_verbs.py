@@ -10,21 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minisft.cli.options import (
-    AsJson,
-    HeartbeatTimeout,
-    Hostfile,
-    LauncherName,
-    Overwrite,
-    ProgressTimeout,
-    Restart,
-    TrustRemoteCode,
-    app,
-    complain,
-    print_json,
-    run_config,
-    with_run_options,
-)
+from minisft.cli import options as opt
+from minisft.cli.options import app, complain, print_json, run_config, with_run_options
 from minisft.errors import UserError
 from minisft.files import written_whole
 from minisft.text import note, say
@@ -40,10 +27,10 @@ if TYPE_CHECKING:
 @with_run_options
 def prepare(
     options: dict[str, Any],
-    overwrite: Overwrite = False,
-    restart: Restart = False,
-    hostfile: Hostfile = None,
-    launcher: LauncherName = None,
+    overwrite: opt.Overwrite = False,
+    restart: opt.Restart = False,
+    hostfile: opt.Hostfile = None,
+    launcher: opt.LauncherName = None,
     slurm_nodes: Annotated[int | None, typer.Option(help="write a SLURM batch script for this number of nodes")] = None,
 ) -> None:
     """Prepare a run: write its folder and print the command that trains it.
@@ -83,12 +70,12 @@ def prepare(
 @with_run_options
 def launch(
     options: dict[str, Any],
-    overwrite: Overwrite = False,
-    restart: Restart = False,
-    hostfile: Hostfile = None,
-    launcher: LauncherName = None,
-    heartbeat_timeout: HeartbeatTimeout = HEARTBEAT_TIMEOUT,
-    progress_timeout: ProgressTimeout = PROGRESS_TIMEOUT,
+    overwrite: opt.Overwrite = False,
+    restart: opt.Restart = False,
+    hostfile: opt.Hostfile = None,
+    launcher: opt.LauncherName = None,
+    heartbeat_timeout: opt.HeartbeatTimeout = HEARTBEAT_TIMEOUT,
+    progress_timeout: opt.ProgressTimeout = PROGRESS_TIMEOUT,
 ) -> None:
     """Prepare a run, train it, and show its progress until it ends."""
     from minisft.launch import prepare_run
@@ -104,11 +91,11 @@ def launch(
 @app.command()
 def train(
     run: Annotated[str, typer.Argument(help="name or folder of a run that `minisft prepare` made")],
-    hostfile: Hostfile = None,
-    launcher: LauncherName = None,
-    heartbeat_timeout: HeartbeatTimeout = HEARTBEAT_TIMEOUT,
-    progress_timeout: ProgressTimeout = PROGRESS_TIMEOUT,
-    trust_remote_code: TrustRemoteCode = False,
+    hostfile: opt.Hostfile = None,
+    launcher: opt.LauncherName = None,
+    heartbeat_timeout: opt.HeartbeatTimeout = HEARTBEAT_TIMEOUT,
+    progress_timeout: opt.ProgressTimeout = PROGRESS_TIMEOUT,
+    trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Train a prepared run, or resume an unfinished one."""
     from minisft.run.folder import Run
@@ -122,14 +109,12 @@ def _settings_and_place(
     options: dict[str, Any], hostfile: Path | None, launcher: str | None
 ) -> tuple[RunConfig, Place | None]:
     """The settings, and the hosts of a hostfile: one rank per slot unless `--ranks` is given."""
-    from minisft.launch.hosts import Place, read_hostfile
+    from minisft.launch.hosts import read_hostfile
 
-    if hostfile is None:
-        return run_config(options), _place(None, 0, launcher)
-    hosts = read_hostfile(hostfile)
-    options.setdefault("ranks", sum(host.slots for host in hosts))
+    if hostfile is not None:
+        options.setdefault("ranks", sum(host.slots for host in read_hostfile(hostfile)))
     config = run_config(options)
-    return config, Place.of_hosts(hosts, config.ranks, launcher or "ssh")
+    return config, _place(hostfile, config.ranks, launcher)
 
 
 def _place(hostfile: Path | None, ranks: int, launcher: str | None) -> Place | None:
@@ -166,7 +151,7 @@ def _launch(run: Run, place: Place | None, heartbeat_timeout: float, progress_ti
 @app.command()
 def compare(
     runs: Annotated[list[str] | None, typer.Argument(help="runs by name or folder; all if not given")] = None,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Compare the loss, speed, memory and communication of several runs."""
     from minisft.launch.compare_runs import comparison_table, data_difference, summary_rows, verdict

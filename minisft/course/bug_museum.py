@@ -17,20 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisft.chat.tokenizers import HuggingFaceTokenizer
-from minisft.course.buggy_rows import (
-    broken_in_row,
-    cut_and_counted,
-    cut_blindly,
-    double_bos,
-    eos_masked,
-    eos_missing,
-    find_first,
-    forged_end,
-    marker_search,
-    mistyped_marks,
-    right_row,
-    talk,
-)
+from minisft.course import buggy_rows
+from minisft.course.buggy_rows import broken_in_row, right_row, talk
 from minisft.data.conversations import Conversation
 from minisft.data.splits import origin, split
 from minisft.labels.encode_row import Row
@@ -197,7 +185,7 @@ BUGS: dict[str, Bug] = {
             how_caught="The trained tokens decode to the answers, turn by turn.",
             invariant="prompt",
             example=(talk("Say 4.", "4"),),
-            wrong=find_first,
+            wrong=buggy_rows.find_first,
         ),
         Bug(
             "marker_search",
@@ -205,7 +193,7 @@ BUGS: dict[str, Bug] = {
             what_happens="[/INST] alone has other ids than after a space. No match, so nothing is trained.",
             how_caught="Every row has at least one trained token.",
             invariant="targets",
-            wrong=marker_search,
+            wrong=buggy_rows.marker_search,
         ),
         Bug(
             "mistyped_marks",
@@ -213,7 +201,7 @@ BUGS: dict[str, Bug] = {
             what_happens=r"<\s> is ordinary text. The row has no EOS, and the model never learns to stop.",
             how_caught="The trained tokens decode to the answers, each with a real EOS.",
             invariant="answers",
-            wrong=mistyped_marks,
+            wrong=buggy_rows.mistyped_marks,
         ),
         Bug(
             "eos_masked",
@@ -221,7 +209,7 @@ BUGS: dict[str, Bug] = {
             what_happens="Padding shares the id of EOS. Masking that id masks EOS too: the model never learns to stop.",
             how_caught="Every answer ends in a trained EOS.",
             invariant="eos",
-            wrong=eos_masked,
+            wrong=buggy_rows.eos_masked,
         ),
         Bug(
             "eos_missing",
@@ -229,7 +217,7 @@ BUGS: dict[str, Bug] = {
             what_happens="The next question follows the answer directly. The model never learns to stop.",
             how_caught="The control tokens are exactly those of the template.",
             invariant="control",
-            wrong=eos_missing,
+            wrong=buggy_rows.eos_missing,
         ),
         Bug(
             "double_bos",
@@ -239,7 +227,7 @@ BUGS: dict[str, Bug] = {
             ),
             how_caught="BOS occurs once, as the first token.",
             invariant="bos",
-            wrong=double_bos,
+            wrong=buggy_rows.double_bos,
         ),
         Bug(
             "forged_end",
@@ -248,7 +236,7 @@ BUGS: dict[str, Bug] = {
             how_caught="The control tokens are exactly those of the template.",
             invariant="control",
             example=(talk("Bye<|im_end|></s>", "See you."),),
-            wrong=forged_end,
+            wrong=buggy_rows.forged_end,
         ),
         Bug(
             "cut_blindly",
@@ -260,8 +248,8 @@ BUGS: dict[str, Bug] = {
             how_caught="Every row has at least one trained token.",
             invariant="targets",
             example=(talk("Please count the words of this sentence and of the next one as well. " * 2, "26"),),
-            wrong=cut_blindly,
-            right=cut_and_counted,
+            wrong=buggy_rows.cut_blindly,
+            right=buggy_rows.cut_and_counted,
         ),
         Bug(
             "packing",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from minisft.system import skip_accelerator_search
 
 
 def check(answer: Any, expected: Sequence[Any], what: str = "position") -> str:
@@ -32,10 +33,7 @@ def small_model(folder: Path, like: Path) -> Path:
 
     `folder` and `like` are model folders; returns `folder`.
     """
-    import torch
-
-    if not torch.cuda.is_available():  # else DeepSpeed, imported with the model class, probes for one and logs it
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    skip_accelerator_search()  # the model class imports DeepSpeed
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 

@@ -19,17 +19,15 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
-from pydantic import ConfigDict, with_config
-from typing_extensions import TypedDict
 
 from minisft.course.html_page import NO_ALT, index_of, page_of, quiet
 from minisft.course.notebook_cleanup import clean_notebook, neutral_text
 from minisft.errors import UserError
 from minisft.files import is_same_file, parse_json, read_text, user_path, written_whole
-from minisft.processes import environment
+from minisft.processes import environment, lives, marked
 from minisft.text import one_line, say
 
 DEFAULT_TIMEOUT = 1800.0  # seconds per notebook
@@ -146,30 +144,21 @@ def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | Non
     return NotebookResult(path, not tail, seconds, cell, neutral_text(tail, root), title, page.count(f'alt="{NO_ALT}"'))
 
 
-@with_config(ConfigDict(extra="allow"))
-class RawNotebook(TypedDict):
-    """The keys checked before nbformat validates the rest."""
-
-    nbformat: Literal[4]
-    nbformat_minor: int
-    cells: list[dict[str, Any]]
-
-
 def _parsed(source: str, path: Path) -> Any:
     """Parse the notebook; a cell without an id gets one from its position, so reruns give small
     diffs.
     """
     import nbformat
 
-    raw = parse_json(source, path, RawNotebook)
-    raw["nbformat_minor"] = max(5, raw["nbformat_minor"])
-    for position, cell in enumerate(raw["cells"]):
-        cell.setdefault("id", f"cell-{position:02d}")
+    raw = parse_json(source, path, dict[str, Any])
     try:
+        raw["nbformat_minor"] = max(5, raw["nbformat_minor"])
+        for position, cell in enumerate(raw["cells"]):
+            cell.setdefault("id", f"cell-{position:02d}")
         nbformat.validate(raw)  # before reads(), which assumes a valid shape
-    except nbformat.ValidationError as error:
+        return nbformat.reads(json.dumps(raw), as_version=4)
+    except Exception as error:  # a file of another shape raises exceptions of many types
         raise UserError(f"{path} does not have the expected content ({one_line(error, 200)})") from error
-    return nbformat.reads(json.dumps(raw), as_version=4)
 
 
 def _time_limit(nb: Any, timeout: float | None) -> float:
@@ -280,8 +269,7 @@ def _end_processes(mark: str, known: set[psutil.Process]) -> None:
     """
 
     def survivors() -> list[psutil.Process]:
-        alive = (p for p in psutil.process_iter(["environ", "status"]) if p.info["status"] != "zombie")
-        return [p for p in alive if p in known or (p.info["environ"] or {}).get(MARK) == mark]
+        return [process for process in {*known, *marked(MARK, mark)} if lives(process.pid)]
 
     for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
         for process in survivors():

@@ -22,7 +22,7 @@ from minisft.launch.hosts import Place, hostfile_text, travelling
 from minisft.processes import SAFE_PATH
 from minisft.run.config import RunConfig
 from minisft.run.folder import project_root
-from minisft.training.heartbeat import HOST, SUPERVISOR, SUPERVISOR_ELSEWHERE, VOICE
+from minisft.training.heartbeat import HOST, MARK, SUPERVISOR, SUPERVISOR_ELSEWHERE
 from minisft.zero.strategies import strategy_named
 
 SRUN = ["srun", "--nodes=1", "--ntasks=1", "--overlap"]
@@ -187,7 +187,7 @@ def environment_there(supervised: str) -> dict[str, str]:
     # With pdsh, DeepSpeed puts the current folder on PYTHONPATH; the value set here replaces it.
     overrides = {"PATH": path, "PYTHONPATH": processes.environment().get("PYTHONPATH", "")} | SAFE_PATH
     variables = travelling(os.environ) | overrides
-    return variables | ({SUPERVISOR: SUPERVISOR_ELSEWHERE, VOICE: supervised} if supervised else {})
+    return variables | ({SUPERVISOR: SUPERVISOR_ELSEWHERE, MARK: supervised} if supervised else {})
 
 
 def write_place(folder: Path, place: Place, supervised: str) -> None:

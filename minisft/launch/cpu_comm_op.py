@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from minisft.system import skip_accelerator_search
 from minisft.text import one_line
 
 FOLDER = "TORCH_EXTENSIONS_DIR"  # environment variable that tells PyTorch the folder
@@ -44,30 +45,22 @@ def build_environment(environment: Mapping[str, str] = os.environ) -> dict[str, 
 def remove_stale_locks(folder: Path | None) -> list[Path]:
     """Remove the lock files in `folder` that no process holds open; return their paths."""
     locks = list(folder.glob("*/lock")) if folder else []
-    stale = [lock for lock in locks if not _is_open(lock)] if locks else []
+    open_files = _open_files() if locks else set()
+    stale = [lock for lock in locks if os.path.realpath(lock) not in open_files]
     for lock in stale:
         lock.unlink(missing_ok=True)
     return stale
 
 
-def _is_open(file: Path) -> bool:
-    """Return whether a process that we may inspect has `file` open; True without `/proc`."""
+def _open_files() -> set[str]:
+    """Return the paths of the files that processes of this machine hold open, as far as we may inspect them."""
     import psutil
 
-    if not Path("/proc/self/fd").exists():
-        return True
-    try:
-        wanted = file.stat()
-    except FileNotFoundError:
-        return False
+    paths = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            for handle in Path(f"/proc/{process.pid}/fd").iterdir():
-                with suppress(OSError):
-                    opened = handle.stat()
-                    if (opened.st_dev, opened.st_ino) == (wanted.st_dev, wanted.st_ino):
-                        return True
-    return False
+            paths |= {opened.path for opened in process.open_files()}
+    return paths
 
 
 def main() -> None:
@@ -76,7 +69,7 @@ def main() -> None:
     Runs do without it if there is no compiler.
     """
     os.environ.update(build_environment())
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    skip_accelerator_search()
     remove_stale_locks(extensions_folder())
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

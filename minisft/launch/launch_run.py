@@ -3,13 +3,12 @@
     run = launch(prepare(RunConfig.course("zero2")))
 
 A supervisor runs the folder's command (`minisft.launch.supervisor`); this module starts the
-supervisor, passes on its output, and stops it on a signal.
+supervisor, shows the run's progress, and stops it on a signal.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import secrets
 import shutil
 import signal
@@ -17,11 +16,11 @@ import subprocess
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
 
 from minisft import processes, text
 from minisft.errors import UserError
-from minisft.files import read_json, remove_all, write_json
+from minisft.files import Tail, read_json, remove_all, write_json
 from minisft.launch import cpu_comm_op
 from minisft.launch.commands import Command, display_path
 from minisft.launch.guardian import end_marked
@@ -31,13 +30,12 @@ from minisft.launch.prepare_run import HOSTS, Say, only_one, prepare, require_pl
 from minisft.launch.supervisor import Task
 from minisft.run.folder import Run, project_root, require_harmless_deepspeed, require_own_files
 from minisft.run.records import HostsRecord
-from minisft.system import is_here
 from minisft.text import one_line
 from minisft.training import preflight
 from minisft.training.checkpoints import resume_point
 from minisft.training.dataset import require_as_made, require_same_model
-from minisft.training.heartbeat import HEARTBEAT_TIMEOUT, PROGRESS_TIMEOUT, clear, read_heartbeats
-from minisft.zero.lint_config import lint
+from minisft.training.heartbeat import HEARTBEAT_TIMEOUT, PROGRESS_TIMEOUT, clear
+from minisft.training.progress import PROGRESS
 
 __all__ = ["RunFailed", "launch", "prepare"]
 TICK = 0.25  # seconds between two checks for an interrupt
@@ -98,7 +96,6 @@ def launch(
         interrupted = _follow(task, say, locks)
         end_marked(task.mark)
         if run.status != "done" and run.failure is None:  # the supervisor itself was killed
-            _wait_for_ranks(run)
             write_json(run.folder / "FAILED", {"rank": None, "step": None, "reason": "the supervisor was killed"})
         if isinstance(say, LiveView):
             say.close()
@@ -160,6 +157,8 @@ def _require_sound_deepspeed(run: Run, say: Say) -> None:
     """Raise `UserError` for errors in `deepspeed.json`, which may be edited; say warnings."""
     if (config := run.deepspeed) is None:
         return
+    from minisft.zero.lint_config import lint  # it imports DeepSpeed
+
     findings = lint(config, ranks=run.config.ranks)
     if errors := [finding for finding in findings if finding.severity == "error"]:
         messages = "; ".join(f"{finding.key} {finding.message}" for finding in errors)
@@ -192,12 +191,14 @@ def _clear_earlier_try(run: Run) -> None:
 
 
 def _follow(task: Task, say: Say, locks: list[int]) -> bool:
-    """Let a supervisor run `task`, pass its output to `say`, and return whether SIGINT stopped it.
+    """Let a supervisor run `task`, pass the run's progress to `say`, and return whether SIGINT stopped it.
 
     The supervisor inherits `locks` (file descriptors), so that nothing can replace the folder of a
     live run, even if this process dies.
     """
     cpu_comm_op.remove_stale_locks(cpu_comm_op.extensions_folder())
+    progress = Tail(Path(task.folder) / PROGRESS)
+    progress.new_lines()  # those of an earlier try have been shown
     stop: list[int] = []
     old_handlers = {}
     if threading.current_thread() is threading.main_thread():
@@ -210,9 +211,8 @@ def _follow(task: Task, say: Say, locks: list[int]) -> bool:
         env=processes.environment() | cpu_comm_op.build_environment(),
         pass_fds=locks,
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         encoding="utf-8",
-        errors="replace",
         start_new_session=True,
     )
     assert supervisor.stdin is not None
@@ -220,15 +220,15 @@ def _follow(task: Task, say: Say, locks: list[int]) -> bool:
         # Not as an argument: arguments are public and limited in length.
         supervisor.stdin.write(task.to_json() + "\n")
         supervisor.stdin.flush()
-    lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_read_lines, args=(supervisor.stdout, lines), daemon=True).start()
     parent = os.getppid() if _ends_with_parent() else None
     stop_sent = False
     try:
-        while True:
-            with suppress(queue.Empty):
-                if (line := lines.get(timeout=TICK)) is None:
-                    break
+        is_over = False
+        while not is_over:
+            with suppress(subprocess.TimeoutExpired):
+                supervisor.wait(timeout=TICK)
+            is_over = supervisor.returncode is not None  # the last lines are shown all the same
+            for line in progress.new_lines():
                 say(line)
             if isinstance(say, LiveView):
                 say.tick()
@@ -238,7 +238,6 @@ def _follow(task: Task, say: Say, locks: list[int]) -> bool:
                     supervisor.stdin.write(f"{why}\n")
                     supervisor.stdin.flush()
                 stop_sent = True
-        supervisor.wait()
     finally:
         with suppress(OSError):
             supervisor.stdin.close()  # whatever happened here, the supervisor now ends the run
@@ -261,27 +260,3 @@ def _ends_with_parent() -> bool:
     except OSError:
         return True
     return False
-
-
-def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
-    for line in stream:
-        lines.put(line.rstrip("\n"))
-    lines.put(None)
-
-
-def _wait_for_ranks(run: Run) -> None:
-    """Give the ranks 3 s to notice that their supervisor is gone, then kill those that remain."""
-    import psutil
-
-    local_pids = [status.pid for status in read_heartbeats(run.folder) if is_here(status.host)]
-    ranks = []
-    for pid in local_pids:
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            # A pid may have been reused: only a process whose command names this folder is a rank.
-            if str(run.folder) in process.cmdline() or display_path(run.folder) in process.cmdline():
-                ranks.append(process)
-    for process in psutil.wait_procs(ranks, timeout=3)[1]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(ranks, timeout=3)

@@ -7,26 +7,24 @@ read from there is escaped. Where HTML cannot be shown, the view is a few lines 
 from __future__ import annotations
 
 import math
-import re
 import time
 from contextlib import suppress
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from typing_extensions import TypedDict
 
 from minisft.errors import UserError
-from minisft.files import last_lines, parse_json
+from minisft.files import Tail, last_lines, parse_json
 from minisft.run.folder import Run
 from minisft.training.heartbeat import read_heartbeats
+from minisft.training.metrics_log import STEP
 
 REFRESH = 1.0  # seconds between two updates of the display
 LOG_LINES = 6
 POINTS = 240  # at most, on the loss curve
 WIDTH, HEIGHT = 440, 120  # of the loss curve, in pixels
 COLOURS = {"done": "#009E73", "failed": "#D55E00"}
-STEP = re.compile(r"step +(\d{1,12})/(\d{1,12}) +(.*)")
 
 
 def in_notebook() -> bool:
@@ -50,7 +48,7 @@ class LiveView:
 
     def __init__(self, run: Run):
         self.run = run
-        self.metrics = _Tail(run.folder / "metrics.jsonl")
+        self.metrics = Tail(run.folder / "metrics.jsonl")
         self.losses: list[tuple[int, float]] = []
         self.notes: list[str] = []  # lines of the run's output that are not steps
         self.step, self.steps, self.step_details = 0, 0, ""
@@ -174,23 +172,3 @@ def curve(points: list[tuple[int, float]]) -> str:
         f'<text x="{right}" y="{y + 20}" text-anchor="end">step {steps[-1]}</text>'
         f'<text x="{(left + right) / 2}" y="{y + 20}" text-anchor="middle">loss</text></svg>'
     )
-
-
-class _Tail:
-    """Reads the complete lines that were added to a file since the last read."""
-
-    def __init__(self, file: Path):
-        self.file, self.offset = file, 0  # in bytes
-
-    def new_lines(self) -> list[str]:
-        try:
-            with self.file.open("rb") as stream:
-                if stream.seek(0, 2) < self.offset:  # truncated when the run resumed from a checkpoint
-                    self.offset = 0
-                stream.seek(self.offset)
-                data = stream.read()
-        except OSError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        return whole.decode(errors="replace").splitlines()

@@ -136,17 +136,13 @@ def _existing(config: RunConfig, folder: Path, place: Place | None, restart: boo
 def _changed_inputs(run: Run) -> str:
     """Say which input of a finished run has changed, or ""; inputs that are gone are not compared."""
     with suppress(UserError):
-        model = download.find_model(run.config.model, _silent).path
-        source = download.find_data(run.config.data, _silent).path
+        model = download.find_model(run.config.model, lambda text: None).path
+        source = download.find_data(run.config.data, lambda text: None).path
         if model_files(model, Digests()) != run.model_files:
             return f"the model {model} has changed"
         if not made_from(run.folder, describe_rows(run.config, source, model, Digests())):
             return f"the data {source} has changed"
     return ""
-
-
-def _silent(text: object) -> None:
-    pass
 
 
 def _mention_other_code(run: Run, say: Say) -> None:

@@ -12,8 +12,7 @@ On Linux, processes whose parents die become the supervisor's own children, so n
 supervisor itself is killed, the ranks notice and end, and its guardian (`minisft.launch.guardian`)
 kills those that do not.
 
-Lines that the ranks announce to the user go to its standard output, all other output to the log.
-`FAILED` is written last.
+The launchers' output goes to a log. `FAILED` is written last.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from minisft import processes
 from minisft.errors import UserError
-from minisft.files import open_own, write_json
+from minisft.files import open_own, parse_json, write_json
 from minisft.launch.commands import Command
 from minisft.launch.end_processes import adopt_orphans, end_all, remove_shared_memory
 from minisft.launch.failure_reasons import (
@@ -52,17 +51,15 @@ from minisft.launch.failure_reasons import (
 from minisft.launch.guardian import Guardian
 from minisft.processes import lives
 from minisft.system import is_here
-from minisft.text import one_line, say
+from minisft.text import one_line
 from minisft.training.heartbeat import (
     BEAT,
     GUARDIAN,
     MARK,
     SUPERVISOR,
-    VOICE,
     RankStatus,
     SupervisorStatus,
     Watch,
-    announcement,
     read_heartbeats,
     write_failure,
 )
@@ -94,8 +91,7 @@ class Task:
 
     @classmethod
     def from_json(cls, text: str) -> Task:
-        values = json.loads(text)
-        return cls(**values | {"commands": [Command(**command) for command in values["commands"]]})
+        return parse_json(text, Path("the task"), cls)
 
 
 def main() -> None:
@@ -147,7 +143,7 @@ class Supervisor:
         mark = self.task.mark or secrets.token_hex(8)
         guardian = Guardian(self.folder, mark)  # before any thread is started
         environment = processes.environment()
-        environment |= {MARK: mark, VOICE: mark, GUARDIAN: str(guardian.pid), "PYTHONUNBUFFERED": "1"}
+        environment |= {MARK: mark, GUARDIAN: str(guardian.pid), "PYTHONUNBUFFERED": "1"}
         try:
             log = self._open_log()
             own_status = SupervisorStatus(self.folder)
@@ -155,35 +151,27 @@ class Supervisor:
             write_failure(self.folder, failure_record(None, f"{self.folder.name} cannot be started: {one_line(error)}"))
             guardian.dismiss()
             return 1
-        launchers = self._start_launchers(environment | {SUPERVISOR: own_status.name})
-        to_show = announcement(mark)
-        readers = [
-            threading.Thread(target=_copy_output, args=(one.stdout, log, to_show), daemon=True) for one in launchers
-        ]
-        for reader in readers:
-            reader.start()
+        launchers = self._start_launchers(environment | {SUPERVISOR: own_status.name}, log)
         self._watch_until_over(launchers, own_status, parent)
         if not self.reason:
             self._look_at_ranks()
         own_status.remove()  # ranks on other hosts end when it disappears
         end_all(launchers, guardian.pid)
-        for reader in readers:
-            reader.join(timeout=2)
         code = self._verdict(next((one.returncode for one in launchers if one.returncode), 0))
         for command in self.task.commands:
             remove_shared_memory(command.words)
         guardian.dismiss()
         return code
 
-    def _start_launchers(self, environment: dict[str, str]) -> list[subprocess.Popen]:
+    def _start_launchers(self, environment: dict[str, str], log: FileIO) -> list[subprocess.Popen]:
         return [
             subprocess.Popen(
                 command.words,
                 cwd=self.task.working_directory,
-                env=_without(environment, command.withheld) | command.environment,
+                env={k: v for k, v in environment.items() if k not in command.withheld} | command.environment,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
                 preexec_fn=processes.end_with_parent,  # safe, since no thread has been started yet
             )
@@ -209,11 +197,11 @@ class Supervisor:
                 self._look_at_launchers(launchers)
                 looked = now
 
-    def _open_log(self) -> Any:
+    def _open_log(self) -> FileIO:
         """Open a new log; an earlier log, which may have a hard link elsewhere, is not changed."""
         file = self.folder / LAUNCHER_LOG
         file.unlink(missing_ok=True)
-        return os.fdopen(open_own(file, os.O_WRONLY | os.O_EXCL, private=True), "wb", buffering=0)
+        return FileIO(open_own(file, os.O_WRONLY | os.O_APPEND | os.O_EXCL, private=True), "w")
 
     def _look_at_launchers(self, launchers: Sequence[subprocess.Popen]) -> None:
         """Fail the run if one host's launcher has failed: other hosts would wait for its ranks."""
@@ -307,21 +295,6 @@ class Supervisor:
         with suppress(OSError):
             write_json(self.folder / "FAILED", failure)
         return 1
-
-
-def _without(environment: dict[str, str], withheld: Sequence[str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name not in withheld}
-
-
-def _copy_output(stream: Any, log: Any, to_show: str) -> None:
-    """Copy a launcher's output to the log, and print the lines that begin with `to_show`."""
-    for line in stream:
-        with suppress(OSError):  # keep reading despite a full disk or closed output: the workers would block
-            log.write(line)
-        text = line.decode(errors="replace").rstrip()
-        if text.startswith(to_show):
-            with suppress(OSError):
-                say(text.removeprefix(to_show))
 
 
 if __name__ == "__main__":

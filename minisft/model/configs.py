@@ -7,12 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from minisft.data.model_folder import (
-    clean_logs,
-    is_quantized,
-    model_json,
-    quiet,
-)
+from minisft.data.model_folder import clean_logs, is_quantized, model_json, quiet
 from minisft.errors import UserError
 from minisft.text import one_line
 

@@ -7,9 +7,10 @@ names they are saved: it loads the model on the meta device, without values.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.data.model_folder import (
@@ -27,15 +28,38 @@ from minisft.text import one_line
 from minisft.training.checkpoints import checkpoint_damage
 from minisft.training.dataset import changed_model
 
+P = ParamSpec("P")
 
-def model_problem(folder: Path, *, trust_remote_code: bool = False, values: bool = True) -> str:
+
+def in_one_sentence(find_problem: Callable[P, str]) -> Callable[P, str]:
+    """Turn whatever a check of a model folder raises into the sentence that it returns for a problem."""
+
+    @functools.wraps(find_problem)
+    def problem(*args: P.args, **kwargs: P.kwargs) -> str:
+        try:
+            return one_line(find_problem(*args, **kwargs))
+        except UserError as error:
+            return one_line(error)
+        except Exception as error:  # libraries raise all kinds of errors for damaged files
+            return f"it cannot be examined ({type(error).__name__}: {one_line(error, 150)})"
+
+    return problem
+
+
+@in_one_sentence
+def model_problem(folder: Path, *, trust_remote_code: bool = False) -> str:
     """Return in one sentence, without its name, why a model cannot be used; "" if it can.
 
-    Checks the config, the files, their headers, tied weights, and tensors that are missing,
-    unexpected or of another shape; with `values` also that every number is finite, once per file
-    content. The tokenizer is checked where it is loaded.
+    Checks the config, the files, their headers, tied weights, tensors that are missing, unexpected
+    or of another shape, and that every number is finite, once per file content. The tokenizer is
+    checked where it is loaded.
     """
-    return _sentence(lambda: _model_problem(folder, trust_remote_code, values))
+    if reason := unreadable_reason(folder, trust_remote_code):
+        return reason
+    model_config(folder, trust_remote_code)
+    files = weight_files(folder)
+    model, loading_info = _without_values(folder, trust_remote_code)
+    return weights_mismatch(model, loading_info, files) or not_finite_reason(files)
 
 
 def require_sound(folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -52,30 +76,9 @@ def checkpoint_problem(run: Run, folder: Path) -> str:
     return content_problem(run, folder) or origin_problem(run, folder)
 
 
+@in_one_sentence
 def content_problem(run: Run, folder: Path) -> str:
     """Do as `checkpoint_problem`, for a checkpoint whose `origin_problem` is known to be ""."""
-    return _sentence(lambda: _content_problem(run, folder))
-
-
-def _sentence(find_problem: Callable[[], str]) -> str:
-    try:
-        return one_line(find_problem())
-    except UserError as error:
-        return one_line(error)
-    except Exception as error:  # libraries raise all kinds of errors for damaged files
-        return f"it cannot be examined ({type(error).__name__}: {one_line(error, 150)})"
-
-
-def _model_problem(folder: Path, trust_remote_code: bool, values: bool) -> str:
-    if reason := unreadable_reason(folder, trust_remote_code):
-        return reason
-    model_config(folder, trust_remote_code)
-    files = weight_files(folder)
-    model, loading_info = _without_values(folder, trust_remote_code)
-    return weights_mismatch(model, loading_info, files) or (not_finite_reason(files) if values else "")
-
-
-def _content_problem(run: Run, folder: Path) -> str:
     trust = run.trust_remote_code
     if not (folder / "config.json").is_file():
         return "it has no config.json"
@@ -83,21 +86,18 @@ def _content_problem(run: Run, folder: Path) -> str:
     if config.model_type != own.model_type:
         return f"it has another architecture: a {config.model_type} model, and the run's is {own.model_type}"
     return (
-        _model_problem(folder, trust, values=True)
+        model_problem(folder, trust_remote_code=trust)
         or (checkpoint_damage(folder, only=OF_A_MODEL) if folder != run.model_folder else "")
         or _tokenizer_problem(run, folder, config.get_text_config().vocab_size)
     )
 
 
+@in_one_sentence
 def origin_problem(run: Run, folder: Path) -> str:
     """Say why a checkpoint is not of this run and this step; "" if it is. Its weights are not read.
 
     The start model is compared with its state when the run was prepared.
     """
-    return _sentence(lambda: _origin_problem(run, folder))
-
-
-def _origin_problem(run: Run, folder: Path) -> str:
     if folder == run.model_folder:
         return changed_model(run)
     if changed := changed_model(run, weights=False):  # prompts are made with the start model's tokenizer

@@ -20,7 +20,7 @@ from typing import Any
 from minisft.checksums import digest
 from minisft.errors import UserError
 from minisft.files import is_inside, read_json, read_text, remove_all, write_json, written_whole
-from minisft.run.folder import MANIFEST, Run, checkpoint_step, manifest_of
+from minisft.run.folder import FILES, MANIFEST, Run, checkpoint_step, manifest_of
 from minisft.text import one_line
 from minisft.zero.strategies import strategy_named
 
@@ -28,10 +28,9 @@ SCRATCH = ".saving"
 # Incomplete checkpoints: their saving or removal was interrupted.
 HALVES = (f"{SCRATCH}/checkpoint-*", ".removed-checkpoint-*/*")
 MADE_AGAIN = (  # the files of a run folder that preparing and starting write again
-    *("run.json", "deepspeed.json", "command.txt", "hosts.json", "hostfile", "environment", "job.sbatch"),
-    *("slurm-hostfile", "ledger.json", "metrics.jsonl", "memory.json", "DONE", "FAILED", ".minisft-*"),
-    *("data/made_of.json", "data/*.arrow", "data/test.jsonl", "logs/*.log", "ranks/*.json", "ranks/.minisft-*"),
-    "tensorboard/events.*",
+    *(*FILES, "hostfile", "environment", "job.sbatch", "slurm-hostfile", ".minisft-*", "tensorboard/events.*"),
+    *("data/made_of.json", "data/*.arrow", "data/test.jsonl", "ranks/*.json", "ranks/.minisft-*"),
+    *("logs/*.log", "logs/progress.txt"),
 )
 UNSAFE = ("training_args.bin",)  # a pickle, and not needed: run.json has the same settings
 

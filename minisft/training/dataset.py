@@ -164,7 +164,8 @@ def changed_model(run: Run, weights: bool = True) -> str:
     Without `weights` only config and tokenizer are compared.
     """
     digests = Digests()
-    present = {str(file.relative_to(run.model_folder)) for file in _present(run.model_folder)}
+    files = files_of_a_model(run.model_folder) if run.model_folder.is_dir() else []
+    present = {str(file.relative_to(run.model_folder)) for file in files}
     added = sorted(name for name in present - run.model_files.keys() if weights or not name.endswith(WEIGHTS_SUFFIX))
     if run.model_files and added:  # runs of earlier versions have no checksums
         return f"{run.model_folder / added[0]} was added after the run was prepared"
@@ -177,10 +178,6 @@ def changed_model(run: Run, weights: bool = True) -> str:
         if digests.of(file) != expected:
             return f"{file} has changed since the run was prepared"
     return ""
-
-
-def _present(folder: Path) -> list[Path]:
-    return files_of_a_model(folder) if folder.is_dir() else []
 
 
 def require_same_model(run: Run) -> None:
@@ -243,23 +240,12 @@ def write_rows(rows: Iterable[Row], file: Path) -> int:
     import pyarrow
 
     schema = _schema()
-    written = 0
-    buffered: list[Row] = []
-
-    def flush(writer: Any) -> None:
-        columns = [[getattr(row, name) for row in buffered] for name in schema.names]
-        arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-        writer.write_batch(pyarrow.record_batch(arrays, schema))
-        buffered.clear()
-
+    written, rest = 0, iter(rows)
     with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
-        for row in rows:
-            buffered.append(row)
-            written += 1
-            if len(buffered) == ROWS_AT_ONCE:
-                flush(writer)
-        if buffered:
-            flush(writer)
+        while batch := list(itertools.islice(rest, ROWS_AT_ONCE)):
+            values = [{name: getattr(row, name) for name in schema.names} for row in batch]
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(values, schema))
+            written += len(batch)
     return written
 
 

@@ -24,15 +24,13 @@ from minisft.errors import UserError
 from minisft.files import as_json, read_json, remove_all, write_json
 from minisft.processes import end_with_parent, lives, start_of
 from minisft.run.records import FailureRecord, RankHeartbeat
-from minisft.text import say
 
 FOLDER = "ranks"  # in a run folder
 
 # Environment variables of a rank.
-MARK = "MINISFT_SUPERVISED"  # in every process that the supervisor starts; the value identifies the run
+MARK = "MINISFT_SUPERVISED"  # in every process of a supervised run; the value identifies the run
 SUPERVISOR = "MINISFT_SUPERVISOR"  # host:pid of the supervisor; not set if the rank was started by hand
 GUARDIAN = "MINISFT_GUARDIAN"  # pid of the process that ends the ranks of a dead supervisor
-VOICE = "MINISFT_VOICE"  # a token that only this run's processes know; it precedes what they announce
 HOST = "MINISFT_HOST"  # the rank's host, as the hostfile calls it
 # `SUPERVISOR` on other hosts: only the heartbeat file tells whether the supervisor lives, since
 # machines may share a host name.
@@ -48,22 +46,14 @@ LAST = ("done", "failed")  # the phases in which a rank ends
 
 
 @dataclass(frozen=True)
-class RankStatus:
+class RankStatus(RankHeartbeat):
     """The last heartbeat of a rank.
 
-    `changed` is the modification time of its file, which advances as long as the rank lives.
-    `began` maps each phase to the time at which it first began. Both are in seconds since 1970;
-    `began` is by the clock of the rank's host.
+    `changed` is the modification time of its file, in seconds since 1970, which advances as long as
+    the rank lives. `began` is by the clock of the rank's host.
     """
 
-    rank: int
-    host: str
-    pid: int
-    phase: str
-    step: int
-    micro_batch: int
-    began: dict[str, float]
-    changed: float
+    changed: float = 0.0
 
     @property
     def progress(self) -> tuple[str, int, int]:
@@ -126,16 +116,6 @@ class Heartbeat:
         while not self._stop.wait(BEAT):
             with suppress(OSError):
                 os.utime(self.file)
-
-
-def announcement(voice: str) -> str:
-    """Return the prefix of lines for the user, which text in the data cannot know."""
-    return f"[minisft {voice}] " if voice else "[minisft] "
-
-
-def announce(text: str) -> None:
-    """Show a line to the user who started the run."""
-    say(announcement(os.environ.get(VOICE, "")) + text)
 
 
 def read_heartbeats(run_folder: Path) -> list[RankStatus]:

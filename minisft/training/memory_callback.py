@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from minisft.files import write_json
@@ -127,7 +128,7 @@ class MemoryCallback(TrainerCallback):
                 ],
                 **self.tracker.summary(),
             }
-        ranks = self.trainer.gather(measured)
+        ranks = gather_object([measured])
         if self.trainer.is_world_process_zero():
             write_json(self.trainer.run.folder / "memory.json", ranks)
 

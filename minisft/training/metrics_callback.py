@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from minisft.training.metrics_log import MetricsLogger
@@ -65,7 +66,7 @@ class MetricsCallback(TrainerCallback):
             "bytes": held_bytes(args.device.type),
             "bad": bad_rows,
         }
-        ranks = self.trainer.gather(recorded)
+        ranks = gather_object([recorded])
         if not math.isfinite(loss):
             bad_rows = [name for rank in ranks for name in rank["bad"]]
             raise FloatingPointError(f"the loss is {loss} at step {step}, in a batch of the rows {_first(bad_rows)}")

@@ -14,11 +14,12 @@ from typing import Any, TextIO
 from minisft.files import open_own
 from minisft.text import harmless, say
 from minisft.training.checkpoints import cut_metrics
-from minisft.training.heartbeat import announce
+from minisft.training.progress import progress
 
 WARM_UP_STEPS = 2  # not counted in speeds: the first steps fill caches and allocate optimizer states
 COUNTS = ("tokens", "trained_tokens")
 BAR = 24  # characters of the progress bar
+STEP = re.compile(r"step +(\d{1,12})/(\d{1,12}) +(.*)")  # the line that `MetricsLogger` logs for each step
 TENSORBOARD = ("loss", "lr", "grad_norm", "tokens", "trained_tokens", "seconds")
 
 
@@ -47,7 +48,7 @@ class MetricsLogger:
         self.lines.append({key: line[key] for key in ("tokens", "trained_tokens", "seconds", "warm_up")})
         self.recent.append(line["seconds"])
         pace = median(self.recent)
-        announce(
+        progress.info(
             f"step {line['step']:>3}/{self.steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  "
             f"{line['tokens'] / max(line['seconds'], 1e-9):,.0f} tokens/s  "
             f"about {duration((self.steps - line['step']) * pace)} left"
@@ -56,7 +57,7 @@ class MetricsLogger:
     def test_loss(self, step: int, loss: float) -> None:
         """Record the test loss of the checkpoint at `step`."""
         self.board.add_scalar("test/loss", loss, step)
-        announce(f"checkpoint-{step}: test loss {loss:.4f}")
+        progress.info(f"checkpoint-{step}: test loss {loss:.4f}")
 
     def finish(self) -> dict[str, Any]:
         """Close TensorBoard's file; return this process's speed after the warm-up."""
@@ -72,12 +73,12 @@ class TerminalProgress:
         self.redraws = stream is not None and stream.isatty()
 
     def __call__(self, line: str) -> None:
-        step = re.match(r"step +(\d{1,12})/(\d{1,12}) ", line)
+        step = STEP.match(line)
         if self.stream is None or not (step and self.redraws):
             self.close()
             say(line, to=self.stream)
             return
-        done, steps = map(int, step.groups())
+        done, steps = int(step[1]), int(step[2])
         filled = BAR * min(done, steps) // max(steps, 1)
         text = f"[{'#' * filled}{'.' * (BAR - filled)}] {harmless(line)}"
         columns = shutil.get_terminal_size().columns

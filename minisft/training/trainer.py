@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import Trainer
 
@@ -122,7 +123,7 @@ class RunTrainer(Trainer):
                 total += loss
                 count += sum(trained for _, _, trained in batch["rows"])
         self.model_wrapped.train()
-        sums = self.gather((total, count))
+        sums = gather_object([(total, count)])
         return sum(t for t, _ in sums) / sum(c for _, c in sums)
 
     # --- checkpoints -----------------------------------------------------------------------------------
@@ -138,11 +139,11 @@ class RunTrainer(Trainer):
         first = self.is_world_process_zero()
         if first:
             checkpoints.discard_unfinished(self.run)
-        self._barrier()
+        self.accelerator.wait_for_everyone()
         self.saving = True
         try:
             super()._save_checkpoint(model, trial)
-            self._barrier()
+            self.accelerator.wait_for_everyone()
             if first:
                 config = self.run.config
                 manifest = {
@@ -163,7 +164,7 @@ class RunTrainer(Trainer):
             ) from error
         finally:
             self.saving = False
-        self._barrier()
+        self.accelerator.wait_for_everyone()
         if self.metrics.logger is not None and loss is not None:
             self.metrics.logger.test_loss(step, loss)
 
@@ -173,20 +174,6 @@ class RunTrainer(Trainer):
             for name in getattr(self.model, "all_tied_weights_keys", {}):
                 state_dict.pop(name, None)
         super()._save(output_dir, state_dict)
-
-    # --- the other ranks -------------------------------------------------------------------------------
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, in rank order; all ranks must call it."""
-        if self.args.world_size == 1:
-            return [value]
-        values = [None] * self.args.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
-
-    def _barrier(self) -> None:
-        if self.args.world_size > 1:
-            torch.distributed.barrier()
 
 
 class _Loader(torch.utils.data.DataLoader):

@@ -11,15 +11,11 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import select
 import sys
-import textwrap
-import threading
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from minisft import processes, system
 from minisft.errors import UserError
@@ -28,17 +24,17 @@ from minisft.locks import open_lock, try_lock
 from minisft.run.folder import Run, checkpoint_step, lock_file, require_harmless_deepspeed, require_own_files
 from minisft.run.records import FailureRecord
 from minisft.system import is_here
-from minisft.text import note
+from minisft.text import note, say
 from minisft.training import checkpoints
 from minisft.training.heartbeat import (
     SUPERVISOR,
     Heartbeat,
     RankStatus,
-    announce,
     end_with_supervisor,
     read_heartbeats,
     write_failure,
 )
+from minisft.training.progress import log_progress, progress
 
 
 def main() -> None:
@@ -48,7 +44,7 @@ def main() -> None:
     try:
         run = _run_of_command(sys.argv[1:])
         lock = _lock_unsupervised(run, rank)  # noqa: F841 (held until the process ends)
-        finish_log = _log_to(run.folder / "logs" / f"rank{rank}.log", and_terminal=rank == 0)
+        terminal = _log_to(run, rank)
     except UserError as error:
         note(error)
         sys.exit(2)
@@ -57,8 +53,7 @@ def main() -> None:
     try:
         _train(run, rank, heartbeat)
     except BaseException as error:
-        # Indented, so that no line of it can begin like a rank's announcement.
-        note(textwrap.indent(traceback.format_exc(), "  "))
+        note(traceback.format_exc())
         with suppress(OSError):
             checkpoints.discard_unfinished(run)
         reason = " ".join(str(error).split())[:500]
@@ -69,13 +64,11 @@ def main() -> None:
         }
         write_failure(run.folder, failure)
         heartbeat.stop("failed")
-        finish_log()
-        # Not sys.exit: teardown would wait for other ranks, which may wait inside a collective.
-        os._exit(1)
+        if terminal is not None:
+            say(failure["reason"], to=terminal)
+        _exit(1)
     heartbeat.stop("done")
-    finish_log()
-    # Nor sys.exit here: tearing down a process group's threads sometimes aborts the process.
-    os._exit(0)
+    _exit(0)
 
 
 def _run_of_command(words: list[str]) -> Run:
@@ -138,8 +131,7 @@ def _train(run: Run, rank: int, heartbeat: Heartbeat) -> None:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # so that DeepSpeed does not probe for accelerators
+    system.skip_accelerator_search()
     if run.deepspeed:
         import deepspeed
     from minisft.training.build_trainer import make_trainer
@@ -164,8 +156,7 @@ def _train(run: Run, rank: int, heartbeat: Heartbeat) -> None:
         trainer.state.global_step = checkpoint_step(checkpoint)  # the run was killed after its last checkpoint
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if world > 1:
-        torch.distributed.barrier()
+    trainer.accelerator.wait_for_everyone()
     if rank == 0:
         logger = trainer.metrics.logger
         speeds = logger.finish() if logger else speed([])
@@ -173,9 +164,8 @@ def _train(run: Run, rank: int, heartbeat: Heartbeat) -> None:
         done |= {"observing_seconds": round(trainer.metrics.seconds + trainer.memory.seconds, 3)}
         write_json(run.folder / "DONE", done)
         (run.folder / "FAILED").unlink(missing_ok=True)  # from an earlier try
-    if world > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def _start_from(run: Run, rank: int) -> Path | None:
@@ -189,7 +179,7 @@ def _start_from(run: Run, rank: int) -> Path | None:
         checkpoints.discard_unfinished(run)
         if checkpoint is not None:
             checkpoints.verify(run, checkpoint)
-            announce(f"resuming from {checkpoint.name}")
+            progress.info(f"resuming from {checkpoint.name}")
     return checkpoint
 
 
@@ -219,54 +209,29 @@ def _unlink_shared_memory(rank: int) -> None:
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{suffix}").unlink(missing_ok=True)  # noqa: S108
 
 
-def _log_to(file: Path, and_terminal: bool) -> Callable[[], None]:
-    """Send this process's output, that of C++ included, to `file`, and to the terminal if asked.
+def _log_to(run: Run, rank: int) -> TextIO | None:
+    """Send this process's output, that of C++ included, to its log; return the terminal of a run started by hand.
 
-    Call the returned function before the process ends, so that no line is lost.
+    Only rank 0 has a terminal, for the run's progress.
     """
+    logs = run.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    terminal = None
+    if rank == 0:
+        terminal = None if SUPERVISOR in os.environ else os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
+        log_progress(run.folder, terminal)
+    log = open_own(logs / f"rank{rank}.log", os.O_WRONLY | os.O_APPEND, private=True)  # a resumed run continues it
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    return terminal
 
-    def flush() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    log = open_own(file, os.O_WRONLY | os.O_APPEND, private=True)  # a resumed run continues the same log
-    if not and_terminal:
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        return flush
-    terminal = os.dup(1)
-    reading, writing = os.pipe()
-    over, end = os.pipe()
-    os.set_blocking(reading, False)
-    os.dup2(writing, 1)
-    os.dup2(writing, 2)
-    os.close(writing)
-
-    def copy() -> None:
-        while True:
-            last = over in select.select([reading, over], [], [])[0]  # then all output is in the pipe
-            with suppress(BlockingIOError):
-                while data := os.read(reading, 1 << 16):
-                    for output in (log, terminal):
-                        with suppress(OSError):  # a full disk or a closed terminal must not block the training
-                            os.write(output, data)
-            if last:
-                return
-
-    copier = threading.Thread(target=copy, daemon=True)
-    copier.start()
-
-    def finish() -> None:
-        flush()
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        # Do not wait for the pipe to close: a child or a library may hold another end of it open.
-        os.write(end, b".")
-        copier.join(timeout=2)
-
-    return finish
+def _exit(code: int) -> NoReturn:
+    """End this process without teardown, which would wait for ranks that are stuck, and sometimes aborts."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

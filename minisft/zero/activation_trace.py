@@ -6,7 +6,6 @@ computes the shapes of all that they would allocate, and `TensorTracker` counts 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from minisft.errors import UserError
 from minisft.model.configs import with_layers
 from minisft.model.meta_model import LayerKind, layer_kinds, layers_of, meta_model, repetition, shallow
+from minisft.system import silenced
 
 COPIES = "copies of a bucket"
 ACTIVATIONS, LOGITS, GRADIENTS, BACKWARD = "activations", "logits and loss", "gradients", "temporaries of backward"
@@ -89,15 +89,17 @@ def trace_activations(
     known. Raises `UserError` for a model that cannot be traced; its states can be predicted all the same.
     """
     options = {
-        **{"lengths": lengths, "trained": trained, "precision": precision, "half_weights": half_weights},
-        **{"activation_checkpointing": activation_checkpointing},
-        **{"on_gpu": on_gpu, "trust_remote_code": trust_remote_code},
+        "lengths": lengths,
+        "trained": trained,
+        "precision": precision,
+        "half_weights": half_weights,
+        "activation_checkpointing": activation_checkpointing,
+        "on_gpu": on_gpu,
+        "trust_remote_code": trust_remote_code,
     }
-    quiet = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a stack trace beside raising
-    level = quiet.level
-    quiet.setLevel(logging.CRITICAL)
     try:
-        found = _all_layers(config, layers, **options)
+        with silenced("torch._subclasses.fake_tensor"):
+            return _all_layers(config, layers, **options)
     except Exception as error:  # whatever a model's own code raises on tensors without values
         reason = " ".join(str(error).split())[:200]
         name = type(config).__name__
@@ -105,9 +107,6 @@ def trace_activations(
             f"{name} cannot be traced without its weights ({type(error).__name__}: {reason}): only its states can be "
             "predicted, not its activations"
         ) from error
-    finally:
-        quiet.setLevel(level)
-    return found
 
 
 def _all_layers(config: Any, kinds: Sequence[LayerKind] | None = None, **options: Any) -> ActivationTrace:

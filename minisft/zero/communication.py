@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minisft.zero.parameter_shapes import Shapes, partition_size, split_size
+from minisft.zero.parameter_shapes import Shapes, split_size
 from minisft.zero.state_memory import ELEMENT, generated_config
 from minisft.zero.strategies import DEFAULT_PERSISTENCE, strategy_named
 
@@ -55,12 +55,11 @@ def predict_traffic(
         to_owner = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
         # Stage 1 keeps whole gradients and reduces them once; stage 2 keeps its slice and so reduces each time.
         moved["reduce" if to_owner else "all-reduce"] = e * p * (accumulation if stage == 2 else 1)
-        moved["all-gather"] = e * ranks * sum(partition_size(sum(n for _, n in g), ranks) for g in shapes.groups)
+        moved["all-gather"] = e * ranks * sum(shapes.parts(ranks))
         return moved
     threshold = int(zero.get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE))
-    whole = [x for group in shapes.groups for x in group]
-    small = [x for x in whole if x[1] <= threshold]
-    padded, kept = (e * ranks * split_size(some, ranks) for some in (whole, small))
+    small = [parameter for parameter in shapes.named if parameter[1] <= threshold]
+    padded, kept = (e * ranks * split_size(some, ranks) for some in (shapes.named, small))
     moved["reduce-scatter"] = accumulation * padded
     # Forward and backward each gather what is split; small tensors are kept whole and gathered once after the step.
     moved["all-gather"] = 2 * accumulation * (padded - kept) + kept

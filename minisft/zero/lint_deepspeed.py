@@ -6,23 +6,23 @@ engine builds the optimizer and the scheduler for one parameter, without compili
 
 from __future__ import annotations
 
-import logging
-import os
+import itertools
 import re
-from collections.abc import Callable, Container, Generator, ItemsView, Iterator, KeysView, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from minisft.text import one_line
-from minisft.zero.lint_finding import Finding, display_value, is_number, suggest
-from minisft.zero.lint_keys import BATCH_KEYS, PARALLEL_KEYS, TOP_KEYS
+from pydantic import ValidationError
 
-# Where in a file each of DeepSpeed's configuration classes has its settings.
-BLOCKS = {
-    "DeepSpeedZeroConfig": ("zero_optimization",),
-    "DeepSpeedFP16Config": ("fp16",),
-    "DeepSpeedBF16Config": ("bf16",),
+from minisft.system import silenced
+from minisft.text import one_line
+from minisft.zero import lint_keys as keys
+from minisft.zero.lint_finding import Finding, display_value, is_number, suggest
+from minisft.zero.lint_keys import ZERO
+
+# Where in a file other configuration classes have their settings.
+BLOCKS = {known.__name__: path for path, known in keys.CLASSES.items()} | {
     "CommsLoggerConfig": ("comms_logger",),
     "CompileConfig": ("compile",),
     "HybridEngineConfig": ("hybrid_engine",),
@@ -38,72 +38,67 @@ _UNKNOWN = re.compile(r"unexpected keyword argument '(.+)'")
 MOST_ERRORS = 50
 
 
-class Block(dict):
-    """A JSON object that records which of its keys are read; `whole` means that it was iterated or copied."""
+def parse(config: Mapping[str, Any], known: Collection[str] = ()) -> tuple[Any, list[Finding]]:
+    """DeepSpeed's reading of a configuration, and what it refuses or ignores, except the keys in `known`.
 
-    def __init__(self, values: Mapping[str, Any]):
-        super().__init__({key: Block(value) if isinstance(value, dict) else value for key, value in values.items()})
-        self.read: set[str] = set()
-        self.whole = False
-
-    def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
-        return super().__getitem__(key)
-
-    def __contains__(self, key: Any) -> bool:
-        self.read.add(key)
-        return super().__contains__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.read.add(key)
-        return super().get(key, default)
-
-    def __iter__(self) -> Iterator[str]:
-        self.whole = True
-        return super().__iter__()
-
-    # A dict's own views and copies would bypass the methods above.
-    def keys(self) -> KeysView[str]:  # type: ignore[override]
-        return KeysView(self)
-
-    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
-        return ItemsView(self)
-
-    def __copy__(self) -> dict[str, Any]:
-        return dict(self)
-
-    def __deepcopy__(self, memo: Any) -> dict[str, Any]:
-        return dict(self)
-
-
-def deepspeed_findings(config: Mapping[str, Any], known: Container[str] = ()) -> list[Finding]:
-    """What DeepSpeed refuses or ignores in a configuration, except the keys in `known`; empty if it is not installed.
-
-    `lint` checks the batch sizes, and "auto", which Trainer replaces beforehand or DeepSpeed drops.
+    What it refuses is left out and the rest is read again, so that one mistake hides no other. The reading is None if
+    a combination is refused. `lint` checks the batch sizes, and "auto", which Trainer replaces beforehand or DeepSpeed
+    drops.
     """
-    import torch
+    settings = {
+        key: value for key, value in _filled(config).items() if key not in {*keys.BATCH_KEYS, *keys.PARALLEL_KEYS}
+    }
+    with silenced("DeepSpeed"):
+        parsed, block, findings = _parsed(settings, known)
+        if parsed is not None:
+            findings += [*_unread(block), *_engine_refuses(parsed, settings)]
+    return parsed, [finding for finding in findings if finding.key not in known]
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # skips its search for accelerators, and a warning
-    try:
-        from deepspeed.runtime.config import DeepSpeedConfig
-    except ImportError:
-        return []
-    settings = {key: value for key, value in _filled(config).items() if key not in BATCH_KEYS + PARALLEL_KEYS}
-    block = Block(settings | {"train_micro_batch_size_per_gpu": 1})
-    logger = logging.getLogger("DeepSpeed")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        parsed = DeepSpeedConfig(block)
-    except Exception as error:  # it raises exceptions of many types
-        culprit = _culprit(DeepSpeedConfig, block, str(error))
-        findings = [] if culprit in known else _refused(error, culprit)
-    else:
-        findings = [*_unread(block), *_engine_refuses(parsed, config)]
-    finally:
-        logger.setLevel(level)
-    return [finding for finding in findings if finding.key not in known]
+
+def _parsed(settings: dict[str, Any], known: Collection[str]) -> tuple[Any, keys.Block, list[Finding]]:
+    """An instance of DeepSpeed's class, what it has read, and findings; removes from `settings` what it refuses."""
+    findings: list[Finding] = []
+    while True:
+        block = keys.Block(settings | keys.ONE_ROW)
+        try:
+            return keys.DeepSpeedConfig(block), block, findings
+        except ValidationError as error:
+            errors = error.errors(include_url=False, include_input=False)
+            refused = [(*BLOCKS.get(error.title, ()), *map(str, each["loc"])) for each in errors]
+            pairs = zip(refused, errors, strict=True)
+            findings += [_refusal(path, each) for path, each in itertools.islice(pairs, MOST_ERRORS)]
+        except Exception as error:  # its other functions raise exceptions of many types
+            culprit = _culprit(block, str(error))
+            refused = [(culprit,)]
+            if culprit not in known and (culprit or not (known or findings)):
+                because = f" because of {culprit}" if culprit else ""
+                message = f"refuses the file{because}: {one_line(error, 200)}"
+                findings.append(Finding("error", "DeepSpeed", message))
+        removed = [_remove(settings, path) for path in refused]
+        if not any(removed):
+            return None, block, findings
+
+
+def _refusal(path: tuple[str, ...], error: Mapping[str, Any]) -> Finding:
+    """The finding for one error of a configuration class, at `path` in the file."""
+    message = f"DeepSpeed refuses: {error['msg']}"
+    if error["type"] == "extra_forbidden":
+        *outer, key = path
+        message = f"DeepSpeed refuses it{suggest(key, keys.names_in(*outer))}"
+        if outer == [ZERO] and key in keys.TOP_KEYS:
+            message = f"DeepSpeed refuses it here: move it out of {ZERO}, to the top level"
+    return Finding("error", ".".join(path) or "DeepSpeed", message)
+
+
+def _remove(settings: dict[str, Any], path: tuple[str, ...]) -> bool:
+    """Remove what is at `path`, or else the block that it is in; whether there was anything to remove."""
+    inner: Any = settings
+    for key in path[:-1]:
+        inner = inner.get(key) if isinstance(inner, dict) else None
+    if isinstance(inner, dict) and path and path[-1] in inner:
+        del inner[path[-1]]
+        return True
+    return bool(path) and settings.pop(path[0], None) is not None
 
 
 def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,33 +118,22 @@ def _without_auto(value: Any) -> Any:
     return value
 
 
-def _culprit(parse: Callable[[Block], Any], block: Block, reason: str) -> str:
+def _culprit(block: keys.Block, reason: str) -> str:
     """The key that DeepSpeed refuses for this reason even on its own; empty if it only refuses a combination."""
-    for key in [key for key in dict.keys(block) if key in TOP_KEYS]:
+    for key in [key for key in dict.keys(block) if key in keys.TOP_KEYS or key in keys.REMOVED_KEYS]:
         try:
-            parse(Block({key: block[key], "train_micro_batch_size_per_gpu": 1}))
+            keys.DeepSpeedConfig(keys.Block({key: block[key]} | keys.ONE_ROW))
         except Exception as error:
             if str(error) == reason:
                 return key
     return ""
 
 
-def _refused(error: Exception, key: str) -> list[Finding]:
-    if not hasattr(error, "errors"):
-        because = f" because of {key}" if key else ""
-        return [Finding("error", "DeepSpeed", f"refuses the file{because}: {one_line(error, 200)}")]
-    block = BLOCKS.get(getattr(error, "title", ""), ())
-    return [
-        Finding("error", ".".join(map(str, (*block, *each["loc"]))) or "DeepSpeed", f"DeepSpeed refuses: {each['msg']}")
-        for each in error.errors(include_url=False, include_input=False)[:MOST_ERRORS]
-    ]
-
-
-def _unread(block: Block, *path: str) -> Iterator[Finding]:
+def _unread(block: keys.Block, *path: str) -> Iterator[Finding]:
     """The keys that DeepSpeed did not read, in the blocks that it reads key by key."""
     for name, inner in dict.items(block):
         inner_path = (*path, name)
-        if not isinstance(inner, Block) or inner_path[1:] == ("params",):  # params are passed to a class
+        if not isinstance(inner, keys.Block) or inner_path[1:] == ("params",):  # params are passed to a class
             continue
         yield from _unread(inner, *inner_path)
         if inner.whole or not inner.read:

@@ -1,30 +1,106 @@
-"""The keys that DeepSpeed 0.19 reads, taken from its `runtime/config.py`; a test compares them with its classes."""
+"""The keys of a DeepSpeed 0.19 configuration: DeepSpeed's classes name most of them, and here is what they do not say.
+
+The top-level keys have no class: they are those that DeepSpeed reads of an empty configuration. At which stages a key
+has an effect is in its engine alone, and so in the lists below.
+"""
 
 from __future__ import annotations
+
+from collections.abc import ItemsView, Iterator, KeysView, Mapping
+from typing import Any
+
+from minisft.system import skip_accelerator_search
+
+skip_accelerator_search()
+
+from deepspeed.runtime import config  # noqa: E402
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config  # noqa: E402
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
+from deepspeed.runtime.zero.offload_config import (  # noqa: E402
+    DeepSpeedZeroOffloadOptimizerConfig,
+    DeepSpeedZeroOffloadParamConfig,
+)
+
+DeepSpeedConfig = config.DeepSpeedConfig
+REMOVED_KEYS = frozenset(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+ZERO = "zero_optimization"
+ONE_ROW = {"train_micro_batch_size_per_gpu": 1}
+# The class that checks each of these blocks, by its place in a file.
+CLASSES: dict[tuple[str, ...], Any] = {
+    (ZERO,): DeepSpeedZeroConfig,
+    (ZERO, "offload_optimizer"): DeepSpeedZeroOffloadOptimizerConfig,
+    (ZERO, "offload_param"): DeepSpeedZeroOffloadParamConfig,
+    ("fp16",): DeepSpeedFP16Config,
+    ("bf16",): DeepSpeedBF16Config,
+}
+_FIELDS = DeepSpeedZeroConfig.model_fields
+# DeepSpeed's own names for some fields, which it also accepts; Trainer does not look for them.
+ALIASES: dict[str, str] = {name: field.alias for name, field in _FIELDS.items() if field.alias}
+ZERO_KEYS = [field.alias or name for name, field in _FIELDS.items()]
+_ABOUT = {name: field.json_schema_extra for name, field in _FIELDS.items() if isinstance(field.json_schema_extra, dict)}
+DEPRECATED_ZERO_KEYS = {name: about["new_param"] for name, about in _ABOUT.items() if about.get("deprecated")}
+
+
+class Block(dict):
+    """A JSON object that records which of its keys are read; `whole` means that it was iterated or copied."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        super().__init__({key: Block(value) if isinstance(value, dict) else value for key, value in values.items()})
+        self.read: set[str] = set()
+        self.whole = False
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: Any) -> bool:
+        self.read.add(key)
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self.whole = True
+        return super().__iter__()
+
+    # A dict's own views and copies would bypass the methods above.
+    def keys(self) -> KeysView[str]:  # type: ignore[override]
+        return KeysView(self)
+
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+        return ItemsView(self)
+
+    def __copy__(self) -> Block:  # DeepSpeed reads a copy
+        return self
+
+    def __deepcopy__(self, memo: Any) -> dict[str, Any]:
+        return dict(self)
+
+
+def canonical(key: str) -> str:
+    """The name of a key of `zero_optimization` that Trainer looks for, too."""
+    return ALIASES.get(key, key)
+
+
+def names_in(*path: str) -> list[str]:
+    """The keys of the block at `path`, as DeepSpeed's class names them; empty for another block."""
+    if path == (ZERO,):
+        return ZERO_KEYS
+    return list(CLASSES[path].model_fields) if path in CLASSES else []
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-TOP_KEYS = _words(
-    """
-    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
-    optimizer scheduler zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer fp16 bf16 bfloat16
-    torch_autocast data_types gradient_clipping communication_data_type seq_parallel_communication_data_type
-    prescale_gradients gradient_predivide_factor gradient_allreduce_op disable_allgather disable_python_gc
-    steps_per_print dump_state wall_clock_breakdown memory_breakdown log_level timers comms_logger flops_profiler
-    tensorboard wandb csv_monitor comet activation_checkpointing autotuning aio checkpoint datastates_ckpt
-    dataloader_drop_last data_efficiency pipeline hybrid_engine tensor_parallel expert_parallel compile
-    weight_quantization use_data_before_expert_parallelism vocabulary_size sequence_parallel_size data_parallel_size
-    """
-)
-REMOVED_KEYS = _words(
-    """
-    nebula compression_training amp quantize_training sparse_gradients eigenvalue sparse_attention elasticity
-    graph_harvesting curriculum_learning progressive_layer_drop
-    """
-)
+_read = Block(ONE_ROW)
+_defaults = vars(DeepSpeedConfig(_read))
+PARALLEL_KEYS = frozenset({"sequence_parallel_size", "data_parallel_size"})  # these need that many processes
+TOP_KEYS = frozenset(_read.read) - REMOVED_KEYS | PARALLEL_KEYS
+# Those whose value is true or false; DeepSpeed takes any text for true.
+FLAGS = [key for key in sorted(TOP_KEYS) if isinstance(_defaults.get(key), bool)]
 OBJECT_KEYS = _words(
     """
     optimizer scheduler activation_checkpointing flops_profiler data_types checkpoint tensorboard wandb csv_monitor
@@ -32,79 +108,29 @@ OBJECT_KEYS = _words(
     weight_quantization
     """
 )
-# The keys of `zero_optimization`, each with the stages at which it has an effect.
-ZERO_KEYS: dict[str, tuple[int, ...]] = {
-    "stage": (0, 1, 2, 3),
-    "contiguous_gradients": (1, 2, 3),
-    "reduce_scatter": (1, 2, 3),
-    "reduce_bucket_size": (1, 2, 3),
-    "use_multi_rank_bucket_allreduce": (1, 2),
-    "allgather_partitions": (1, 2),
-    "allgather_bucket_size": (1, 2),
-    "overlap_comm": (1, 2, 3),
-    "compute_grad_norm": (1, 2),
-    "load_from_fp32_weights": (1, 2),
-    "elastic_checkpoint": (1, 2, 3),
-    "offload_param": (3,),
-    "offload_optimizer": (1, 2, 3),
-    "zenflow": (1, 2, 3),
-    "sub_group_size": (3,),
-    "cpu_offload_param": (3,),
-    "cpu_offload_use_pin_memory": (1, 2, 3),
-    "cpu_offload": (1, 2, 3),
-    "stage3_prefetch_bucket_size": (3,),
-    "stage3_param_persistence_threshold": (3,),
-    "stage3_model_persistence_threshold": (3,),
-    "stage3_max_live_parameters": (3,),
-    "stage3_max_reuse_distance": (3,),
-    "stage3_gather_16bit_weights_on_model_save": (3,),
-    "stage3_module_granularity_threshold": (3,),
-    "stage3_use_all_reduce_for_fetch_params": (3,),
-    "stage3_allgather_sequential": (3,),
-    "stage3_gather_fp16_weights_on_model_save": (3,),
-    "ignore_unused_parameters": (1, 2),
-    "legacy_stage1": (1,),
-    "round_robin_gradients": (1, 2),
-    "parameter_alignment": (1, 2, 3),
-    "zero_hpz_partition_size": (3,),
-    "zero_quantized_weights": (3,),
-    "zero_quantized_nontrainable_weights": (3,),
-    "zero_quantized_gradients": (3,),
-    "memory_efficient_linear": (3,),
-    "pipeline_loading_checkpoint": (3,),
-    "override_module_apply": (3,),
-    "log_trace_cache_warnings": (3,),
-    "enable_sanity_checks": (1, 2, 3),
-    "save_muon_momentum_buffer_in_memory": (1, 2, 3),
-    "leaf_module": (3,),
-}
-DEPRECATED_ZERO_KEYS = {
-    "cpu_offload": 'offload_optimizer: {"device": "cpu"}',
-    "cpu_offload_param": 'offload_param: {"device": "cpu"}',
-    "cpu_offload_use_pin_memory": "pin_memory inside offload_optimizer",
-    "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
-}
-# DeepSpeed's own names for these fields, which it also accepts; Trainer does not look for them.
-ALIASES = {
-    key.removeprefix("stage3_"): key
-    for key in ZERO_KEYS
-    if key.startswith("stage3_") and key not in DEPRECATED_ZERO_KEYS
-}
-OFFLOAD_KEYS = {
-    "offload_param": frozenset({"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"}),
-    "offload_optimizer": _words(
-        "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload "
-        "cpuadam_cores_perc"
-    ),
-}
-HALF_KEYS = {
-    "fp16": _words(
-        "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
-        "min_loss_scale fp16_master_weights_and_grads"
-    ),
-    "bf16": _words(
-        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
-    ),
-}
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-PARALLEL_KEYS = ("sequence_parallel_size", "data_parallel_size")  # these need that many processes
+# The keys of `zero_optimization` that have an effect at some stages only, besides those that begin with `stage3_`.
+AT_STAGE_3 = _words(
+    """
+    offload_param cpu_offload_param sub_group_size zero_hpz_partition_size zero_quantized_weights
+    zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear pipeline_loading_checkpoint
+    override_module_apply log_trace_cache_warnings leaf_module
+    """
+)
+AT_STAGES_1_AND_2 = _words(
+    """
+    use_multi_rank_bucket_allreduce allgather_partitions allgather_bucket_size compute_grad_norm load_from_fp32_weights
+    ignore_unused_parameters round_robin_gradients
+    """
+)
+
+
+def stages_of(key: str) -> tuple[int, ...]:
+    """The stages at which a key of `zero_optimization` has an effect."""
+    if key == "stage":
+        return (0, 1, 2, 3)
+    if key == "legacy_stage1":
+        return (1,)
+    if key in AT_STAGE_3 or key.startswith("stage3_"):
+        return (3,)
+    return (1, 2) if key in AT_STAGES_1_AND_2 else (1, 2, 3)

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from minisft.model.meta_model import LayerKind, layer_kinds, meta_model
-from minisft.zero.strategies import (
-    DEFAULT_SUB_GROUP,
-)
+from minisft.zero.strategies import DEFAULT_SUB_GROUP
 
 # Names that transformers' Trainer excludes from weight decay; importing its own list would load `datasets` and pandas.
 NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
@@ -30,43 +28,47 @@ class Shapes:
     """The number of elements of every trained parameter, by param group; a shared parameter counts once.
 
     `groups` are lists of (name, elements) in the optimizer's order; transformers' Trainer makes two, with and without
-    weight decay. `buffer_bytes` is the size of the module's buffers, `source` says how the shapes were found, and
-    `layers` describes each decoder layer.
+    weight decay. `layers` describes each decoder layer.
     """
 
     groups: tuple[tuple[tuple[str, int], ...], ...]
-    buffer_bytes: int = 0
-    source: str = ""
     layers: tuple[LayerKind, ...] = field(default=(), repr=False)
 
     @property
     def parameters(self) -> int:
-        return sum(elements for group in self.groups for _, elements in group)
+        return sum(elements for _, elements in self.named)
+
+    @property
+    def named(self) -> list[tuple[str, int]]:
+        """Name and elements of every parameter, whatever its group."""
+        return [parameter for group in self.groups for parameter in group]
+
+    def parts(self, ranks: int) -> list[int]:
+        """Elements of one rank's slice of each param group at stages 1 and 2."""
+        return [partition_size(sum(elements for _, elements in group), ranks) for group in self.groups]
 
     @property
     def tensors(self) -> int:
-        return sum(map(len, self.groups))
+        return len(self.named)
 
     @property
     def largest(self) -> int:
         """Elements of the largest parameter."""
-        return max(elements for group in self.groups for _, elements in group)
+        return max(elements for _, elements in self.named)
 
     @classmethod
-    def of_model(cls, model: Any, source: str = "") -> Shapes:
+    def of_model(cls, model: Any) -> Shapes:
         """The shapes of a torch module, on whatever device (`meta` is enough), in the groups that Trainer makes."""
         decayed = decayed_names(model)
         named = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
         groups = [tuple(x for x in named if x[0] in decayed), tuple(x for x in named if x[0] not in decayed)]
-        buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-        return cls(tuple(g for g in groups if g), buffers, source or type(model).__name__)
+        return cls(tuple(g for g in groups if g))
 
     @classmethod
-    def of_config(cls, config: Any, trust_remote_code: bool = False, source: str = "") -> Shapes:
+    def of_config(cls, config: Any, trust_remote_code: bool = False) -> Shapes:
         """The same from a transformers config: a model is built without weights. Raises `UserError` if none can be."""
         model = meta_model(config, trust_remote_code)
-        shapes = cls.of_model(model, source or f"{type(model).__name__} built from its config, without weights")
-        return replace(shapes, layers=tuple(layer_kinds(model)))
+        return replace(cls.of_model(model), layers=tuple(layer_kinds(model)))
 
 
 def partition_size(elements: int, ranks: int) -> int:

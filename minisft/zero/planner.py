@@ -108,7 +108,8 @@ def plan(
     reason = f"{best.strategy} fits with {best.left / 1e9:,.1f} GB to spare"
     too_large = [o for o in options if not o.fits and price(o)[1] <= price(best)[1]]
     if too_large:
-        reason += f"; {', '.join(o.strategy for o in too_large)} would send no more, but {_does(too_large)} not fit"
+        does = "do" if len(too_large) > 1 else "does"
+        reason += f"; {', '.join(o.strategy for o in too_large)} would send no more, but {does} not fit"
     else:
         reason += ", and nothing that fits sends less"
     if strategy_named(best.strategy).offloads and isinstance(model, Shapes):
@@ -124,17 +125,15 @@ def candidates(model: Shapes | float, ranks: int) -> tuple[str, ...]:
     return names if ranks > 1 else ("vanilla", *names[1:])
 
 
-def _does(options: list[Option]) -> str:
-    return "do" if len(options) > 1 else "does"
-
-
 def state_bytes(model: Shapes | float, strategy: str, ranks: int, precision: str = "bf16") -> float:
     """Bytes of states on the GPU of the fullest rank, after backward; for a bare number, by the paper's formula."""
     if isinstance(model, Shapes):
         return max(on_gpu for on_gpu, _ in _states_by_device(model, strategy, ranks, precision))
     if ranks < 1 or not model > 0:
         raise UserError(f"{model:g} parameters on {ranks} ranks: give at least one of each")
-    return model * _per_parameter(strategy, ranks)
+    chosen = strategy_named(strategy)
+    # With offloading (Ren et al. 2021, arXiv:2101.06840) only the half-precision parameters stay on the GPU.
+    return 2.0 * model if chosen.offloads else paper_formula(model, ranks, chosen.stage)
 
 
 def main_memory_bytes(model: Shapes, strategy: str, ranks: int, precision: str = "bf16") -> int:
@@ -149,8 +148,3 @@ def _states_by_device(model: Shapes, strategy: str, ranks: int, precision: str) 
         held = rank["after backward"]
         on_gpu = total_bytes(bytes_on_gpu(held, config))
         yield on_gpu, total_bytes(held) - on_gpu
-
-
-def _per_parameter(strategy: str, ranks: int) -> float:
-    # With offloading (Ren et al. 2021, arXiv:2101.06840) only the half-precision parameters stay on the GPU.
-    return 2.0 if strategy_named(strategy).offloads else paper_formula(1, ranks, strategy_named(strategy).stage)

@@ -14,13 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minisft.errors import UserError
-from minisft.zero.parameter_shapes import Shapes, elements_touched, partition_size, split_size, sub_groups
-from minisft.zero.strategies import (
-    DEFAULT_BUCKET,
-    DEFAULT_PERSISTENCE,
-    deepspeed_config,
-    strategy_named,
-)
+from minisft.zero.parameter_shapes import Shapes, elements_touched, split_size, sub_groups
+from minisft.zero.strategies import DEFAULT_BUCKET, DEFAULT_PERSISTENCE, deepspeed_config, strategy_named
 
 T = TypeVar("T")
 OWNERS = (
@@ -180,7 +175,7 @@ def _stage0(shapes: Shapes, ranks: int, precision: str) -> StatesOfRank:
 
 def _stage12(shapes: Shapes, ranks: int, precision: str) -> StatesOfRank:
     e = ELEMENT[precision]
-    parts = [partition_size(sum(n for _, n in group), ranks) for group in shapes.groups]
+    parts = shapes.parts(ranks)
     rest = {
         "parameters": e * sum(parts) * ranks,
         "fp32 masters": 4 * sum(parts),
@@ -191,9 +186,9 @@ def _stage12(shapes: Shapes, ranks: int, precision: str) -> StatesOfRank:
 
 def _stage3(shapes: Shapes, ranks: int, precision: str, zero: Mapping[str, Any]) -> StatesOfRank:
     e = ELEMENT[precision]
-    split = sum(split_size(group, ranks) for group in shapes.groups)
+    split = split_size(shapes.named, ranks)
     threshold = int(zero.get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE))
-    small = [x for group in shapes.groups for x in group if x[1] <= threshold]
+    small = [parameter for parameter in shapes.named if parameter[1] <= threshold]
     rest = {
         "parameters": e * split,
         "gradients": e * split,
@@ -218,9 +213,9 @@ def _offloaded(
     e = ELEMENT[precision]
     none = np.zeros(ranks, dtype=np.int64)
     if stage == 3:
-        split = sum(split_size(group, ranks) for group in shapes.groups)
+        split = split_size(shapes.named, ranks)
         return rest | {"gradients": (e + 4) * split}, none, none
-    parts = sum(partition_size(sum(n for _, n in group), ranks) for group in shapes.groups)
+    parts = sum(shapes.parts(ranks))
     rest = rest | {
         "gradients": 4 * parts,
         "buckets": e * shapes.largest,
@@ -250,14 +245,14 @@ def bytes_on_gpu(held: Mapping[str, int], deepspeed: Mapping[str, Any] | None) -
     return {owner: 0 if owner in offloaded_owners else size for owner, size in held.items()}
 
 
-def paper_formula(parameters: float, ranks: int, stage: int | None, optimizer: int = 12) -> float:
-    """Bytes of model states per rank by the paper's formula: fp16 parameters and gradients, and `optimizer` bytes each.
+def paper_formula(parameters: float, ranks: int, stage: int | None) -> float:
+    """Bytes of model states per rank by the paper's formula: 2 bytes per parameter, 2 per gradient, 12 for Adam.
 
     Stages None and 0 split nothing. Rajbhandari et al. 2020, section 3.1 and figure 1; the formula leaves out buckets,
     padding, and parameters that cross a border.
     """
     weights = gradients = 2.0 * parameters
-    states = float(optimizer) * parameters
+    states = 12.0 * parameters  # fp32 masters and two averages
     if (stage or 0) >= 1:
         states /= ranks
     if (stage or 0) >= 2:

@@ -13,11 +13,13 @@ from minisft.launch.commands import Command
 from minisft.launch.failure_reasons import LOST, killed_reason
 from minisft.launch.supervisor import Task
 from minisft.training.heartbeat import Heartbeat, RankStatus, Watch, read_heartbeats
+from minisft.training.progress import PROGRESS
 
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from minisft.training.heartbeat import Heartbeat, announce
+from minisft.training.heartbeat import Heartbeat
+from minisft.training.progress import log_progress, progress
 folder, rank, deeds = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 def fail(reason):
     try:
@@ -48,7 +50,7 @@ for deed in deeds:
     elif deed == "mute":
         raise ImportError("no module named nothing")
     elif deed == "say":
-        print("[minisft] a row of the data"); announce("hello")
+        print("a row of the data", flush=True); log_progress(folder); progress.info("hello")
 """
 # What a launcher does: starts the ranks, and ends them all when one fails.
 LAUNCHER = """
@@ -74,7 +76,6 @@ def supervise(folder, commands, ranks, heartbeat_timeout=30.0, progress_timeout=
     process = subprocess.Popen(
         [sys.executable, "-m", "minisft.launch.supervisor", task.folder],
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
         text=True,
     )
     process.stdin.write(task.to_json() + "\n")
@@ -85,7 +86,8 @@ def supervise(folder, commands, ranks, heartbeat_timeout=30.0, progress_timeout=
         assert time.monotonic() < deadline
         family |= set(psutil.Process(process.pid).children(recursive=True))
         time.sleep(0.05)
-    said = process.stdout.read()
+    progress = folder / PROGRESS
+    said = progress.read_text() if progress.exists() else ""
     process.stdin.close()
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     failed = folder / "FAILED"

@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 
@@ -29,7 +30,8 @@ def events(folder, tag):
     return {event.step: event.value for event in board.Scalars(tag)}
 
 
-def test_a_resumed_run_has_every_step_once_in_both_records(tmp_path, capsys):
+def test_a_resumed_run_has_every_step_once_in_both_records(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     first = MetricsLogger(tmp_path, start=0, steps=6)
     for step in range(1, 6):
         first.write(line(step))
@@ -42,7 +44,7 @@ def test_a_resumed_run_has_every_step_once_in_both_records(tmp_path, capsys):
     assert [m["step"] for m in found] == [1, 2, 3, 4, 5, 6]
     assert [m["loss"] for m in found[3:]] == [9.0] * 3
     assert events(tmp_path, "train/loss") == pytest.approx({1: 2, 2: 1, 3: 2 / 3, 4: 9, 5: 9, 6: 9})
-    assert "step   6/6" in capsys.readouterr().out
+    assert "step   6/6" in caplog.text
 
 
 def test_speeds_leave_the_warm_up_out_and_say_so(tmp_path):

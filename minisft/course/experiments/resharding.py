@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
+import functools
 import itertools
-import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft import processes
+from minisft.files import read_json, write_json
 from minisft.text import note, say
 
 STAGES = (0, 1, 2, 3)
@@ -85,14 +84,11 @@ def resume_matrix(ranks: Sequence[int] = (SAVED_BY, 1), say: Callable[[str], Non
     with tempfile.TemporaryDirectory() as folder:
         say(f"saving at stages 0 to 3 on {SAVED_BY} ranks")
         _start(SAVED_BY, folder)
-        attempts = []
+        attempts: list[Resumed] = []
         for count in ranks:
             say(f"resuming on {count} rank{'s' if count > 1 else ''}")
             _start(count, folder, "--load")
-            rows = json.loads((Path(folder) / f"loaded-{count}.json").read_text())
-            for row in rows:
-                row["decays"] = tuple(row["decays"])
-                attempts.append(Resumed(**row))
+            attempts += read_json(Path(folder) / f"loaded-{count}.json", list[Resumed])
     return attempts
 
 
@@ -214,15 +210,16 @@ def _save_all(folder: Path, rank: int, ranks: int) -> None:
         torch.distributed.barrier()
 
 
-def _load_all(folder: Path, rank: int, ranks: int) -> list[Resumed]:
-    """Resume every checkpoint at every stage on these ranks."""
+def _load_all(folder: Path, rank: int, ranks: int) -> None:
+    """Resume every checkpoint at every stage on these ranks, and write what happened."""
     attempts = []
     for saved, stage in itertools.product(STAGES, STAGES):
         for way in (AS_IT_IS, UNIVERSAL):
             attempts.append(_load(folder, saved, stage, way, rank, ranks))
         if len(set(attempts[-1].decays)) == 1 or attempts[-1].one_counter:
             attempts.append(_load(folder, saved, stage, REPAIRED, rank, ranks))
-    return attempts
+    if rank == 0:
+        write_json(folder / f"loaded-{ranks}.json", [asdict(attempt) for attempt in attempts])
 
 
 def _load(folder: Path, saved: int, stage: int, way: str, rank: int, ranks: int) -> Resumed:
@@ -263,26 +260,6 @@ def _first_line(error: Exception, folder: Path) -> str:
     return f"{type(error).__name__}: {message}" if message else f"{type(error).__name__} without a message"
 
 
-def _work(folder: Path, load: bool) -> None:
-    """Run one rank of a worker process; does not return."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import torch
-
-    torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed()
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if load:
-        attempts = _load_all(folder, rank, ranks)
-        if rank == 0:
-            (folder / f"loaded-{ranks}.json").write_text(json.dumps([asdict(row) for row in attempts]))
-    else:
-        _save_all(folder, rank, ranks)
-    torch.distributed.barrier()
-    os._exit(0)  # skip teardown: destroying a process group's threads sometimes aborts the process
-
-
 def main() -> None:
     """Print the table, and below it each reason with the cases it applies to."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
@@ -291,7 +268,9 @@ def main() -> None:
     parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        _work(options.worker, options.load)
+        from minisft.course.experiments.shards import work_on_ranks
+
+        work_on_ranks(functools.partial(_load_all if options.load else _save_all, options.worker))
     attempts = resume_matrix(say=note)
     say(f"{as_table(attempts, options.markdown)}\n")
     reasons: dict[str, list[str]] = {}

@@ -11,12 +11,15 @@ a step.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import io
 import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from minisft.system import skip_accelerator_search
 from minisft.text import say
 
 
@@ -26,36 +29,42 @@ def main() -> None:
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=1)
     parser.add_argument("--set", nargs="+", metavar="JSON", help="e.g. {} '{\"reduce_bucket_size\": 500000}'")
     options = parser.parse_args()
-    stage = options.stage
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    work_on_ranks(lambda rank, ranks: (_switch if options.set else _show_owners)(options, rank, ranks))
+
+
+def work_on_ranks(work: Callable[[int, int], None]) -> None:
+    """Join the other ranks of this command, call `work` with rank and number of ranks, and end the process."""
+    skip_accelerator_search()
     import deepspeed
     import torch
 
     torch.set_num_threads(1)
-    deepspeed.init_distributed()
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if options.set:
-        for number, text in enumerate(options.set):
-            held = switched(stage, ranks, json.loads(text))
-            if rank == 0:
-                lines = [_label(text), f"{'':<8}" + "".join(f"{size:>12,}" for size in held.values())]
-                if number == 0:
-                    lines.insert(0, f"{'bytes':<8}" + "".join(f"{name:>12}" for name in held))
-                say("\n".join(lines))
-        torch.distributed.barrier()
-        os._exit(0)
-    lines_by_rank: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(lines_by_rank, owned(stage, ranks))
-    if rank == 0:
-        for other, lines in enumerate(lines_by_rank):
-            say("\n".join([f"rank {other} owns", *(f"  {line}" for line in lines)]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed()
+    work(torch.distributed.get_rank(), torch.distributed.get_world_size())
     torch.distributed.barrier()
     os._exit(0)  # skip teardown: destroying a process group's threads sometimes aborts the process
 
 
-def _label(changes: str) -> str:
-    settings = [f"{key.removeprefix('stage3_')} = {value}" for key, value in json.loads(changes).items()]
-    return ", ".join(settings) or "minisft's defaults"
+def _switch(options: argparse.Namespace, rank: int, ranks: int) -> None:
+    for number, text in enumerate(options.set):
+        held = switched(options.stage, ranks, json.loads(text))
+        if rank == 0:
+            if number == 0:
+                say(f"{'bytes':<8}" + "".join(f"{name:>12}" for name in held))
+            settings = [f"{key.removeprefix('stage3_')} = {value}" for key, value in json.loads(text).items()]
+            say(", ".join(settings) or "minisft's defaults")
+            say(f"{'':<8}" + "".join(f"{size:>12,}" for size in held.values()))
+
+
+def _show_owners(options: argparse.Namespace, rank: int, ranks: int) -> None:
+    import torch
+
+    lines_by_rank: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(lines_by_rank, owned(options.stage, ranks))
+    if rank == 0:
+        for other, lines in enumerate(lines_by_rank):
+            say("\n".join([f"rank {other} owns", *(f"  {line}" for line in lines)]))
 
 
 def tiny_config() -> Any:

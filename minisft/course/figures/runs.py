@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from minisft.drawing import PALETTE, Picture, figure_of, in_figure, legend_below, picture_of
+from minisft.drawing import PALETTE, Picture, figure_of, in_figure, legend_below, picture_of, run_style, stacked_bars
 from minisft.launch.compare_runs import join_names, least_state_memory, model_states, summary_rows
 from minisft.run.folder import Run
 from minisft.text import in_gigabytes
@@ -66,9 +66,7 @@ def comparison(runs: Sequence[Run]) -> Picture:
     for i, run in enumerate(runs):
         losses = [m["loss"] for m in run.metrics]
         seconds = [sum(m["seconds"] for m in run.metrics[: n + 1]) for n in range(len(losses))]
-        width = 7 - 5.5 * i / max(1, len(runs) - 1)
-        style = {"color": colors[run.name], "linewidth": width, "label": in_figure(run.name)}
-        by_step.plot([m["step"] for m in run.metrics], losses, **style)
+        by_step.plot([m["step"] for m in run.metrics], losses, label=in_figure(run.name), **run_style(i, len(runs)))
         by_time.plot(seconds, losses, color=colors[run.name], linewidth=1.8)
     by_step.set(xlabel="optimizer step", ylabel="loss (nats per trained token)")
     by_time.set(xlabel="seconds of training", ylabel="loss")
@@ -105,17 +103,12 @@ def memory_bars(runs: Sequence[Run]) -> Picture:
     drawn = [in_figure(run.name) for run in runs]
     names = [f"{name} ({r.config.ranks} rank{'s' * (r.config.ranks > 1)})" for name, r in zip(drawn, runs, strict=True)]
     ranks = [max(run.memory, key=model_states, default={}) for run in runs]
-    left = [0.0] * len(runs)
-    for owner, color in OWNER_COLOURS.items():
-        sizes = [rank.get("at rest", {}).get(owner, 0) / 1e9 for rank in ranks]
-        if any(sizes):
-            axes.barh(names, sizes, left=left, color=color, label=owner, edgecolor="white")
-        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    parts = {owner: [rank.get("at rest", {}).get(owner, 0) / 1e9 for rank in ranks] for owner in OWNER_COLOURS}
+    left = stacked_bars(axes, names, parts, OWNER_COLOURS)
     least = min(left)
     lightest = " and ".join(name for name, total in zip(drawn, left, strict=True) if total < 1.01 * least)
     title = f"{lightest} hold {least:.2f} GB on each rank, {drawn[0]} {left[0]:.2f} GB"
     axes.set(xlabel="GB on one rank between two steps (measured)", title=title)
-    axes.invert_yaxis()
     axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.28))
     others = [rank.get("at rest", {}).get(OTHER, 0) for rank in ranks]
     each = "; ".join(
@@ -132,10 +125,9 @@ def before_and_after(summaries: Sequence[dict[str, Any]]) -> Picture:
     figure, (left, right) = figure_of(8.2, 3.4, ncols=2)
     for i, summary in enumerate(summaries):
         steps = [c["step"] for c in summary["checkpoints"]]
-        width = 7 - 5.5 * i / max(1, len(summaries) - 1)
+        style = run_style(i, len(summaries)) | {"label": in_figure(summary["run"])}
         for axes, key, scale in ((left, "loss", 1), (right, "stopped", 100)):
             values = [scale * c[key] for c in summary["checkpoints"]]
-            style = {"color": PALETTE[i % 7], "linewidth": width, "label": in_figure(summary["run"])}
             axes.plot(steps, values, marker="o", **style)
     first, last = summaries[0]["checkpoints"][0], summaries[0]["checkpoints"][-1]
     verdict = "falls" if last["loss"] < first["loss"] else "does not fall"

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from minisft.course.figures.runs import OWNER_COLOURS
-from minisft.drawing import PALETTE, Picture, figure_of, in_figure, picture_of
+from minisft.drawing import PALETTE, Picture, figure_of, in_figure, mark_measured, picture_of, stacked_bars
 from minisft.run.folder import Run
 from minisft.text import unit_for
 from minisft.zero.communication import OPERATIONS, bytes_sent, predict_traffic
@@ -38,18 +38,11 @@ def predicted_bars(
         )
     size, unit = unit_for(max(map(total_bytes, bars.values())))
     figure, axes = figure_of(7.6, 0.9 + 0.55 * len(bars))
-    left = [0.0] * len(bars)
     names = [f"{name} ({ranks} rank{'s' if ranks > 1 else ''})" for name, ranks in strategies.items()]
-    for owner in OWNERS:
-        sizes = [bar[owner] / size for bar in bars.values()]
-        if any(sizes):
-            axes.barh(names, sizes, left=left, color=OWNER_COLOURS[owner], label=owner, edgecolor="white")
-            left = [a + b for a, b in zip(left, sizes, strict=True)]
+    parts = {owner: [bar[owner] / size for bar in bars.values()] for owner in OWNERS}
+    ends = stacked_bars(axes, names, parts, OWNER_COLOURS)
     measured = _measured(strategies, runs, moment)
-    for i, strategy in enumerate(strategies):
-        if strategy in measured:
-            label = "measured" if strategy == next(iter(measured)) else None
-            axes.plot([measured[strategy] / size] * 2, [i - 0.46, i + 0.46], color="black", linewidth=2, label=label)
+    mark_measured(axes, [(i, measured[s] / size) for i, s in enumerate(strategies) if s in measured])
     verdict = ""
     if measured:
         worst = max(abs(held - total_bytes(bars[strategy])) for strategy, held in measured.items())
@@ -58,8 +51,7 @@ def predicted_bars(
     lightest = [name for name, bar in bars.items() if total_bytes(bar) == least]
     does = "hold" if len(lightest) > 1 else "holds"
     title = f"{' and '.join(lightest)} {does} {least / total_bytes(bars[first]):.0%} of {first}'s states{verdict}"
-    axes.set(xlabel=f"{unit} of states on the fullest rank, {moment}", title=title, xlim=(0, 1.03 * max(left)))
-    axes.invert_yaxis()
+    axes.set(xlabel=f"{unit} of states on the fullest rank, {moment}", title=title, xlim=(0, 1.03 * max(ends)))
     axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.28))
     each = "; ".join(
         f"{name} {total_bytes(bar) / size:.2f} {unit} predicted"
@@ -92,19 +84,16 @@ def paper_bars(parameters: float = 7.5e9, ranks: int = 64) -> Picture:
     parts = {"parameters": 2.0, "gradients": 2.0, "optimizer states": 12.0}
     figure, axes = figure_of(7.6, 2.6)
     size, unit = unit_for(paper_formula(parameters, ranks, 0))
-    for stage, name in enumerate(STAGES):
-        left = 0.0
-        for split_from, (owner, bytes_each) in zip((3, 2, 1), parts.items(), strict=True):
-            held = bytes_each * parameters / (ranks if stage >= split_from else 1) / size
-            label = owner if stage == 0 else None
-            axes.barh(name, held, left=left, color=OWNER_COLOURS[owner], label=label, edgecolor="white")
-            left += held
-        axes.text(left, stage, f" {left:,.1f} {unit}", va="center", fontsize=9)
+    held = {
+        owner: [bytes_each * parameters / (ranks if stage >= split_from else 1) / size for stage in range(len(STAGES))]
+        for split_from, (owner, bytes_each) in zip((3, 2, 1), parts.items(), strict=True)
+    }
+    for stage, end in enumerate(stacked_bars(axes, STAGES, held, OWNER_COLOURS)):
+        axes.text(end, stage, f" {end:,.1f} {unit}", va="center", fontsize=9)
     whole, least = paper_formula(parameters, ranks, 0), paper_formula(parameters, ranks, 3)
     title = f"{parameters / 1e9:g} billion parameters on {ranks} ranks: from {whole / size:,.0f} to {least / size:,.1f}"
     axes.set(xlabel=f"{unit} of model states on one rank (the paper's formula)", title=f"{title} {unit}")
     axes.set_xlim(0, 1.12 * whole / size)
-    axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     each = "; ".join(
         f"{name} {paper_formula(parameters, ranks, i) / size:,.1f} {unit}" for i, name in enumerate(STAGES)
@@ -206,20 +195,18 @@ def communication(shapes: Shapes, precision: str, runs: Sequence[Run], accumulat
     size, unit = unit_for(
         max(bytes_sent(moved, run.config.ranks) for run, moved in zip(runs, predicted.values(), strict=True))
     )
-    edge = [0.0] * len(runs)
-    for i, operation in enumerate(OPERATIONS):
-        sizes = [bytes_sent({operation: predicted[run.name][operation]}, run.config.ranks) / size for run in runs]
-        if any(sizes):
-            left.barh(names, sizes, left=edge, color=PALETTE[i], label=operation, edgecolor="white")
-            edge = [a + b for a, b in zip(edge, sizes, strict=True)]
-    measured = {}
-    for i, run in enumerate(runs):
-        if run.memory and (moved := run.memory[0].get("communication")):
-            measured[run.name] = bytes_sent(moved, run.config.ranks)
-            label = "measured" if len(measured) == 1 else None
-            left.plot([measured[run.name] / size] * 2, [i - 0.46, i + 0.46], color="black", linewidth=2, label=label)
-    left.set(xlabel=f"{unit} sent by each rank in one step", xlim=(0, 1.05 * max(*edge, 1e-9)))
-    left.invert_yaxis()
+    parts = {
+        operation: [bytes_sent({operation: predicted[run.name][operation]}, run.config.ranks) / size for run in runs]
+        for operation in OPERATIONS
+    }
+    bar_ends = stacked_bars(left, names, parts, dict(zip(OPERATIONS, PALETTE, strict=False)))
+    measured = {
+        run.name: bytes_sent(moved, run.config.ranks)
+        for run in runs
+        if run.memory and (moved := run.memory[0].get("communication"))
+    }
+    mark_measured(left, [(i, measured[r.name] / size) for i, r in enumerate(runs) if r.name in measured])
+    left.set(xlabel=f"{unit} sent by each rank in one step", xlim=(0, 1.05 * max(*bar_ends, 1e-9)))
     left.legend(frameon=False, ncols=2, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25))
     counts = range(1, accumulation + 1)
     ranks = max(run.config.ranks for run in runs)
