@@ -28,6 +28,7 @@ class LinesTemplate:
     markers: str = "own"
     opening: tuple[Segment, ...] = (START,)
     difference: str = ""
+    has_tools: bool = False
 
     def marks_and_stops(self, hf):
         return (), (hf.eos_token,)
