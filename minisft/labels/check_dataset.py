@@ -268,11 +268,19 @@ def check_tokenized(
         report.add(names, violations)
         _progress(report, say)
     for conversation in source.remaining() if source else ():
-        with suppress(RefusedConversation):
-            if encode(conversation, template, tokenizer, max_length, truncation).trained:
-                missing = Violation(conversation.id, None, None, "against", "this conversation has no row")
-                report.add(["against"], [missing], rows=0)
+        if _has_row(conversation, template, tokenizer, max_length, truncation):
+            missing = Violation(conversation.id, None, None, "against", "this conversation has no row")
+            report.add(["against"], [missing], rows=0)
     return report
+
+
+def _has_row(
+    conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer, max_length: int, truncation: str
+) -> bool:
+    """Whether encoding a conversation gives a row with a trained token."""
+    with suppress(RefusedConversation):
+        return encode(conversation, template, tokenizer, max_length, truncation).trained > 0
+    return False
 
 
 def _against(
