@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,35 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
     has no checkpoint, if two runs have the same name, or if the only run cannot be evaluated.
     """
     _require_evaluable(runs)
-    known: dict[str, Mapping[str, Any]] = {}  # result by key: checkpoints may have equal weights
-    broken: list[str] = []
-    digests = Digests(verify)
+    evaluation = _Evaluation(settings, say, Digests(verify))
+    for run in runs:
+        try:
+            with results_folder(run) as folder:
+                evaluation.add(run, folder)
+        except UserError as error:
+            if len(runs) == 1:
+                raise
+            evaluation.report_broken(str(error))
+    say(f"results depend on the contents of the files: {evaluation.digests.how}")
+    return evaluation.broken
 
-    def report_broken(sentence: str) -> None:
-        broken.append(one_line(sentence))
-        say(broken[-1])
 
-    def evaluate_one(run: Run, folder: Path) -> None:
+@dataclass
+class _Evaluation:
+    """The evaluation of several runs: results by key, because checkpoints may have equal weights; what is unusable."""
+
+    settings: EvalSettings
+    say: Say
+    digests: Digests
+    known: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+    def report_broken(self, sentence: str) -> None:
+        self.broken.append(one_line(sentence))
+        self.say(self.broken[-1])
+
+    def add(self, run: Run, folder: Path) -> None:
+        """Evaluate every checkpoint of a run, and write its results to `folder`."""
         before = run.identity
         if (run.folder / "data" / MADE_OF).exists():  # runs of earlier versions have no checksums
             require_as_made(run.folder)
@@ -75,51 +95,43 @@ def evaluate_runs(runs: Sequence[Run], settings: EvalSettings, say: Say = say, v
         # of equal weights may be known from another run.
         unusable = {step: problem for step, model in models.items() if (problem := origin_problem(run, model))}
         for step, problem in unusable.items():
-            report_broken(f"{run.name} {models[step].name} cannot be used: {problem}")
-        results: list[dict[str, Any]] = []
+            self.report_broken(f"{run.name} {models[step].name} cannot be used: {problem}")
         if unusable.keys() == models.keys():
             _remove_others(folder, set())
-            write_summary(folder, run, asdict(settings), [], unusable, {})
+            write_summary(folder, run, asdict(self.settings), [], unusable, {})
             return
-        eval_set = make_eval_set(run, settings, digests)
+        eval_set = make_eval_set(run, self.settings, self.digests)
+        results: list[dict[str, Any]] = []
         for step, model in models.items():
             if step in unusable:
                 continue
             try:
-                key = _key(run, model, eval_set, settings, digests)
-                scores = known.get(key) or cached_result(folder, step, key)
-                if scores is None:
-                    scores = _evaluated(run, model, eval_set, settings, SavedAnswers(key))
+                key = _key(run, model, eval_set, self.settings, self.digests)
+                scores = self._scores(run, folder, step, model, eval_set, key)
                 # With new digests: `digests` counts, and with `verify` reads, each file once only.
-                is_same = run.identity == before and _key(run, model, eval_set, settings, Digests()) == key
+                is_same = run.identity == before and _key(run, model, eval_set, self.settings, Digests()) == key
             except (UserError, FileNotFoundError, PermissionError) as error:
                 unusable[step] = str(error) if isinstance(error, UserError) else _file_problem(error)
-                report_broken(f"{run.name} {model.name} cannot be used: {unusable[step]}")
+                self.report_broken(f"{run.name} {model.name} cannot be used: {unusable[step]}")
                 continue
             if not is_same:
                 raise UserError(f"{run.name} was changed while it was evaluated: evaluate it again")
-            known[key] = scores
+            self.known[key] = scores
             origin = {"run": one_line(run.name), "step": step, "model": one_line(model.name), "key": key}
             results.append(dict(scores) | origin)
             _save(folder, results[-1])
-            say(_line(results[-1]))
+            self.say(_line(results[-1]))
         _remove_others(folder, {result["step"] for result in results})
         _write_lines(folder / "references.txt", (q.messages[-1].content for q in eval_set.questions))
         refused = refusals(eval_set.refused)
         for note in filter(None, (refused, results[0].get("bleu_note") if results else "")):
-            say(f"{run.name}: {note}")
-        write_summary(folder, run, asdict(settings), results, unusable, eval_set.leakage(settings), refused)
+            self.say(f"{run.name}: {note}")
+        write_summary(folder, run, asdict(self.settings), results, unusable, eval_set.leakage(self.settings), refused)
 
-    for run in runs:
-        try:
-            with results_folder(run) as folder:
-                evaluate_one(run, folder)
-        except UserError as error:
-            if len(runs) == 1:
-                raise
-            report_broken(str(error))
-    say(f"results depend on the contents of the files: {digests.how}")
-    return broken
+    def _scores(self, run: Run, folder: Path, step: int, model: Path, eval_set: EvalSet, key: str) -> Mapping[str, Any]:
+        """The scores of one checkpoint, computed if they are not known."""
+        known = self.known.get(key) or cached_result(folder, step, key)
+        return known or _evaluated(run, model, eval_set, self.settings, SavedAnswers(key))
 
 
 def _require_evaluable(runs: Sequence[Run]) -> None:
