@@ -34,7 +34,7 @@ class LinesTemplate:
         return (), (hf.eos_token,)
 
     def leaves_out(self, conversation):
-        return any(message.reasoning for message in conversation.messages)
+        return ""
 
     def fitted_to(self, tokenizer):
         return self

@@ -12,13 +12,14 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minisft.chat.template import RefusedConversation
 from minisft.data.conversations import Message
+from minisft.data.tools import changed_strings
 from minisft.text import one_line
 
 MOST_SECONDS = 10.0  # for rendering one conversation
@@ -157,7 +158,7 @@ class JinjaTemplate:
 
     def hide_json(self, text: str) -> str:
         """JSON text with stand-ins for the control tokens that its strings spell."""
-        return changed_json(text, self.hide, self.hide)
+        return changed_strings(text, self.hide)
 
     def render_safely(self, hidden: Sequence[Message], prompt: bool = False, tools: str = "") -> str:
         """The text of messages whose control tokens are all the template's own.
@@ -257,19 +258,6 @@ def has_one_prompt(source: str) -> bool:
     return True
 
 
-def changed_json(text: str, key: Callable[[str], str], value: Callable[[str], str]) -> str:
-    """JSON text with other strings: `key` changes those of keys, `value` those of values."""
-
-    def changed(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {key(name): changed(one) for name, one in item.items()}
-        if isinstance(item, list):
-            return [changed(one) for one in item]
-        return value(item) if isinstance(item, str) else item
-
-    return json.dumps(changed(json.loads(text)), ensure_ascii=False) if text else ""
-
-
 def _harmless(text: str) -> str:
     """JSON text of tools in which no string can become a part of a control token.
 
@@ -280,7 +268,7 @@ def _harmless(text: str) -> str:
     def key(name: str) -> str:
         return name if name.isascii() and name.isidentifier() else f"k{next(numbers)}"
 
-    return changed_json(text, key, lambda word: word if word in SCHEMA else "m4rk")
+    return changed_strings(text, lambda word: word if word in SCHEMA else "m4rk", key)
 
 
 def require_characters(messages: Sequence[Message], tools: str = "") -> None:

@@ -160,9 +160,11 @@ class MistralTemplate:
         last = segments[-1].turn
         return [s for s in segments if s.turn < last or s.role != "assistant"]
 
-    def leaves_out(self, conversation: Conversation) -> bool:
-        """Whether an answer has reasoning: these templates have no place for it."""
-        return any(message.reasoning for message in conversation.messages)
+    def leaves_out(self, conversation: Conversation) -> str:
+        """The reasoning of an answer has no place in these templates."""
+        if not any(message.reasoning for message in conversation.messages):
+            return ""
+        return f"reasoning left out: the template {self.name} has no place for it"
 
     opening: ClassVar[tuple[Segment, ...]] = ()
     has_tools: ClassVar[bool] = False

@@ -23,10 +23,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minisft.chat.answer_spans import is_whole, labelled_by_prompts, shows_reasoning
 from minisft.chat.jinja_template import (
     JinjaTemplate,
     Layout,
@@ -37,7 +37,7 @@ from minisft.chat.jinja_template import (
     require_characters,
 )
 from minisft.chat.template import RefusedConversation, Segment
-from minisft.chat.tool_calls import is_whole, shows_tools
+from minisft.chat.tool_calls import shows_tools
 from minisft.data.conversations import Conversation, Message
 from minisft.errors import UserError
 from minisft.files import read_json
@@ -173,55 +173,27 @@ class OwnTemplate(JinjaTemplate):
         pieces = layout.filled([message.content for message in messages])
         if "".join(piece.text for piece in pieces) != self.render(messages):
             return None
-        last = len(messages) - 1
-        if not self.has_one_prompt and last not in layout.others:
-            before = "".join(piece.text for piece in itertools.takewhile(lambda piece: piece.answer != last, pieces))
-            if before != self.render(messages[:last], prompt=True):
-                return None
+        if not self.has_one_prompt and not self._begins_with_prompts(messages, pieces, layout.others):
+            return None
         return pieces, layout.others
 
-    def labelled_by_prompts(self, messages: Sequence[Message], tools: str = "") -> tuple[list[Piece], frozenset[int]]:
-        """`labelled` without a layout: each answer begins where its turn's own prompt ends.
+    def _begins_with_prompts(
+        self, messages: Sequence[Message], pieces: Sequence[Piece], others: frozenset[int]
+    ) -> bool:
+        """Whether the text before each answer, without the `others`, is its prompt at inference."""
+        before = ""
+        seen: set[int | None] = set()
+        for piece in pieces:
+            i = piece.answer
+            if i is not None and i not in seen | others and before != self.render(messages[:i], prompt=True):
+                return False
+            seen |= {i}
+            before += piece.text
+        return True
 
-        An answer whose content or calls the template changes is not trained; it is then in the
-        second value. Texts of contents that spell a control token are stand-ins in the pieces.
-        Raises `RefusedConversation`.
-        """
-        hidden, hidden_tools = self.hidden(messages), self.hide_json(tools)
-        whole = self.render_safely(hidden, tools=hidden_tools)
-        if self.shown(whole) != self.render(messages, tools=tools):
-            raise RefusedConversation("the template treats control tokens in a text in a way of its own")
-        begins: list[tuple[int, int]] = []  # where an answer begins, and its message
-        for i, message in enumerate(hidden):
-            if message.role == "assistant":
-                prompt = self.render(hidden[:i], prompt=True, tools=hidden_tools)
-                if whole.startswith(prompt) and len(prompt) >= max(begins, default=(0, 0))[0]:
-                    begins.append((len(prompt), i))
-        answers: list[tuple[int, int, int]] = []
-        shows_reasoning = self._shows_reasoning(hidden, whole)
-        bounds = [*(begin for begin, _ in begins[1:]), len(whole)]
-        for (begin, i), bound in zip(begins, bounds, strict=False):
-            # What follows this answer is no part of it: a rendering that ends with it has the same text so far.
-            upto = self.render(hidden[: i + 1], tools=hidden_tools)
-            bound = min(bound, len(commonprefix([whole, upto])))  # noqa: RUF071 (texts, not paths)
-            with suppress(RefusedConversation):  # this answer cannot be trained where it is
-                stop = self.end_token(whole, begin, bound).end()
-                # The generation prompt may have the beginning of an answer, such as `<think>`.
-                opened = self.render(hidden[:i], tools=hidden_tools)
-                start = len(opened) if whole.startswith(opened) else begin
-                if is_whole(hidden[i], whole[min(start, begin) : stop], shows_reasoning):
-                    answers.append((begin, stop, i))
-        others = {i for i, message in enumerate(hidden) if message.role == "assistant"} - {i for _, _, i in answers}
-        if not answers:
-            raise RefusedConversation(
-                "the template changes every answer, or writes before it what is not its generation prompt"
-            )
-        pieces = []
-        cursor = 0
-        for begin, stop, i in answers:
-            pieces += [Piece(whole[cursor:begin]), Piece(whole[begin:stop], answer=i)]
-            cursor = stop
-        return [*pieces, Piece(whole[cursor:])], frozenset(others)
+    def labelled_by_prompts(self, messages: Sequence[Message], tools: str = "") -> tuple[list[Piece], frozenset[int]]:
+        """`labelled` without a layout; see `answer_spans`. Raises `RefusedConversation`."""
+        return labelled_by_prompts(self, messages, tools)
 
     # --- the interface of a chat template ----------------------------------------------------------
 
@@ -245,22 +217,36 @@ class OwnTemplate(JinjaTemplate):
         """The answer without the white space around it, which the template may add or strip."""
         return answer.strip()
 
-    def leaves_out(self, conversation: Conversation) -> bool:
-        """Whether the answers have reasoning, and nothing of it is in what the template renders."""
-        messages = conversation.messages
-        if not any(m.reasoning for m in messages):
-            return False
-        return not self._shows_reasoning(messages, self.render(messages, tools=conversation.tools))
+    def leaves_out(self, conversation: Conversation) -> str:
+        """What of the answers the template does not write, not even at their own turn; "" if nothing.
 
-    def _shows_reasoning(self, messages: Sequence[Message], rendered: str) -> bool:
-        text = "".join(rendered.split())
-        return any(m.reasoning and "".join(m.reasoning.split()) in text for m in messages)
+        An answer of which a part is left out is not trained.
+        """
+        messages = conversation.messages
+        if any(m.reasoning for m in messages) and not shows_reasoning(
+            messages, self.render(messages, tools=conversation.tools)
+        ):
+            return f"reasoning left out: the template {self.name} has no place for it"
+        if self._left_out(conversation):
+            return f"an answer is not trained: the template {self.name} leaves out a part of it"
+        return ""
+
+    def _left_out(self, conversation: Conversation) -> set[int]:
+        """The answers to be trained of which the template leaves out a part at their own turn."""
+        messages = conversation.messages
+        return {
+            i
+            for i in self.labelled(conversation)[1]
+            if messages[i].trained
+            and not is_whole(messages[i], self.render(messages[: i + 1], tools=conversation.tools), False)
+        }
 
     difference = "the template changes earlier turns later"
 
     def same_at_every_turn(self, conversation: Conversation) -> bool:
         """Whether each trained answer's prompt in training equals the prompt of inference at that turn."""
-        return not any(conversation.messages[i].trained for i in self.labelled(conversation)[1])
+        others = self.labelled(conversation)[1] - self._left_out(conversation)
+        return not any(conversation.messages[i].trained for i in others)
 
     def jinja(self) -> str:
         """The model's own template."""
@@ -307,9 +293,13 @@ def template_of(hf: Any) -> OwnTemplate:
     template = OwnTemplate(source=source, variables=dict(hf.special_tokens_map), control=control, ends=stops)
     exchange = (Message("user", "qu3stion"), Message("assistant", "4nswer"))
     try:
-        # Tokens that are merely added words, but mark a turn in this template.
-        before = template.render(exchange).partition(exchange[0].content)[0]
-        control |= {token.content: control_token(token) for _, token in tokens if token.content in before}
+        # Tokens that are merely added words, but mark a turn in this template. A word such as `<think>`,
+        # which `</think>` closes, marks a part of a text: texts may have it, as in transformers.
+        written = template.render((*exchange, exchange[0]), prompt=True)
+        words = {token.content: token for _, token in tokens if token.content in written}
+        known = {token.content for _, token in tokens}
+        turns = (word for word in words if _partner(word) not in known)
+        control |= {word: control_token(words[word]) for word in turns}
         template = replace(template, control=control)
         end = template.end_after(exchange, exchange[1].content)
         stops = (end, *(token for token in stops if token != end))
@@ -328,6 +318,11 @@ def template_of(hf: Any) -> OwnTemplate:
     last = max((i for i, segment in enumerate(prompt) if segment.control), default=len(prompt))
     is_constant = exchange[0].content not in "".join(segment.text or "" for segment in prompt[last:])
     return replace(template, opening=tuple(prompt[last:] if is_constant else ()), has_tools=shows_tools(template))
+
+
+def _partner(word: str) -> str:
+    """`</think>` of `<think>`, and the other way round."""
+    return word.replace("</", "<", 1) if word.startswith("</") else word.replace("<", "</", 1)
 
 
 def _generation_stops(hf: Any) -> set[int]:

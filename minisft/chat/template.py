@@ -107,8 +107,8 @@ class ChatTemplate(Protocol):
         Raises `RefusedConversation`.
         """
 
-    def leaves_out(self, conversation: Conversation) -> bool:
-        """Whether the answers' reasoning has no place in this template."""
+    def leaves_out(self, conversation: Conversation) -> str:
+        """What of the answers has no place in this template, as a reason for the ledger; "" if nothing."""
 
     @property
     def difference(self) -> str:

@@ -15,6 +15,7 @@ from minisft.data.html_escapes import is_escaped, unescaped
 from minisft.data.ledger import Ledger
 from minisft.data.messages import IS_JSON, Message, UnusableRow, encodable
 from minisft.data.row_formats import as_object, own_id, read_row
+from minisft.data.tools import changed_strings, strings_of
 
 LONGEST_MESSAGE = 2_000_000  # characters: longer than any context window, small enough for the memory
 
@@ -107,8 +108,8 @@ def clean(
         for reason in parsed.repairs:
             if not (was_text and reason == IS_JSON):  # the ledger counts a row once per reason
                 ledger.repair(reason, row_id)
-        messages = _repaired_text(parsed.messages, row_id, ledger, escaped)
-        conversation = Conversation(row_id, tuple(_alternating(messages, row_id, ledger)), parsed.tools)
+        messages, tools = _repaired_text(parsed.messages, parsed.tools, row_id, ledger, escaped)
+        conversation = Conversation(row_id, tuple(_alternating(messages, row_id, ledger)), tools)
     except UnusableRow as reason:
         ledger.drop(str(reason), row_id)
         return None
@@ -120,10 +121,13 @@ def clean(
 # --- text --------------------------------------------------------------------------------------------------
 
 
-def _repaired_text(messages: list[Message], row_id: str, ledger: Ledger, escaped: bool | None) -> list[Message]:
+def _repaired_text(
+    messages: list[Message], tools: str, row_id: str, ledger: Ledger, escaped: bool | None
+) -> tuple[list[Message], str]:
+    """The messages and the definitions of tools with all texts repaired, those inside calls included."""
     _require_length(messages)
-    thoughts = [m.reasoning for m in messages] if any(m.reasoning for m in messages) else []
-    texts = original = [m.content for m in messages] + thoughts
+    of_messages = [text for m in messages for text in (m.content, m.reasoning, *(strings_of(m.tool) if m.tool else ()))]
+    texts = original = of_messages + strings_of(tools)
     for reason, repair in _TEXT_REPAIRS:
         if repair is unescaped and not (is_escaped(texts, turns=1, kinds=1) if escaped is None else escaped):
             continue
@@ -132,10 +136,17 @@ def _repaired_text(messages: list[Message], row_id: str, ledger: Ledger, escaped
             ledger.repair(reason, row_id)
             texts = repaired
     if texts is original:
-        return messages
-    thoughts = texts[len(messages) :] or [""] * len(messages)
-    triples = zip(messages, texts[: len(messages)], thoughts, strict=True)
-    return [replace(m, content=text, reasoning=thought) for m, text, thought in triples]
+        return messages, tools
+    rest = iter(texts)
+
+    def following(_: str) -> str:
+        return next(rest)
+
+    # In the order in which the texts were listed.
+    repaired_messages = [
+        replace(m, content=next(rest), reasoning=next(rest), tool=changed_strings(m.tool, following)) for m in messages
+    ]
+    return repaired_messages, changed_strings(tools, following)
 
 
 def _without_lone_bytes(texts: list[str]) -> list[str]:

@@ -6,37 +6,44 @@ They are kept as JSON text: only a chat template decides how they are written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from minisft.data.json_text import parse_row
 from minisft.data.ledger import UnusableRow
+from minisft.text import one_line
 
 CALLS = ("tool_calls", "function_call")  # of an answer
 DEFINITIONS = ("tools", "functions")  # of a row
+ARGUMENTS = ("arguments", "args", "input", "parameters")  # of a call: OpenAI, LangChain, Anthropic, Llama 3
 RESULT = ("name", "tool_call_id")  # of a result: whose result it is
 CALL = "function_call"  # ShareGPT's role of a turn whose text is a call
 ROLES = {"tool": "tool", "observation": "tool", "function": "tool", CALL: "assistant"}
 NULL = "null in a tool call or definition: removed"  # a repair: tables fill missing keys with null
 
 
-def calls_of(value: Any) -> list[dict[str, Any]]:
+def calls_of(value: Any, unread: dict[str, None]) -> list[dict[str, Any]]:
     """The calls of a turn: a list of calls, one call, or JSON of either as text.
 
     Each becomes `{"type": "function", "function": {"name", "arguments"}}`, with its `id` if it has
-    one. Raises `UnusableRow` for a call without a name, or whose arguments are no object.
+    one. Other keys with a value are added to `unread`. Raises `UnusableRow` for a call without a
+    name, or whose arguments are no object.
     """
     value = _parsed(value)
-    return [_call(_parsed(call)) for call in (value if isinstance(value, list) else [value])]
+    return [_call(_parsed(call), unread) for call in (value if isinstance(value, list) else [value])]
 
 
-def _call(call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
+def _call(call: Any, unread: dict[str, None]) -> dict[str, Any]:
+    function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or not (isinstance(name := function.get("name"), str) and name.strip()):
         raise UnusableRow("a tool call without a name")
-    arguments = _parsed(function.get("arguments", function.get("parameters")) or {})
+    key = next((key for key in ARGUMENTS if function.get(key) is not None), ARGUMENTS[0])
+    arguments = _parsed(function.get(key) or {})
     if not isinstance(arguments, dict):
         raise UnusableRow("a tool call whose arguments are no object")
+    for other, what in (call | function).items():
+        if other not in ("type", "id", "index", "function", "name", key) and what not in (None, "", [], {}):
+            unread[f"{one_line(other, 60)} (of a tool call)"] = None
     call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {"type": "function", **call_id, "function": {"name": name, "arguments": arguments}}
 
@@ -64,12 +71,36 @@ def result_text(content: Any) -> str:
 
 
 def as_json(value: Any) -> str:
-    """JSON text that every tokenizer can encode. Raises `UnusableRow` if the value has no JSON."""
+    """The JSON text of a value. Raises `UnusableRow` if it has none."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
         raise UnusableRow("a tool call or definition that is not JSON") from None
-    return text.encode("utf-8", "replace").decode()
+
+
+def strings_of(text: str) -> list[str]:
+    """All strings in JSON text, keys included, in order; none of the text "" of a turn without tools."""
+    found: list[str] = []
+
+    def note(string: str) -> str:
+        found.append(string)
+        return string
+
+    changed_strings(text, note)
+    return found
+
+
+def changed_strings(text: str, value: Callable[[str], str], key: Callable[[str], str] | None = None) -> str:
+    """JSON text with each string replaced by what `value`, or for keys `key` if given, returns for it."""
+
+    def changed(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {(key or value)(name): changed(one) for name, one in item.items()}
+        if isinstance(item, list):
+            return [changed(one) for one in item]
+        return value(item) if isinstance(item, str) else item
+
+    return json.dumps(changed(json.loads(text)), ensure_ascii=False) if text else ""
 
 
 def without_nulls(value: Any) -> Any:

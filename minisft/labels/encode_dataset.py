@@ -78,10 +78,8 @@ def _encode(
             try:
                 if not template.same_at_every_turn(conversation):
                     ledger.repair(_other_prompts(template, train_on), conversation.id)
-                if template.leaves_out(conversation):
-                    ledger.repair(
-                        f"reasoning left out: the template {template.name} has no place for it", conversation.id
-                    )
+                if reason := template.leaves_out(conversation):
+                    ledger.repair(reason, conversation.id)
                 drafts.append(Draft(conversation, template, tokenizer, max_length, guess))
             except RefusedConversation as reason:
                 ledger.drop(REFUSED, conversation.id)
@@ -91,8 +89,11 @@ def _encode(
         for draft in drafts:
             row = draft.row(truncation)
             for word in tokenizer.added_words.keys() & row.input_ids if tokenizer.added_words else ():
-                name = one_line(tokenizer.added_words[word], 40)
-                ledger.note(f"{name} in a text is one token, id {word}: an added word, not a control token")
+                name = tokenizer.added_words[word]
+                if any(name in text for m in draft.conversation.messages for text in (m.content, m.reasoning, m.tool)):
+                    ledger.note(
+                        f"{one_line(name, 40)} in a text is one token, id {word}: an added word, not a control token"
+                    )
             if _count(draft, row, ledger, max_length, truncation):
                 yield row
 

@@ -118,6 +118,12 @@ def test_a_template_that_shows_no_tools_says_so(tiny_model, tmp_path):
     assert not template_for(tokenizer).has_tools
 
 
+def test_a_template_that_prints_python_objects_shows_no_tools(tiny_model, tmp_path):
+    source = HERMES.replace("call['function']['arguments'] | tojson", "call['function']['arguments'] | string")
+    tokenizer = HuggingFaceTokenizer(save(source, tiny_model, tmp_path / "model"), "own")
+    assert source != HERMES and not template_for(tokenizer).has_tools
+
+
 def test_a_call_that_the_template_leaves_out_is_not_trained(tokenizers):
     """Llama 3.1's template drops the text beside a call, and refuses two calls at once."""
     tokenizer = tokenizers["headers"]

@@ -164,6 +164,45 @@ def test_calls_that_cannot_be_read_drop_the_row_for_a_reason(name):
     assert len(dropped) == 1 and dropped[0].startswith(reason)
 
 
+@pytest.mark.attack("16")
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "weather", "args": {"city": "Rome"}, "id": "c1", "type": "tool_call"},  # LangChain
+        {"name": "weather", "input": {"city": "Rome"}, "type": "tool_use"},  # Anthropic
+        {"function": {"name": "weather", "arguments": None, "parameters": {"city": "Rome"}}},  # a table's null
+    ],
+)
+def test_arguments_under_other_names_are_read(call):
+    found, _, dropped = read(messages(ASK, CALLS | {"tool_calls": [call]}, RESULT, TELL))
+    assert not dropped
+    assert json.loads(found.messages[1].tool)["tool_calls"][0]["function"] == CALL["function"]
+
+
+@pytest.mark.attack("16")
+def test_other_keys_of_a_call_are_counted():
+    ledger = Ledger()
+    call = CALL | {"index": 0, "confidence": 0.5, "\x1b[31mred": 1}
+    assert clean(messages(ASK, CALLS | {"tool_calls": [call]}, RESULT, TELL), "here", ledger, reads_tools=True)
+    assert list(ledger.unread) == ["confidence (of a tool call)", "\\x1b[31mred (of a tool call)"]
+
+
+def test_texts_in_calls_and_definitions_are_repaired_like_all_others():
+    code = {
+        "type": "function",
+        "function": {"name": "run", "arguments": {"code": "if x &lt; 0:\r\n  y = &quot;n&quot;"}},
+    }
+    tool = {"type": "function", "function": {"name": "run", "description": "runs &lt;code&gt;"}}
+    asked = ASK | {"content": "Run &lt;this&gt; &amp; &quot;that&quot;"}
+    ledger = Ledger()
+    row = messages(asked, CALLS | {"tool_calls": [code]}, RESULT, TELL, tools=[tool])
+    found = clean(row, "here", ledger, escaped=True, reads_tools=True)
+    arguments = json.loads(found.messages[1].tool)["tool_calls"][0]["function"]["arguments"]
+    assert arguments == {"code": 'if x < 0:\n  y = "n"'}
+    assert json.loads(found.tools)[0]["function"]["description"] == "runs <code>"
+    assert list(ledger.repaired) == ["HTML-escaped text: unescaped", "CR or CRLF line endings: converted to LF"]
+
+
 def test_half_characters_in_calls_are_replaced():
     found, _, _ = read(messages(ASK, CALLS | {"tool_calls": [{"name": "f", "arguments": {"a": "\ud83d"}}]}))
     assert found.messages[1].tool.encode()
