@@ -52,7 +52,7 @@ def test_the_course_runs_from_top_to_bottom(tmp_path):
     outputs = tmp_path / "outputs"
     env = os.environ | {"MINISFT_OUTPUTS": str(outputs), "MINISFT_COURSE_STEPS": "2", "MINISFT_SKIP_SETUP": "1"}
     command = ["bash", str(ROOT / "launchers" / "run_notebooks.sh")]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("vanilla", "zero1", "zero2", "zero3"):
         assert (outputs / "model" / name / "DONE").exists()
