@@ -97,7 +97,7 @@ class Victim:
         assert re.search(pattern, output.splitlines()[-1])
 
 
-def wait_until(happens, process=None, within=120):
+def wait_until(happens, process=None, within=300):
     deadline = time.monotonic() + within
     while not happens():
         assert process is None or process.poll() is None, process.stdout.read()
@@ -119,7 +119,12 @@ def started(run, heartbeat_timeout=60.0):
         text=True,
         preexec_fn=heed_signals,
     )
-    return Victim(run, process)
+    try:
+        return Victim(run, process)
+    except BaseException:
+        process.terminate()  # the starter ends its run
+        process.communicate()
+        raise
 
 
 @pytest.fixture
