@@ -225,3 +225,21 @@ def test_a_command_says_where_it_is_to_be_run(tiny_model, small_data, monkeypatc
     monkeypatch.chdir(Path(__file__).parent)
     done = minisft("prepare", "-s", "vanilla", "--model", tiny_model, "--data", small_data)
     assert f"Run this in the folder {Path(__file__).parents[1]}:" in done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_check_tells_of_damage_in_the_conversations_to_compare_with(tiny_model, tmp_path, options):
+    """Rows that were made from a damaged file match what is left of it."""
+    damaged, rows = tmp_path / "cut.json", tmp_path / "rows.jsonl"
+    talk = (("human", "the cat"), ("gpt", "sat on"))
+    text = json.dumps([sharegpt_row(name, *talk) for name in "abc"])
+    damaged.write_text(text[:-20])
+    tokenizer = ["--tokenizer", str(tiny_model), "--template", "v2"]
+    minisft("encode", str(damaged), "--out", str(rows), *tokenizer)
+    done = minisft("check", str(rows), "--against", str(damaged), *tokenizer, *options)
+    assert done.returncode == 1
+    assert "lost: cut.json is cut off or damaged after 2 whole rows" in done.stderr
+    if options:
+        assert json.loads(done.stdout)["lost"] == [
+            "cut.json is cut off or damaged after 2 whole rows; what follows could not be read"
+        ]

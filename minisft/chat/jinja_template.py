@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minisft.chat.template import RefusedConversation
+from minisft.chat.template_limits import endless_operation
 from minisft.data.conversations import Message
 from minisft.data.tools import changed_strings
 from minisft.text import one_line
@@ -91,10 +92,12 @@ class JinjaTemplate:
         """The text of messages, with a generation prompt if `prompt`.
 
         `tools` are definitions of tools as JSON text. Raises `RefusedConversation` with the
-        template's own words.
+        template's own words, or for an operation that may not end.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        if operation := endless_operation(self.source):
+            raise RefusedConversation(f"the template is not rendered, because {operation}")
         try:
             with _time_limit():
                 rendered: Any = render_jinja_template(
@@ -290,7 +293,10 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """Raise `TimeoutError` in the block after `MOST_SECONDS`; only the main thread can be interrupted."""
+    """Raise `TimeoutError` in the block after `MOST_SECONDS`; only the main thread can be interrupted.
+
+    One long operation in C is not interrupted either: `endless_operation` refuses those.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -167,9 +167,12 @@ def check(
     loaded_tokenizer = load_tokenizer(tokenizer, template)
     chat_template = template_for(loaded_tokenizer)
     ledger = Ledger()
+    originals = Ledger()  # of --against, whose dropped rows need no check
     settings: dict[str, Any] = {"truncation": truncation, "train_on": train_on, "say": note}
     if tokenized:
-        source = read(find_data(against, note).path, Ledger(), reads_tools=chat_template.has_tools) if against else None
+        source = (
+            read(find_data(against, note).path, originals, reads_tools=chat_template.has_tools) if against else None
+        )
         settings |= {"max_length": max_length, "against": source}
         report = check_tokenized(Tokenized(path), chat_template, loaded_tokenizer, **settings)
     else:
@@ -177,12 +180,13 @@ def check(
         conversations = read(path, ledger, reads_tools=chat_template.has_tools)
         report = check_conversations(conversations, chat_template, loaded_tokenizer, **settings)
     dropped = {reason: entry.rows for reason, entry in ledger.dropped.items()}
+    lost = ledger.lost + originals.lost
     if as_json:
-        print_json(report.to_dict() | {"dropped": dropped, "lost": ledger.lost})
+        print_json(report.to_dict() | {"dropped": dropped, "lost": lost})
     else:
         say(report)
     for reason, rows in dropped.items():
         note(f"not checked, because dropped: {reason} ({rows:,})")
-    for what in ledger.lost:
+    for what in lost:
         note(f"lost: {what}")
-    sys.exit(0 if report.ok and not ledger.lost else 1)
+    sys.exit(0 if report.ok and not lost else 1)

@@ -66,7 +66,7 @@ def files_of(path: Path, ledger: Ledger) -> list[DataFile]:
         if not path.is_dir():
             return [DataFile(path, one_line(path.name))]
         if any((path / name).is_file() for name in DESCRIPTIONS[1:]):
-            return _saved_files(path)
+            return _saved_files(path, ledger)
         all_files = sorted(_everything_in(path))
         data_files = [file for file in all_files if _is_data(file, path)]
     except OSError as error:
@@ -99,10 +99,11 @@ def _is_data(file: Path, folder: Path) -> bool:
     return is_named and not is_hidden and file.is_file()
 
 
-def _saved_files(folder: Path) -> list[DataFile]:
+def _saved_files(folder: Path, ledger: Ledger) -> list[DataFile]:
     """The files of a saved `Dataset` or `DatasetDict`.
 
-    `state.json` lists the files of a `Dataset` in order; a `DatasetDict` has a folder for each split.
+    `state.json` lists the files of a `Dataset` in order; a `DatasetDict` has a folder for each
+    split. All splits are read, with a note in `ledger`.
     """
     try:
         splits = read_json(folder / "dataset_dict.json", _Splits) or {"splits": [""]}
@@ -117,6 +118,9 @@ def _saved_files(folder: Path) -> list[DataFile]:
                 files.append(DataFile(split_folder / name, one_line(f"{split} {name}")))
     except UserError as error:
         raise UserError(f"{folder} is incomplete ({error}): save the data set with save_to_disk again") from error
+    if len(names := splits["splits"]) > 1:
+        shown = ", ".join(one_line(name, 60) for name in names[:NAMED]) + (", …" if len(names) > NAMED else "")
+        ledger.note(f"all splits of the saved data set are read ({shown}): give the folder of one to read only that")
     return files
 
 

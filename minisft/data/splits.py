@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from minisft.data.conversations import Conversation
 from minisft.data.ledger import Ledger
+from minisft.text import one_line
 
 FEW = 10  # parts up to which a name that is neither random nor a word counts as one conversation
+NAMED = 3  # how many labels a note lists by name
 _PART = re.compile(r"([A-Za-z0-9]{7})_\d+")  # ShareGPT's ids: a random name and the number of the part
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _CHANGES = re.compile(r"(?<=[a-z])(?=[A-Z0-9])|(?<=[A-Z])(?=[a-z0-9])|(?<=[0-9])(?=[A-Za-z])")
@@ -25,11 +27,13 @@ class Origins:
     """Which ids are parts of one conversation.
 
     `names` are conversations whose parts have the ids `<name>_<number>`. `repeated` are ids whose
-    numbered copies (`<id>#2`) belong to the same conversation.
+    numbered copies (`<id>#2`) belong to the same conversation; the copies of `labels` are rows of
+    their own.
     """
 
     names: frozenset[str] = frozenset()
     repeated: frozenset[str] = frozenset()
+    labels: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, ids: Collection[str], wanted: int) -> Origins:
@@ -39,6 +43,10 @@ class Origins:
         `topic12_7` if there are many of them. A name counts as a conversation if it looks random or
         if only a few parts have it. If most names look random, a name with up to `wanted` parts
         counts as well, even if it happens to look like a word. Numbered copies are no further parts.
+
+        Copies belong together unless most rows then belong to conversations that are too large for
+        the test side, for example if every row has the same id or the name of its source. Then
+        only ids with few copies are kept together.
         """
         all_ids = set(ids)
         copies = Counter(base for name in ids if (base := name.partition("#")[0]) != name and base in all_ids)
@@ -49,11 +57,14 @@ class Origins:
         names = frozenset(
             name for name in parts if name in random or parts[name] <= max(most, 0 if _is_word(name) else FEW)
         )
-        # An id with very many copies says nothing, for example if every row has the same id; but the
-        # copies of several parts are all of their conversation.
+        together = cls(names, frozenset(copies))
+        sizes = Counter(map(together.origin, ids))
+        if 2 * sum(size for size in sizes.values() if size > max(FEW, 1.5 * wanted)) <= len(ids):
+            return together
+        # The copies of several parts are all of their conversation.
         several = {base for base, name in part_ids.items() if name in names and parts[name] > 1}
         repeated = frozenset(base for base, n in copies.items() if n < max(FEW, wanted) or base in several)
-        return cls(names, repeated)
+        return cls(names, repeated, frozenset(copies) - repeated)
 
     def origin(self, conversation_id: str) -> str:
         """The name of the conversation that a row was cut from; the row's own id if it is whole."""
@@ -123,7 +134,7 @@ def assign(
     go to the same side; otherwise the test set would contain the continuation of trained text.
     Conversations are ordered by a hash of their id and `seed`, so a conversation lands on the same
     side for any order of the file. `ledger` gets a note if the test side is empty or differs much
-    from `test_fraction`.
+    from `test_fraction`, or if rows with the same id are on both sides.
     """
     ids_and_questions = [(c.id, first_question(c)) for c in conversations]
     origins = Origins.of([row_id for row_id, _ in ids_and_questions], round(test_fraction * len(ids_and_questions)))
@@ -141,9 +152,26 @@ def assign(
     if wanted and not test:  # every conversation has more parts than the test set has rows
         test.add(min(order, key=lambda name: sizes[name]))
     decided = Split(frozenset(test), frozenset(question for name, question in rows if name not in test), origins)
-    if ledger is not None and (note := _size_note(decided, rows, test_fraction)):
-        ledger.note(note)
+    if ledger is not None:
+        for note in (_size_note(decided, rows, test_fraction), _label_note(decided, rows)):
+            if note:
+                ledger.note(note)
     return decided
+
+
+def _label_note(split: Split, rows: list[tuple[str, bytes]]) -> str:
+    """A note if copies of one id are on both sides; else `""`. `rows` are pairs of origin and first question."""
+    sides: dict[str, set[bool]] = {label: set() for label in sorted(split.origins.labels)}
+    for name, _ in rows:
+        if (base := name.partition("#")[0]) in sides:
+            sides[base].add(name in split.test_origins)
+    if not (parted := [one_line(label, 40) for label, found in sides.items() if len(found) > 1]):
+        return ""
+    shown = ", ".join(parted[:NAMED]) + (", …" if len(parted) > NAMED else "")
+    return (
+        f"{len(parted):,} {'id has' if len(parted) == 1 else 'ids have'} rows on both sides of the split ({shown}), "
+        "because most rows share an id with too many others: give each conversation an id of its own"
+    )
 
 
 def _size_note(split: Split, rows: list[tuple[str, bytes]], test_fraction: float) -> str:

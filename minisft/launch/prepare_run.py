@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,8 @@ from minisft.data import download
 from minisft.data.ledger import Ledger
 from minisft.data.model_folder import OF_A_MODEL
 from minisft.errors import UserError
-from minisft.files import is_inside, remove_all, write_json, written_whole
+from minisft.files import is_inside, remove_all, user_path, write_json, written_whole
+from minisft.launch.changed_inputs import changed_inputs
 from minisft.launch.commands import Command, commands, display_path, require_deepspeed, write_place
 from minisft.launch.hosts import Place
 from minisft.locks import locked_folder, open_lock, try_lock
@@ -44,7 +45,6 @@ from minisft.training.dataset import (
     copy_known_rows,
     describe_rows,
     made_by_this_code,
-    made_from,
     model_files,
     remember_rows,
     write_data,
@@ -66,10 +66,10 @@ def prepare(
     """Make the run folder: the split and encoded data, the DeepSpeed configuration, the command.
 
     A run with the same settings is returned as it is if it is finished, or can be resumed from a
-    checkpoint; an unfinished run without weights is prepared from the beginning. Any other run of
-    this name is only replaced with `overwrite`, or with `restart` if it is unfinished, has the same
-    settings and cannot be resumed: without one of the two, nothing that may hold weights is
-    removed.
+    checkpoint, and its model and data have not changed; an unfinished run without weights is
+    prepared from the beginning. Any other run of this name is only replaced with `overwrite`, or
+    with `restart` if it is unfinished, has the same settings and cannot be resumed: without one of
+    the two, nothing that may hold weights is removed.
 
     The folder appears complete, by one rename, and all of this is decided while its lock is held.
     `place` names the hosts to run on, if not this machine alone; a resumed run may use other hosts.
@@ -107,11 +107,8 @@ def _existing(config: RunConfig, folder: Path, place: Place | None, restart: boo
         return None
     run = Run(folder, config.trust_remote_code, place=place).as_it_is()
     before = _settled(run.config)
-    if before == config and run.status == "done" and (changed := _changed_inputs(run)):
-        raise UserError(
-            f"{display_path(folder)} holds a run of the same settings, but {changed} since: give this run another "
-            "--name, or replace the old one with --overwrite"
-        )
+    if str(user_path(config.data).absolute()) == before.data:  # a relative path to data that is gone by now
+        config = replace(config, data=before.data)
     if before != config:
         if run.status == "done" or something_to_lose(folder):
             raise UserError(
@@ -120,29 +117,27 @@ def _existing(config: RunConfig, folder: Path, place: Place | None, restart: boo
                 "--overwrite"
             )
         return None
-    if run.status == "done":
+    is_done = run.status == "done"
+    checkpoint = None
+    if not is_done:
+        checkpoint = latest_resumable(run) if restart else resume_point(run)
+        if checkpoint is None:
+            return None
+    # Even with `restart`: that is for runs that cannot be resumed, and this one holds weights.
+    if changed := changed_inputs(run):
+        raise UserError(
+            f"{display_path(folder)} holds {'a' if is_done else 'an interrupted'} run of the same settings, but "
+            f"{changed} since: {'' if is_done else 'put the old one back to resume, '}give this run another --name, "
+            "or replace the old one with --overwrite"
+        )
+    if checkpoint is None:
         _mention_other_code(run, say)
         return run
-    checkpoint = latest_resumable(run) if restart else resume_point(run)
-    if checkpoint is None:
-        return None
     require_own_files(run)
     _mention_other_code(run, say)
     say(f"{config.name} was interrupted: it resumes from {checkpoint.name}")
     write_commands(run, folder, place)
     return run
-
-
-def _changed_inputs(run: Run) -> str:
-    """Say which input of a finished run has changed, or ""; inputs that are gone are not compared."""
-    with suppress(UserError):
-        model = download.find_model(run.config.model, lambda text: None).path
-        source = download.find_data(run.config.data, lambda text: None).path
-        if model_files(model, Digests()) != run.model_files:
-            return f"the model {model} has changed"
-        if not made_from(run.folder, describe_rows(run.config, source, model, Digests())):
-            return f"the data {source} has changed"
-    return ""
 
 
 def _mention_other_code(run: Run, say: Say) -> None:

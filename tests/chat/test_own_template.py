@@ -580,6 +580,31 @@ def test_a_template_that_loops_is_stopped(tiny_model, tmp_path, monkeypatch):
         HuggingFaceTokenizer(save(loop + CHATML, tiny_model, tmp_path / "model"), "own")
 
 
+@pytest.mark.attack("12")
+@pytest.mark.parametrize(
+    ("operation", "said"),
+    [
+        ("{% set x = (9**9)**(9**8) %}", r"it uses \*\*"),
+        ("{% generation %}{% set x = 9**9**9 %}{% endgeneration %}", r"it uses \*\*"),
+        ("{% set n = namespace(x=9) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}", "it multiplies"),
+        ("{{ 10001 * messages }}", "it multiplies"),
+        ("{{ 1.5 | round(999999999, 'ceil') }}", "it rounds"),
+        ("{{ 1.5 | round(messages, 'ceil') }}", "it rounds"),
+        ("{{ [1.5] | map('round', precision=999999999, method='ceil') | list }}", "it rounds"),
+        ("{{ 1.5 | round(*[999999999, 'ceil']) }}", "it rounds"),
+    ],
+)
+def test_a_template_with_an_operation_that_cannot_be_interrupted_is_refused(tiny_model, tmp_path, operation, said):
+    with pytest.raises(UserError, match=f"the template is not rendered, because {said}"):
+        HuggingFaceTokenizer(save(operation + CHATML, tiny_model, tmp_path / "model"), "own")
+
+
+def test_a_template_may_multiply_and_round(tiny_model, tmp_path):
+    source = "{% macro f(a) %}{{ '-' * a }}{% endmacro %}{{ f(2) }}{{ 2 * f(1) | length * 3 }}{{ 1.5 | round(1) }}"
+    tokenizer = HuggingFaceTokenizer(save(source + CHATML, tiny_model, tmp_path / "model"), "own")
+    assert template_for(tokenizer).render([Message("user", "x")]).startswith("--61.5")
+
+
 def test_another_template_than_the_model_s_own_is_mentioned(tiny_model, tmp_path):
     folder = save(CHATML, tiny_model, tmp_path / "model")
     assert "has a chat template of its own, and v1 is used instead: --template own" in other_template(

@@ -772,7 +772,12 @@ def saved(tmp_path):
 
 def test_conversations_saved_to_disk_are_read(saved):
     assert ids_in(saved / "train")[0] == [f"r{i}" for i in range(9)]
-    assert len(ids_in(saved)[0]) == 11
+    ids, ledger = ids_in(saved)
+    assert len(ids) == 11
+    assert ledger.notes == [
+        "all splits of the saved data set are read (train, test): give the folder of one to read only that"
+    ]
+    assert ids_in(saved / "train")[1].notes == []
     (saved / "dataset_dict.json").unlink()  # a folder of such folders, as in the hub's cache
     assert len(ids_in(saved)[0]) == 11
 

@@ -100,6 +100,52 @@ def test_copies_of_several_parts_stay_with_their_conversation(name, copies, part
     assert {c.id[:7] for c in train if c.id in ids}.isdisjoint(c.id[:7] for c in test)
 
 
+def copied(sizes):
+    """Ids that are repeated, as `read` numbers them."""
+    return [f"{name}#{copy}".removesuffix("#1") for name, size in sizes.items() for copy in range(1, size + 1)]
+
+
+UUIDS = [f"3f2b8c1e-77aa-4d0b-9c5e-{i:012x}" for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict.fromkeys(UUIDS[:8], 11),
+        dict.fromkeys(UUIDS[:8], 40),
+        dict.fromkeys([str(i) for i in range(40)], 25),
+        {f"conv-{i}": 5 + i for i in range(30)},
+        {"unknown": 200} | {f"row-{i}": 1 for i in range(800)},
+    ],
+    ids=["8 x 11", "8 x 40", "40 x 25", "5 to 34", "200 + 800"],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_with_one_id_stay_on_one_side(sizes, seed):
+    ledger = Ledger()
+    sides = split(made(copied(sizes)), seed=seed, ledger=ledger)
+    train, test = ({c.id.partition("#")[0] for c in side} for side in sides)
+    assert train.isdisjoint(test)
+    assert ledger.notes == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"x": 199}, "1 id has rows on both sides of the split (x), because"),
+        ({"alpaca": 1000, "dolly": 500, "lima": 100}, "2 ids have rows on both sides of the split (alpaca, dolly)"),
+        ({"x\n": 900} | {f"row-{i}": 1 for i in range(100)}, "1 id has rows on both sides"),
+        (dict.fromkeys(UUIDS[:5], 40), f"5 ids have rows on both sides of the split ({UUIDS[0]}, "),
+    ],
+    ids=["one", "sources", "default", "large"],
+)
+def test_an_id_that_most_rows_have_is_a_label_and_that_is_said(sizes, says):
+    ledger = Ledger()
+    train, test = split(made(copied(sizes)), ledger=ledger)
+    assert len(test) == round(0.1 * (len(train) + len(test)))
+    (note,) = ledger.notes
+    assert says in note and "\n" not in note
+
+
 NAMES = ["example", "medical", "finance", "message", "Chapter", "PROBLEM", "history", "topic12", "batch1a", "science"]
 
 
@@ -113,7 +159,6 @@ NAMES = ["example", "medical", "finance", "message", "Chapter", "PROBLEM", "hist
         [f"message_{i}" for i in range(30)],
         [f"topic{k:02d}_{i}" for k in range(10) for i in range(100)],
         [f"issue#{i}" for i in range(50)],
-        ["x", *(f"x#{i}" for i in range(2, 200))],  # every row has the same id, as `read` numbers it
         [f"example_{i}" for i in range(100)] + [f"Qq{i:02d}wE{i % 9}_0" for i in range(100)],
     ],
     ids=lambda ids: f"{ids[0]} … {ids[-1]}",

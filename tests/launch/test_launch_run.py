@@ -394,6 +394,57 @@ def test_a_finished_run_of_inputs_that_changed_is_not_the_run_asked_for(config, 
 
 
 @pytest.mark.attack("9")
+@pytest.mark.parametrize("what", ["data", "model"])
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_interrupted_run_of_inputs_that_changed_is_not_resumed(
+    config, tiny_model, small_data, tmp_path, what, restart
+):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    data = shutil.copy(small_data, tmp_path / "rows.json")
+    settings = config("vanilla", model=str(model), data=str(data), resumable=True)
+    said = []
+    run = prepare(settings, say=said.append)
+    rows = (run.folder / "data" / "train.arrow").read_bytes()
+    changed = data if what == "data" else model / "generation_config.json"
+    before = changed.read_text()
+
+    if not restart:  # a run without a checkpoint is prepared anew
+        changed.write_text(before.replace("1", "2") + "\n")
+        run = prepare(settings, say=said.append)
+        assert ((run.folder / "data" / "train.arrow").read_bytes() == rows) == (what == "model")
+        changed.write_text(before)
+        run = prepare(settings, say=said.append)
+
+    (run.folder / "checkpoint-2").mkdir()
+    (run.folder / "checkpoint-2" / "manifest.json").write_text('{"resumable": true}')
+    changed.write_text(before + "\n")
+    sentence = (
+        f"holds an interrupted run of the same settings, but the {what} .* has changed since: put the old one back"
+    )
+    with pytest.raises(UserError, match=sentence):
+        prepare(settings, restart=restart, say=said.append)
+    assert (run.folder / "checkpoint-2" / "manifest.json").exists()
+    changed.write_text(before)
+    prepare(settings, restart=restart, say=said.append)
+    assert said.pop() == "vanilla was interrupted: it resumes from checkpoint-2"
+
+
+@pytest.mark.attack("9")
+@pytest.mark.parametrize("folder", ["", "a", "a/b"])
+def test_an_interrupted_run_resumes_without_its_data(config, small_data, tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = shutil.copytree(small_data.parent, tmp_path / folder / "rows") / small_data.name
+    data = data.relative_to(tmp_path) if folder else data
+    said = []
+    run = prepare(config("vanilla", data=str(data), resumable=True), say=said.append)
+    (run.folder / "checkpoint-2").mkdir()
+    (run.folder / "checkpoint-2" / "manifest.json").write_text('{"resumable": true}')
+    data.unlink()
+    prepare(config("vanilla", data=str(data), resumable=True), say=said.append)
+    assert said.pop() == "vanilla was interrupted: it resumes from checkpoint-2"
+
+
+@pytest.mark.attack("9")
 def test_a_damaged_checkpoint_is_no_model_to_start_from(config, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "checkpoint-4")
     write_manifest(model)
