@@ -23,7 +23,7 @@ TOKENS_AT_ONCE = 4096  # per batch when computing a loss
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated reply; `stopped` if the model ended it with EOS."""
+    """One generated reply; `stopped` if the model ended it with a stop token."""
 
     text: str
     stopped: bool
@@ -43,7 +43,7 @@ def generate(
     replies = generate_batched(
         model,
         prompts,
-        eos_id=tokenizer.eos_id,
+        stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

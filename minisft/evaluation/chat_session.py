@@ -53,7 +53,7 @@ class ChatSession:
             del self.messages[:2]
         answer_ids: list[int] = []
         shown = ""
-        for token in generate_stream(self.model, ids, eos_id=self.tokenizer.eos_id, max_new_tokens=max_new_tokens):
+        for token in generate_stream(self.model, ids, stop_ids=self.tokenizer.stop_ids, max_new_tokens=max_new_tokens):
             answer_ids.append(token)
             answer = self.tokenizer.decode(answer_ids).lstrip()
             if not answer.endswith(REPLACEMENT):
