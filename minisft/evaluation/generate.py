@@ -43,10 +43,10 @@ def generate_batched(
 ) -> Iterator[Reply]:
     """Generate at most `max_new_tokens` tokens after each of `prompts` by greedy decoding.
 
-    Any of `stop_ids` ends a reply. Yields each prompt's reply once, as soon as it is complete. Penalties and sampling settings of a
-    `generation_config` are ignored. An answer ends at the model's last position. Models whose cache
-    is not plain keys and values, or whose positions depend on the longest row, answer one prompt at
-    a time with transformers' own `generate`.
+    Any of `stop_ids` ends a reply. Yields each prompt's reply once, as soon as it is complete.
+    Penalties and sampling settings of a `generation_config` are ignored. An answer ends at the
+    model's last position. Models whose cache is not plain keys and values, or whose positions
+    depend on the longest row, answer one prompt at a time with transformers' own `generate`.
     """
     limits = [_token_limit(model, prompt, max_new_tokens) for prompt in prompts]
     if not _supports_batches(model):
