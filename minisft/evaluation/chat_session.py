@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from minisft.data.conversations import Conversation, Message
 from minisft.errors import UserError
 from minisft.evaluation.answers import load_to_answer
+from minisft.evaluation.chat_reply import reply_message
 from minisft.evaluation.eval_set import load_template, prompt_ids
 from minisft.evaluation.generate import generate_stream
 from minisft.launch.notebook_view import in_notebook
@@ -59,9 +60,10 @@ class ChatSession:
             if not answer.endswith(REPLACEMENT):
                 yield answer[len(shown) :]
                 shown = answer
-        if (answer := self.tokenizer.decode(answer_ids).lstrip()) != shown:
+        reply = self.tokenizer.decode(answer_ids)
+        if (answer := reply.lstrip()) != shown:
             yield answer[len(shown) :]
-        self.messages.append(Message("assistant", answer.strip()))
+        self.messages.append(reply_message(reply, answer_ids, self.messages, self.template, self.tokenizer))
 
     def prompt(self) -> list[int]:
         """Return the ids of the conversation so far, up to where the next answer begins."""

@@ -8,14 +8,16 @@ import pytest
 import torch
 from conftest import write_manifest
 
+from minisft.data.conversations import Conversation, Message, one_per_answer
 from minisft.errors import UserError
-from minisft.evaluation import answers
+from minisft.evaluation import answers, chat_session
 from minisft.evaluation.answers import Answer, ask, loss_of_rows
-from minisft.evaluation.eval_set import NOTHING_TRAINED, EvalSettings, load_template, make_eval_set
+from minisft.evaluation.chat_session import open_sessions
+from minisft.evaluation.eval_set import NOTHING_TRAINED, EvalSettings, load_template, make_eval_set, prompt_ids
 from minisft.evaluation.evaluate_checkpoints import evaluate_runs
 from minisft.evaluation.generate import Reply
 from minisft.files import read_json
-from minisft.labels.encode_row import IGNORE_INDEX, Row
+from minisft.labels.encode_row import IGNORE_INDEX, Row, encode
 from minisft.launch.launch_run import prepare
 from minisft.run.config import RunConfig
 
@@ -224,3 +226,74 @@ def test_of_all_answers_those_that_the_template_refuses_are_left_out(prepared, o
     assert evaluate_runs([run], every, say=quiet) == []
     told = read_json(own_outputs / "evaluation" / "vanilla" / "summary.json")["refused"]
     assert f"refuses {len(eval_set.refused)} test conversations or answers in them" in told
+
+
+# --- chat ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def talking(prepared, monkeypatch):
+    """Makes a chat whose model gives the replies that are in a list, as ids."""
+
+    def make(kind):
+        run = prepared(kind, [[("rain", "sat on", "")]] * 12)
+        (session,) = open_sessions(run).values()
+        replies = []
+        monkeypatch.setattr(chat_session, "generate_stream", lambda *a, **k: iter(replies.pop(0)))
+        return session, replies
+
+    return make
+
+
+EXCHANGES = [
+    ("chatml", "", "the cat sat"),
+    ("chatml", "", " the cat\n"),
+    ("gpt-oss", "", "the cat sat"),
+    ("gpt-oss", "", ""),
+    ("qwen", "", "the cat sat"),
+    ("qwen", THOUGHT, "the cat sat"),
+    ("qwen", "red\n\nold <think> stone", "the </think> cat"),
+    ("opened", "", "the cat sat"),
+    ("opened", THOUGHT, "the cat sat"),
+    ("deepseek", "", "the cat sat"),
+]
+
+
+@pytest.mark.parametrize(("kind", "reasoning", "content"), EXCHANGES)
+def test_a_reply_as_in_training_gives_the_next_prompt_of_training(talking, kind, reasoning, content):
+    session, replies = talking(kind)
+    for question in ("c0ntent th0ught <|im_end|>", "and the rain"):  # what stands for a content may be in a question
+        asked = (*session.messages, Message("user", question), Message("assistant", content, reasoning=reasoning))
+        (*_, trained) = one_per_answer(Conversation("talk", asked))
+        row = encode(trained, session.template, session.tokenizer, 999)
+        ids = [label for label in row.labels if label != IGNORE_INDEX]
+        assert ids[-1] in session.tokenizer.stop_ids
+        replies.append(ids[:-1])
+        shown = "".join(session.say(question))
+        assert shown == session.tokenizer.decode(ids[:-1]).lstrip(), "all that the model wrote is seen"
+        assert session.messages == list(asked)
+    session.messages.append(Message("user", "old"))
+    whole = Conversation("talk", (*asked, Message("user", "old"), Message("assistant", "")))
+    assert session.prompt() == prompt_ids(whole, session.template, session.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reply", "content", "reasoning"),
+    [
+        ("qwen", "<think>red rain</think> the cat", "the cat", "red rain"),  # other white space
+        ("qwen", "\n<think>\n</think>\nthe cat\n", "the cat", ""),
+        ("opened", "red rain </think>the cat", "the cat", "red rain"),
+        ("qwen", "<think>\nred rain", "<think>\nred rain", ""),  # cut off
+        ("qwen", " the cat", "the cat", ""),  # not as the template writes
+        ("deepseek", "red\n</think>\n\nthe cat", "red\n</think>\n\nthe cat", ""),  # the template removes it itself
+        ("chatml", "<think>\nred\n</think>\n\nthe cat", "<think>\nred\n</think>\n\nthe cat", ""),
+        ("gpt-oss", "final the cat ", "final the cat", ""),
+    ],
+)
+def test_other_replies_are_split_where_the_template_gives_them_back_and_else_kept(
+    talking, kind, reply, content, reasoning
+):
+    session, replies = talking(kind)
+    replies.append(session.tokenizer.encode(reply))
+    list(session.say("rain"))
+    assert session.messages[1] == Message("assistant", content, reasoning=reasoning)
