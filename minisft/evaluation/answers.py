@@ -11,6 +11,7 @@ from typing import Any
 from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.data.conversations import Conversation, Message
+from minisft.errors import UserError
 from minisft.evaluation.eval_set import UNLIMITED, load_template, prompt_ids
 from minisft.evaluation.generate import attending, generate_batched
 from minisft.labels.encode_row import Row, encode
@@ -23,7 +24,7 @@ TOKENS_AT_ONCE = 4096  # per batch when computing a loss
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated reply; `stopped` if the model ended it with EOS."""
+    """One generated reply; `stopped` if the model ended it with a stop token."""
 
     text: str
     stopped: bool
@@ -43,7 +44,7 @@ def generate(
     replies = generate_batched(
         model,
         prompts,
-        eos_id=tokenizer.eos_id,
+        stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -62,13 +63,18 @@ def answer_loss(
 def loss_of_rows(model: Any, rows: Sequence[Row], pad_id: int) -> tuple[float, int]:
     """Compute the loss of encoded rows.
 
-    Returns (mean over the trained tokens of all rows, in nats; number of these tokens).
+    Returns (mean over the trained tokens of all rows, in nats; number of these tokens). Raises
+    `UserError` if no token is trained: a mean over nothing would be a false 0.
     """
     import torch
 
     from minisft.model.loss import summed_loss, trained_positions
     from minisft.model.packed_attention import PER_DOCUMENT, supports_padding_free
 
+    if not any(row.trained for row in rows):
+        raise UserError(
+            "no token of these answers is trained, so they have no loss: use other rows or another template"
+        )
     # Sorted by length, so that a padded batch contains little padding.
     rows = sorted(rows, key=lambda row: len(row.input_ids))
     padding_free = supports_padding_free(model)
@@ -83,7 +89,7 @@ def loss_of_rows(model: Any, rows: Sequence[Row], pad_id: int) -> tuple[float, i
                 batch["use_cache"] = False
                 total += float(summed_loss(model, batch, positions, targets, None, padding_free))
             count += len(targets)
-    return total / max(1, count), count
+    return total / count, count
 
 
 def ask(folder: Path, questions: Sequence[str], max_new_tokens: int = 40, template: str = "v1") -> list[Answer]:

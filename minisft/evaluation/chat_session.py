@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from minisft.data.conversations import Conversation, Message
 from minisft.errors import UserError
 from minisft.evaluation.answers import load_to_answer
+from minisft.evaluation.chat_reply import reply_message
 from minisft.evaluation.eval_set import load_template, prompt_ids
 from minisft.evaluation.generate import generate_stream
 from minisft.launch.notebook_view import in_notebook
@@ -53,15 +54,16 @@ class ChatSession:
             del self.messages[:2]
         answer_ids: list[int] = []
         shown = ""
-        for token in generate_stream(self.model, ids, eos_id=self.tokenizer.eos_id, max_new_tokens=max_new_tokens):
+        for token in generate_stream(self.model, ids, stop_ids=self.tokenizer.stop_ids, max_new_tokens=max_new_tokens):
             answer_ids.append(token)
             answer = self.tokenizer.decode(answer_ids).lstrip()
             if not answer.endswith(REPLACEMENT):
                 yield answer[len(shown) :]
                 shown = answer
-        if (answer := self.tokenizer.decode(answer_ids).lstrip()) != shown:
+        reply = self.tokenizer.decode(answer_ids)
+        if (answer := reply.lstrip()) != shown:
             yield answer[len(shown) :]
-        self.messages.append(Message("assistant", answer.strip()))
+        self.messages.append(reply_message(reply, answer_ids, self.messages, self.template, self.tokenizer))
 
     def prompt(self) -> list[int]:
         """Return the ids of the conversation so far, up to where the next answer begins."""

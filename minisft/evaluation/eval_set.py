@@ -21,8 +21,9 @@ from minisft.data.ledger import Ledger
 from minisft.data.read_files import read
 from minisft.errors import UserError
 from minisft.evaluation.contamination import Beginning, Overlap, Prompt, Words, find_overlaps, trained_texts, words_of
+from minisft.evaluation.generate import before_stop
 from minisft.files import read_json
-from minisft.labels.encode_row import Row, encode, encode_segments
+from minisft.labels.encode_row import IGNORE_INDEX, Row, encode, encode_segments
 from minisft.run.folder import Run
 from minisft.text import one_line
 from minisft.training.dataset import TEST, TRAIN, load_rows
@@ -32,6 +33,7 @@ LEAKS = "leaks.json"  # in the cache folder: which questions leaked, by question
 MOST_LEAKS = 50
 UNLIMITED = 1 << 30  # tokens: no truncation
 MARK = "m4rk"  # stands for every message where only the template's own text is wanted
+NOTHING_TRAINED = "the template leaves nothing of this answer to train"
 LONGER = 3  # exchanges by which a trained conversation may be longer; some templates write other text then
 
 
@@ -68,16 +70,18 @@ class EvalSet:
     """What checkpoints answer: conversations, and one question for each scored answer in them.
 
     `prompts` are the ids before the answers, and `rows` the questions with their answers; they are
-    made once, because a template may print the date. `leaks` are the questions, by id, that were in
-    the training data, out of the `seen` questions that were compared with it (more than
-    `questions`, if leaked conversations were replaced). `refused` are the test conversations that
-    the chat template refused, with the reason, by id.
+    made once, because a template may print the date. `references` are the texts that the replies are
+    compared with. `leaks` are the questions, by id, that were in the training data, out of the
+    `seen` questions that were compared with it (more than `questions`, if leaked conversations were
+    replaced). `refused` are the test conversations, and the questions in other ones, that the chat
+    template refused, with the reason, by id.
     """
 
     conversations: list[Conversation]
     questions: list[Conversation]
     prompts: list[list[int]]
     rows: list[Row]
+    references: list[str]
     leaks: Mapping[str, Overlap]
     seen: int
     refused: Mapping[str, str]
@@ -103,48 +107,74 @@ def make_eval_set(run: Run, settings: EvalSettings, digests: Digests | None = No
     if not file.exists() or file.stat().st_size == 0:
         raise UserError(f"{run.name} has no test conversations: train it on data with at least two conversations")
     refused: dict[str, str] = {}
-    candidates = _fitting(run, file, refused)
-    chosen: list[Conversation] = []
+    candidates = _candidates(run, file, settings.answers, refused)
+    chosen: list[tuple[Conversation, list[_Question]]] = []
     leaks: dict[str, Overlap] = {}
     seen = 0
     while more := list(itertools.islice(candidates, settings.rows - len(chosen))):
-        questions = {c.id: questions_of(c, settings.answers) for c in more}
-        seen += sum(map(len, questions.values()))
-        by_id = {q.id: q for own in questions.values() for q in own}
+        by_id = {q.asked.id: q.asked for _, questions in more for q in questions}
+        seen += len(by_id)
         new_leaks = _leaks(run, by_id, digests or Digests())
         leaks |= new_leaks
         chosen += [
-            c for c in more if not settings.exclude_leaked or not new_leaks.keys() & {q.id for q in questions[c.id]}
+            (conversation, questions)
+            for conversation, questions in more
+            if not settings.exclude_leaked or not new_leaks.keys() & {q.asked.id for q in questions}
         ]
     if not chosen and seen:
         raise UserError(f"every test conversation of {run.name} leaked: use more data, or do not exclude leaked ones")
     if not chosen:
-        raise UserError(_none_fits(run, refused))
-    tokenizer, template = load_template(run.model_folder, run.config.template)
-    scored = [q for c in chosen for q in questions_of(c, settings.answers)]
-    prompts = [prompt_ids(question, template, tokenizer) for question in scored]
-    rows = [encode(question, template, tokenizer, UNLIMITED) for question in scored]
-    return EvalSet(chosen, scored, prompts, rows, leaks, seen, refused)
+        raise UserError(_none_fits(run, refused, settings.answers))
+    scored = [question for _, questions in chosen for question in questions]
+    return EvalSet(
+        conversations=[conversation for conversation, _ in chosen],
+        questions=[q.asked for q in scored],
+        prompts=[q.prompt for q in scored],
+        rows=[q.row for q in scored],
+        references=[q.reference for q in scored],
+        leaks=leaks,
+        seen=seen,
+        refused=refused,
+    )
 
 
-def _none_fits(run: Run, refused: Mapping[str, str]) -> str:
+def _none_fits(run: Run, refused: Mapping[str, str], answers: str) -> str:
     limit = run.config.max_length
     if refused:
         how = "prepare it again with another --template, or use more data"
-        return f"{run.name}: {refusals(refused)}, and no other fits in {limit} tokens: {how}"
+        return f"{run.name}: {refusals(refused, answers)}, and no other fits in {limit} tokens: {how}"
     return f"no test conversation of {run.name} fits in {limit} tokens: use more data or a larger maximum"
 
 
-def refusals(refused: Mapping[str, str]) -> str:
-    """Say how many conversations, by id, a chat template refused, and why; "" if none."""
+def refusals(refused: Mapping[str, str], answers: str) -> str:
+    """Say how many conversations or questions, by id, a chat template refused, and why; "" if none.
+
+    `answers` is that of `EvalSettings`: with `all`, single answers may be refused.
+    """
     if not refused:
         return ""
     first, reason = next(iter(refused.items()))
-    return f"the chat template refuses {len(refused)} test conversations (first {one_line(first)}: {reason})"
+    what = "test conversations" if answers == "last" else "test conversations or answers in them"
+    return f"the chat template refuses {len(refused)} {what} (first {one_line(first)}: {reason})"
 
 
-def _fitting(run: Run, file: Path, refused: dict[str, str]) -> Iterator[Conversation]:
-    """Yield the test conversations that fit in a row; add those that the template refuses to `refused`."""
+@dataclass(frozen=True)
+class _Question:
+    """A conversation that ends with the answer to score; its prompt and row, and the text to compare with."""
+
+    asked: Conversation
+    prompt: list[int]
+    row: Row
+    reference: str
+
+
+def _candidates(
+    run: Run, file: Path, answers: str, refused: dict[str, str]
+) -> Iterator[tuple[Conversation, list[_Question]]]:
+    """Yield the test conversations that fit in a row, each with its questions.
+
+    Add the conversations and the questions that the template refuses to `refused`.
+    """
     tokenizer, template = load_template(run.model_folder, run.config.template)
     for conversation in read(file, Ledger(), is_clean=True, reads_tools=template.has_tools):
         try:
@@ -152,8 +182,36 @@ def _fitting(run: Run, file: Path, refused: dict[str, str]) -> Iterator[Conversa
         except RefusedConversation as reason:
             refused[conversation.id] = str(reason)
             continue
-        if not row.truncated and questions_of(conversation, "all"):
-            yield conversation
+        if row.truncated:
+            continue
+        questions = []
+        for asked in questions_of(conversation, answers):
+            try:
+                questions.append(_question(asked, template, tokenizer))
+            except RefusedConversation as reason:
+                refused[conversation.id if answers == "last" else asked.id] = str(reason)
+        if questions:
+            yield conversation, questions
+
+
+def _question(asked: Conversation, template: ChatTemplate, tokenizer: HuggingFaceTokenizer) -> _Question:
+    """Encode a question. Raises `RefusedConversation`, also if no token of its answer is trained."""
+    row = encode(asked, template, tokenizer, UNLIMITED)
+    if not row.trained:
+        raise RefusedConversation(NOTHING_TRAINED)
+    return _Question(asked, prompt_ids(asked, template, tokenizer), row, _reference(asked, row, template, tokenizer))
+
+
+def _reference(asked: Conversation, row: Row, template: ChatTemplate, tokenizer: HuggingFaceTokenizer) -> str:
+    """Return the text that a perfect reply has.
+
+    A model's own template may write more than the content, such as a thought: the reference is then
+    all that is trained before the end of the answer, decoded as a reply is.
+    """
+    if template.markers != "own":
+        return asked.messages[-1].content.strip()
+    trained = [label for label in row.labels if label != IGNORE_INDEX]
+    return tokenizer.decode(before_stop(trained, tokenizer.stop_ids)).strip()
 
 
 def questions_of(conversation: Conversation, answers: str) -> list[Conversation]:

@@ -122,8 +122,8 @@ class _Evaluation:
             _save(folder, results[-1])
             self.say(_line(results[-1]))
         _remove_others(folder, {result["step"] for result in results})
-        _write_lines(folder / "references.txt", (q.messages[-1].content for q in eval_set.questions))
-        refused = refusals(eval_set.refused)
+        _write_lines(folder / "references.txt", eval_set.references)
+        refused = refusals(eval_set.refused, self.settings.answers)
         for note in filter(None, (refused, results[0].get("bleu_note") if results else "")):
             self.say(f"{run.name}: {note}")
         write_summary(folder, run, asdict(self.settings), results, unusable, eval_set.leakage(self.settings), refused)
@@ -241,7 +241,7 @@ def evaluate_model(
     questions, label = eval_set.questions, one_line(f"{run.name} {folder.name}")
     answers = _answers(model, eval_set, tokenizer, settings, saved_answers, label)
     loss, trained_tokens = loss_of_rows(model, eval_set.rows, tokenizer.pad_id)
-    references = [q.messages[-1].content.strip() for q in questions]
+    references = eval_set.references
     rows = [
         {"id": q.id, "prompt": _last_user_message(q), "reference": r, "output": a.text, "stopped": a.stopped}
         for q, r, a in zip(questions, references, answers, strict=True)
@@ -300,7 +300,7 @@ def _key(run: Run, model: Path, eval_set: EvalSet, settings: EvalSettings, diges
     for folder in (model, run.model_folder):
         sums += [[file.name, digests.of(file)] for file in small_model_files(folder)]
     device = [run.precision, torch.cuda.get_device_name()] if torch.cuda.is_available() else ["fp32", "cpu"]
-    relevant["tokenizer"] = tokenizer_for([question.messages[-1].content for question in eval_set.questions])
+    relevant["tokenizer"] = tokenizer_for(eval_set.references)
     code = code_digest("data", "chat", "labels", "model", "evaluation")
     return fingerprint([code, sums, questions, rendered, relevant, device])
 

@@ -25,7 +25,7 @@ HELD_AT_ONCE = 32_768  # tokens per batch, with padding and answers; their keys 
 
 @dataclass(frozen=True)
 class Reply:
-    """The generated ids for prompt number `index`, without EOS; `stopped` if EOS ended it."""
+    """The generated ids for prompt number `index`, without the stop token; `stopped` if one ended it."""
 
     index: int
     ids: list[int]
@@ -33,27 +33,38 @@ class Reply:
 
 
 def generate_batched(
-    model: Any, prompts: Sequence[list[int]], *, eos_id: int, pad_id: int, max_new_tokens: int, batch_size: int
+    model: Any,
+    prompts: Sequence[list[int]],
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    max_new_tokens: int,
+    batch_size: int,
 ) -> Iterator[Reply]:
     """Generate at most `max_new_tokens` tokens after each of `prompts` by greedy decoding.
 
-    Yields each prompt's reply once, as soon as it is complete. Penalties and sampling settings of a
-    `generation_config` are ignored. An answer ends at the model's last position. Models whose cache
-    is not plain keys and values, or whose positions depend on the longest row, answer one prompt at
-    a time with transformers' own `generate`.
+    Any of `stop_ids` ends a reply. Yields each prompt's reply once, as soon as it is complete.
+    Penalties and sampling settings of a `generation_config` are ignored. An answer ends at the
+    model's last position. Models whose cache is not plain keys and values, or whose positions
+    depend on the longest row, answer one prompt at a time with transformers' own `generate`.
     """
     limits = [_token_limit(model, prompt, max_new_tokens) for prompt in prompts]
     if not _supports_batches(model):
         for i, prompt in enumerate(prompts):
-            ids = _generated(model, prompt, eos_id, pad_id, limits[i])
-            stopped = eos_id in ids
-            yield Reply(i, ids[: ids.index(eos_id)] if stopped else ids, stopped)
+            ids = _generated(model, prompt, stop_ids, pad_id, limits[i])
+            kept = before_stop(ids, stop_ids)
+            yield Reply(i, kept, len(kept) < len(ids))
         return
     yield from (Reply(i, [], False) for i, limit in enumerate(limits) if limit < 1)
     answerable = [i for i, limit in enumerate(limits) if limit >= 1]
     for batch in _batches([len(prompts[i]) for i in answerable], batch_size, max_new_tokens):
         indices = [answerable[i] for i in batch]
-        yield from _batch(model, indices, [prompts[i] for i in indices], eos_id, pad_id, [limits[i] for i in indices])
+        yield from _batch(model, indices, [prompts[i] for i in indices], stop_ids, pad_id, [limits[i] for i in indices])
+
+
+def before_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """Return the ids before the first of `stop_ids`; all if none of them occurs."""
+    return list(itertools.takewhile(lambda token: token not in stop_ids, ids))
 
 
 def _token_limit(model: Any, prompt: list[int], max_new_tokens: int) -> int:
@@ -75,15 +86,15 @@ def _supports_batches(model: Any) -> bool:
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def _generated(model: Any, prompt: list[int], eos_id: int, pad_id: int, limit: int) -> list[int]:
-    """Return the ids from transformers' own greedy decoding, including EOS."""
+def _generated(model: Any, prompt: list[int], stop_ids: Sequence[int], pad_id: int, limit: int) -> list[int]:
+    """Return the ids from transformers' own greedy decoding, including the stop token."""
     import torch
     from transformers import GenerationConfig
 
     if limit < 1:
         return []
     input_ids = torch.tensor([prompt], device=model.device)
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=eos_id, pad_token_id=pad_id)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=list(stop_ids), pad_token_id=pad_id)
     with torch.inference_mode():
         output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=greedy)
     return output[0, len(prompt) :].tolist()
@@ -101,26 +112,26 @@ def _batches(lengths: Sequence[int], batch_size: int, max_new_tokens: int) -> It
         yield batch
 
 
-def generate_stream(model: Any, prompt: list[int], *, eos_id: int, max_new_tokens: int) -> Iterator[int]:
-    """Yield the ids of one greedy reply as they are generated, without EOS."""
+def generate_stream(model: Any, prompt: list[int], *, stop_ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+    """Yield the ids of one greedy reply as they are generated, up to one of `stop_ids`."""
     limit = _token_limit(model, prompt, max_new_tokens)
     if not _supports_batches(model):  # nothing can be shown before the end
-        yield from (token for token in _generated(model, prompt, eos_id, eos_id, limit) if token != eos_id)
+        yield from before_stop(_generated(model, prompt, stop_ids, stop_ids[0], limit), stop_ids)
         return
-    for step in _steps(model, [prompt], eos_id, limit):
-        if step.tokens[0] == eos_id:
+    for step in _steps(model, [prompt], stop_ids[0], limit):
+        if step.tokens[0] in stop_ids:
             return
         yield step.tokens[0]
 
 
 def _batch(
-    model: Any, indices: list[int], prompts: list[list[int]], eos_id: int, pad_id: int, limits: list[int]
+    model: Any, indices: list[int], prompts: list[list[int]], stop_ids: Sequence[int], pad_id: int, limits: list[int]
 ) -> Iterator[Reply]:
     """Answer one batch; `indices` and `limits` (tokens) belong to `prompts`."""
     replies: list[list[int]] = [[] for _ in prompts]
     for step in _steps(model, prompts, pad_id, max(limits)):
         for row, token in zip(step.rows, step.tokens, strict=True):
-            if token == eos_id:
+            if token in stop_ids:
                 step.end(row)
                 yield Reply(indices[row], replies[row], True)
             else:

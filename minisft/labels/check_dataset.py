@@ -262,7 +262,7 @@ def check_tokenized(
             conversation=conversation,
             truncation=truncation,
         )
-        if source and not any(v.invariant in ("row", "length") for v in violations):
+        if source and not any(v.invariant in ("row", "length", "against") for v in violations):
             violations += _against(name, raw, conversation, template, tokenizer, max_length, truncation)
         names = [*_always(template), *(["max length"] if limited else []), *([*KNOWN, "against"] if source else [])]
         report.add(names, violations)

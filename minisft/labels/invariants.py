@@ -13,7 +13,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
-from minisft.chat.template import ChatTemplate
+from minisft.chat.template import ChatTemplate, RefusedConversation
 from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation, Message
 from minisft.labels.encode_row import IGNORE_INDEX, encode_segments
@@ -202,7 +202,12 @@ def _as_encoded(
     expected: list[int] = []
     mask: list[bool] = []
     ends = []  # the position after each answer
-    for segment in template.segments(conversation):
+    try:
+        segments = list(template.segments(conversation))
+    except RefusedConversation as reason:
+        yield "against", None, f"the template refuses this conversation: {reason}"
+        return
+    for segment in segments:
         ids = encode_segments([segment], tokenizer)
         expected += ids
         mask += [segment.trained] * len(ids)

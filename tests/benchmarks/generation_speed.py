@@ -101,7 +101,7 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
             return generate(list(range(len(prompts))), 1)
         if options.way == "generate":
             return generate(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), options.batch_size)
-        ids = {"eos_id": eos, "pad_id": tokenizer.pad_id}
+        ids = {"stop_ids": [eos], "pad_id": tokenizer.pad_id}
         found = generate_batched(model, prompts, **ids, max_new_tokens=most, batch_size=options.batch_size)
         return {reply.index: reply.ids for reply in found}
 

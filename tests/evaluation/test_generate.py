@@ -59,10 +59,27 @@ def test_batches_answer_as_generate_does_one_by_one(model, batch_size):
     prompts = prompts_of(24)
     found = {
         r.index: (r.ids, r.stopped)
-        for r in generate_batched(model, prompts, eos_id=EOS, pad_id=PAD, max_new_tokens=50, batch_size=batch_size)
+        for r in generate_batched(model, prompts, stop_ids=[EOS], pad_id=PAD, max_new_tokens=50, batch_size=batch_size)
     }
     assert [found[i] for i in range(24)] == [one_at_a_time(model, p, 50) for p in prompts]
     assert {stopped for _, stopped in found.values()} == {True, False}, "both kinds are tried"
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_reply_ends_at_each_of_several_stop_tokens_as_in_transformers(model, monkeypatch, batched):
+    monkeypatch.setattr(generate_module, "_supports_batches", lambda _: batched)
+    prompts = prompts_of(8)
+    alone = {i: one_at_a_time(model, p, 30)[0] for i, p in enumerate(prompts)}
+    other = next(ids for ids in alone.values() if len(ids) > 3)[2]  # a token that some reply has inside
+    found = {
+        r.index: r
+        for r in generate_batched(model, prompts, stop_ids=[EOS, other], pad_id=PAD, max_new_tokens=30, batch_size=8)
+    }
+    for i, ids in alone.items():
+        kept = ids[: ids.index(other)] if other in ids else ids
+        assert found[i].ids == kept
+        assert found[i].stopped == (other in ids or one_at_a_time(model, prompts[i], 30)[1])
+        assert list(generate_stream(model, prompts[i], stop_ids=[EOS, other], max_new_tokens=30)) == kept
 
 
 def test_what_begins_another_prompt_is_read_with_it(model):
@@ -72,12 +89,14 @@ def test_what_begins_another_prompt_is_read_with_it(model):
     tokens = []
     handle = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
     found = {
-        r.index: r.ids for r in generate_batched(model, prompts, eos_id=-1, pad_id=PAD, max_new_tokens=12, batch_size=6)
+        r.index: r.ids
+        for r in generate_batched(model, prompts, stop_ids=[-1], pad_id=PAD, max_new_tokens=12, batch_size=6)
     }
     handle.remove()
     assert tokens[0] == len(long) + 3
     alone = [
-        next(generate_batched(model, [p], eos_id=-1, pad_id=PAD, max_new_tokens=12, batch_size=1)).ids for p in prompts
+        next(generate_batched(model, [p], stop_ids=[-1], pad_id=PAD, max_new_tokens=12, batch_size=1)).ids
+        for p in prompts
     ]
     assert [found[i] for i in range(6)] == alone
 
@@ -87,7 +106,9 @@ def test_in_small_portions_the_answers_are_the_same(model, monkeypatch, name):
     def found():
         return sorted(
             (r.index, r.ids)
-            for r in generate_batched(model, prompts_of(20), eos_id=EOS, pad_id=PAD, max_new_tokens=10, batch_size=20)
+            for r in generate_batched(
+                model, prompts_of(20), stop_ids=[EOS], pad_id=PAD, max_new_tokens=10, batch_size=20
+            )
         )
 
     whole = found()
@@ -97,20 +118,20 @@ def test_in_small_portions_the_answers_are_the_same(model, monkeypatch, name):
 
 def test_the_attention_of_the_model_is_as_before(model):
     before = model.config._attn_implementation
-    list(generate_batched(model, prompts_of(2), eos_id=EOS, pad_id=PAD, max_new_tokens=2, batch_size=2))
+    list(generate_batched(model, prompts_of(2), stop_ids=[EOS], pad_id=PAD, max_new_tokens=2, batch_size=2))
     assert model.config._attn_implementation == before
 
 
 def test_a_stream_says_what_a_batch_says(model):
     for prompt in prompts_of(4):
-        said = list(generate_stream(model, prompt, eos_id=EOS, max_new_tokens=20))
+        said = list(generate_stream(model, prompt, stop_ids=[EOS], max_new_tokens=20))
         assert said == one_at_a_time(model, prompt, 20)[0]
 
 
 def test_a_row_that_ended_is_computed_no_longer(model):
     sizes = []
     handle = model.model.layers[0].register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
-    found = list(generate_batched(model, prompts_of(24), eos_id=EOS, pad_id=PAD, max_new_tokens=50, batch_size=24))
+    found = list(generate_batched(model, prompts_of(24), stop_ids=[EOS], pad_id=PAD, max_new_tokens=50, batch_size=24))
     handle.remove()
     assert sizes[0] == 1, "all prompts are read as one row, and give a token each"
     assert sum(sizes[1:]) == sum(len(r.ids) + r.stopped for r in found) - 24
@@ -152,10 +173,11 @@ def test_other_kinds_of_past_and_position(kind):
     made = tiny(kind).eval()
     prompts = prompts_of(7, seed=4)
     found = {
-        r.index: r.ids for r in generate_batched(made, prompts, eos_id=EOS, pad_id=PAD, max_new_tokens=20, batch_size=4)
+        r.index: r.ids
+        for r in generate_batched(made, prompts, stop_ids=[EOS], pad_id=PAD, max_new_tokens=20, batch_size=4)
     }
     assert [found[i] for i in range(7)] == [one_at_a_time(made, p, 20)[0] for p in prompts]
-    assert list(generate_stream(made, prompts[0], eos_id=EOS, max_new_tokens=20)) == found[0]
+    assert list(generate_stream(made, prompts[0], stop_ids=[EOS], max_new_tokens=20)) == found[0]
 
 
 def test_an_answer_ends_where_the_positions_end():
@@ -165,8 +187,8 @@ def test_an_answer_ends_where_the_positions_end():
     made = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, n_positions=32)).eval()
     prompts = [[1] + [5] * n for n in (9, 24, 31, 40)]
     found = {
-        r.index: r for r in generate_batched(made, prompts, eos_id=-1, pad_id=PAD, max_new_tokens=20, batch_size=4)
+        r.index: r for r in generate_batched(made, prompts, stop_ids=[-1], pad_id=PAD, max_new_tokens=20, batch_size=4)
     }
     assert [len(found[i].ids) for i in range(4)] == [20, 7, 0, 0]
     assert not any(r.stopped for r in found.values())
-    assert len(list(generate_stream(made, prompts[1], eos_id=-1, max_new_tokens=20))) == 7
+    assert len(list(generate_stream(made, prompts[1], stop_ids=[-1], max_new_tokens=20))) == 7

@@ -1,6 +1,7 @@
 """`minisft check`: conversations and tokenized data of every kind of file, exit codes, and bad input."""
 
 import json
+import shutil
 
 import pytest
 from conftest import minisft, sharegpt_row, write_sharegpt
@@ -410,3 +411,27 @@ def test_rows_that_are_dropped_are_said(run, tmp_path, tiny_model):
     assert code == 0 and "1 rows: every invariant holds" in text
     assert "not checked, because dropped: no question with an answer (1)" in err
     assert "row of an unknown shape (1)" in err
+
+
+def test_a_row_of_a_conversation_that_the_template_refuses_is_a_violation(run, tiny_model, tmp_path):
+    """The other rows are checked all the same."""
+    source = (
+        "{% for m in messages %}{% if 'walls' in m['content'] %}{{ raise_exception('no walls') }}{% endif %}"
+        "{{ '<|' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant>' }}{% endif %}"
+    )
+    model = shutil.copytree(tiny_model, tmp_path / "own-model")
+    (model / "chat_template.jinja").write_text(source.replace("walls", "nowhere"))
+    talks = [
+        sharegpt_row(f"row{i}", ("human", question), ("gpt", "sat on"))
+        for i, question in enumerate(["the cat", "old walls", "red rain"])
+    ]
+    data, out = tmp_path / "talks.json", tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(talks))
+    options = ["--tokenizer", model, "--template", "own"]
+    assert run("encode", data, *options, "--out", out)[0] == 0
+    (model / "chat_template.jinja").write_text(source)
+    code, text, printed = run("check", out, *options, "--against", data)
+    assert (code, printed) == (1, "")
+    assert "row row1: the template refuses this conversation: the template refuses it: no walls" in text
+    assert "        3         1  against" in text and "3 rows: NOT all invariants hold" in text
