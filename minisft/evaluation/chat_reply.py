@@ -15,6 +15,7 @@ from minisft.chat.own_template import OwnTemplate
 from minisft.chat.template import ChatTemplate, RefusedConversation
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.data.conversations import Conversation, Message
+from minisft.errors import UserError
 from minisft.evaluation.eval_set import UNLIMITED
 from minisft.labels.encode_row import IGNORE_INDEX, encode
 
@@ -39,7 +40,7 @@ def reply_message(
         return as_it_is
     trained: list[tuple[Message, list[int]]] = []
     for message in _split_up(reply, messages, template):
-        with suppress(RefusedConversation):  # the template changes such an answer
+        with suppress(UserError):  # the template changes such an answer, or it cannot be encoded
             trained.append((message, _trained_ids(message, messages, template, tokenizer)))
     for message, ids in trained:
         if ids[: len(reply_ids)] == list(reply_ids):

@@ -3,10 +3,11 @@
     minisft evaluate zero2
 
 A prompt is built by the code that built the training rows, and ends exactly where an answer began
-in training; only the reply is scored. Results go to `outputs/evaluation/<run>/`: one JSON per
-checkpoint, the answers and references as lines of text, and a summary. Step 0 is the model before
-training. Results are reused while the contents of the weights, the questions and the settings are
-unchanged; each answer is saved as soon as it is complete, so an interrupted evaluation resumes.
+in training; the reply is compared with the text that was trained there. Results go to
+`outputs/evaluation/<run>/`: one JSON per checkpoint, the answers and references as lines of text,
+and a summary. Step 0 is the model before training. Results are reused while the contents of the
+weights, the questions and the settings are unchanged; each answer is saved as soon as it is
+complete, so an interrupted evaluation resumes.
 """
 
 from __future__ import annotations
