@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minisft.chat.template import RefusedConversation
-from minisft.chat.template_limits import endless_operation
+from minisft.chat.template_limits import endless_operation, syntax_tree
 from minisft.data.conversations import Message
 from minisft.data.tools import changed_strings
 from minisft.text import one_line
@@ -246,10 +246,10 @@ def has_one_prompt(source: str) -> bool:
     It is if nothing but top-level `if` blocks mention `add_generation_prompt`, and these mention
     nothing that depends on the messages.
     """
-    from jinja2 import Environment, TemplateError, nodes
+    from jinja2 import TemplateError, nodes
 
     try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(source)
+        tree = syntax_tree(source)
     except (TemplateError, RecursionError):
         return False
     varying = {"messages", "tools", "loop", *(macro.name for macro in tree.find_all(nodes.Macro))}

@@ -23,7 +23,7 @@ def endless_operation(source: str) -> str:
     from jinja2 import TemplateError, nodes
 
     try:
-        tree = _parsed(source)
+        tree = syntax_tree(source)
     except TemplateError:  # transformers refuses it with its own words
         return ""
     except RecursionError:
@@ -50,7 +50,7 @@ def _is_constant(node: Any, most: int) -> bool:
     return isinstance(node, nodes.Const) and (isinstance(node.value, str) or abs(node.value or 0) <= most)
 
 
-def _parsed(source: str) -> Any:
+def syntax_tree(source: str) -> Any:
     """The syntax tree of a template with the tags that transformers knows."""
     from jinja2 import Environment
     from jinja2.ext import Extension

@@ -1,4 +1,4 @@
-"""What a chat template makes of tool calls: whether it shows them, and whether a trained text has all of an answer."""
+"""Whether a chat template has a place for tools."""
 
 from __future__ import annotations
 

@@ -253,9 +253,8 @@ def _tool_part(keys: Keys, name: str, role: str | None, content: Any, found: Rea
         if role != "assistant":
             raise UnusableRow("tool calls of another role than the assistant")
     if role == "assistant" and not is_none(calls):
-        return tools_json(
-            {"tool_calls": tools.calls_of(calls, found.unread)}, found
-        ), "" if name == tools.CALL else content or ""
+        written = tools_json({"tool_calls": tools.calls_of(calls, found.unread)}, found)
+        return written, "" if name == tools.CALL else content or ""
     if role != "tool":
         return "", content
     of = {key: value for key in tools.RESULT if isinstance(value := keys.take((key,)), str)}

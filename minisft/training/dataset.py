@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from minisft.chat.registry import template_for
+from minisft.chat.template import ChatTemplate
 from minisft.chat.tokenizers import Tokenizer
 from minisft.checksums import Digests, code_digest, digest, remember, remembered
 from minisft.data.conversations import Conversation
@@ -54,15 +55,15 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
     that memory does not grow with its size. Raises `UserError` if the source cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    has_tools = template_for(tokenizer, config.template).has_tools
-    split = assign(read(source, ledger, reads_tools=has_tools), config.test_fraction, config.seed, ledger)
+    template = template_for(tokenizer, config.template)
+    split = assign(read(source, ledger, reads_tools=template.has_tools), config.test_fraction, config.seed, ledger)
     for stage in ("train side of the split", "test side of the split", "test", "train"):
         ledger.count(stage, rows=0)  # fixes the order in which the ledger shows them
     with (folder / TEST).open("w", encoding="utf-8") as test:
 
         def train_side() -> Iterator[Conversation]:
             # The first pass has recorded the cleaning.
-            for conversation in read(source, Ledger(), reads_tools=has_tools):
+            for conversation in read(source, Ledger(), reads_tools=template.has_tools):
                 side = split.side(conversation)
                 count_side(side, conversation, ledger)
                 if side == "train":
@@ -71,10 +72,10 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
                     _write_test(test, conversation, config, ledger)
 
         selected = select(train_side(), "train", ledger, config.max_characters, config.max_rows)
-        rows = _encoded(selected, config, tokenizer, ledger)
+        rows = _encoded(selected, config, template, tokenizer, ledger)
         written = write_rows(rows, folder / TRAIN)
     test_ledger = Ledger()
-    write_rows(_test_rows(config, tokenizer, folder / TEST, test_ledger), folder / TEST_ROWS)
+    write_rows(_test_rows(config, template, tokenizer, folder / TEST, test_ledger), folder / TEST_ROWS)
     ledger.dropped |= {f"test loss: {reason}": rows for reason, rows in test_ledger.dropped.items()}
     for note in test_ledger.notes:
         ledger.note(note)
@@ -208,11 +209,15 @@ def _sums(run: Path) -> dict[str, str]:
 
 
 def _encoded(
-    conversations: Iterable[Conversation], config: RunConfig, tokenizer: Tokenizer, ledger: Ledger
+    conversations: Iterable[Conversation],
+    config: RunConfig,
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    ledger: Ledger,
 ) -> Iterator[Row]:
     return encode_stream(
         conversations,
-        template_for(tokenizer, config.template),
+        template,
         tokenizer,
         max_length=config.max_length,
         ledger=ledger,
@@ -221,12 +226,13 @@ def _encoded(
     )
 
 
-def _test_rows(config: RunConfig, tokenizer: Tokenizer, file: Path, ledger: Ledger) -> Iterator[Row]:
+def _test_rows(
+    config: RunConfig, template: ChatTemplate, tokenizer: Tokenizer, file: Path, ledger: Ledger
+) -> Iterator[Row]:
     if not config.eval_rows or not file.stat().st_size:
         return iter(())
-    has_tools = template_for(tokenizer, config.template).has_tools
-    test = read(file, Ledger(), is_clean=True, reads_tools=has_tools)
-    rows = _encoded(test, config, tokenizer, ledger)
+    test = read(file, Ledger(), is_clean=True, reads_tools=template.has_tools)
+    rows = _encoded(test, config, template, tokenizer, ledger)
     return itertools.islice(rows, config.eval_rows)
 
 
