@@ -168,9 +168,24 @@ def notebooks(
     paths: Annotated[list[Path] | None, typer.Argument(help="notebook files; all of the course if not given")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="also update the outputs in the notebooks")] = False,
     timeout: Annotated[float | None, typer.Option(help="time limit for each notebook, in seconds")] = None,
+    edition: Annotated[
+        str | None, typer.Option(help="student or teacher: write that edition of the course instead of executing it")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder of the edition (default: outputs/course/EDITION)")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the notebooks of the edition")] = False,
 ) -> None:
-    """Execute notebooks, and write executed copies and an HTML book to outputs/notebooks."""
-    from minisft.course.notebooks import execute
-    from minisft.run.folder import project_root
+    """Execute notebooks, and write executed copies and an HTML book to outputs/notebooks.
 
-    sys.exit(execute(project_root(), paths, in_place=in_place, timeout=timeout))
+    With --edition, write the notebooks to work through (student) or to teach from (teacher).
+    """
+    from minisft.course.editions import write_edition
+    from minisft.course.notebooks import execute
+    from minisft.run.folder import outputs_root, project_root
+
+    if edition is None:
+        sys.exit(execute(project_root(), paths, in_place=in_place, timeout=timeout))
+    folder = out or outputs_root() / "course" / edition
+    written = write_edition(project_root(), edition, folder, overwrite)
+    say(f"{len(written)} notebooks of the {edition}'s edition: {folder}")

@@ -1,4 +1,4 @@
-"""Notebook-only code: exercises, example bugs, figures, experiments and the notebook runner.
+"""Notebook-only code: predictions, exercises, example bugs, figures, experiments and the runner.
 
 Only the command line imports this subpackage.
 """
@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "bug_museum": ["BUGS", "logits_moved"],
         "buggy_rows": ["right_row", "talk"],
-        "exercises": ["check", "small_model"],
+        "classroom": ["exercise", "predict", "reveal", "review"],
+        "small_model": ["small_model"],
     },
 )

@@ -1,46 +1,180 @@
-"""Helpers for exercises: an answer check that locates the first error, and a tiny model."""
+"""Functions for the learner to write, and checkers that say what is wrong with them.
+
+    exercise("02.labels").check(my_labels)
+    exercise("02.labels").hint()
+    exercise("02.labels").solution()
+
+A checker runs the function on cases made by hand and on random ones, and compares it with the
+package. Where an answer is wrong, it is compared with functions that make the plausible mistakes:
+the one that gives the same answers says what went wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import copy
+import inspect
+import os
+import random
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from minisft.system import skip_accelerator_search
+from minisft.course.shown import Shown
+from minisft.course.values import equal, first_difference, normalized, short
+from minisft.text import one_line
+
+GRADING = "NBGRADER_EXECUTION"  # set by nbgrader: a wrong answer then has to raise
+BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"  # nbgrader removes what is between them
 
 
-def check(answer: Any, expected: Sequence[Any], what: str = "position") -> str:
-    """Compare an exercise's answer, a sequence, with what the package computes.
+@dataclass(frozen=True)
+class Case:
+    """The arguments of one call, the expected result, and how to call the case in a sentence."""
 
-    `what` names one entry of the answer. Returns one sentence to show: not attempted (None), wrong
-    and where, or right.
+    arguments: tuple[Any, ...]
+    expected: Any
+    name: str = ""  # empty for a random case
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A plausible mistake: a function that makes it, and the sentence that a learner needs then."""
+
+    sentence: str
+    answer: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One function to write.
+
+    `cases` draws the cases, those made by hand (with a name) first; their expected results come
+    from the package, from a library, or from paper, never from `answer`, the solution. `explain`
+    may say more about wrong answers than the mistakes do: it receives the failed cases with what
+    was returned, and returns a sentence, or "" to leave it to the mistakes.
     """
-    if answer is None:
-        return "Not attempted yet: replace None and run this cell again."
-    if not isinstance(answer, Sequence) or isinstance(answer, str):
-        return f"Not yet: give a list of {len(expected)} entries, in order, not a {type(answer).__name__}."
-    if len(answer) != len(expected):
-        return f"Not yet: your answer has {len(answer)} entries, and {len(expected)} are expected."
-    for i, (given, right) in enumerate(zip(answer, expected, strict=True)):
-        if given != right:
-            return f"Not yet: look at {what} {i}, where you have {given!r}."
-    return f"Right: all {len(expected)} agree."
+
+    name: str  # number of the notebook and a key: "02.labels"
+    answer: Callable[..., Any]
+    cases: Callable[[random.Random], Iterator[Case]]
+    mistakes: tuple[Mistake, ...]
+    hints: tuple[str, str]
+    minutes: int
+    ask_next: str  # for the teacher: what to ask those who are done
+    tolerance: float = 0.0
+    ordered: bool = True
+    explain: Callable[[list[tuple[Case, Any]]], str] | None = None
+
+    def check(self, function: Callable[..., Any] | None) -> Shown:
+        """Run `function` on all cases; tell not attempted, raised, wrong and right apart.
+
+        Raises `AssertionError` instead where nbgrader grades, unless the answer is right.
+        """
+        shown = self._verdict(function)
+        if os.environ.get(GRADING) and not shown.ok:
+            raise AssertionError(shown.text)
+        return shown
+
+    def hint(self) -> Shown:
+        """Show the first hint, and the second when asked again."""
+        given = _hints_given[self.name] = _hints_given.get(self.name, 0) + 1
+        text = self.hints[min(given, len(self.hints)) - 1]
+        more = "Ask again for the second hint." if given == 1 else f'exercise("{self.name}").solution() shows one.'
+        return Shown(f"{text} {more}")
+
+    def solution(self) -> Any:
+        """Show one way to write it."""
+        from IPython.display import Code
+
+        return Code(self.source(), language="python")
+
+    def source(self) -> str:
+        """The source of the solution."""
+        return textwrap.dedent(inspect.getsource(self.answer))
+
+    def stub(self) -> str:
+        """What the learner starts from: the signature and docstring of the solution."""
+        head, body = _head_and_body(self.answer)
+        return f"{head}    raise NotImplementedError  # your turn\n" if body else head
+
+    def marked_source(self) -> str:
+        """The solution with nbgrader's marks around what the learner writes."""
+        head, body = _head_and_body(self.answer)
+        return f"{head}    {BEGIN}\n{body.rstrip()}\n    {END}\n"
+
+    def all_cases(self) -> list[Case]:
+        return list(self.cases(random.Random(0)))  # noqa: S311
+
+    def _verdict(self, function: Callable[..., Any] | None) -> Shown:
+        if function is None or function is ...:
+            return Shown("Not attempted yet: write the function above, and run this cell again.")
+        if not callable(function):
+            return Shown(f"Give the function itself, without calling it, not {short(function)}.", ok=False)
+        failed: list[tuple[Case, Any]] = []
+        cases = self.all_cases()
+        for case in cases:
+            try:
+                given = normalized(function(*copy.deepcopy(case.arguments)))
+            except NotImplementedError:
+                return Shown("Not attempted yet: replace the line that raises NotImplementedError.")
+            except Exception as error:
+                return Shown(_raised(error, function, case), ok=False)
+            if not self._equal(given, case.expected):
+                failed.append((case, given))
+        if failed:
+            return Shown(self._what_is_wrong(failed), ok=False)
+        by_hand = sum(bool(case.name) for case in cases)
+        return Shown(f"Right: {len(cases)} of {len(cases)} cases agree, {by_hand} of them made by hand.", ok=True)
+
+    def _equal(self, given: Any, expected: Any) -> bool:
+        return equal(given, normalized(expected), self.tolerance, self.ordered)
+
+    def _what_is_wrong(self, failed: list[tuple[Case, Any]]) -> str:
+        case, given = failed[0]
+        if all(value is None for _, value in failed):
+            return f"Not yet: your function returns nothing for {_called(case)}; does it end in `return`?"
+        if self.explain and (sentence := self.explain(failed)):
+            return f"Not yet: {sentence}"
+        for mistake in self.mistakes:
+            if all(self._makes(mistake, case, given) for case, given in failed):
+                return f"Not yet: {mistake.sentence} See {_called(case)}."
+        difference = first_difference(given, normalized(case.expected), self.tolerance)
+        likely = next((m.sentence for m in self.mistakes if self._makes(m, case, given)), "")
+        return f"Not yet: for {_called(case)}, {difference}.{f' {likely}' if likely else ''}"
+
+    def _makes(self, mistake: Mistake, case: Case, given: Any) -> bool:
+        """Whether the mistake gives the same answer to this case."""
+        try:
+            answer = normalized(mistake.answer(*copy.deepcopy(case.arguments)))
+        except Exception:  # a mistaken function may fail where the learner's does not
+            return False
+        return self._equal(answer, given)
 
 
-def small_model(folder: Path, like: Path) -> Path:
-    """Write a model of one narrow layer with random weights and the tokenizer of `like`: many steps
-    per second.
+_hints_given: dict[str, int] = {}
 
-    `folder` and `like` are model folders; returns `folder`.
-    """
-    skip_accelerator_search()  # the model class imports DeepSpeed
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    config = AutoConfig.from_pretrained(like, local_files_only=True, **size, **heads)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(like, local_files_only=True).save_pretrained(folder)
-    return folder
+def _head_and_body(function: Callable[..., Any]) -> tuple[str, str]:
+    """Split the source of a function into its signature with docstring, and its body."""
+    import ast
+
+    source = textwrap.dedent(inspect.getsource(function))
+    statements = ast.parse(source).body[0].body  # type: ignore[attr-defined]
+    has_docstring = isinstance(statements[0], ast.Expr) and isinstance(statements[0].value, ast.Constant)
+    lines = source.splitlines(keepends=True)
+    last = statements[0].end_lineno if has_docstring else statements[0].lineno - 1
+    return "".join(lines[:last]), "".join(lines[last:])
+
+
+def _called(case: Case) -> str:
+    return case.name or f"the random case {one_line(', '.join(map(short, case.arguments)), 300)}"
+
+
+def _raised(error: Exception, function: Callable[..., Any], case: Case) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    written = inspect.unwrap(function).__code__.co_filename if hasattr(function, "__code__") else ""
+    line = next((f.line for f in reversed(frames) if f.filename == written and f.line), "")
+    where = f" in the line `{line}`" if line else ""
+    return f"Your function raised {type(error).__name__}{where}: {one_line(error, 200)}, for {_called(case)}."

@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from minisft.course.classroom import STAND_INS
 from minisft.course.html_page import NO_ALT, index_of, page_of, quiet
 from minisft.course.notebook_cleanup import clean_notebook, neutral_text
 from minisft.errors import UserError
@@ -123,7 +124,7 @@ def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | Non
 
     try:
         source = read_text(path)
-        nb = _parsed(source or "", path)
+        nb = parsed(source or "", path)
         limit = _time_limit(nb, timeout)
     except UserError as error:  # the other notebooks still run
         return NotebookResult(path, False, 0.0, error_tail=f"not a valid notebook: {error}")
@@ -144,7 +145,7 @@ def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | Non
     return NotebookResult(path, not tail, seconds, cell, neutral_text(tail, root), title, page.count(f'alt="{NO_ALT}"'))
 
 
-def _parsed(source: str, path: Path) -> Any:
+def parsed(source: str, path: Path) -> Any:
     """Parse the notebook; a cell without an id gets one from its position, so reruns give small
     diffs.
     """
@@ -191,7 +192,8 @@ async def _execute(nb: Any, folder: Path, limit: float) -> tuple[int | None, str
     )  # silence the cell task of an interrupted notebook
     deadline, mark, children = time.monotonic() + limit, f"{os.getpid()}-{time.time_ns()}", set()
     # An inherited MPLBACKEND would disable inline figures.
-    env = {key: value for key, value in environment().items() if key != "MPLBACKEND"} | {MARK: mark}
+    env = {key: value for key, value in environment().items() if key != "MPLBACKEND"}
+    env |= {MARK: mark, STAND_INS: "1"}
     # With no kernelspec folders to search, the kernel is always this interpreter.
     manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), log=quiet)
     client = NotebookClient(nb, manager, record_timing=False, log=quiet, extra_arguments=["--log-level=ERROR"])
