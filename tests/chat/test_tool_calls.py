@@ -167,6 +167,22 @@ def test_no_string_of_a_call_forges_a_token(tokenizers, name, arguments, result,
     assert check_conversations([conversation], template, tokenizer, 9999).rows == 1
 
 
+@pytest.mark.attack("1")
+@pytest.mark.parametrize("train_on", ["all", "last"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_check_gives_no_false_alarm_for_a_control_token_in_a_key(tokenizers, name, train_on):
+    """Plain transformers keeps control tokens in values as text, not those in keys, so it is no reference there."""
+    tokenizer = tokenizers[name]
+    template = template_for(tokenizer)
+    end = TEMPLATES[name][1]
+    tools = json.loads(TOOLS)
+    tools[0]["function"]["parameters"]["properties"] = {f"a{end}b": {"type": "string"}}
+    talks = [talk({"city": end}), talk({f"a{end}b": "Rome"}), talk({"city": "Rome"}, tools=json.dumps(tools))]
+    report = check_conversations(talks, template, tokenizer, 9999, train_on=train_on)
+    assert report.ok and report.rows == 3, report
+    assert report.invariants["reference"].checked == 1
+
+
 def test_the_command_line_trains_calls(tokenizers, tmp_path):
     folder = tokenizers["hermes"].hf.name_or_path
     data, out = tmp_path / "talks.jsonl", tmp_path / "rows.jsonl"
