@@ -81,12 +81,14 @@ class JinjaTemplate:
     """A template's `source`, and the special tokens that it may use, `variables`.
 
     `control` are the control tokens by content, and `ends` those that may end an answer.
+    `text_arguments`: see `as_chat`.
     """
 
     source: str = ""
     variables: Mapping[str, Any] = field(default_factory=dict)
     control: Mapping[str, ControlToken] = field(default_factory=dict)
     ends: tuple[str, ...] = ()
+    text_arguments: bool = False
 
     def render(self, messages: Sequence[Message], prompt: bool = False, tools: str = "") -> str:
         """The text of messages, with a generation prompt if `prompt`.
@@ -101,7 +103,7 @@ class JinjaTemplate:
         try:
             with _time_limit():
                 rendered: Any = render_jinja_template(
-                    [as_chat(messages)],
+                    [as_chat(messages, self.text_arguments)],
                     chat_template=self.source,
                     add_generation_prompt=prompt,
                     tools=json.loads(tools) if tools else None,
@@ -230,14 +232,21 @@ def cut_at(
     yield from template_text(cursor, len(whole))
 
 
-def as_chat(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Messages as transformers' chat templates read them."""
-    return [
+def as_chat(messages: Iterable[Message], text_arguments: bool = False) -> list[dict[str, Any]]:
+    """Messages as transformers' chat templates read them.
+
+    The arguments of a tool call are an object, or with `text_arguments` its JSON, which is the form
+    that DeepSeek's templates take.
+    """
+    chat = [
         {"role": m.role, "content": m.content}
         | ({"reasoning_content": m.reasoning} if m.reasoning else {})
         | (json.loads(m.tool) if m.tool else {})
         for m in messages
     ]
+    for function in (call["function"] for turn in chat for call in turn.get("tool_calls", ()) if text_arguments):
+        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return chat
 
 
 def has_one_prompt(source: str) -> bool:

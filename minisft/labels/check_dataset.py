@@ -194,7 +194,7 @@ def _prompt_differences(
     """
     answer = next(i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.trained)
     encoded = tokenizer.hf.apply_chat_template(
-        as_chat(conversation.messages[:answer]),
+        as_chat(conversation.messages[:answer], template.text_arguments),
         tools=json.loads(conversation.tools) if conversation.tools else None,
         chat_template=template.jinja(),
         add_generation_prompt=True,

@@ -8,7 +8,7 @@ from conftest import AT_LENGTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.chat.jinja_template import has_one_prompt
+from minisft.chat.jinja_template import as_chat, has_one_prompt
 from minisft.chat.own_template import OwnTemplate
 from minisft.chat.registry import other_template, template_for
 from minisft.chat.template import RefusedConversation
@@ -117,7 +117,7 @@ def tokenizers(tiny_model, tmp_path_factory):
 
 def expected_prompt(tokenizer, messages, tools=None):
     """The prompt of plain transformers; control tokens that a content spells are text there, too, if asked."""
-    chat = [{"role": m.role, "content": m.content} | (json.loads(m.tool) if m.tool else {}) for m in messages]
+    chat = as_chat(messages, template_for(tokenizer).text_arguments)
     encoded = tokenizer.hf.apply_chat_template(
         chat, tools=tools, add_generation_prompt=True, sanitize_control_tokens=True
     )

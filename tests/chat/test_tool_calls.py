@@ -12,7 +12,9 @@ from minisft.chat.registry import template_for
 from minisft.chat.template import RefusedConversation
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.data.conversations import Conversation, Message, one_per_answer
+from minisft.data.ledger import Ledger
 from minisft.labels.check_dataset import check_conversations
+from minisft.labels.encode_dataset import encode_stream
 from minisft.labels.encode_row import encode
 
 END = "<|im_end|>\n"
@@ -49,7 +51,18 @@ XML = (  # as Qwen 3 Coder: each argument between marks, as it is
     "{{ '<' + key + '>\n' + (value if value is string else value | tojson) + '\n' }}{% endfor %}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEMPLATES = {"hermes": (HERMES, "<|im_end|>"), "headers": (HEADERS, "<|eot_id|>"), "xml": (XML, "<|im_end|>")}
+TEXT = (  # as DeepSeek V3: arguments are joined to the text around them, and definitions have no place
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ call['type'] + ' ' + call['function']['name'] + '\n```json\n' + "
+    "call['function']['arguments'] + '\n```' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "hermes": (HERMES, "<|im_end|>"),
+    "headers": (HEADERS, "<|eot_id|>"),
+    "xml": (XML, "<|im_end|>"),
+    "text": (TEXT, "<|im_end|>"),
+}
 TOOLS = json.dumps(
     [
         {
@@ -104,6 +117,8 @@ def test_calls_are_trained_and_results_are_not(tokenizers, name):
     assert "weather" in trained[0] and "Rome" in trained[0] and "21" not in "".join(trained)
     assert "a mat" in trained[1]
     chat = [{"role": m.role, "content": m.content} | (json.loads(m.tool) if m.tool else {}) for m in ROME.messages]
+    if name == "text":
+        chat[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Rome", "days": 2, "hours": [1, true]}'
     whole = tokenizer.hf.apply_chat_template(chat, tools=json.loads(TOOLS))["input_ids"]
     assert row.input_ids == whole
     for part in one_per_answer(ROME):
@@ -118,10 +133,28 @@ def test_a_template_that_shows_no_tools_says_so(tiny_model, tmp_path):
     assert not template_for(tokenizer).has_tools
 
 
-def test_a_template_that_prints_python_objects_shows_no_tools(tiny_model, tmp_path):
-    source = HERMES.replace("call['function']['arguments'] | tojson", "call['function']['arguments'] | string")
+@pytest.mark.parametrize(
+    ("written", "has_tools"),
+    [("call['function']['arguments'] | string", True), ("call['function']['arguments'] | string | upper", False)],
+)
+def test_a_template_that_prints_python_objects_takes_arguments_as_text(tiny_model, tmp_path, written, has_tools):
+    source = HERMES.replace("call['function']['arguments'] | tojson", written)
+    assert source != HERMES
     tokenizer = HuggingFaceTokenizer(save(source, tiny_model, tmp_path / "model"), "own")
-    assert source != HERMES and not template_for(tokenizer).has_tools
+    template = template_for(tokenizer)
+    assert template.has_tools == has_tools
+    if has_tools:
+        row = encode(ROME, template, tokenizer, 9999)
+        assert '"arguments": {"city": "Rome", "days": 2, "hours": [1, true]}' in tokenizer.decode(row.input_ids)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_definitions_that_the_template_leaves_out_are_counted(tokenizers, name):
+    ledger = Ledger()
+    rows = encode_stream([ROME], template_for(tokenizers[name]), tokenizers[name], max_length=9999, ledger=ledger)
+    assert len(list(rows)) == 1
+    reason = "definitions of tools left out: the template own has no place for them"
+    assert list(ledger.repaired) == ([reason] if name == "text" else [])
 
 
 def test_a_call_that_the_template_leaves_out_is_not_trained(tokenizers):
