@@ -30,6 +30,7 @@ from minisft.text import one_line
 
 MOST_SECONDS = 10.0  # for rendering one conversation
 MOST_MEMORY = 512  # MiB for templates and texts, beside Python's own
+OUT_OF_MEMORY = 3  # exit code
 MOST_CHARACTERS = 1 << 25  # of a rendering: 16 times a conversation of `LONGEST_MESSAGE`
 
 
@@ -96,6 +97,8 @@ class _Renderer:
             pass
         if code == -signal.SIGALRM:
             return {"error": f"it takes more than {MOST_SECONDS:g} s"}
+        if code == OUT_OF_MEMORY:
+            return {"error": f"it needs more than {MOST_MEMORY} MiB of memory"}
         return {"error": f"its process ended with exit code {code}"}
 
 
@@ -126,7 +129,7 @@ def main() -> None:
             too_long = f"it writes more than {MOST_CHARACTERS:,} characters"
             reply = {"text": text} if len(text) <= MOST_CHARACTERS else {"error": too_long}
         except MemoryError:
-            reply = {"error": f"it needs more than {MOST_MEMORY} MiB of memory"}
+            os._exit(OUT_OF_MEMORY)  # what it still holds would be missing for the next template
         except Exception as error:  # a template may raise anything
             reply = {"error": str(error)[:1000] or type(error).__name__}
         signal.setitimer(signal.ITIMER_REAL, 0)
