@@ -226,5 +226,13 @@ def test_the_command_line_trains_calls(tokenizers, tmp_path):
     assert minisft("check", data, "--tokenizer", folder, "--template", "own").returncode == 0
     shown = minisft("show", data, "--tokenizer", folder, "--template", "own", "--max-length", 9999).stdout
     assert "both answers end in EOS" in shown and shown.count("target") > 50 and shown.count("prompt") > 200
+    refused = {"id": "r", "messages": [{"role": "user", "content": "x\ufdd2"}, {"role": "assistant", "content": "x"}]}
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(data.read_text() + json.dumps(refused) + "\n")
+    encoded = minisft("encode", mixed, "--tokenizer", folder, "--template", "own", "--out", out).stderr
+    checked = minisft("check", mixed, "--tokenizer", folder, "--template", "own").stderr
+    assert all(
+        "the first conversation that the template own refused: a text has" in said for said in (encoded, checked)
+    )
     done = minisft("encode", data, "--tokenizer", folder, "--out", out)
     assert done.returncode == 2 and "tools that the template cannot show (1)" in done.stderr
