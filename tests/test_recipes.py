@@ -29,12 +29,13 @@ class LinesTemplate:
     opening: tuple[Segment, ...] = (START,)
     difference: str = ""
     has_tools: bool = False
+    text_arguments: bool = False
 
     def marks_and_stops(self, hf):
         return (), (hf.eos_token,)
 
     def leaves_out(self, conversation):
-        return ""
+        return []
 
     def fitted_to(self, tokenizer):
         return self

@@ -10,20 +10,15 @@ import functools
 import itertools
 import json
 import re
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from minisft.chat.render_process import render
 from minisft.chat.template import RefusedConversation
-from minisft.chat.template_limits import endless_operation, syntax_tree
 from minisft.data.conversations import Message
 from minisft.data.tools import changed_strings
-from minisft.text import one_line
 
-MOST_SECONDS = 10.0  # for rendering one conversation
 NO_END = "the template ends an answer without a token at which generation could stop"
 # Around the number of a control token that a content spells, while the template is rendered.
 HIDING = "\ufdd2"  # a noncharacter of Unicode: no text has it
@@ -81,35 +76,27 @@ class JinjaTemplate:
     """A template's `source`, and the special tokens that it may use, `variables`.
 
     `control` are the control tokens by content, and `ends` those that may end an answer.
+    `text_arguments`: see `as_chat`.
     """
 
     source: str = ""
     variables: Mapping[str, Any] = field(default_factory=dict)
     control: Mapping[str, ControlToken] = field(default_factory=dict)
     ends: tuple[str, ...] = ()
+    text_arguments: bool = False
 
     def render(self, messages: Sequence[Message], prompt: bool = False, tools: str = "") -> str:
         """The text of messages, with a generation prompt if `prompt`.
 
-        `tools` are definitions of tools as JSON text. Raises `RefusedConversation` with the
-        template's own words, or for an operation that may not end.
+        `tools` are definitions of tools as JSON text. Raises `RefusedConversation`: see
+        `render_process.render`.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        if operation := endless_operation(self.source):
-            raise RefusedConversation(f"the template is not rendered, because {operation}")
-        try:
-            with _time_limit():
-                rendered: Any = render_jinja_template(
-                    [as_chat(messages)],
-                    chat_template=self.source,
-                    add_generation_prompt=prompt,
-                    tools=json.loads(tools) if tools else None,
-                    **self.variables,
-                )
-        except Exception as error:  # a template may raise anything
-            raise RefusedConversation(f"the template refuses it: {one_line(error, 100)}") from error
-        return rendered[0][0]  # the texts of several chats, and their generation spans
+        request = {
+            "messages": as_chat(messages, self.text_arguments),
+            "tools": json.loads(tools) if tools else None,
+            "add_generation_prompt": prompt,
+        }
+        return render({"source": self.source, "variables": self.variables}, request)
 
     def end_after(self, messages: Sequence[Message], content: str, following: str = "") -> str:
         """The token that ends the answer with this content, before the `following` message's.
@@ -230,14 +217,21 @@ def cut_at(
     yield from template_text(cursor, len(whole))
 
 
-def as_chat(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Messages as transformers' chat templates read them."""
-    return [
+def as_chat(messages: Iterable[Message], text_arguments: bool = False) -> list[dict[str, Any]]:
+    """Messages as transformers' chat templates read them.
+
+    The arguments of a tool call are an object, or with `text_arguments` its JSON, which is the form
+    that DeepSeek's templates take.
+    """
+    chat = [
         {"role": m.role, "content": m.content}
         | ({"reasoning_content": m.reasoning} if m.reasoning else {})
         | (json.loads(m.tool) if m.tool else {})
         for m in messages
     ]
+    for function in (call["function"] for turn in chat for call in turn.get("tool_calls", ()) if text_arguments):
+        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return chat
 
 
 def has_one_prompt(source: str) -> bool:
@@ -259,6 +253,23 @@ def has_one_prompt(source: str) -> bool:
         if "add_generation_prompt" in names and (not isinstance(node, nodes.If) or names & varying):
             return False
     return True
+
+
+def syntax_tree(source: str) -> Any:
+    """The syntax tree of a template with the tags that transformers knows."""
+    from jinja2 import Environment
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        """`{% generation %}`, which marks what an assistant says."""
+
+        tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Environment(extensions=["jinja2.ext.loopcontrols", Generation], autoescape=True).parse(source)
 
 
 def _harmless(text: str) -> str:
@@ -289,25 +300,3 @@ def control_token(token: Any) -> ControlToken:
 def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
     """Matches any of the control tokens, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raise `TimeoutError` in the block after `MOST_SECONDS`; only the main thread can be interrupted.
-
-    One long operation in C is not interrupted either: `endless_operation` refuses those.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def expired(*_: object) -> None:
-        raise TimeoutError(f"it takes more than {MOST_SECONDS:g} s")
-
-    before = signal.signal(signal.SIGALRM, expired)
-    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

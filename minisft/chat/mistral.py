@@ -160,14 +160,15 @@ class MistralTemplate:
         last = segments[-1].turn
         return [s for s in segments if s.turn < last or s.role != "assistant"]
 
-    def leaves_out(self, conversation: Conversation) -> str:
+    def leaves_out(self, conversation: Conversation) -> list[str]:
         """The reasoning of an answer has no place in these templates."""
         if not any(message.reasoning for message in conversation.messages):
-            return ""
-        return f"reasoning left out: the template {self.name} has no place for it"
+            return []
+        return [f"reasoning left out: the template {self.name} has no place for it"]
 
     opening: ClassVar[tuple[Segment, ...]] = ()
     has_tools: ClassVar[bool] = False
+    text_arguments: ClassVar[bool] = False
     difference = "system prompt not where inference puts it"
 
     def same_at_every_turn(self, conversation: Conversation) -> bool:

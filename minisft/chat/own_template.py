@@ -64,6 +64,7 @@ class OwnTemplate(JinjaTemplate):
     markers: str = "own"
     opening: tuple[Segment, ...] = ()
     has_tools: bool = False
+    has_definitions: bool = False  # whether it shows the definitions of tools as well
     _layouts: dict[tuple[str, ...], Layout | None] = field(default_factory=dict, compare=False, repr=False)
     _latest: list[Any] = field(default_factory=list, compare=False, repr=False)  # a conversation and its labels
 
@@ -217,19 +218,21 @@ class OwnTemplate(JinjaTemplate):
         """The answer without the white space around it, which the template may add or strip."""
         return answer.strip()
 
-    def leaves_out(self, conversation: Conversation) -> str:
-        """What of the answers the template does not write, not even at their own turn; "" if nothing.
+    def leaves_out(self, conversation: Conversation) -> list[str]:
+        """What the template does not write of the answers, not even at their own turn, or of the tools.
 
         An answer of which a part is left out is not trained.
         """
-        messages = conversation.messages
+        messages, reasons = conversation.messages, []
+        if conversation.tools and not self.has_definitions:
+            reasons.append(f"definitions of tools left out: the template {self.name} has no place for them")
         if any(m.reasoning for m in messages) and not shows_reasoning(
             messages, self.render(messages, tools=conversation.tools)
         ):
-            return f"reasoning left out: the template {self.name} has no place for it"
-        if self._left_out(conversation):
-            return f"an answer is not trained: the template {self.name} leaves out a part of it"
-        return ""
+            reasons.append(f"reasoning left out: the template {self.name} has no place for it")
+        elif self._left_out(conversation):
+            reasons.append(f"an answer is not trained: the template {self.name} leaves out a part of it")
+        return reasons
 
     def _left_out(self, conversation: Conversation) -> set[int]:
         """The answers to be trained of which the template leaves out a part at their own turn."""
@@ -317,7 +320,17 @@ def template_of(hf: Any) -> OwnTemplate:
         ) from reason
     last = max((i for i, segment in enumerate(prompt) if segment.control), default=len(prompt))
     is_constant = exchange[0].content not in "".join(segment.text or "" for segment in prompt[last:])
-    return replace(template, opening=tuple(prompt[last:] if is_constant else ()), has_tools=shows_tools(template))
+    return _with_tools(replace(template, opening=tuple(prompt[last:] if is_constant else ())))
+
+
+def _with_tools(template: OwnTemplate) -> OwnTemplate:
+    """The template with what it shows of tools, and the form of arguments that it takes."""
+    for text_arguments in (False, True):
+        template = replace(template, text_arguments=text_arguments)
+        calls, definitions = shows_tools(template)
+        if calls:
+            return replace(template, has_tools=True, has_definitions=definitions)
+    return template
 
 
 def _partner(word: str) -> str:

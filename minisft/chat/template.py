@@ -69,7 +69,11 @@ class ChatTemplate(Protocol):
 
     @property
     def has_tools(self) -> bool:
-        """Whether it can show tool calls, their results, and the definitions of tools."""
+        """Whether it can show tool calls and their results."""
+
+    @property
+    def text_arguments(self) -> bool:
+        """Whether `jinja` takes the arguments of a tool call as JSON text, not as an object."""
 
     @property
     def opening(self) -> tuple[Segment, ...]:
@@ -107,8 +111,8 @@ class ChatTemplate(Protocol):
         Raises `RefusedConversation`.
         """
 
-    def leaves_out(self, conversation: Conversation) -> str:
-        """What of the answers has no place in this template, as a reason for the ledger; "" if nothing."""
+    def leaves_out(self, conversation: Conversation) -> list[str]:
+        """What of the answers or tools has no place in this template, as reasons for the ledger."""
 
     @property
     def difference(self) -> str:

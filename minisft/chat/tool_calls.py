@@ -1,4 +1,4 @@
-"""Whether a chat template has a place for tools."""
+"""Whether a chat template has a place for tools, and in which form it takes the arguments of calls."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from minisft.chat.template import RefusedConversation
 from minisft.data.conversations import Message
 
 
-def shows_tools(template: JinjaTemplate) -> bool:
-    """Whether a template writes tool calls, their results, and the definitions of tools."""
+def shows_tools(template: JinjaTemplate) -> tuple[bool, bool]:
+    """Whether a template writes tool calls and their results; whether it writes definitions of tools.
+
+    It depends on `template.text_arguments`: some templates join a call's arguments to a text, which
+    fails for an object, or gives Python's spelling of it.
+    """
     call = {"type": "function", "id": "c4ll00000", "function": {"name": "f1nd", "arguments": {"wh4t": "th1s"}}}
     messages = (
         Message("user", "qu3stion"),
@@ -23,7 +27,8 @@ def shows_tools(template: JinjaTemplate) -> bool:
     try:
         text = template.render(messages, tools=json.dumps(tools))
     except RefusedConversation:
-        return False
-    if "{'wh4t'" in text:  # Python's spelling of an object, which no caller can parse
-        return False
-    return all(word in text for word in ("d3scription", "f1nd", "th1s", "r3sult", "4nswer"))
+        return False, False
+    arguments = '{"wh4t": "th1s"}' if template.text_arguments else "th1s"
+    calls = all(word in text for word in ("f1nd", arguments, "r3sult", "4nswer"))
+    # No caller can parse Python's spelling of an object.
+    return calls and "{'wh4t'" not in text, "d3scription" in text

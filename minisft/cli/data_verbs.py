@@ -189,4 +189,6 @@ def check(
         note(f"not checked, because dropped: {reason} ({rows:,})")
     for what in lost:
         note(f"lost: {what}")
+    for remark in ledger.notes:
+        note(f"note: {remark}")
     sys.exit(0 if report.ok and not lost else 1)

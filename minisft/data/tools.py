@@ -90,6 +90,13 @@ def strings_of(text: str) -> list[str]:
     return found
 
 
+def keys_of(text: str) -> list[str]:
+    """All keys in JSON text; none of the text "" of a turn without tools."""
+    found: list[str] = []
+    json.loads(text or "null", object_pairs_hook=lambda pairs: found.extend(key for key, _ in pairs))
+    return found
+
+
 def changed_strings(text: str, value: Callable[[str], str], key: Callable[[str], str] | None = None) -> str:
     """JSON text with each string replaced by what `value`, or for keys `key` if given, returns for it."""
 

@@ -20,6 +20,7 @@ from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation, one_per_answer, only_last_answer
 from minisft.data.download import Say
 from minisft.data.ledger import FIRST, Ledger
+from minisft.data.tools import keys_of
 from minisft.errors import UserError
 from minisft.labels.encode_dataset import encode_stream, require_max_length, require_train_on
 from minisft.labels.encode_row import IGNORE_INDEX, Row, encode, require_truncation
@@ -139,6 +140,7 @@ def check_conversations(
             # The reference is not truncated, so only its first ids are compared.
             violations += _differences(row, ids, labels, "reference", "mistral-common", tokenizer)
         has_prompt = template.markers == "own" and template.same_at_every_turn(conversation)
+        has_prompt = has_prompt and not _has_control_key(conversation, tokenizer)
         if has_prompt:
             violations += _prompt_differences(row, conversation, template, tokenizer)
         report.add([*names, "reference"] if expected or has_prompt else names, violations)
@@ -172,6 +174,17 @@ def _expected(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[in
         return None
 
 
+def _has_control_key(conversation: Conversation, tokenizer: Any) -> bool:
+    """Whether a key of a tool call or definition spells a control token.
+
+    Plain transformers keeps control tokens in values as text, but not those in keys: its prompt is
+    then no reference.
+    """
+    keys = [key for text in (conversation.tools, *(m.tool for m in conversation.messages)) for key in keys_of(text)]
+    spelt = tokenizer.hf("\n".join(keys), add_special_tokens=False)["input_ids"] if keys else []
+    return not tokenizer.control_ids.isdisjoint(spelt)
+
+
 def _prompt_differences(
     row: Row, conversation: Conversation, template: ChatTemplate, tokenizer: Any
 ) -> Iterator[Violation]:
@@ -181,7 +194,7 @@ def _prompt_differences(
     """
     answer = next(i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.trained)
     encoded = tokenizer.hf.apply_chat_template(
-        as_chat(conversation.messages[:answer]),
+        as_chat(conversation.messages[:answer], template.text_arguments),
         tools=json.loads(conversation.tools) if conversation.tools else None,
         chat_template=template.jinja(),
         add_generation_prompt=True,

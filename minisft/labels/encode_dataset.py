@@ -78,13 +78,13 @@ def _encode(
             try:
                 if not template.same_at_every_turn(conversation):
                     ledger.repair(_other_prompts(template, train_on), conversation.id)
-                if reason := template.leaves_out(conversation):
+                for reason in template.leaves_out(conversation):
                     ledger.repair(reason, conversation.id)
                 drafts.append(Draft(conversation, template, tokenizer, max_length, guess))
-            except RefusedConversation as reason:
+            except RefusedConversation as refusal:
                 ledger.drop(REFUSED, conversation.id)
                 if ledger.dropped[REFUSED].rows == 1:
-                    ledger.note(f"the first conversation that the template {template.name} refused: {reason}")
+                    ledger.note(f"the first conversation that the template {template.name} refused: {refusal}")
         _fill(drafts, tokenizer, markers)
         for draft in drafts:
             row = draft.row(truncation)

@@ -5,8 +5,9 @@
 `minisft.launch.launch_run` starts it in a session of its own, and writes a `Task` in JSON as the
 first line of its standard input; the argument only helps people who look at process lists. The
 supervisor starts the task's commands and watches the ranks (`minisft.training.heartbeat`). It ends
-everything when the commands end, when a rank hangs or dies, when a line arrives on its standard
-input or the input closes, or when its parent is gone.
+everything when the commands end, when all ranks are done but a command does not end, when a rank
+hangs or dies, when a line arrives on its standard input or the input closes, or when its parent is
+gone.
 
 On Linux, processes whose parents die become the supervisor's own children, so none escapes. If the
 supervisor itself is killed, the ranks notice and end, and its guardian (`minisft.launch.guardian`)
@@ -65,7 +66,7 @@ from minisft.training.heartbeat import (
 )
 
 LOOK = 0.25  # seconds between two checks of the launchers
-GRACE = 5.0  # seconds that a launcher has to notice the death of one of its ranks
+GRACE = 5.0  # seconds that a launcher has to notice the end of its ranks, or the death of one
 GONE = "the process that started it is gone"
 
 
@@ -127,9 +128,9 @@ class Supervisor:
         self.blamed: RankStatus | None = None  # the rank that the reason is about
         self.exits: dict[int, int] = {}  # rank by file descriptor; it becomes readable when the process ends
         self.watched: set[int] = set()  # ranks that have had such a descriptor
-        self.over = False  # the run has failed, and a rank has given the reason
+        self.over = False  # all ranks are done, or the run has failed and a rank has given the reason
         self.dead: list[RankStatus] = []  # ranks that ended without reporting it, in the order of their ends
-        self.dead_since = self.failed_at = 0.0
+        self.dead_since = self.failed_at = self.done_since = 0.0
 
     def stop(self, reason: str, blamed: RankStatus | None = None) -> None:
         """End the run soon; only the first reason given counts."""
@@ -156,8 +157,9 @@ class Supervisor:
         if not self.reason:
             self._look_at_ranks()
         own_status.remove()  # ranks on other hosts end when it disappears
+        failed = next((one.returncode for one in launchers if one.returncode), 0)
         end_all(launchers, guardian.pid)
-        code = self._verdict(next((one.returncode for one in launchers if one.returncode), 0))
+        code = self._verdict(failed)
         for command in self.task.commands:
             remove_shared_memory(command.words)
         guardian.dismiss()
@@ -257,6 +259,10 @@ class Supervisor:
                 self._look_at_exit(status.rank)
             elif (silent := self.watch.unchanged(("life", status.rank), status.changed)) > self.task.heartbeat_timeout:
                 self.stop(f"no sign of life for {silent:.0f} s ({status}): it hangs or was stopped", status)
+        if self._all_done(statuses):
+            self.done_since = self.done_since or time.monotonic()
+            self.over = self.over or time.monotonic() - self.done_since > GRACE
+            return
         if self.dead and time.monotonic() - self.dead_since > GRACE:
             if is_explained(self.folder):  # its launcher ended it because another rank failed
                 self.over = True
@@ -271,11 +277,18 @@ class Supervisor:
                 slowest = min(statuses, key=lambda status: (status.step, status.micro_batch))
                 self.stop(f"no rank has moved for {stalled:.0f} s; the slowest rank is at: {slowest}", slowest)
 
+    def _all_done(self, statuses: Sequence[RankStatus]) -> bool:
+        """Whether `DONE` exists and every rank has reported that it is done."""
+        done = [status for status in statuses if status.phase == "done"]
+        return len(done) == self.task.ranks and (self.folder / "DONE").exists()
+
     def _verdict(self, code: int) -> int:
-        """Write `FAILED` unless all is well; a rank's reason wins, unless it only lost another."""
+        """Write `FAILED` unless all is well; a rank's reason wins, unless it only lost another.
+
+        `code` is that of the first launcher that failed by itself, or 0.
+        """
         statuses = read_heartbeats(self.folder)
-        done = [status.rank for status in statuses if status.phase == "done"]
-        if code == 0 and (self.folder / "DONE").exists() and len(done) == self.task.ranks:
+        if code == 0 and self._all_done(statuses):
             return 0
         failure = reported_failure(self.folder)
         # A rank that failed before its first heartbeat left its error in the log only.
@@ -287,7 +300,8 @@ class Supervisor:
         elif not is_explained(self.folder) and self.dead:
             failure = failure_record(self.dead[0], killed_reason(self.folder, self.dead[0], code))
         elif failure is None:
-            done_of = f"{len(done)} of {self.task.ranks} ranks were done"
+            done = sum(status.phase == "done" for status in statuses)
+            done_of = f"{done} of {self.task.ranks} ranks were done"
             failure = failure_record(None, f"the launcher ended with exit code {code}, and {done_of}")
         failure = explain_taken_port(failure)
         with suppress(OSError):

@@ -134,10 +134,14 @@ def compare(conversation: Conversation, tokenizer: HuggingFaceTokenizer, patched
         row = encode(conversation, template, tokenizer, 1 << 30)
     except RefusedConversation as reason:
         return f"refused: {reason}"
-    chat = as_chat(conversation.messages)
+    chat = as_chat(conversation.messages, template.text_arguments)
     tools = json.loads(conversation.tools) if conversation.tools else None
     theirs = tokenizer.hf.apply_chat_template(
-        chat, tools=tools, chat_template=patched, return_assistant_tokens_mask=True, return_dict=True
+        as_chat(conversation.messages),
+        tools=tools,
+        chat_template=patched,
+        return_assistant_tokens_mask=True,
+        return_dict=True,
     )
     # By text: the same text may be cut into tokens in two ways where an answer begins.
     labelled = zip(row.input_ids, row.labels, strict=True)
@@ -160,7 +164,7 @@ def unlike_inference(conversation: Conversation, tokenizer: HuggingFaceTokenizer
     token at which generation stops.
     """
     tools = json.loads(conversation.tools) if conversation.tools else None
-    chat = as_chat(conversation.messages)
+    chat = as_chat(conversation.messages, template_for(tokenizer).text_arguments)
     ends = template_for(tokenizer).ends
     count = 0
     for i in (i for i, message in enumerate(chat) if message["role"] == "assistant"):

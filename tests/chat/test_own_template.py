@@ -1,6 +1,10 @@
 """A model's own template: ids and masks are what plain transformers makes of every prompt, or the row is refused."""
 
 import json
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,7 @@ from conftest import AT_LENGTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.chat.jinja_template import has_one_prompt
+from minisft.chat.jinja_template import as_chat, has_one_prompt
 from minisft.chat.own_template import OwnTemplate
 from minisft.chat.registry import other_template, template_for
 from minisft.chat.template import RefusedConversation
@@ -117,7 +121,7 @@ def tokenizers(tiny_model, tmp_path_factory):
 
 def expected_prompt(tokenizer, messages, tools=None):
     """The prompt of plain transformers; control tokens that a content spells are text there, too, if asked."""
-    chat = [{"role": m.role, "content": m.content} | (json.loads(m.tool) if m.tool else {}) for m in messages]
+    chat = as_chat(messages, template_for(tokenizer).text_arguments)
     encoded = tokenizer.hf.apply_chat_template(
         chat, tools=tools, add_generation_prompt=True, sanitize_control_tokens=True
     )
@@ -572,37 +576,74 @@ def test_the_end_of_a_turn_is_found_without_a_generation_config(tiny_model, tmp_
     assert template_for(tokenizer).stops == ("<|end|>", "</s>")
 
 
-@pytest.mark.attack("12")
-def test_a_template_that_loops_is_stopped(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("minisft.chat.jinja_template.MOST_SECONDS", 0.3)
-    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(UserError, match=r"it takes more than 0\.3 s"):
-        HuggingFaceTokenizer(save(loop + CHATML, tiny_model, tmp_path / "model"), "own")
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+BOMBS = {
+    "loops": (LOOP, "it takes more than"),
+    "doubles its calls": (
+        "{% macro f(n) %}{{ f(n - 1) + f(n - 1) if n }}{% endmacro %}{{ f(99) }}",
+        "it takes more than",
+    ),
+    "a constant's power": ("{% set x = (9**9)**(9**8) %}", "it takes more than"),
+    "squares": (
+        "{% set n = namespace(x=9) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "it takes more than",
+    ),
+    "rounds": ("{{ 1.5 | round(999999999, 'ceil') }}", "it takes more than"),
+    "repeats": ("{{ 'a' * 10**9 }}", "it needs more than 512 MiB of memory"),
+    "doubles a text": (
+        "{% set n = namespace(s='a') %}{% for a in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "it needs more than 512 MiB of memory",
+    ),
+    "fills": ("{{ '%999999999d' % 1 }}{{ 'a' | center(999999999) }}", "it needs more than 512 MiB of memory"),
+    "collects": (
+        "{% set n = namespace(l=[]) %}{% for a in range(999) %}{% set n.l = n.l + [range(99999) | list] %}{% endfor %}",
+        "it needs more than 512 MiB of memory",
+    ),
+    "writes": ("{% for a in range(40) %}{{ 'a' * 1000000 }}{% endfor %}", "it writes more than 33,554,432 characters"),
+}
 
 
 @pytest.mark.attack("12")
-@pytest.mark.parametrize(
-    ("operation", "said"),
-    [
-        ("{% set x = (9**9)**(9**8) %}", r"it uses \*\*"),
-        ("{% generation %}{% set x = 9**9**9 %}{% endgeneration %}", r"it uses \*\*"),
-        ("{% set n = namespace(x=9) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}", "it multiplies"),
-        ("{{ 10001 * messages }}", "it multiplies"),
-        ("{{ 1.5 | round(999999999, 'ceil') }}", "it rounds"),
-        ("{{ 1.5 | round(messages, 'ceil') }}", "it rounds"),
-        ("{{ [1.5] | map('round', precision=999999999, method='ceil') | list }}", "it rounds"),
-        ("{{ 1.5 | round(*[999999999, 'ceil']) }}", "it rounds"),
-    ],
-)
-def test_a_template_with_an_operation_that_cannot_be_interrupted_is_refused(tiny_model, tmp_path, operation, said):
-    with pytest.raises(UserError, match=f"the template is not rendered, because {said}"):
-        HuggingFaceTokenizer(save(operation + CHATML, tiny_model, tmp_path / "model"), "own")
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_template_that_needs_too_much_is_stopped_in_any_thread(tiny_model, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("minisft.chat.render_process.MOST_SECONDS", 2)
+    bomb, said = BOMBS[name]
+    folder = save(bomb + CHATML, tiny_model, tmp_path / "model")
+    with ThreadPoolExecutor(1) as thread, pytest.raises(UserError, match=said):
+        thread.submit(HuggingFaceTokenizer, folder, "own").result()
+    HuggingFaceTokenizer(save(CHATML, tiny_model, tmp_path / "next"), "own")  # is rendered again
 
 
-def test_a_template_may_multiply_and_round(tiny_model, tmp_path):
-    source = "{% macro f(a) %}{{ '-' * a }}{% endmacro %}{{ f(2) }}{{ 2 * f(1) | length * 3 }}{{ 1.5 | round(1) }}"
+@pytest.mark.attack("12")
+def test_an_interrupted_rendering_leaves_no_reply_for_the_next_one(tokenizers, monkeypatch):
+    template = template_for(tokenizers["chatml"])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupted)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            replace(template, source=LOOP).render([Message("user", "x")])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert "sat on" in template.render(ONE.messages)
+
+
+def test_a_forked_process_renders_by_itself(tokenizers):
+    template = template_for(tokenizers["chatml"])
+    rendered = template.render(ONE.messages)
+    if (pid := os.fork()) == 0:
+        os._exit(0 if template.render(TWO.messages) != rendered else 1)
+    assert template.render(ONE.messages) == rendered
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_template_may_compute(tiny_model, tmp_path):
+    source = "{% macro f(a) %}{{ '-' * a }}{% endmacro %}{{ f(2) }}{{ 2 ** 3 * f(1) | length }}{{ 1.5 | round(1) }}"
     tokenizer = HuggingFaceTokenizer(save(source + CHATML, tiny_model, tmp_path / "model"), "own")
-    assert template_for(tokenizer).render([Message("user", "x")]).startswith("--61.5")
+    assert template_for(tokenizer).render([Message("user", "x")]).startswith("--81.5")
 
 
 def test_another_template_than_the_model_s_own_is_mentioned(tiny_model, tmp_path):

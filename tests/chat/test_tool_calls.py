@@ -12,7 +12,9 @@ from minisft.chat.registry import template_for
 from minisft.chat.template import RefusedConversation
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.data.conversations import Conversation, Message, one_per_answer
+from minisft.data.ledger import Ledger
 from minisft.labels.check_dataset import check_conversations
+from minisft.labels.encode_dataset import encode_stream
 from minisft.labels.encode_row import encode
 
 END = "<|im_end|>\n"
@@ -49,7 +51,18 @@ XML = (  # as Qwen 3 Coder: each argument between marks, as it is
     "{{ '<' + key + '>\n' + (value if value is string else value | tojson) + '\n' }}{% endfor %}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEMPLATES = {"hermes": (HERMES, "<|im_end|>"), "headers": (HEADERS, "<|eot_id|>"), "xml": (XML, "<|im_end|>")}
+TEXT = (  # as DeepSeek V3: arguments are joined to the text around them, and definitions have no place
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ call['type'] + ' ' + call['function']['name'] + '\n```json\n' + "
+    "call['function']['arguments'] + '\n```' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "hermes": (HERMES, "<|im_end|>"),
+    "headers": (HEADERS, "<|eot_id|>"),
+    "xml": (XML, "<|im_end|>"),
+    "text": (TEXT, "<|im_end|>"),
+}
 TOOLS = json.dumps(
     [
         {
@@ -104,6 +117,8 @@ def test_calls_are_trained_and_results_are_not(tokenizers, name):
     assert "weather" in trained[0] and "Rome" in trained[0] and "21" not in "".join(trained)
     assert "a mat" in trained[1]
     chat = [{"role": m.role, "content": m.content} | (json.loads(m.tool) if m.tool else {}) for m in ROME.messages]
+    if name == "text":
+        chat[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Rome", "days": 2, "hours": [1, true]}'
     whole = tokenizer.hf.apply_chat_template(chat, tools=json.loads(TOOLS))["input_ids"]
     assert row.input_ids == whole
     for part in one_per_answer(ROME):
@@ -118,10 +133,28 @@ def test_a_template_that_shows_no_tools_says_so(tiny_model, tmp_path):
     assert not template_for(tokenizer).has_tools
 
 
-def test_a_template_that_prints_python_objects_shows_no_tools(tiny_model, tmp_path):
-    source = HERMES.replace("call['function']['arguments'] | tojson", "call['function']['arguments'] | string")
+@pytest.mark.parametrize(
+    ("written", "has_tools"),
+    [("call['function']['arguments'] | string", True), ("call['function']['arguments'] | string | upper", False)],
+)
+def test_a_template_that_prints_python_objects_takes_arguments_as_text(tiny_model, tmp_path, written, has_tools):
+    source = HERMES.replace("call['function']['arguments'] | tojson", written)
+    assert source != HERMES
     tokenizer = HuggingFaceTokenizer(save(source, tiny_model, tmp_path / "model"), "own")
-    assert source != HERMES and not template_for(tokenizer).has_tools
+    template = template_for(tokenizer)
+    assert template.has_tools == has_tools
+    if has_tools:
+        row = encode(ROME, template, tokenizer, 9999)
+        assert '"arguments": {"city": "Rome", "days": 2, "hours": [1, true]}' in tokenizer.decode(row.input_ids)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_definitions_that_the_template_leaves_out_are_counted(tokenizers, name):
+    ledger = Ledger()
+    rows = encode_stream([ROME], template_for(tokenizers[name]), tokenizers[name], max_length=9999, ledger=ledger)
+    assert len(list(rows)) == 1
+    reason = "definitions of tools left out: the template own has no place for them"
+    assert list(ledger.repaired) == ([reason] if name == "text" else [])
 
 
 def test_a_call_that_the_template_leaves_out_is_not_trained(tokenizers):
@@ -167,6 +200,22 @@ def test_no_string_of_a_call_forges_a_token(tokenizers, name, arguments, result,
     assert check_conversations([conversation], template, tokenizer, 9999).rows == 1
 
 
+@pytest.mark.attack("1")
+@pytest.mark.parametrize("train_on", ["all", "last"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_check_gives_no_false_alarm_for_a_control_token_in_a_key(tokenizers, name, train_on):
+    """Plain transformers keeps control tokens in values as text, not those in keys, so it is no reference there."""
+    tokenizer = tokenizers[name]
+    template = template_for(tokenizer)
+    end = TEMPLATES[name][1]
+    tools = json.loads(TOOLS)
+    tools[0]["function"]["parameters"]["properties"] = {f"a{end}b": {"type": "string"}}
+    talks = [talk({"city": end}), talk({f"a{end}b": "Rome"}), talk({"city": "Rome"}, tools=json.dumps(tools))]
+    report = check_conversations(talks, template, tokenizer, 9999, train_on=train_on)
+    assert report.ok and report.rows == 3, report
+    assert report.invariants["reference"].checked == 1
+
+
 def test_the_command_line_trains_calls(tokenizers, tmp_path):
     folder = tokenizers["hermes"].hf.name_or_path
     data, out = tmp_path / "talks.jsonl", tmp_path / "rows.jsonl"
@@ -177,5 +226,13 @@ def test_the_command_line_trains_calls(tokenizers, tmp_path):
     assert minisft("check", data, "--tokenizer", folder, "--template", "own").returncode == 0
     shown = minisft("show", data, "--tokenizer", folder, "--template", "own", "--max-length", 9999).stdout
     assert "both answers end in EOS" in shown and shown.count("target") > 50 and shown.count("prompt") > 200
+    refused = {"id": "r", "messages": [{"role": "user", "content": "x\ufdd2"}, {"role": "assistant", "content": "x"}]}
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(data.read_text() + json.dumps(refused) + "\n")
+    encoded = minisft("encode", mixed, "--tokenizer", folder, "--template", "own", "--out", out).stderr
+    checked = minisft("check", mixed, "--tokenizer", folder, "--template", "own").stderr
+    assert all(
+        "the first conversation that the template own refused: a text has" in said for said in (encoded, checked)
+    )
     done = minisft("encode", data, "--tokenizer", folder, "--out", out)
     assert done.returncode == 2 and "tools that the template cannot show (1)" in done.stderr

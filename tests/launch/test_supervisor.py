@@ -54,19 +54,20 @@ for deed in deeds:
 """
 # What a launcher does: starts the ranks, and ends them all when one fails.
 LAUNCHER = """
-import json, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 ranks = [subprocess.Popen([sys.executable, "-c", *words]) for words in json.loads(sys.argv[1])]
 while any(r.poll() is None for r in ranks):
     if any(r.poll() for r in ranks):
         for r in ranks: r.kill()
     time.sleep(1)
+if "stopped" in sys.argv: os.kill(os.getpid(), signal.SIGSTOP)
 sys.exit(max(abs(r.returncode) for r in ranks) if "quiet" not in sys.argv else 0)
 """
 
 
-def launcher(folder, first_rank, *deeds, quiet=False):
+def launcher(folder, first_rank, *deeds, word=""):
     ranks = [[RANK, str(folder), str(first_rank + i), *words.split()] for i, words in enumerate(deeds)]
-    return [sys.executable, "-c", LAUNCHER, json.dumps(ranks), *(["quiet"] if quiet else [])]
+    return [sys.executable, "-c", LAUNCHER, json.dumps(ranks), word]
 
 
 def supervise(folder, commands, ranks, heartbeat_timeout=30.0, progress_timeout=30.0, hosts=None):
@@ -100,6 +101,16 @@ def test_all_is_well_when_the_command_every_rank_and_the_marker_say_so(tmp_path)
     assert not (tmp_path / "ranks" / "supervisor.json").exists()
 
 
+def test_a_launcher_that_is_stopped_after_its_ranks_are_done_is_ended(tmp_path):
+    commands = [
+        launcher(tmp_path, 0, "train done", "train done", word="stopped"),
+        launcher(tmp_path, 2, "train rest done"),
+    ]
+    code, failure, _ = supervise(tmp_path, commands, 3, progress_timeout=99, hosts=["a", "b"])
+    assert (code, failure) == (0, None)
+    assert (tmp_path / "DONE").exists()
+
+
 @pytest.mark.parametrize(
     ("deeds", "rank", "reason"),
     [
@@ -111,8 +122,8 @@ def test_all_is_well_when_the_command_every_rank_and_the_marker_say_so(tmp_path)
     ],
 )
 def test_the_first_reason_is_the_one_that_is_written(tmp_path, deeds, rank, reason):
-    quiet = deeds[0] == "train done"
-    code, failure, _ = supervise(tmp_path, [launcher(tmp_path, 0, *deeds, quiet=quiet)], 2)
+    word = "quiet" if deeds[0] == "train done" else ""
+    code, failure, _ = supervise(tmp_path, [launcher(tmp_path, 0, *deeds, word=word)], 2)
     assert code == 1
     assert reason in failure["reason"], failure
     assert failure["rank"] == rank
