@@ -176,9 +176,46 @@ def test_a_metric(package):
     assert done.stdout.strip() == "1.5", done.stderr
 
 
-def test_an_exercise():
-    from minisft.course import check
+EXERCISE = '''
 
-    assert "Not attempted" in check(None, [1, 2])
-    assert "Not yet" in check([1, 3], [1, 2]) and "Right" in check([1, 2], [1, 2])
-    assert "give a list of 1 entries" in check(16, [16]) and "not a set" in check({1, 2}, [1, 2])
+def count_eos(ids):
+    """Return the number of EOS tokens (id 2) in `ids`."""
+    return ids.count(2)
+
+
+def _eos_cases(draw):
+    yield Case(([1, 5, 2],), 1, "one answer")
+    yield Case(([1, 5, 6],), 0, "an answer that was cut off")
+    yield Case(([draw.randint(3, 9) for _ in range(5)],), 0)
+
+
+LESSON = Lesson(
+    objectives=LESSON.objectives,
+    minutes=LESSON.minutes,
+    exercises=(
+        Exercise(
+            name="02.eos",
+            answer=count_eos,
+            cases=_eos_cases,
+            mistakes=(Mistake("BOS is counted too.", lambda ids: sum(i < 3 for i in ids)),),
+            hints=("Count.", "Count the id 2."),
+            minutes=1,
+            ask_next="And if padding is EOS?",
+        ),
+    ),
+)
+'''
+
+
+def test_an_exercise(package):
+    lesson = package / "course" / "lessons" / "label_masking.py"
+    lesson.write_text(lesson.read_text() + EXERCISE)
+    code = (
+        "from minisft.course import exercise\n"
+        "item = exercise('02.eos')\n"
+        "print(item.check(None), item.check(lambda ids: ids.count(2)), item.check(lambda ids: len(ids) - 1))\n"
+        "print(item.check(lambda ids: sum(i < 3 for i in ids)), item.stub())\n"
+    )
+    done = run(package, "-c", code)
+    for says in ("Not attempted", "Right: 3 of 3", "Not yet: for one answer", "BOS is counted", "your turn"):
+        assert says in done.stdout, done.stdout + done.stderr

@@ -336,7 +336,9 @@ def test_lab_opens_the_first_notebook_and_hands_jupyter_the_options(repository, 
     write_program(active / "bin" / "jupyter", '#!/bin/sh\nprintf "%s|" "$(pwd)" "$@" "${PYTHONSAFEPATH-unset}"\n')
     lab = repository / "launchers" / "lab.sh"
     done = run(lab, "--no-browser", "--port", "1", VIRTUAL_ENV=str(active), MINISFT_SKIP_SETUP="1")
-    where, lab, address, *options = done.stdout.rstrip("|").split("|")
+    edition, _, opened = done.stdout.partition("\n")
+    where, lab, address, *options = opened.rstrip("|").split("|")
     assert (where, lab) == (str(repository), "lab")
-    assert address.endswith("=/lab/tree/notebooks/00_start_here.ipynb")
+    assert address.endswith("=/lab/tree/outputs/course/student/00_start_here.ipynb")
+    assert edition == f"minisft notebooks --edition student --out {repository}/outputs/course/student"
     assert options == ["--no-browser", "--port", "1", "unset"], "a notebook may import what is beside it"

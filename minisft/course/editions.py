@@ -23,7 +23,7 @@ from minisft.course.exercises import Exercise
 from minisft.course.lessons import lesson_of
 from minisft.course.notebooks import parsed
 from minisft.errors import UserError
-from minisft.files import read_text, user_path, written_whole
+from minisft.files import is_same_file, read_text, user_path, written_whole
 from minisft.text import say
 
 CHECK = re.compile(r'exercise\("([\w.]+)"\)\.check\(')
@@ -41,20 +41,22 @@ def write_edition(root: Path, edition: str, out: Path, overwrite: bool = False) 
     if edition not in EDITIONS:
         raise UserError(f"there is no edition {edition!r}: choose {' or '.join(EDITIONS)}")
     out = user_path(out).absolute()
-    if out == root / "notebooks":
+    if is_same_file(out, root / "notebooks"):
         raise UserError(f"{out} holds the source of the editions: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    written = []
+    written, kept = [], 0
     for source in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
         target = out / source.name
         written.append(target)
         if target.exists() and not overwrite:
-            say(f"{target} exists and is kept: --overwrite replaces it by a new one")
+            kept += 1
             continue
         nb = EDITIONS[edition](parsed(read_text(source) or "", source))
         _point_to(nb, os.path.relpath(root, out))
         with written_whole(target) as stream:
             stream.write(nbformat.writes(nb).rstrip("\n") + "\n")
+    if kept:
+        say(f"{kept} of {len(written)} notebooks exist and are kept, with the work in them (--overwrite replaces them)")
     return written
 
 
