@@ -87,6 +87,7 @@ def lab(tmp_path_factory):
     set_theme(folder / "settings", "light")
     env = os.environ | {
         **{"MINISFT_OUTPUTS": str(folder / "outputs"), "MINISFT_COURSE_STEPS": "2", "MINISFT_STAND_INS": "1"},
+        "MINISFT_SKIP_SETUP": "1",
         **{"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), MARK: folder.name},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
@@ -197,8 +198,9 @@ def test_a_notebook_runs_and_is_whole(lab, page, name):
 def test_the_stop_button_leaves_no_process(lab, page):
     _, folder = lab
     cell = {"cell_type": "code", "id": "a", "metadata": {}, "outputs": [], "execution_count": None}
-    cell["source"] = f"%%bash\n{ROOT}/launchers/run_zero.sh 2 --name stopped --restart --max-steps 500"
-    nb = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    cell["source"] = f"%%bash\n{ROOT}/launchers/run_zero.sh 2 --name stopped --restart --max-steps 40 --save-steps 40"
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)"}  # else JupyterLab asks for one
+    nb = {"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
     (folder / "course" / "stop.ipynb").write_text(json.dumps(nb))
     open_notebook(page, lab, "stop.ipynb")
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")

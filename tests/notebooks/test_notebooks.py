@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from minisft.course.editions import write_edition
 from minisft.files import read_json
 
 ROOT = Path(__file__).parents[2]
@@ -44,14 +45,40 @@ def test_committed_outputs_are_whole_clean_and_small(path):
     assert not re.search(r"/(home|root|Users|work|tmp)/", text)
 
 
+@each_notebook
+def test_nothing_is_attempted_in_what_is_committed(path):
+    """The outputs that a student's edition gives: every check ran, and nothing was written for it."""
+    nb = nbformat.read(path, as_version=4)
+    checks = [c for c in nb.cells if c.cell_type == "code" and "check" in c.metadata.get("tags", [])]
+    assert checks
+    for cell in checks:
+        assert "Not attempted yet" in cell.outputs[0].data["text/plain"]
+
+
+@each_notebook
+def test_links_between_notebooks_lead_somewhere(path):
+    nb = nbformat.read(path, as_version=4)
+    prose = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
+    links = re.findall(r"\]\(([\w./-]+\.(?:ipynb|md))(?:#[^)]*)?\)", prose)
+    assert all((path.parent / link).exists() for link in links), links
+    number = NOTEBOOKS.index(path)
+    neighbors = [NOTEBOOKS[i].name for i in (number - 1, number + 1) if 0 <= i < len(NOTEBOOKS)]
+    assert set(neighbors) <= set(links), (neighbors, links)
+
+
 @pytest.mark.notebook
 @pytest.mark.distributed
 @pytest.mark.model
 def test_the_course_runs_from_top_to_bottom(tmp_path):
-    """Every notebook, through the launcher, with two training steps in place of the preset's."""
-    outputs = tmp_path / "outputs"
+    """The teacher's edition, through the launcher, with two training steps in place of the preset's.
+
+    It has the solutions, and a check of one that is wrong raises. What the student's edition says
+    where nothing is written is in the committed outputs, which another test reads.
+    """
+    outputs, teacher = tmp_path / "outputs", write_edition(ROOT, "teacher", tmp_path / "teacher")
     env = os.environ | {"MINISFT_OUTPUTS": str(outputs), "MINISFT_COURSE_STEPS": "2", "MINISFT_SKIP_SETUP": "1"}
-    command = ["bash", str(ROOT / "launchers" / "run_notebooks.sh")]
+    env["NBGRADER_EXECUTION"] = "autograde"
+    command = ["bash", str(ROOT / "launchers" / "run_notebooks.sh"), *map(str, teacher)]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("vanilla", "zero1", "zero2", "zero3"):
