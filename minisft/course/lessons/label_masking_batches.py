@@ -23,8 +23,9 @@ def collated(
 ) -> dict[str, list[list[int]]]:
     """Return the batch of `rows`, padded on the right to the longest of them.
 
-    Each row has "input_ids" and "labels". The batch has both, and "attention_mask", which
-    is 1 for a token of the row and 0 for padding: lists of one list per row, or tensors.
+    Each row has "input_ids" and "labels". The batch has both, and "attention_mask": 1
+    for a token of the row and 0 for padding. Each of them is a list of one list per
+    row, or a tensor.
     """
     longest = max(len(row["input_ids"]) for row in rows)
     batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": []}
@@ -138,7 +139,7 @@ COLLATE = Exercise(
 def masked_loss(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
     """Return the mean loss of all targets in a batch, in nats.
 
-    `logits` is [rows, tokens, vocabulary] and `labels` is [rows, tokens]. The logits at a
+    `logits` is [rows, tokens, vocabulary], `labels` is [rows, tokens]. The logits at a
     position predict the token at the next one. A label of -100 is no target.
     """
     log_probs = logits[:, :-1].log_softmax(-1)

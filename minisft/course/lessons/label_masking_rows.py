@@ -20,8 +20,9 @@ Lists = tuple[list[int], list[int]]  # ids and labels
 def labels_of(pieces: list[tuple[str, list[int]]]) -> tuple[list[int], list[int]]:
     """Return (input_ids, labels) of one row.
 
-    `pieces` are the parts of a conversation in order, as (role, ids). The role is "bos", "user",
-    "assistant", or "eos", which follows each answer. Answers are trained with their EOS.
+    `pieces` are the parts of a conversation in order, as (role, ids). The role is
+    "bos", "user", "assistant", or "eos", which follows each answer. Answers are
+    trained with their EOS.
     """
     input_ids, labels = [], []
     for role, ids in pieces:
@@ -99,9 +100,9 @@ def truncated(
 ) -> tuple[list[int], list[int]]:
     """Return (input_ids, labels) of the row, cut to at most `limit` tokens.
 
-    `ends` holds the length of the row after each answer, its EOS included. What happens to
-    a row that is too long depends on `method`. "token": cut it at the limit. "turn": cut it
-    after the last answer that fits. "drop": return two empty lists.
+    `ends` holds the length of the row after each answer, its EOS included. What happens
+    to a row that is too long depends on `method`. "token": cut it at the limit. "turn":
+    cut it after the last answer that fits. "drop": return two empty lists.
     """
     length = len(input_ids)
     if length > limit:

@@ -21,9 +21,9 @@ WORDS = ("red", "blue", "cat", "dog", "tree", "house", "ten", "two", "yes", "no"
 def is_sound(row: "Row", conversation: "Conversation", tokenizer: "Tokenizer") -> bool:
     """Return whether `row` has the ids and labels that `conversation` should give.
 
-    Use `row.input_ids` and `row.labels`; `conversation.answers`, the number of answers, and
-    `role`, `content` and `trained` of each of `conversation.messages`; and `bos_id`,
-    `eos_id`, `control_ids` and `decode(ids)` of the tokenizer.
+    Use `row.input_ids` and `row.labels`; `conversation.answers`, the number of
+    answers, and `role`, `content` and `trained` of each of `conversation.messages`;
+    and `bos_id`, `eos_id`, `control_ids` and `decode(ids)` of the tokenizer.
     """
     controls = [token for token in row.input_ids if token in tokenizer.control_ids]
     ends = [tokenizer.eos_id] * conversation.answers
