@@ -76,7 +76,8 @@ _MAKERS: dict[str, Maker] = {  # a bug's title -> the wrong way
     _SHIFTED: _shifted,
 }
 _MUST_HOLD = {bug.title: bug.how_caught for bug in BUGS.values()} | {
-    _SHIFTED: "Each label is -100 or the id at the same position."
+    BUGS["find_first"].title: "Trained tokens come in runs, each with its EOS at the end, and the question has none.",
+    _SHIFTED: "Each label is -100 or the id at the same position.",
 }
 _RIGHT = {
     "a right row of two questions": talk("What is 2+2?", "4", "And 3+3?", "6"),
@@ -87,41 +88,41 @@ _RIGHT = {
 
 
 def _test_cases(draw: random.Random) -> Iterator[Case]:
+    """Yield rows with a bug and right ones; the id of the conversation is what a row is called."""
     tokenizer = shared_tokenizer()
     for name, conversation in _RIGHT.items():
-        yield Case((right_row(tokenizer, conversation), conversation, tokenizer), True, name)
+        named = replace(conversation, id=name)
+        yield Case((right_row(tokenizer, named), named, tokenizer), True, name)
     examples = {bug.title: bug.example[0] for bug in BUGS.values()}
     for title, make in _MAKERS.items():
-        conversation = examples.get(title, _RIGHT["a right row of two questions"])
-        yield Case((make(tokenizer, conversation), conversation, tokenizer), False, title)
+        named = replace(examples.get(title, talk("What is 2+2?", "4", "And 3+3?", "6")), id=title)
+        yield Case((make(tokenizer, named), named, tokenizer), False, f"the bug {title!r}")
     for n in range(30):
         texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 4))) for _ in range(2 * draw.randint(1, 3))]
-        title, conversation = draw.choice(list(_MAKERS)), talk(*texts)
-        row = right_row(tokenizer, conversation) if n % 3 == 0 else _MAKERS[title](tokenizer, conversation)
-        if row.truncated:
-            continue  # whether a cut row is right depends on its limit, which the test does not know
-        is_right = not broken_in_row(row, tokenizer, conversation)  # a bug may leave a row as it was
-        named = replace(conversation, id="a random right row" if is_right else title)
-        yield Case((row, named, tokenizer), is_right)
+        title = draw.choice(list(_MAKERS))
+        named = talk(*texts, name="a random right row" if n % 3 == 0 else title)
+        row = right_row(tokenizer, named) if n % 3 == 0 else _MAKERS[title](tokenizer, named)
+        is_right = not broken_in_row(row, tokenizer, named)
+        if is_right == (n % 3 == 0):  # a bug may leave a row as it was
+            yield Case((row, named, tokenizer), is_right)
 
 
 def _survivors(failed: list[tuple[Case, Any]]) -> str:
     """Name the bugs that a test lets live, and the right rows that it rejects."""
     if any(not isinstance(given, bool) for _, given in failed):
         return "return True or False, and nothing else."
-    names = {expected: _names(failed, expected) for expected in (False, True)}
+    lives, rejected = (_names(failed, expected) for expected in (False, True))
     parts = []
-    if lives := names[False]:
+    if lives:
         parts.append(f"your test lets {count_of(len(lives), 'bug')} live: {'; '.join(lives)}.")
         parts.append(f"Against the first: {_MUST_HOLD[lives[0]]}")
-    if rejected := names[True]:
-        also = "It also" if lives else "your test"
-        parts.append(f"{also} rejects {'; '.join(rejected)}.")
+    if rejected:
+        parts.append(f"{'It also' if lives else 'your test'} rejects {'; '.join(rejected)}.")
     return " ".join(parts)
 
 
 def _names(failed: list[tuple[Case, Any]], expected: bool) -> list[str]:
-    return list(dict.fromkeys(case.name or case.arguments[1].id for case, _ in failed if case.expected is expected))
+    return list(dict.fromkeys(case.arguments[1].id for case, _ in failed if case.expected is expected))
 
 
 TEST = Exercise(
