@@ -49,7 +49,7 @@ LESSON = Lesson(
             stand_in=20,
             within=0.2,
             unit="%",
-            lesson="The longest row sets the length of all, and lengths vary by a factor of ten.",
+            lesson="The longest row sets the length of all, and most rows are much shorter.",
         ),
         "searched": Choice(
             asks="which 4 is trained when the answer is found by text search",
