@@ -7,8 +7,9 @@ import minisft.course.figures.masks as mask_plots
 from minisft.chat.registry import template_for
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.course.buggy_rows import right_row, talk
-from minisft.course.figures.masks import bugs_on_rows, losses_before_and_after, truncation_bars
-from minisft.labels.encode_row import TRUNCATIONS, Row, encode
+from minisft.course.figures.masks import batch_layouts, bugs_on_rows, losses_before_and_after, truncation_bars
+from minisft.labels.encode_row import IGNORE_INDEX, TRUNCATIONS, Row, encode
+from minisft.training.collators import PadRight
 
 
 @pytest.fixture
@@ -66,3 +67,15 @@ def test_an_answer_without_an_end_has_no_stripe(titles, tiny_model):
     tokenizer = HuggingFaceTokenizer(tiny_model)
     losses_before_and_after(Row("r", [5, 6, 7], [-100, 6, 7]), tokenizer, [None, 1.0, 2.0], [None, 1.0, 1.0])
     assert titles == ["A trained token costs 1.00 nats instead of 1.50"]
+
+
+def test_a_batch_in_three_layouts_wastes_what_the_collator_pads(titles):
+    lengths = (3, 9, 5, 4)
+    rows = [Row(str(n), [1] * n, [IGNORE_INDEX] * (n - 2) + [1, 1]) for n in lengths]
+    picture = batch_layouts(rows, 12)
+    batch = PadRight(0)([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    padding = 100 * (1 - batch["attention_mask"].float().mean())
+    assert f"padded: 4 rows of 9 positions, {padding:.0f} % of them padding" in picture.alt
+    assert "packed: 2 rows of 12 positions, 12 % of them padding" in picture.alt  # 21 of 24: 9 + 3 and 5 + 4
+    assert "padding-free: 1 row of 21 positions, 0 % of them padding" in picture.alt
+    assert titles == [f"Positions wasted on padding: padded {padding:.0f} %, packed 12 %, padding-free 0 %"]

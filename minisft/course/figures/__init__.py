@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "evaluation": ["interval_widths", "scores_over_steps"],
-        "masks": ["bugs_on_rows", "losses_before_and_after", "truncation_bars"],
+        "masks": ["batch_layouts", "bugs_on_rows", "losses_before_and_after", "truncation_bars"],
         "runs": ["before_and_after", "comparison", "loss_curves", "memory_bars"],
         "step_memory": ["step_timeline"],
         "tokens": ["token_flow", "token_lanes"],

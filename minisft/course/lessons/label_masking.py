@@ -2,101 +2,85 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-
-from minisft.course.exercises import Case, Exercise, Mistake
 from minisft.course.lessons import Lesson
-from minisft.course.predictions import Number
-from minisft.labels.encode_row import IGNORE_INDEX
+from minisft.course.lessons.label_masking_batches import COLLATE, LOSS
+from minisft.course.lessons.label_masking_rows import LABELS, TRUNCATE
+from minisft.course.lessons.label_masking_test import TEST
+from minisft.course.predictions import Choice, Interval, Number, Several
 
-Piece = tuple[str, list[int]]  # who wrote it ("user", "assistant", "bos" or "eos"), and its token ids
-
-
-def labels_of(pieces: list[tuple[str, list[int]]]) -> tuple[list[int], list[int]]:
-    """Return (input_ids, labels) of one row.
-
-    `pieces` are the parts of a conversation in order, as (role, ids). The role is "bos", "user",
-    "assistant", or "eos", which follows each answer. Answers are trained with their EOS.
-    """
-    input_ids, labels = [], []
-    for role, ids in pieces:
-        input_ids += ids
-        labels += ids if role in ("assistant", "eos") else [-100] * len(ids)
-    return input_ids, labels
-
-
-def _label_cases(draw: random.Random) -> Iterator[Case]:
-    one = [("bos", [1]), ("user", [10, 11]), ("assistant", [20]), ("eos", [2])]
-    yield Case((one,), ([1, 10, 11, 20, 2], [-100, -100, -100, 20, 2]), "one question and its answer")
-    two = [*one, ("user", [12]), ("assistant", [21, 22]), ("eos", [2])]
-    row = ([1, 10, 11, 20, 2, 12, 21, 22, 2], [-100, -100, -100, 20, 2, -100, 21, 22, 2])
-    yield Case((two,), row, "two questions with their answers")
-    yield Case(([("bos", [1]), ("user", [2, 20])],), ([1, 2, 20], [-100] * 3), "a question that spells EOS")
-    for _ in range(10):
-        pieces: list[Piece] = [("bos", [1])]
-        for role in ("user", "assistant") * draw.randint(1, 4):
-            pieces.append((role, [draw.randint(3, 999) for _ in range(draw.randint(1, 6))]))
-            pieces += [("eos", [2])] if role == "assistant" else []
-        ids = [i for _, part in pieces for i in part]
-        trained = [role in ("assistant", "eos") for role, part in pieces for _ in part]
-        yield Case((pieces,), (ids, [i if t else IGNORE_INDEX for i, t in zip(ids, trained, strict=True)]))
-
-
-def _relabeled(pieces: list[Piece], *trained: str) -> tuple[list[int], list[int]]:
-    """Ids and labels of `pieces` if exactly the roles `trained` were trained."""
-    ids = [i for _, part in pieces for i in part]
-    return ids, [i if role in trained else IGNORE_INDEX for role, part in pieces for i in part]
-
-
-def _shifted(pieces: list[Piece]) -> tuple[list[int], list[int]]:
-    ids, labels = labels_of(pieces)
-    return ids, [*labels[1:], IGNORE_INDEX]
-
-
-LABELS = Exercise(
-    name="02.labels",
-    answer=labels_of,
-    cases=_label_cases,
-    mistakes=(
-        Mistake(
-            "The EOS after an answer is not trained, so the model would never learn to stop.",
-            lambda pieces: _relabeled(pieces, "assistant"),
-        ),
-        Mistake(
-            "Everything is trained, the questions included: the model would learn to write the user's part.",
-            lambda pieces: _relabeled(pieces, "bos", "user", "assistant", "eos"),
-        ),
-        Mistake(
-            "BOS is trained. It is never predicted, because nothing comes before it.",
-            lambda pieces: _relabeled(pieces, "bos", "assistant", "eos"),
-        ),
-        Mistake(
-            "The labels are shifted by one. The model shifts them itself: each label stays with its own id.", _shifted
-        ),
-        Mistake(
-            "The mask is the wrong way round: the questions are trained and the answers are not.",
-            lambda pieces: _relabeled(pieces, "bos", "user"),
-        ),
-    ),
-    hints=(
-        "Extend both lists in the same loop, once for each piece.",
-        'A piece is trained if its role is "assistant" or "eos"; otherwise add -100 once for each of its ids.',
-    ),
-    minutes=10,
-    ask_next="What would the model learn if only the EOS of the last answer were trained?",
+LABELING_BUGS = (
+    *("collator", "find_first", "marker_search", "mistyped_marks"),
+    *("eos_masked", "eos_missing", "double_bos", "forged_end"),
 )
 
 LESSON = Lesson(
-    objectives=("write the labels of a row by hand, and say why each token is trained or not",),
-    minutes=60,
+    objectives=(
+        "write the labels of a row, and say why each token is trained or not",
+        "compute the loss of a batch from logits and labels",
+        "truncate a row and pad a batch without training the wrong tokens",
+        "write a test that finds masking bugs, which raise no error",
+    ),
+    minutes=110,
     predictions={
         "divisor": Number(
             asks="the number by which the sum is divided when one of three tokens has the label -100",
             stand_in=3,
             lesson="A masked token is neither in the sum nor in the count.",
         ),
+        "position": Number(
+            asks="the position whose output is compared with the label at position 15",
+            stand_in=15,
+            lesson="The output at a position predicts the next token, so the label at 15 belongs to the output at 14.",
+        ),
+        "weight": Number(
+            asks="the trained tokens that are left when the first of two answers has weight 0",
+            stand_in=9,
+            unit="tokens",
+            lesson="The EOS belongs to its answer: it is masked with it.",
+        ),
+        "kept": Interval(
+            asks="the share of the trained tokens that a cut at 512 tokens keeps",
+            stand_in=[60, 90],
+            unit="%",
+            lesson="Real conversations are much longer than they seem: measure lengths before choosing a limit.",
+        ),
+        "padding": Number(
+            asks="the share of the positions that is padding in a batch of eight real rows",
+            stand_in=20,
+            within=0.2,
+            unit="%",
+            lesson="The longest row sets the length of all, and most rows are much shorter.",
+        ),
+        "searched": Choice(
+            asks="which 4 is trained when the answer is found by text search",
+            options=("the 4 of the question", "the 4 of the answer", "both"),
+            stand_in="the 4 of the answer",
+            lesson="A text search finds the first match, and the user may have written the same words before.",
+        ),
+        "no_targets": Choice(
+            asks="the loss that a model returns for a row without targets",
+            options=("0.0", "nan", "an error"),
+            stand_in="0.0",
+            lesson="The mean of nothing is 0/0, and one such row makes every weight NaN.",
+        ),
+        "rare": Several(
+            asks="the bugs that strike fewer than one real row in ten",
+            options=LABELING_BUGS,
+            stand_in=["double_bos", "eos_masked"],
+            lesson="A bug is rare if it needs unusual text; a bug of the format strikes every row.",
+        ),
+        "masked": Choice(
+            asks="the mean loss of the masked tokens after training, compared with before",
+            options=("lower", "equal", "higher"),
+            stand_in="equal",
+            lesson="Nothing holds the loss of tokens that are not trained: it drifts with every step.",
+        ),
     },
-    exercises=(LABELS,),
-    misconceptions=("That a masked token is not read. It is: every later token is predicted from it.",),
+    exercises=(LABELS, LOSS, TRUNCATE, COLLATE, TEST),
+    misconceptions=(
+        "That a masked token is not read. It is: every later token is predicted from it.",
+        "That the data must shift the labels. The model does: shifting them twice trains it to skip a token.",
+        "That a falling loss shows that the labels are right. It falls with wrong labels, too.",
+        "That the pad id tells padding from text. Where it is the id of EOS, only the length of the row does.",
+    ),
 )
