@@ -12,7 +12,7 @@ NOTEBOOKS = PACKAGE.parent / "notebooks"
 CALLED_BY_LIBRARIES = [
     *("on_*", "compute_loss", "training_step", "get_train_dataloader", "get_batch_samples"),  # transformers' Trainer
     *("_get_output_dir", "_save_checkpoint", "_save", "return_outputs", "gradient_as_bucket_view", "use_cache"),
-    *("_repr_html_", "_repr_mimebundle_", "showwarning"),  # IPython, warnings
+    *("_repr_html_", "_repr_mimebundle_", "_render_traceback_", "showwarning"),  # IPython, warnings
     *("readable", "__reduce_ex__", "protocol", "memo"),  # io, pickle, copy
     *("hf_quantizer", "_name_or_path", "use_muon"),  # attributes that transformers and DeepSpeed read
     "_compute_score_from_stats",  # sacreBLEU

@@ -129,8 +129,9 @@ def _point_to(nb: Any, root: str) -> None:
 
 def _notes(item: Exercise) -> str:
     mistakes = "\n".join(f"- {mistake.sentence}" for mistake in item.mistakes)
+    recognized = f"What the check recognizes:\n\n{mistakes}\n\n" if mistakes else ""
     return (
-        f"**For the teacher.** {item.minutes} minutes. What the check recognizes:\n\n{mistakes}\n\n"
+        f"**For the teacher.** {item.minutes} minutes. {recognized}"
         f"First hint: {item.hints[0]} Second hint: {item.hints[1]}\n\nAsk next: {item.ask_next}"
     )
 
