@@ -118,10 +118,10 @@ TURNS = Exercise(
         ),
         *(
             Mistake(
-                "Joined turns run into each other. A blank line between them keeps them two paragraphs.",
+                f"Joined turns have {between} between them. A blank line keeps them two paragraphs.",
                 lambda turns, joint=joint: _cleaned(turns, joint=joint),
             )
-            for joint in ("\n", " ", "")
+            for joint, between in {"\n": "one line end", " ": "a space", "": "nothing"}.items()
         ),
         Mistake(
             "The last question stays without an answer: tokens that the model reads and nothing is learned from.",
@@ -284,7 +284,7 @@ LESSON = Lesson(
         "say which answers have another prompt at inference than in training, and make them equal",
         "label the answers in a template that somebody else wrote",
     ),
-    minutes=80,
+    minutes=90,
     predictions={
         "rows": Several(
             asks="which of six flawed rows can still be used",

@@ -275,7 +275,7 @@ WRONG = {
         (keeps_the_beginning, "before the first question is kept"),
         (without_blank_turns, "reading goes on"),
         (never_joined, "stay separate"),
-        (lambda turns: [(r, t.replace("\n\n", "\n")) for r, t in by_groups(turns)], "A blank line between them"),
+        (lambda turns: [(r, t.replace("\n\n", "\n")) for r, t in by_groups(turns)], "have one line end between them"),
         (with_last_question, "stays without an answer"),
         (stripped, "stripped"),
         (none_or_all, "dropped whole"),
