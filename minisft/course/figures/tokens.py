@@ -11,10 +11,11 @@ from minisft.data.ledger import Ledger
 from minisft.drawing import Picture, drawable, figure_of, picture_of
 from minisft.labels.encode_row import encode_segments
 
+TRAINED = "#E69F00"
 LANE_COLOURS = {
     "system prompt": "#56B4E9",
     "question": "#dde3ea",
-    "answer: trained": "#E69F00",
+    "answer: trained": TRAINED,
     "answer: only read": "#fbe7c2",
     "framed: one control id": "#ffffff",
 }
@@ -111,11 +112,13 @@ def token_flow(ledger: Ledger) -> Picture:
     tokens = [(ledger.tokens(stage) or 0) / 1e6 for stage in stages]
     rows = [ledger.stages[stage].rows for stage in stages]
     figure, axes = figure_of(8.2, 0.9 + 0.42 * len(stages))
-    axes.barh(stages, tokens, color="#0072B2", height=0.62)
+    axes.barh(stages, tokens, color=[TRAINED if stage == "trained" else "#5b6770" for stage in stages], height=0.62)
     full = max(tokens) or 1.0
     for i, (before, now) in enumerate(zip([tokens[0], *tokens], tokens, strict=False)):
         inside = now > 0.2 * full
-        text_style = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": "black"}
+        text_style = {"ha": "right" if inside else "left", "color": "white" if inside else "black"}
+        if stages[i] == "trained":
+            text_style["color"] = "black"
         axes.text(now - 0.01 * full if inside else now, i, f"{now:.1f} M", va="center", fontweight="bold", **text_style)
         if before - now > 0.005 * full:
             style = {"color": "#dde3ea", "edgecolor": "#8a94a0", "hatch": "////", "linewidth": 0.5}
