@@ -120,7 +120,7 @@ def _plain(nb: Any) -> Any:
     from nbformat import from_dict
 
     nb = from_dict(nb)  # a copy
-    nb.metadata = from_dict({"language_info": nb.metadata.get("language_info", {})})
+    nb.metadata = from_dict({"language_info": nb.metadata.get("language_info", {"name": "python"})})
     for cell in nb.cells:
         cell.metadata = from_dict({"tags": cell.metadata.get("tags", [])})
         for output in (output for output in cell.get("outputs", []) if "data" in output):
