@@ -169,16 +169,16 @@ def notebooks(
     in_place: Annotated[bool, typer.Option("--in-place", help="also update the outputs in the notebooks")] = False,
     timeout: Annotated[float | None, typer.Option(help="time limit for each notebook, in seconds")] = None,
     edition: Annotated[
-        str | None, typer.Option(help="student or teacher: write that edition of the course instead of executing it")
+        str | None, typer.Option(help="student, teacher or slides: write that edition instead of executing notebooks")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the edition (default: outputs/course/EDITION)")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the notebooks of the edition")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the files of the edition")] = False,
 ) -> None:
     """Execute notebooks, and write executed copies and an HTML book to outputs/notebooks.
 
-    With --edition, write the notebooks to work through (student) or to teach from (teacher).
+    With --edition, write the notebooks to work through (student), teach from (teacher) or show (slides).
     """
     from minisft.course.editions import write_edition
     from minisft.course.notebooks import execute
@@ -188,4 +188,4 @@ def notebooks(
         sys.exit(execute(project_root(), paths, in_place=in_place, timeout=timeout))
     folder = out or outputs_root() / "course" / edition
     written = write_edition(project_root(), edition, folder, overwrite)
-    say(f"{len(written)} notebooks of the {edition}'s edition: {folder}")
+    say(f"{len(written)} notebooks of the {edition} edition: {folder}")

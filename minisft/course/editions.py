@@ -2,11 +2,14 @@
 
     minisft notebooks --edition student     to do: no outputs, functions to write, predictions open
     minisft notebooks --edition teacher     solutions in nbgrader's marks, minutes, what to ask next
+    minisft notebooks --edition slides      to show: executed, one slide per cell, notes for the speaker
 
 The committed notebooks are the edition to read: executed, with the functions still to be written.
 A cell with the tag `exercise` holds the stub of a function, and one with the tag `check` its check;
-everything else about them is in the lesson (`minisft.course.lessons`). Both editions carry the
-metadata of nbgrader, so that a teacher can release, collect and grade them.
+everything else about them is in the lesson (`minisft.course.lessons`). The first two editions carry
+the metadata of nbgrader, so that a teacher can release, collect and grade them: see
+`notebooks/teaching.md`. The Markdown pages beside the notebooks are copied, because notebooks link to
+them.
 """
 
 from __future__ import annotations
@@ -27,14 +30,18 @@ from minisft.files import is_same_file, read_text, user_path, written_whole
 from minisft.text import say
 
 CHECK = re.compile(r'exercise\("([\w.]+)"\)\.check\(')
-TURN = "raise NotImplementedError  # your turn"
+HEADING = re.compile("#{1,6} ")
+SECTION = re.compile("##? ")  # the title or a section: these begin a slide to the right
+NOTES = "teacher"  # tag of the notes for the teacher, which nbgrader removes from what it releases
+SLIDE_LINES = 16
 
 
 def write_edition(root: Path, edition: str, out: Path, overwrite: bool = False) -> list[Path]:
-    """Write all notebooks of the course to the folder `out`, as `edition` ("student", "teacher").
+    """Write all notebooks of the course, and its Markdown pages, to the folder `out`.
 
-    Returns the paths of the notebooks. One that exists is kept, because it may hold a learner's
-    work, unless `overwrite` is given. Raises `UserError` for an unknown edition.
+    `edition` is "student", "teacher" or "slides". Returns the paths of the notebooks. A file that
+    exists is kept, because it may hold a learner's work, unless `overwrite` is given. Raises
+    `UserError` for an unknown edition.
     """
     import nbformat
 
@@ -52,9 +59,14 @@ def write_edition(root: Path, edition: str, out: Path, overwrite: bool = False) 
             kept += 1
             continue
         nb = EDITIONS[edition](parsed(read_text(source) or "", source))
-        _point_to(nb, os.path.relpath(root, out))
+        for cell in nb.cells:
+            cell.source = _pointing_to(cell.source, os.path.relpath(root, out))
         with written_whole(target) as stream:
             stream.write(nbformat.writes(nb).rstrip("\n") + "\n")
+    for source in sorted((root / "notebooks").glob("*.md")):
+        if overwrite or not (out / source.name).exists():
+            with written_whole(out / source.name) as stream:
+                stream.write(_pointing_to(read_text(source) or "", os.path.relpath(root, out)))
     if kept:
         say(f"{kept} of {len(written)} notebooks exist and are kept, with the work in them (--overwrite replaces them)")
     return written
@@ -72,23 +84,97 @@ def student_edition(nb: Any) -> Any:
 
 def teacher_edition(nb: Any) -> Any:
     """Return a copy of notebook `nb` with the solutions, and notes on teaching it."""
+    nb = student_edition(nb)
+    for cell in nb.cells:
+        if "exercise" in _tags(cell):
+            stub = cell
+        if name := _checked(cell):
+            stub.source = exercise(name).marked_source().rstrip()
+    _add_notes(nb)
+    return nb
+
+
+def slides_edition(nb: Any) -> Any:
+    """Return a copy of notebook `nb` to show with `jupyter nbconvert --to slides`.
+
+    A title or section begins a slide to the right, and every other cell one below it. Long prose is
+    split between paragraphs. The notes for the teacher become speaker notes.
+    """
+    nb = copy.deepcopy(nb)
+    nb.cells = [part for cell in nb.cells for part in _parts(cell)]
+    for cell in nb.cells:
+        is_section = cell.cell_type == "markdown" and SECTION.match(cell.source)
+        cell.metadata["slideshow"] = {"slide_type": "slide" if is_section else "subslide"}
+    _add_notes(nb)
+    for cell in nb.cells:
+        if NOTES in _tags(cell):
+            cell.metadata["slideshow"] = {"slide_type": "notes"}
+    return nb
+
+
+EDITIONS: dict[str, Callable[[Any], Any]] = {
+    "student": student_edition,
+    "teacher": teacher_edition,
+    "slides": slides_edition,
+}
+
+
+def _add_notes(nb: Any) -> None:
+    """Insert the notes for the teacher: on the lesson after the title, on each exercise after its check."""
     from nbformat.v4 import new_markdown_cell
 
-    nb = student_edition(nb)
+    tags = {"tags": [NOTES]}
     cells = []
     for cell in nb.cells:
         cells.append(cell)
         if name := _checked(cell):
-            item, stub = exercise(name), next(c for c in reversed(cells) if "exercise" in _tags(c))
-            stub.source = item.marked_source().rstrip()
-            cells.append(new_markdown_cell(_notes(item), id=f"notes-{name.replace('.', '-')}"))
+            note_id = f"notes-{name.replace('.', '-')}"
+            cells.append(new_markdown_cell(_notes(exercise(name)), id=note_id, metadata=tags))
     if number := _number(nb):
-        cells.insert(1, new_markdown_cell(_lesson_notes(number), id=f"notes-{number}"))
+        cells.insert(1, new_markdown_cell(_lesson_notes(number), id=f"notes-{number}", metadata=tags))
     nb.cells = cells
-    return nb
 
 
-EDITIONS: dict[str, Callable[[Any], Any]] = {"student": student_edition, "teacher": teacher_edition}
+def _parts(cell: Any) -> list[Any]:
+    """Split a Markdown cell before its headings, and where it would fill more than one slide."""
+    from nbformat.v4 import new_markdown_cell
+
+    if cell.cell_type != "markdown":
+        return [cell]
+    slides: list[list[str]] = []
+    for block in _blocks(cell.source):
+        lines = sum(_height(part) for part in slides[-1]) if slides else 0
+        is_full = lines and lines + _height(block) > SLIDE_LINES and not HEADING.match(slides[-1][-1])
+        if not slides or HEADING.match(block) or is_full:
+            slides.append([])
+        slides[-1].append(block)
+    texts = ["\n\n".join(blocks) for blocks in slides]
+    return [new_markdown_cell(text, id=f"{cell.id[:56]}-{i}") for i, text in enumerate(texts)]
+
+
+def _blocks(source: str) -> list[str]:
+    """The paragraphs, lists, tables and headings of Markdown; fenced code and `<details>` stay whole."""
+    blocks: list[str] = []
+    lines: list[str] = []
+    is_open = False
+    for line in [*source.splitlines(), ""]:
+        is_open ^= line.lstrip().startswith("```")
+        is_open = (is_open or "<details" in line) and "</details>" not in line
+        starts = bool(HEADING.match(line)) and not is_open
+        if lines and not is_open and (starts or not line.strip()):
+            blocks.append("\n".join(lines))
+            lines = []
+        if line.strip() or is_open:
+            lines.append(line)
+        if starts:  # a heading is a block, even with prose right below it
+            blocks.append(lines.pop())
+    return [*blocks, "\n".join(lines)] if lines else blocks
+
+
+def _height(block: str) -> int:
+    """Lines of a slide that the block fills, about: headings and tables have taller ones."""
+    lines = block.splitlines()
+    return sum(2 if line.startswith(("#", "|")) else 1 for line in lines) + 1
 
 
 def _tags(cell: Any) -> list[str]:
@@ -121,10 +207,9 @@ def _add_grading(nb: Any) -> None:
             stub = None
 
 
-def _point_to(nb: Any, root: str) -> None:
+def _pointing_to(text: str, root: str) -> str:
     """Rewrite paths that start at the folder above the notebooks, so that they start at `root`."""
-    for cell in nb.cells:
-        cell.source = cell.source.replace("../launchers/", f"{root}/launchers/")
+    return text.replace("../launchers/", f"{root}/launchers/")
 
 
 def _notes(item: Exercise) -> str:

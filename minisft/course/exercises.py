@@ -67,15 +67,18 @@ class Exercise:
     ordered: bool = True
     explain: Callable[[list[tuple[Case, Any]]], str] | None = None
 
-    def check(self, function: Callable[..., Any] | None) -> Shown:
+    def check(self, function: Callable[..., Any] | None) -> Shown | None:
         """Run `function` on all cases; tell not attempted, raised, wrong and right apart.
 
-        Raises `AssertionError` instead where nbgrader grades, unless the answer is right.
+        Where nbgrader grades, this raises `AssertionError` unless the answer is right, and returns
+        nothing, because nbgrader reads the value of a cell as its points.
         """
         shown = self._verdict(function)
-        if os.environ.get(GRADING) and not shown.ok:
+        if not os.environ.get(GRADING):
+            return shown
+        if not shown.ok:
             raise AssertionError(shown.text)
-        return shown
+        return None
 
     def hint(self) -> Shown:
         """Show the first hint, and the second when asked again."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from minisft.files import read_text
 from minisft.text import one_line
 
 NO_ALT = "No description has been provided for this image"  # nbconvert's placeholder for missing alt text
@@ -78,7 +79,7 @@ quiet = logging.Logger("minisft.course.html_page", level=100)
 def page_of(nb: Any, folder: Path, title: str) -> str:
     """Return the HTML page of notebook `nb`, a file in `folder`.
 
-    Images are embedded, and links to notebooks become links to their pages.
+    Images are embedded, and links to notebooks and Markdown files become links to their pages.
     """
     from nbconvert import HTMLExporter
     from traitlets.config import Config
@@ -93,7 +94,25 @@ def page_of(nb: Any, folder: Path, title: str) -> str:
         log=quiet,
     )
     page, _ = exporter.from_notebook_node(_plain(nb), {"metadata": {"name": title, "path": str(folder)}})
-    return re.sub(r'href="([\w.%-]+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', page)
+    return re.sub(r'href="([\w.%-]+)\.(?:ipynb|md)(#[^"]*)?"', r'href="\1.html\2"', page)
+
+
+def markdown_page(path: Path) -> tuple[str, str]:
+    """Return the title and the HTML page of the Markdown file `path`, made as that of a notebook with one cell.
+
+    Raises `UserError` if the file cannot be read.
+    """
+    from nbformat.v4 import new_markdown_cell, new_notebook
+
+    nb = new_notebook(cells=[new_markdown_cell(read_text(path) or "")])
+    title = title_of(nb, path.stem)
+    return title, page_of(nb, path.parent, title)
+
+
+def title_of(nb: Any, stem: str) -> str:
+    """The first heading that begins a Markdown cell, else the file's stem."""
+    headings = (re.match("# +(.+)", cell.source) for cell in nb.cells if cell.cell_type == "markdown")
+    return one_line(next((heading[1].strip() for heading in headings if heading), stem))
 
 
 def _plain(nb: Any) -> Any:
@@ -101,7 +120,7 @@ def _plain(nb: Any) -> Any:
     from nbformat import from_dict
 
     nb = from_dict(nb)  # a copy
-    nb.metadata = from_dict({"language_info": nb.metadata.get("language_info", {})})
+    nb.metadata = from_dict({"language_info": nb.metadata.get("language_info", {"name": "python"})})
     for cell in nb.cells:
         cell.metadata = from_dict({"tags": cell.metadata.get("tags", [])})
         for output in (output for output in cell.get("outputs", []) if "data" in output):
@@ -112,18 +131,24 @@ def _plain(nb: Any) -> Any:
     return nb
 
 
-def index_of(rows: list[tuple[str, str, str, float]]) -> str:
-    """Return the index page; a row is (file stem, title or "" if there is no page, status,
-    seconds).
+def index_of(rows: list[tuple[str, str, str, float]], pages: Sequence[tuple[str, str]] = ()) -> str:
+    """Return the index page.
+
+    A row is (file stem, title or "" if there is no page, status, seconds) of a notebook. `pages` are
+    the Markdown pages beside them, as (file stem, title).
     """
     lines = ""
     for stem, title, status, seconds in rows:
         name = escape(one_line(stem))
-        link = (
-            f'<a href="{quote(stem, errors="surrogateescape")}.html">{escape(one_line(title))}</a>' if title else name
-        )
+        link = _link(stem, title) if title else name
         lines += f"\n<tr><td>{link}<td>{name}.ipynb<td>{escape(status)}<td>{seconds:.0f} s</tr>"
+    for stem, title in pages:
+        lines += f"\n<tr><td>{_link(stem, title)}<td>{escape(one_line(stem))}.md<td><td></tr>"
     return INDEX.format(rows=lines)
+
+
+def _link(stem: str, title: str) -> str:
+    return f'<a href="{quote(stem, errors="surrogateescape")}.html">{escape(one_line(title))}</a>'
 
 
 def safe_html(text: str) -> str:

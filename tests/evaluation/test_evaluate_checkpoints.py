@@ -192,6 +192,16 @@ def test_a_line_that_was_being_written_is_cut_off(run, results, monkeypatch):
     assert not kept.exists()
 
 
+def test_answers_that_cannot_be_saved_or_read_only_cost_time(run, results):
+    """The cache may belong to another user. A folder in the file's place fails for root, too."""
+    evaluate_runs([run], QUICK, say=quiet)
+    found = read_json(results / "checkpoint-10.json")
+    (results / "checkpoint-10.json").unlink()
+    SavedAnswers(found["key"]).file.mkdir(parents=True)
+    assert evaluate_runs([run], QUICK, say=quiet) == []
+    assert read_json(results / "checkpoint-10.json") == found
+
+
 def test_a_checkpoint_that_goes_away_meanwhile_is_named(run, monkeypatch):
     real = checksums.Digests.of
 

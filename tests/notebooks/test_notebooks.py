@@ -66,6 +66,29 @@ def test_links_between_notebooks_lead_somewhere(path):
     assert set(neighbors) <= set(links), (neighbors, links)
 
 
+TERM = re.compile(r"- \*\*(?P<term>.+?)\*\*: .+\. \(\[(?P<number>\d\d)\]\((?P<file>(?P=number)_\w+\.ipynb)\)\)")
+
+
+def test_the_glossary_is_alphabetical_and_every_entry_has_one_form():
+    _, *entries = (ROOT / "notebooks" / "terms.md").read_text().split("\n\n", 1)[1].split("\n- ")
+    terms = [TERM.fullmatch(f"- {entry.strip()}")["term"] for entry in entries]
+    keys = [term.lower().replace("-", " ") for term in terms]
+    assert keys == sorted(set(keys))
+
+
+def test_every_term_is_defined_where_the_glossary_says():
+    """Each term stands in bold, in the singular or plural, in the prose of the notebook that its entry links to."""
+    missing = []
+    for entry in TERM.finditer((ROOT / "notebooks" / "terms.md").read_text()):
+        path = ROOT / "notebooks" / entry["file"]
+        cells = nbformat.read(path, as_version=4).cells if path.exists() else []
+        prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        words = r"\s+".join(map(re.escape, entry["term"].split()))
+        if not re.search(rf"\*\*{words}s?[.:,]?\*\*", prose, re.IGNORECASE):
+            missing.append(f"{entry['number']}: {entry['term']}")
+    assert not missing
+
+
 @pytest.mark.notebook
 @pytest.mark.distributed
 @pytest.mark.model
