@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "blocks": ["collectives", "stages_by_rank"],
         "evaluation": ["interval_widths", "scores_over_steps"],
         "masks": ["bugs_on_rows", "losses_before_and_after", "truncation_bars"],
         "runs": ["before_and_after", "comparison", "loss_curves", "memory_bars"],
