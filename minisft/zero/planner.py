@@ -93,12 +93,11 @@ def plan(
             f"give more than that, and at most {MOST_GPU / 1e9:g} GB, e.g. 80"
         )
     parameters = model.parameters if isinstance(model, Shapes) else model
-    once = parameters * ELEMENT[precision] * (ranks - 1) / ranks  # what each rank sends of all parameters on a ring
     options = []
     for strategy in candidates(model, ranks):
         states = state_bytes(model, strategy, ranks, precision)
         needed = (peaks or {}).get(strategy, states + activation_bytes)
-        sent = traffic(strategy, accumulation, precision) * once
+        sent = traffic(strategy, accumulation, precision) * parameters * ELEMENT[precision] * (ranks - 1) / ranks
         options.append(Option(strategy, states, needed, gpu_bytes - RESERVED - needed, sent))
     fitting = [option for option in options if option.fits]
     if not fitting:
