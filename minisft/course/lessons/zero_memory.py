@@ -280,13 +280,6 @@ PREDICTIONS: dict[str, Prediction] = {
         lesson="The states follow from the shapes and the configuration alone, so they can be predicted exactly.",
         unit="bytes",
     ),
-    "bucket": Number(
-        asks="the bucket of stage 3 with DeepSpeed's default size, in fp32",
-        stand_in=0.5,
-        lesson="A bucket is set in elements, 4 bytes each in fp32, whatever the size of the model.",
-        unit="GB",
-        within=0.01,
-    ),
     "invisible": Choice(
         asks="the setting that costs nothing at rest and much within a step",
         stand_in="persistent parameters",
