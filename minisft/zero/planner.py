@@ -1,7 +1,8 @@
-"""Chooses a strategy for a model on given GPUs: which ones fit, with how much to spare, and which is cheapest.
+"""Chooses a strategy for a model on given GPUs: which ones fit, with how much to spare, and which sends least.
 
 States come from `minisft.zero.state_memory`: exact for a model whose shapes are known, by the paper's formula for a
-bare number of parameters. Cheapest means the least traffic between the ranks: the less is split, the less is sent.
+bare number of parameters. Of those that fit, the one with the least traffic between the ranks is chosen: the less is
+split, the less is sent.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from minisft.errors import UserError
 from minisft.zero.parameter_shapes import Shapes
 from minisft.zero.state_memory import (
+    ELEMENT,
     bytes_on_gpu,
     distinct,
     generated_config,
@@ -30,12 +32,16 @@ RESERVED = 1.5e9  # bytes of a GPU that no run can use: the CUDA context, the li
 
 @dataclass(frozen=True)
 class Option:
-    """One strategy on one GPU: bytes of states, total bytes, and bytes left over (negative if it does not fit)."""
+    """One strategy on one GPU, in bytes: its states, the total, what is left over, and what each rank sends per step.
+
+    `left` is negative if it does not fit. `sent` is by the multiples of `traffic`, on a ring.
+    """
 
     strategy: str
     states: float
     total: float
     left: float
+    sent: float
 
     @property
     def fits(self) -> bool:
@@ -76,7 +82,7 @@ def plan(
     accumulation: int = 1,
     peaks: Mapping[str, float] | None = None,
 ) -> Plan:
-    """What each strategy needs on one of `ranks` GPUs of `gpu_bytes` each, and the cheapest one that fits.
+    """What each strategy needs on one of `ranks` GPUs of `gpu_bytes` each, and which of those that fit sends the least.
 
     `peaks` holds the peak bytes on the GPU of each strategy for which they are known; for the others the states after
     backward and the micro-batch's `activation_bytes` are added up. Raises `UserError` for impossible numbers.
@@ -86,11 +92,13 @@ def plan(
             f"the GPU memory is {gpu_bytes / 1e9:.4g} GB, of which {RESERVED / 1e9:g} GB are set aside for CUDA: "
             f"give more than that, and at most {MOST_GPU / 1e9:g} GB, e.g. 80"
         )
+    parameters = model.parameters if isinstance(model, Shapes) else model
     options = []
     for strategy in candidates(model, ranks):
         states = state_bytes(model, strategy, ranks, precision)
         needed = (peaks or {}).get(strategy, states + activation_bytes)
-        options.append(Option(strategy, states, needed, gpu_bytes - RESERVED - needed))
+        sent = traffic(strategy, accumulation, precision) * parameters * ELEMENT[precision] * (ranks - 1) / ranks
+        options.append(Option(strategy, states, needed, gpu_bytes - RESERVED - needed, sent))
     fitting = [option for option in options if option.fits]
     if not fitting:
         leanest = min(options, key=lambda option: option.total)

@@ -246,20 +246,21 @@ def bytes_on_gpu(held: Mapping[str, int], deepspeed: Mapping[str, Any] | None) -
 
 
 def paper_formula(parameters: float, ranks: int, stage: int | None) -> float:
-    """Bytes of model states per rank by the paper's formula: 2 bytes per parameter, 2 per gradient, 12 for Adam.
+    """Bytes of model states per rank by the paper's formula: 2 bytes per parameter, 2 per gradient, 4 for the
+    fp32 master and 8 for Adam's two averages.
 
     Stages None and 0 split nothing. Rajbhandari et al. 2020, section 3.1 and figure 1; the formula leaves out buckets,
     padding, and parameters that cross a border.
     """
     weights = gradients = 2.0 * parameters
-    states = 12.0 * parameters  # fp32 masters and two averages
+    masters_and_states = (4.0 + 8.0) * parameters
     if (stage or 0) >= 1:
-        states /= ranks
+        masters_and_states /= ranks
     if (stage or 0) >= 2:
         gradients /= ranks
     if (stage or 0) >= 3:
         weights /= ranks
-    return weights + gradients + states
+    return weights + gradients + masters_and_states
 
 
 def total_bytes(owners: Mapping[str, int]) -> int:

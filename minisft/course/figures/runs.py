@@ -11,14 +11,15 @@ from minisft.run.folder import Run
 from minisft.text import in_gigabytes
 from minisft.zero.measured_memory import OTHER
 
+# Tol's "muted" scheme (https://personal.sron.nl/~pault), for owners of bytes alone; runs have those of `PALETTE`.
 OWNER_COLOURS = {
-    "parameters": "#0072B2",
-    "gradients": "#009E73",
-    "fp32 masters": "#56B4E9",
-    "optimizer states": "#E69F00",
-    "buckets": "#CC79A7",
-    "persistent parameters": "#D55E00",
-    "offload buffers": "#F0E442",
+    "parameters": "#332288",
+    "gradients": "#44AA99",
+    "fp32 masters": "#88CCEE",
+    "optimizer states": "#DDCC77",
+    "buckets": "#CC6677",
+    "persistent parameters": "#882255",
+    "offload buffers": "#999933",
     OTHER: "#BBBBBB",
 }
 

@@ -1,73 +1,86 @@
-"""The figure of memory through one training step, measured on one rank."""
+"""The figure of memory through one training step, measured on one rank of each run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 from minisft.course.figures.runs import OWNER_COLOURS
-from minisft.drawing import PALETTE, Picture, figure_of, in_figure, picture_of
+from minisft.drawing import Picture, figure_of, in_figure, picture_of
 from minisft.text import unit_for
 from minisft.zero.activation_trace import ACTIVATIONS, BACKWARD, LOGITS
 from minisft.zero.peak_memory import STEP_OWNER
 
-STEP_COLOURS = OWNER_COLOURS | {ACTIVATIONS: "#7A5195", LOGITS: "#B7A1D6", BACKWARD: "#444444", STEP_OWNER: "#888888"}
+STEP_COLOURS = OWNER_COLOURS | {ACTIVATIONS: "#117733", LOGITS: "#A9D5A5", BACKWARD: "#444444", STEP_OWNER: "#888888"}
+PHASES = {"forward": "#FFFFFF", "backward": "#EEEEEE", "step": "#FFFFFF"}  # backgrounds
 
 
-def step_timeline(memory: Mapping[str, Any], name: str) -> Picture:
-    """Draw the bytes of live tensors through one step of a rank, and who owns them at the peak.
+def step_timeline(memories: Mapping[str, Mapping[str, Any]]) -> Picture:
+    """Draw the bytes of live tensors through one step of a rank of each run, on the same axes, and
+    who owns them at the peak.
 
-    `memory` is one rank's entry of `Run.memory`, from a run with `memory_timeline` on.
+    `memories` maps a run's name to one rank's entry of `Run.memory`, from a run with
+    `memory_timeline` on.
     """
-    step = memory["step"]
-    begin = next(i for i, (_, held) in enumerate(step["timeline"]) if held == step["before"])
-    totals = [(phase, held + step["unseen"]) for phase, held in step["timeline"][begin:]]
-    size, unit = unit_for(max(held for _, held in totals))
-    figure, (axes, column) = figure_of(9.4, 3.6, ncols=2, width_ratios=(4, 1))
-    colors = {"forward": PALETTE[0], "backward": PALETTE[1], "step": PALETTE[2]}
-    begin = 0  # first index of the current phase
-    before = step["before"] + step["unseen"]
-    for i in range(1, len(totals) + 1):
-        if i == len(totals) or totals[i][0] != totals[begin][0]:
-            phase = totals[begin][0]
-            known = {line.get_label() for line in axes.lines}
-            label = phase if phase not in known else None
-            values = [held / size for _, held in totals[max(0, begin - 1) : i]]
-            x = range(max(0, begin - 1), i)
-            axes.plot(x, values, color=colors.get(phase, PALETTE[6]), linewidth=1.2, label=label)
-            begin = i
-    peak, phase = step["peak"]["total"] + step["unseen"], step["peak"]["phase"]
-    where = max(range(len(totals)), key=lambda i: totals[i][1])
-    axes.plot(where, peak / size, "v", color="black")
-    axes.axhline(before / size, color="#888888", linestyle=":", linewidth=1)
-    axes.set(xlabel="tensors made and freed, in order", ylabel=f"{unit} of tensors", ylim=(0, 1.1 * peak / size))
-    axes.legend(frameon=False)
-    owners = dict(sorted(step["peak"]["held"].items(), key=lambda item: -item[1]))
-    if step["unseen"]:
-        owners["buckets"] = owners.get("buckets", 0) + step["unseen"]
+    steps = {name: _Step(memory["step"]) for name, memory in memories.items()}
+    size, unit = unit_for(max(step.peak for step in steps.values()))
+    layout = {"nrows": len(steps), "ncols": 2, "width_ratios": (4, 1), "squeeze": False}
+    figure, panels = figure_of(9.4, 0.6 + 3.2 * len(steps), **layout)
+    highest, longest = 1.12 * max(s.peak for s in steps.values()) / size, max(len(s.totals) for s in steps.values())
+    for (axes, column), (name, step) in zip(panels, steps.items(), strict=True):
+        _draw_line(axes, step, size)
+        axes.set(xlim=(0, 1.01 * longest), ylim=(0, highest), ylabel=f"{unit} of tensors", title=in_figure(name))
+        _draw_column(column, step, size)
+        column.set(xlim=(-0.5, 3.4), ylim=(0, highest), xticks=[0], xticklabels=["at the peak"], yticks=[])
+        column.spines[["left", "bottom"]].set_visible(False)
+    panels[-1][0].set_xlabel("tensors made and freed, in order")
+    peaks = [f"{in_figure(n)} peaks in {s.phase}, at {s.peak / s.before:.1f} times" for n, s in steps.items()]
+    figure.suptitle(f"{'; '.join(peaks)} its memory between steps", fontsize=11)
+    return picture_of(figure, " ".join(_told(name, step, size, unit) for name, step in steps.items()))
+
+
+class _Step:
+    """One recorded step: totals by phase and owners at the peak, with the bytes that were not seen."""
+
+    def __init__(self, step: Mapping[str, Any]):
+        begin = next(i for i, (_, held) in enumerate(step["timeline"]) if held == step["before"])
+        self.totals = [(phase, held + step["unseen"]) for phase, held in step["timeline"][begin:]]
+        self.before = step["before"] + step["unseen"]
+        self.peak = step["peak"]["total"] + step["unseen"]
+        self.phase = {"step": "the optimizer's step"}.get(step["peak"]["phase"], step["peak"]["phase"])
+        self.owners = dict(sorted(step["peak"]["held"].items(), key=lambda item: -item[1]))
+        if step["unseen"]:
+            self.owners["buckets"] = self.owners.get("buckets", 0) + step["unseen"]
+
+
+def _draw_line(axes: Any, step: _Step, size: float) -> None:
+    """Draw the total after each change over a background that tells the phases apart."""
+    values = [held / size for _, held in step.totals]
+    axes.plot(range(len(values)), values, color="black", linewidth=1)
+    axes.plot(max(range(len(values)), key=values.__getitem__), step.peak / size, "v", color="black")
+    axes.axhline(step.before / size, color="#888888", linestyle=":", linewidth=1)
+    begin = 0
+    for phase, changes in groupby(step.totals, key=lambda total: total[0]):
+        end = begin + sum(1 for _ in changes)
+        axes.axvspan(begin, end, color=PHASES.get(phase, "#FFFFFF"), zorder=0)
+        axes.text((begin + end) / 2, 0.03, phase, transform=axes.get_xaxis_transform(), ha="center", fontsize=9)
+        begin = end
+
+
+def _draw_column(axes: Any, step: _Step, size: float) -> None:
     bottom = 0.0
-    for owner, held in owners.items():
-        color = STEP_COLOURS.get(owner, "#BBBBBB")
-        column.bar(0, held / size, bottom=bottom, width=0.8, color=color, edgecolor="white")
-        if held > 0.03 * peak:
+    for owner, held in step.owners.items():
+        axes.bar(0, held / size, bottom=bottom, width=0.8, color=STEP_COLOURS.get(owner, "#BBBBBB"), edgecolor="white")
+        if held > 0.03 * step.peak:
             text = f"{in_figure(owner)}  {held / size:.2f}"
-            column.text(0.5, bottom + held / size / 2, text, va="center", fontsize=8)
+            axes.text(0.5, bottom + held / size / 2, text, va="center", fontsize=8)
         bottom += held / size
-    column.set(xlim=(-0.5, 3.2), ylim=axes.get_ylim(), xticks=[0], xticklabels=["at the peak"], yticks=[])
-    column.spines[["left", "bottom"]].set_visible(False)
-    most = next(iter(owners))
-    figure.suptitle(
-        f"{in_figure(name)} peaks in {_phase(phase)}, at {peak / before:.1f} times its memory between steps: "
-        f"{owners[most] / peak:.0%} of it are {in_figure(most)}",
-        fontsize=11,
-    )
-    each = ", ".join(f"{held / size:.2f} {unit} {owner}" for owner, held in owners.items())
-    return picture_of(
-        figure,
-        f"Bytes of tensors through one step of {name}: {before / size:.2f} {unit} before it, at most "
-        f"{peak / size:.2f} {unit}, in {_phase(phase)}: {each}.",
-    )
 
 
-def _phase(phase: str) -> str:
-    return {"step": "the optimizer's step"}.get(phase, phase)
+def _told(name: str, step: _Step, size: float, unit: str) -> str:
+    each = ", ".join(f"{held / size:.2f} {unit} {owner}" for owner, held in step.owners.items() if held > size / 200)
+    return (
+        f"Bytes of tensors through one step of {name}: {step.before / size:.2f} {unit} before it, at most "
+        f"{step.peak / size:.2f} {unit}, in {step.phase}: {each}."
+    )
