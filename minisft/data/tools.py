@@ -38,7 +38,8 @@ def _call(call: Any, unread: dict[str, None]) -> dict[str, Any]:
     if not isinstance(function, dict) or not (isinstance(name := function.get("name"), str) and name.strip()):
         raise UnusableRow("a tool call without a name")
     key = next((key for key in ARGUMENTS if function.get(key) is not None), ARGUMENTS[0])
-    arguments = _parsed(function.get(key) or {})
+    given = function.get(key)
+    arguments = {} if given in (None, "", []) else _parsed(given)
     if not isinstance(arguments, dict):
         raise UnusableRow("a tool call whose arguments are no object")
     for other, what in (call | function).items():
