@@ -234,44 +234,6 @@ def as_chat(messages: Iterable[Message], text_arguments: bool = False) -> list[d
     return chat
 
 
-def has_one_prompt(source: str) -> bool:
-    """Whether a template's generation prompt is certainly the same after all messages.
-
-    It is if nothing but top-level `if` blocks mention `add_generation_prompt`, and these mention
-    nothing that depends on the messages.
-    """
-    from jinja2 import TemplateError, nodes
-
-    try:
-        tree = syntax_tree(source)
-    except (TemplateError, RecursionError):
-        return False
-    varying = {"messages", "tools", "loop", *(macro.name for macro in tree.find_all(nodes.Macro))}
-    varying |= {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
-    for node in tree.body:
-        names = {name.name for name in node.find_all(nodes.Name)}
-        if "add_generation_prompt" in names and (not isinstance(node, nodes.If) or names & varying):
-            return False
-    return True
-
-
-def syntax_tree(source: str) -> Any:
-    """The syntax tree of a template with the tags that transformers knows."""
-    from jinja2 import Environment
-    from jinja2.ext import Extension
-
-    class Generation(Extension):
-        """`{% generation %}`, which marks what an assistant says."""
-
-        tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    return Environment(extensions=["jinja2.ext.loopcontrols", Generation], autoescape=True).parse(source)
-
-
 def _harmless(text: str) -> str:
     """JSON text of tools in which no string can become a part of a control token.
 

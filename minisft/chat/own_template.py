@@ -18,7 +18,6 @@ A conversation that the template refuses, or that cannot be labelled exactly, ra
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -33,7 +32,6 @@ from minisft.chat.jinja_template import (
     Piece,
     control_token,
     cut_at,
-    has_one_prompt,
     require_characters,
 )
 from minisft.chat.template import RefusedConversation, Segment
@@ -74,11 +72,6 @@ class OwnTemplate(JinjaTemplate):
         if hf is None:
             raise UserError(f"the tokenizer {tokenizer.name} has no chat template in Jinja: use another --template")
         return template_of(hf)
-
-    @functools.cached_property
-    def has_one_prompt(self) -> bool:
-        """Whether the generation prompt depends on no content, so that the layout's is right."""
-        return has_one_prompt(self.source)
 
     def marks_and_stops(self, hf: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """All control tokens, those that the template writes before a question included; the stops."""
@@ -164,7 +157,7 @@ class OwnTemplate(JinjaTemplate):
         return self._latest[1]
 
     def _labelled_by_layout(self, conversation: Conversation) -> tuple[list[Piece], frozenset[int]] | None:
-        """`labelled` by the layout of the roles; None if the rendering, or the last prompt, is another."""
+        """`labelled` by the layout of the roles; None if the rendering, or a prompt, is another."""
         messages = conversation.messages
         if conversation.tools or any(message.tool for message in messages):
             return None
@@ -174,19 +167,22 @@ class OwnTemplate(JinjaTemplate):
         pieces = layout.filled([message.content for message in messages])
         if "".join(piece.text for piece in pieces) != self.render(messages):
             return None
-        if not self.has_one_prompt and not self._begins_with_prompts(messages, pieces, layout.others):
-            return None
-        return pieces, layout.others
+        return (pieces, layout.others) if self._begins_with_prompts(messages, pieces, layout.others) else None
 
     def _begins_with_prompts(
         self, messages: Sequence[Message], pieces: Sequence[Piece], others: frozenset[int]
     ) -> bool:
-        """Whether the text before each answer, without the `others`, is its prompt at inference."""
+        """Whether the text before each trained answer, without the `others`, is its prompt at inference.
+
+        A template may write the last message in another way than an earlier one, for some contents
+        only; the layout does not have these contents.
+        """
         before = ""
         seen: set[int | None] = set()
         for piece in pieces:
             i = piece.answer
-            if i is not None and i not in seen | others and before != self.render(messages[:i], prompt=True):
+            begins = i is not None and i not in seen | others and messages[i].trained
+            if begins and before != self.render(messages[:i], prompt=True):
                 return False
             seen |= {i}
             before += piece.text

@@ -12,7 +12,7 @@ from conftest import AT_LENGTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.chat.jinja_template import as_chat, has_one_prompt
+from minisft.chat.jinja_template import as_chat
 from minisft.chat.own_template import OwnTemplate
 from minisft.chat.registry import other_template, template_for
 from minisft.chat.template import RefusedConversation
@@ -374,25 +374,43 @@ def test_an_answer_of_which_a_part_is_left_out_is_counted(tiny_model, tmp_path):
     assert len(list(rows)) == 1 and ledger.dropped["refused by the chat template"].rows == 1
 
 
-@pytest.mark.parametrize(
-    ("source", "one"),
-    [
-        (CHATML, True),
-        (MARKED, True),
-        (CHATML + "{% if add_generation_prompt %}{{ bos_token }}{% endif %}", True),
-        (PROMPT_BY_CONTENT, False),
-        ("{% set last = messages[-1]['content'] %}{% if add_generation_prompt %}{{ last }}{% endif %}", False),
-        (
-            "{% macro last() %}{{ messages[-1] }}{% endmacro %}{% if add_generation_prompt %}{{ last() }}{% endif %}",
-            False,
-        ),
-        ("{% for m in messages %}{% if loop.last and add_generation_prompt %}A{% endif %}{% endfor %}", False),
-        ("{{ 'A' if add_generation_prompt }}", False),
-        ("{% if x %}", False),
-    ],
-)
-def test_templates_whose_generation_prompt_is_certainly_one(source, one):
-    assert has_one_prompt(source) == one
+TURNS = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+ANSWERED = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+LAST_QUESTION = {  # each writes `/deep` of the last question as something else, in another way
+    "the last turn of the loop": TURNS + "{% if loop.last and '/deep' in m['content'] %}{{ ' (hm)' }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}" + ANSWERED,
+    "no next turn": TURNS + "{% if not loop.nextitem and '/deep' in m['content'] %}{{ ' (hm)' }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}" + ANSWERED,
+    "after the loop": "{% set n = namespace(deep=false) %}"
+    + TURNS
+    + "{% set n.deep = m['role'] == 'user' and '/deep' in m['content'] %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if n.deep %}{{ '(hm)' }}{% endif %}" + ANSWERED,
+    "before the loop": "{% if '/deep' in messages[-1]['content'] %}{{ '(hm)' }}{% endif %}"
+    + TURNS
+    + "{{ '<|im_end|>\n' }}{% endfor %}"
+    + ANSWERED,
+}
+
+
+@pytest.mark.parametrize("name", LAST_QUESTION)
+def test_a_last_question_that_is_written_differently_is_compared(tiny_model, tmp_path, name):
+    """An answer is trained after the prompt of inference or not at all, and what is not trained is counted."""
+    tokenizer = HuggingFaceTokenizer(save(LAST_QUESTION[name], tiny_model, tmp_path / "model"), "own")
+    template = template_for(tokenizer)
+    deep, plain = ("user", "the /deep cat"), ("user", "a mat")
+    for questions, trained in (([deep], 0), ([plain], 1), ([deep, plain], 1), ([plain, deep], 1), ([plain, plain], 2)):
+        conversation = talk(*[turn for question in questions for turn in (question, ("assistant", "sat on"))])
+        ledger = Ledger()
+        rows = list(encode_stream([conversation], template, tokenizer, max_length=999, ledger=ledger))
+        assert sum(len(spans(row)) for row in rows) == trained
+        assert bool(ledger.repaired or ledger.dropped) == (trained < len(questions))
+        for row in rows:
+            prompts = [
+                expected_prompt(tokenizer, conversation.messages[:i])
+                for i, message in enumerate(conversation.messages)
+                if message.role == "assistant"
+            ]
+            assert all(row.input_ids[:start] in prompts for start, _ in spans(row))
 
 
 @pytest.mark.parametrize("name", ["thinking", "chatml"])
