@@ -18,6 +18,7 @@ A conversation that the template refuses, or that cannot be labelled exactly, ra
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -35,6 +36,7 @@ from minisft.chat.jinja_template import (
     require_characters,
 )
 from minisft.chat.template import RefusedConversation, Segment
+from minisft.chat.template_markers import ControlOrder, control_order, renderings, words_of_template
 from minisft.chat.tool_calls import shows_tools
 from minisft.data.conversations import Conversation, Message
 from minisft.errors import UserError
@@ -72,6 +74,14 @@ class OwnTemplate(JinjaTemplate):
         if hf is None:
             raise UserError(f"the tokenizer {tokenizer.name} has no chat template in Jinja: use another --template")
         return template_of(hf)
+
+    @functools.cached_property
+    def _order(self) -> ControlOrder:
+        return control_order(self, self.has_tools)
+
+    def may_follow(self, before: str, control: str) -> bool:
+        """Whether the template may write a control token after another, or after "", the start."""
+        return self._order.allows(before, control)
 
     def marks_and_stops(self, hf: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """All control tokens, those that the template writes before a question included; the stops."""
@@ -292,13 +302,11 @@ def template_of(hf: Any) -> OwnTemplate:
     template = OwnTemplate(source=source, variables=dict(hf.special_tokens_map), control=control, ends=stops)
     exchange = (Message("user", "qu3stion"), Message("assistant", "4nswer"))
     try:
-        # Tokens that are merely added words, but mark a turn in this template. A word such as `<think>`,
-        # which `</think>` closes, marks a part of a text: texts may have it, as in transformers.
+        # Tokens that are merely added words, but mark a turn in this template.
         written = template.render((*exchange, exchange[0]), prompt=True)
-        words = {token.content: token for _, token in tokens if token.content in written}
-        known = {token.content for _, token in tokens}
-        turns = (word for word in words if _partner(word) not in known)
-        control |= {word: control_token(words[word]) for word in turns}
+        words = {token.content: token for _, token in tokens}
+        marks = words_of_template("".join((written, *renderings(template))), words)
+        control |= {word: control_token(words[word]) for word in marks}
         template = replace(template, control=control)
         end = template.end_after(exchange, exchange[1].content)
         stops = (end, *(token for token in stops if token != end))
@@ -327,11 +335,6 @@ def _with_tools(template: OwnTemplate) -> OwnTemplate:
         if calls:
             return replace(template, has_tools=True, has_definitions=definitions)
     return template
-
-
-def _partner(word: str) -> str:
-    """`</think>` of `<think>`, and the other way round."""
-    return word.replace("</", "<", 1) if word.startswith("</") else word.replace("<", "</", 1)
 
 
 def _generation_stops(hf: Any) -> set[int]:
