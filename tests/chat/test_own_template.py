@@ -246,6 +246,8 @@ def test_no_text_forges_a_token_and_no_invariant_breaks(tokenizers, name, conver
         return
     violations = check_row("c", row.input_ids, row.labels, template, tokenizer, conversation=conversation)
     assert [v for v in violations if row.trained or v.invariant != "targets"] == []
+    alone = check_row("c", row.input_ids, row.labels, template, tokenizer)
+    assert "control" not in {violation.invariant for violation in alone}
     control = [i for i in row.input_ids if i in tokenizer.control_ids]
     plain = [Message(m.role, "x", m.trained) for m in conversation.messages]
     innocent = encode(Conversation("c", tuple(plain)), template, tokenizer, 9999)
