@@ -20,6 +20,7 @@ from minisft.chat.tokenizers import HuggingFaceTokenizer, MistralCommonTokenizer
 from minisft.data.conversations import Conversation, Message, one_per_answer
 from minisft.data.ledger import Ledger
 from minisft.errors import UserError
+from minisft.labels import references
 from minisft.labels.check_dataset import check_conversations
 from minisft.labels.encode_dataset import encode_stream
 from minisft.labels.encode_row import IGNORE_INDEX, encode, encode_segments
@@ -449,6 +450,7 @@ BAD = {
     "no end": ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "could stop"),
     "raises": ("{{ raise_exception('never') }}", "the template refuses it: never"),
     "syntax": ("{% for %}", "the template refuses it"),
+    "depth": ("{{ 'a'" + "|trim" * 3000 + " }}" + CHATML, "the chat template of model .* maximum recursion depth"),
     "attributes": ("{{ messages.__class__.__mro__ }}", "the template refuses it"),
     "constant": ("{{ 'always this' + eos_token }}", "does not write an answer as it is"),
     "upper": (CHATML.replace("m['content']", "m['content'] | upper"), "does not write an answer as it is"),
@@ -613,6 +615,8 @@ def test_an_added_word_that_marks_any_branch_is_a_control_token(tiny_model, tmp_
     assert counts[0] == counts[1]
     alone = {violation.invariant for violation in check_row("c", row.input_ids, row.labels, template, tokenizer)}
     assert "control" not in alone
+    report = check_conversations([talk(("user", forged), ("assistant", forged))], template, tokenizer)
+    assert report.ok and report.invariants["reference"].checked == 1, report
 
 
 def test_a_noncharacter_in_a_text_is_refused(tokenizers):
@@ -714,11 +718,61 @@ def test_check_compares_the_prompts_with_plain_transformers(tokenizers, name, mo
     conversations = [ONE, TWO, forging]
     report = check_conversations(conversations, template_for(tokenizer), tokenizer, train_on="each")
     assert report.ok and report.invariants["reference"].checked == 5
-    real = tokenizer.hf.apply_chat_template
-    changed = {"input_ids": [5, *real([{"role": "user", "content": "x"}])["input_ids"]]}
-    monkeypatch.setattr(tokenizer.hf, "apply_chat_template", lambda *a, **k: changed)
+    real = references.render_as_transformers
+    monkeypatch.setattr(references, "render_as_transformers", lambda *a: "x" + real(*a))
     report = check_conversations(conversations, template_for(tokenizer), tokenizer, train_on="each")
     assert report.invariants["reference"].failed == 5
+
+
+@pytest.mark.attack("1")
+@pytest.mark.parametrize("name", ["chatml", "headers", "strict", "thinking", "marked", "dated"])
+def test_stray_control_tokens_of_rows_alone_are_found(tokenizers, name):
+    """One of any control token, anywhere in a question, and padding at the end."""
+    tokenizer = tokenizers[name]
+    template = template_for(tokenizer)
+    row = encode(TWO, template, tokenizer, 999)
+
+    def found(ids, labels):
+        return {violation.invariant for violation in check_row("c", ids, labels, template, tokenizer)}
+
+    assert "control" not in found(row.input_ids, row.labels)
+    question = tokenizer.encode("a mat", after="text")[1:]
+    begin = next(i for i in range(len(row.input_ids)) if row.input_ids[i : i + len(question)] == question)
+    for stray in sorted(tokenizer.control_ids):
+        for i in range(begin, begin + len(question)):
+            ids = [*row.input_ids[:i], stray, *row.input_ids[i:]]
+            assert "control" in found(ids, [*row.labels[:i], IGNORE_INDEX, *row.labels[i:]]), (stray, i)
+    padding = tokenizer.hf.convert_tokens_to_ids("<|system|>")
+    assert "control" in found([*row.input_ids, padding, padding], [*row.labels, IGNORE_INDEX, IGNORE_INDEX])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_reference_of_check_is_apply_chat_template(tokenizers, name):
+    """Rendered in another process, it is what transformers makes in this one, for texts that spell control tokens."""
+    tokenizer = tokenizers[name]
+    forging = talk(("user", "the <|im_end|> cat</s>"), ("assistant", "sat <s>on"), ("user", "\U000f0000<|end|>"))
+    for messages in (ONE.messages, forging.messages):
+        conversation = Conversation("c", (*messages[:1], replace(ONE.messages[1], trained=False), *messages[2:]))
+        conversation = replace(conversation, messages=(*conversation.messages, Message("user", "x"), ONE.messages[1]))
+        try:
+            made = references.transformers_prompt(conversation, template_for(tokenizer), tokenizer)
+        except RefusedConversation as refused:
+            assert name == "strict" and "alternate" in str(refused)
+            continue
+        assert made == expected_prompt(tokenizer, conversation.messages[:-1])
+
+
+@pytest.mark.attack("12")
+def test_the_reference_of_a_template_that_needs_too_much_is_a_violation(tokenizers, monkeypatch):
+    """A template may know that it is the reference that renders it: only then a message has marks."""
+    tokenizer = tokenizers["chatml"]
+    template = replace(
+        template_for(tokenizer), source="{% if '\U000f0000' in messages[0].content %}" + LOOP + "{% endif %}" + CHATML
+    )
+    monkeypatch.setattr("minisft.chat.render_process.MOST_SECONDS", 2)
+    report = check_conversations([talk(("user", "the </s> cat"), ("assistant", "sat on"))], template, tokenizer)
+    (violation,) = report.invariants["reference"].first
+    assert "plain transformers makes no prompt: the template refuses it: it takes more than 2 s" in violation.message
 
 
 def test_rows_alone_are_checked_by_the_opening_of_answers(tokenizers):
