@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _QUESTION, _ANSWER, _SYSTEM = Message("user", "qu3stion"), Message("assistant", "4nswer"), Message("system", "syst3m")
 _THINKING = replace(_ANSWER, reasoning="th0ught")
-EXCHANGES = (
+EXCHANGES: tuple[tuple[Message, ...], ...] = (
     (_QUESTION, _ANSWER, _QUESTION),
     (_SYSTEM, _QUESTION, _ANSWER, _QUESTION, _ANSWER),
     (_QUESTION, _QUESTION, _ANSWER, _ANSWER),
@@ -34,7 +34,7 @@ EXCHANGES = (
 )
 _LOOKED_UP = (CALLING[0], *CALLING[1:3] * 2, *CALLING[3:])  # two calls, one after the other
 _AT_ONCE = (*CALLING[:2], CALLING[2], *CALLING[2:], *CALLING)
-WITH_TOOLS = (CALLING, (_SYSTEM, *CALLING), _LOOKED_UP, _AT_ONCE)
+WITH_TOOLS: tuple[tuple[Message, ...], ...] = (CALLING, (_SYSTEM, *CALLING), _LOOKED_UP, _AT_ONCE)
 
 _EXAMPLES = list(itertools.chain(*EXCHANGES, *WITH_TOOLS))
 _TEXTS = "\n".join([DEFINITIONS, *(f"{m.role}\n{m.content}\n{m.reasoning}\n{m.tool}" for m in _EXAMPLES)])
@@ -42,8 +42,8 @@ _TEXTS = "\n".join([DEFINITIONS, *(f"{m.role}\n{m.content}\n{m.reasoning}\n{m.to
 
 def renderings(template: JinjaTemplate, with_tools: bool = True) -> Iterator[str]:
     """What a template writes around the examples that it takes, with and without a generation prompt."""
-    examples = [(messages, "", False) for messages in EXCHANGES]
-    examples += list(itertools.product(WITH_TOOLS if with_tools else (), ("", DEFINITIONS), (False, True)))
+    of_tools = itertools.product(WITH_TOOLS if with_tools else (), ("", DEFINITIONS), (False, True))
+    examples = [*((messages, "", False) for messages in EXCHANGES), *of_tools]
     for (messages, tools, text_arguments), prompt in itertools.product(examples, (False, True)):
         with suppress(RefusedConversation):
             yield replace(template, text_arguments=text_arguments).render(messages, prompt, tools)
