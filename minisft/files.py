@@ -26,6 +26,7 @@ from minisft.text import one_line
 
 T = TypeVar("T")
 PRIVATE = 0o600
+WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"))
 _STREAM = re.compile(r"/(?:dev/fd|proc/self/fd)/(\d+)")
 _STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 
@@ -77,11 +78,12 @@ def is_inside(file: Path, folder: Path) -> bool:
 
 
 def require_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Raise `UserError` if an output is an input, is in an input folder, or is another output."""
+    """Raise `UserError` if an output is weights, is an input or in an input folder, or is another output."""
     outputs, inputs = list(outputs), list(inputs)
     for i, output in enumerate(outputs):
         if _is_special(output):
             continue
+        _refuse_weights(output)
         for source in inputs:
             if is_inside(output, source):
                 where = "is inside the folder" if source.is_dir() else "is the file"
@@ -116,10 +118,11 @@ def user_output(file: Path) -> Iterator[TextIO]:
     """Open an output file that the user named.
 
     A regular file is written atomically, through the user's link; a device or pipe is written
-    directly. Raises `UserError` for a folder.
+    directly. Raises `UserError` for a folder and for weights.
     """
     if file.is_dir():
         raise UserError(f"the output {file} is a folder: give the name of a file")
+    _refuse_weights(file)
     number = _stream_number(file)
     if number is not None:
         with open(os.dup(number), "w", encoding="utf-8") as stream:  # noqa: PTH123
@@ -133,6 +136,13 @@ def user_output(file: Path) -> Iterator[TextIO]:
             with suppress(FileNotFoundError):  # an existing file keeps its permissions
                 os.fchmod(stream.fileno(), stat.S_IMODE(real.stat().st_mode))
             yield stream
+
+
+def _refuse_weights(output: Path) -> None:
+    """Raise `UserError` if an output exists and has the name of weights, which are hard to make again."""
+    suffixes = {Path(path).suffix.lower() for path in (output, os.path.realpath(output))}
+    if not WEIGHTS.isdisjoint(suffixes) and output.is_file():
+        raise UserError(f"the output {output} exists and may be a model's weights: give the name of another file")
 
 
 def _stream_number(file: Path) -> int | None:

@@ -57,6 +57,22 @@ def test_no_output_is_the_data_however_it_is_spelt(data, tiny_model, monkeypatch
 
 
 @attack("6")
+@pytest.mark.parametrize("option", ["--out", "--ledger"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "m.PT", "q4.gguf", "link.jsonl"])
+def test_no_output_replaces_weights(data, tiny_model, tmp_path, option, name):
+    """A copy of a model in any folder, by a name of its own or through a link."""
+    weights = tmp_path / ("model.safetensors" if name == "link.jsonl" else name)
+    weights.write_bytes(b"weights")
+    if name == "link.jsonl":
+        (tmp_path / name).symlink_to(weights)
+    words = {"--out": tmp_path / "rows.jsonl"} | {option: tmp_path / name}
+    outputs = [str(word) for pair in words.items() for word in pair]
+    done = minisft("encode", data, "--tokenizer", tiny_model, *outputs)
+    assert done.returncode == 2 and "may be a model's weights" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert weights.read_bytes() == b"weights" and not (tmp_path / "rows.jsonl").exists()
+
+
+@attack("6")
 @pytest.mark.parametrize("out", ["data.json", "new.jsonl", "sub/new.jsonl", "../link/new.jsonl"])
 def test_no_output_is_put_among_the_data(data, tiny_model, out):
     folder = data.parent

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from minisft.chat.harmless_tools import harmless
 from minisft.chat.render_process import render
 from minisft.chat.template import RefusedConversation
 from minisft.data.conversations import Message
@@ -22,7 +23,6 @@ from minisft.data.tools import changed_strings
 NO_END = "the template ends an answer without a token at which generation could stop"
 # Around the number of a control token that a content spells, while the template is rendered.
 HIDING = "\ufdd2"  # a noncharacter of Unicode: no text has it
-SCHEMA = frozenset(("function", "object", "string", "integer", "number", "boolean", "array", "null"))
 _HIDDEN = re.compile(f"{HIDING}(\\d+){HIDING}")
 
 
@@ -153,16 +153,17 @@ class JinjaTemplate:
     def render_safely(self, hidden: Sequence[Message], prompt: bool = False, tools: str = "") -> str:
         """The text of messages whose control tokens are all the template's own.
 
-        A template that deletes, joins or lowers parts of a text may make a control token of it; then
-        it has others than around harmless texts. Raises `RefusedConversation`.
+        A template that deletes, joins or lowers parts of a text, or joins its own text to a key, may
+        make a control token; then it has others than around harmless texts. Raises `RefusedConversation`.
         """
         text = self.render(hidden, prompt, tools)
+        names: dict[str, str] = {}
         plain = [
-            replace(m, content=f"m4rk{i}kr4m", reasoning=m.reasoning and f"th0ught{i}", tool=_harmless(m.tool))
+            replace(m, content=f"m4rk{i}kr4m", reasoning=m.reasoning and f"th0ught{i}", tool=harmless(m.tool, names))
             for i, m in enumerate(hidden)
         ]
-        harmless = self.render(plain, prompt, _harmless(tools))
-        if self.control_pattern.findall(text) != self.control_pattern.findall(harmless):
+        of_plain = self.render(plain, prompt, harmless(tools, names))
+        if self.control_pattern.findall(text) != self.control_pattern.findall(of_plain):
             raise RefusedConversation("the template makes a control token of a text, or leaves one out for it")
         return text
 
@@ -232,57 +233,6 @@ def as_chat(messages: Iterable[Message], text_arguments: bool = False) -> list[d
     for function in (call["function"] for turn in chat for call in turn.get("tool_calls", ()) if text_arguments):
         function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
     return chat
-
-
-def has_one_prompt(source: str) -> bool:
-    """Whether a template's generation prompt is certainly the same after all messages.
-
-    It is if nothing but top-level `if` blocks mention `add_generation_prompt`, and these mention
-    nothing that depends on the messages.
-    """
-    from jinja2 import TemplateError, nodes
-
-    try:
-        tree = syntax_tree(source)
-    except (TemplateError, RecursionError):
-        return False
-    varying = {"messages", "tools", "loop", *(macro.name for macro in tree.find_all(nodes.Macro))}
-    varying |= {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
-    for node in tree.body:
-        names = {name.name for name in node.find_all(nodes.Name)}
-        if "add_generation_prompt" in names and (not isinstance(node, nodes.If) or names & varying):
-            return False
-    return True
-
-
-def syntax_tree(source: str) -> Any:
-    """The syntax tree of a template with the tags that transformers knows."""
-    from jinja2 import Environment
-    from jinja2.ext import Extension
-
-    class Generation(Extension):
-        """`{% generation %}`, which marks what an assistant says."""
-
-        tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    return Environment(extensions=["jinja2.ext.loopcontrols", Generation], autoescape=True).parse(source)
-
-
-def _harmless(text: str) -> str:
-    """JSON text of tools in which no string can become a part of a control token.
-
-    What templates look for stays: keys that are identifiers, and the words of JSON schemas.
-    """
-    numbers = itertools.count()
-
-    def key(name: str) -> str:
-        return name if name.isascii() and name.isidentifier() else f"k{next(numbers)}"
-
-    return changed_strings(text, lambda word: word if word in SCHEMA else "m4rk", key)
 
 
 def require_characters(messages: Sequence[Message], tools: str = "") -> None:

@@ -166,6 +166,10 @@ class MistralTemplate:
             return []
         return [f"reasoning left out: the template {self.name} has no place for it"]
 
+    def may_follow(self, before: str, control: str) -> bool:
+        """True: the markers of these templates say more than an order."""
+        return True
+
     opening: ClassVar[tuple[Segment, ...]] = ()
     has_tools: ClassVar[bool] = False
     text_arguments: ClassVar[bool] = False

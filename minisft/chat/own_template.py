@@ -33,10 +33,10 @@ from minisft.chat.jinja_template import (
     Piece,
     control_token,
     cut_at,
-    has_one_prompt,
     require_characters,
 )
 from minisft.chat.template import RefusedConversation, Segment
+from minisft.chat.template_markers import ControlOrder, control_order, renderings, words_of_template
 from minisft.chat.tool_calls import shows_tools
 from minisft.data.conversations import Conversation, Message
 from minisft.errors import UserError
@@ -76,9 +76,12 @@ class OwnTemplate(JinjaTemplate):
         return template_of(hf)
 
     @functools.cached_property
-    def has_one_prompt(self) -> bool:
-        """Whether the generation prompt depends on no content, so that the layout's is right."""
-        return has_one_prompt(self.source)
+    def _order(self) -> ControlOrder:
+        return control_order(self, self.has_tools)
+
+    def may_follow(self, before: str, control: str) -> bool:
+        """Whether the template may write a control token after another, or after "", the start."""
+        return self._order.allows(before, control)
 
     def marks_and_stops(self, hf: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """All control tokens, those that the template writes before a question included; the stops."""
@@ -164,7 +167,7 @@ class OwnTemplate(JinjaTemplate):
         return self._latest[1]
 
     def _labelled_by_layout(self, conversation: Conversation) -> tuple[list[Piece], frozenset[int]] | None:
-        """`labelled` by the layout of the roles; None if the rendering, or the last prompt, is another."""
+        """`labelled` by the layout of the roles; None if the rendering, or a prompt, is another."""
         messages = conversation.messages
         if conversation.tools or any(message.tool for message in messages):
             return None
@@ -174,19 +177,22 @@ class OwnTemplate(JinjaTemplate):
         pieces = layout.filled([message.content for message in messages])
         if "".join(piece.text for piece in pieces) != self.render(messages):
             return None
-        if not self.has_one_prompt and not self._begins_with_prompts(messages, pieces, layout.others):
-            return None
-        return pieces, layout.others
+        return (pieces, layout.others) if self._begins_with_prompts(messages, pieces, layout.others) else None
 
     def _begins_with_prompts(
         self, messages: Sequence[Message], pieces: Sequence[Piece], others: frozenset[int]
     ) -> bool:
-        """Whether the text before each answer, without the `others`, is its prompt at inference."""
+        """Whether the text before each trained answer, without the `others`, is its prompt at inference.
+
+        A template may write the last message in another way than an earlier one, for some contents
+        only; the layout does not have these contents.
+        """
         before = ""
         seen: set[int | None] = set()
         for piece in pieces:
             i = piece.answer
-            if i is not None and i not in seen | others and before != self.render(messages[:i], prompt=True):
+            begins = i is not None and i not in seen | others and messages[i].trained
+            if begins and before != self.render(messages[:i], prompt=True):
                 return False
             seen |= {i}
             before += piece.text
@@ -296,13 +302,11 @@ def template_of(hf: Any) -> OwnTemplate:
     template = OwnTemplate(source=source, variables=dict(hf.special_tokens_map), control=control, ends=stops)
     exchange = (Message("user", "qu3stion"), Message("assistant", "4nswer"))
     try:
-        # Tokens that are merely added words, but mark a turn in this template. A word such as `<think>`,
-        # which `</think>` closes, marks a part of a text: texts may have it, as in transformers.
+        # Tokens that are merely added words, but mark a turn in this template.
         written = template.render((*exchange, exchange[0]), prompt=True)
-        words = {token.content: token for _, token in tokens if token.content in written}
-        known = {token.content for _, token in tokens}
-        turns = (word for word in words if _partner(word) not in known)
-        control |= {word: control_token(words[word]) for word in turns}
+        words = {token.content: token for _, token in tokens}
+        marks = words_of_template("".join((written, *renderings(template))), words)
+        control |= {word: control_token(words[word]) for word in marks}
         template = replace(template, control=control)
         end = template.end_after(exchange, exchange[1].content)
         stops = (end, *(token for token in stops if token != end))
@@ -331,11 +335,6 @@ def _with_tools(template: OwnTemplate) -> OwnTemplate:
         if calls:
             return replace(template, has_tools=True, has_definitions=definitions)
     return template
-
-
-def _partner(word: str) -> str:
-    """`</think>` of `<think>`, and the other way round."""
-    return word.replace("</", "<", 1) if word.startswith("</") else word.replace("<", "</", 1)
 
 
 def _generation_stops(hf: Any) -> set[int]:

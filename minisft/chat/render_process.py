@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -44,6 +44,22 @@ def render(template: Mapping[str, Any], request: Mapping[str, Any]) -> str:
 
     Raises `RefusedConversation` with the template's own words, or for one that exceeds a limit.
     """
+    return _text(template, request)
+
+
+def render_as_transformers(source: str, request: Mapping[str, Any], hf: Any, control: Collection[str]) -> str:
+    """The text that `hf.apply_chat_template` makes of `request` for its own tokenization.
+
+    `hf` is a tokenizer of transformers. Special tokens and those of `control` that a message spells
+    have transformers' marks around them: `hf(text, sanitize_control_tokens=True)` makes text of
+    these. Raises `RefusedConversation`.
+    """
+    template = {"source": source, "variables": dict(hf.special_tokens_map)}
+    added = [[token.content, token.special] for token in hf.added_tokens_decoder.values()]
+    return _text(template, {**request, "added_tokens": added, "chat_control_tokens": [*control]})
+
+
+def _text(template: Mapping[str, Any], request: Mapping[str, Any]) -> str:
     reply = _renderer(os.getpid()).reply(template, request)
     if "error" in reply:
         raise RefusedConversation(f"the template refuses it: {one_line(reply['error'], 100)}")
@@ -107,7 +123,7 @@ class _Renderer:
 
 def main() -> None:
     """Answer the requests on standard input."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    import transformers.tokenization_utils_base  # before the first time limit  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the process that waits
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback when that process is gone
@@ -120,12 +136,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, asked["seconds"])
         try:
             request = asked["request"]
-            chat = [request.pop("messages")]
-            # The texts of several chats, and their generation spans.
-            texts: Any = render_jinja_template(
-                chat, chat_template=template["source"], **request, **template["variables"]
-            )
-            text = texts[0][0]
+            text = (_as_transformers if "added_tokens" in request else _rendered)(template, request)
             too_long = f"it writes more than {MOST_CHARACTERS:,} characters"
             reply = {"text": text} if len(text) <= MOST_CHARACTERS else {"error": too_long}
         except MemoryError:
@@ -135,6 +146,38 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
+
+
+def _rendered(template: Mapping[str, Any], request: dict[str, Any]) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    chat = [request.pop("messages")]
+    # The texts of several chats, and their generation spans.
+    texts: Any = render_jinja_template(chat, chat_template=template["source"], **request, **template["variables"])
+    return texts[0][0]
+
+
+def _as_transformers(template: Mapping[str, Any], request: dict[str, Any]) -> str:
+    from transformers import AddedToken
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    class TextTokenizer(PreTrainedTokenizerBase):
+        """Renders and marks as every tokenizer of transformers does, and leaves out the tokenization."""
+
+        special_tokens_map = template["variables"]
+        added_tokens_decoder = {  # noqa: RUF012 (a property of its base)
+            i: AddedToken(content, special=special) for i, (content, special) in enumerate(request.pop("added_tokens"))
+        }
+
+        def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+            return {"input_ids": text}
+
+    tokenizer = TextTokenizer(chat_control_tokens=request.pop("chat_control_tokens"))
+    messages = request.pop("messages")
+    made: Any = tokenizer.apply_chat_template(
+        messages, chat_template=template["source"], sanitize_control_tokens=True, **request
+    )
+    return made["input_ids"]
 
 
 def _limit_memory() -> None:

@@ -79,6 +79,12 @@ class ChatTemplate(Protocol):
     def opening(self) -> tuple[Segment, ...]:
         """What directly precedes each answer, if `markers` is `own`."""
 
+    def may_follow(self, before: str, control: str) -> bool:
+        """Whether it may write the control token `control` next after `before`, if `markers` is `own`.
+
+        `before` is "" for the first one.
+        """
+
     def marks_and_stops(self, hf: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The tokens of a transformers tokenizer that mark turns, and those at which generation stops.
 

@@ -38,7 +38,8 @@ def _call(call: Any, unread: dict[str, None]) -> dict[str, Any]:
     if not isinstance(function, dict) or not (isinstance(name := function.get("name"), str) and name.strip()):
         raise UnusableRow("a tool call without a name")
     key = next((key for key in ARGUMENTS if function.get(key) is not None), ARGUMENTS[0])
-    arguments = _parsed(function.get(key) or {})
+    given = function.get(key)
+    arguments = {} if given in (None, "", []) else _parsed(given)
     if not isinstance(arguments, dict):
         raise UnusableRow("a tool call whose arguments are no object")
     for other, what in (call | function).items():
@@ -97,15 +98,15 @@ def keys_of(text: str) -> list[str]:
     return found
 
 
-def changed_strings(text: str, value: Callable[[str], str], key: Callable[[str], str] | None = None) -> str:
-    """JSON text with each string replaced by what `value`, or for keys `key` if given, returns for it."""
+def changed_strings(text: str, change: Callable[[str], str]) -> str:
+    """JSON text with each string, keys included, replaced by what `change` returns for it."""
 
     def changed(item: Any) -> Any:
         if isinstance(item, dict):
-            return {(key or value)(name): changed(one) for name, one in item.items()}
+            return {change(name): changed(one) for name, one in item.items()}
         if isinstance(item, list):
             return [changed(one) for one in item]
-        return value(item) if isinstance(item, str) else item
+        return change(item) if isinstance(item, str) else item
 
     return json.dumps(changed(json.loads(text)), ensure_ascii=False) if text else ""
 

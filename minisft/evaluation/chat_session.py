@@ -7,7 +7,7 @@ Typed text cannot forge a control token, and the model's output cannot control t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, TextIO
@@ -41,17 +41,17 @@ class ChatSession:
 
         The oldest exchanges are dropped if the conversation exceeds the model's positions.
 
-        Raises `UserError` if `text` alone does not fit.
+        Raises `UserError` if `text` alone does not fit, or if the template refuses it: it is then
+        no part of the conversation.
         """
-        self.messages.append(Message("user", text))
-        while len(ids := self.prompt()) + max_new_tokens > self.positions:
-            if len(self.messages) == 1:
-                self.messages.clear()
+        messages = [*self.messages, Message("user", text)]
+        while len(ids := self.prompt(messages)) + max_new_tokens > self.positions:
+            if len(messages) == 1:
                 raise UserError(
                     f"{len(ids)} tokens and an answer of {max_new_tokens} do not fit in the model's {self.positions} "
                     "positions: use a shorter message"
                 )
-            del self.messages[:2]
+            del messages[:2]
         answer_ids: list[int] = []
         shown = ""
         for token in generate_stream(self.model, ids, stop_ids=self.tokenizer.stop_ids, max_new_tokens=max_new_tokens):
@@ -63,11 +63,12 @@ class ChatSession:
         reply = self.tokenizer.decode(answer_ids)
         if (answer := reply.lstrip()) != shown:
             yield answer[len(shown) :]
-        self.messages.append(reply_message(reply, answer_ids, self.messages, self.template, self.tokenizer))
+        answered = reply_message(reply, answer_ids, messages, self.template, self.tokenizer)
+        self.messages[:] = [*messages, answered]
 
-    def prompt(self) -> list[int]:
-        """Return the ids of the conversation so far, up to where the next answer begins."""
-        conversation = Conversation("talk", (*self.messages, Message("assistant", "")))
+    def prompt(self, messages: Sequence[Message] | None = None) -> list[int]:
+        """Return the ids of `messages`, by default those so far, up to where the next answer begins."""
+        conversation = Conversation("talk", (*(messages or self.messages), Message("assistant", "")))
         return prompt_ids(conversation, self.template, self.tokenizer)
 
 

@@ -6,26 +6,23 @@ rows per invariant.
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from minisft.chat.jinja_template import as_chat
-from minisft.chat.mistral_reference import reference
 from minisft.chat.template import ChatTemplate, RefusedConversation
 from minisft.chat.tokenizers import Tokenizer
 from minisft.data.conversations import Conversation, one_per_answer, only_last_answer
 from minisft.data.download import Say
 from minisft.data.ledger import FIRST, Ledger
-from minisft.data.tools import keys_of
 from minisft.errors import UserError
 from minisft.labels.encode_dataset import encode_stream, require_max_length, require_train_on
 from minisft.labels.encode_row import IGNORE_INDEX, Row, encode, require_truncation
 from minisft.labels.invariants import ALWAYS, INVARIANTS, KNOWN, Violation, check_row
 from minisft.labels.pretokenized import RawRow
+from minisft.labels.references import has_control_key, mistral_row, transformers_prompt
 
 STEP = 2000  # rows between two progress lines
 
@@ -133,14 +130,14 @@ def check_conversations(
             conversation=conversation,
             truncation=truncation,
         )
-        expected = _expected(conversation, tokenizer)
+        expected = mistral_row(conversation, tokenizer)
         if expected:
             ids, mask = expected
             labels = [token if trained else IGNORE_INDEX for token, trained in zip(ids, mask, strict=True)]
             # The reference is not truncated, so only its first ids are compared.
             violations += _differences(row, ids, labels, "reference", "mistral-common", tokenizer)
         has_prompt = template.markers == "own" and template.same_at_every_turn(conversation)
-        has_prompt = has_prompt and not _has_control_key(conversation, tokenizer)
+        has_prompt = has_prompt and not has_control_key(conversation, tokenizer)
         if has_prompt:
             violations += _prompt_differences(row, conversation, template, tokenizer)
         report.add([*names, "reference"] if expected or has_prompt else names, violations)
@@ -164,48 +161,24 @@ def _as_trained(conversation: Conversation, train_on: str) -> list[Conversation]
     return [only_last_answer(conversation) if train_on == "last" else conversation]
 
 
-def _expected(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[bool]] | None:
-    """Return mistral-common's ids and mask, or None if it cannot encode the conversation."""
-    if not tokenizer.name.startswith("mistral:"):
-        return None
-    try:
-        return reference(conversation, tokenizer.template_name)
-    except UserError:  # mistral-common refuses empty answers
-        return None
-
-
-def _has_control_key(conversation: Conversation, tokenizer: Any) -> bool:
-    """Whether a key of a tool call or definition spells a control token.
-
-    Plain transformers keeps control tokens in values as text, but not those in keys: its prompt is
-    then no reference.
-    """
-    keys = [key for text in (conversation.tools, *(m.tool for m in conversation.messages)) for key in keys_of(text)]
-    spelt = tokenizer.hf("\n".join(keys), add_special_tokens=False)["input_ids"] if keys else []
-    return not tokenizer.control_ids.isdisjoint(spelt)
-
-
 def _prompt_differences(
     row: Row, conversation: Conversation, template: ChatTemplate, tokenizer: Any
 ) -> Iterator[Violation]:
     """Yield the first difference between the ids before the first trained answer and its prompt at inference.
 
-    The prompt is that of plain transformers, which keeps control tokens that a message spells as text if asked to.
+    The prompt is that of plain transformers.
     """
-    answer = next(i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.trained)
-    encoded = tokenizer.hf.apply_chat_template(
-        as_chat(conversation.messages[:answer], template.text_arguments),
-        tools=json.loads(conversation.tools) if conversation.tools else None,
-        chat_template=template.jinja(),
-        add_generation_prompt=True,
-        sanitize_control_tokens=True,
-    )
-    prompt = encoded["input_ids"]
+    try:
+        prompt = transformers_prompt(conversation, template, tokenizer)
+    except RefusedConversation as reason:
+        yield Violation(row.id, 0, None, "reference", f"plain transformers makes no prompt: {reason}")
+        return
     begin = next((i for i, label in enumerate(row.labels) if label != IGNORE_INDEX), len(row.labels))
     before = Row(row.id, row.input_ids[:begin], [IGNORE_INDEX] * begin)
     labels = [IGNORE_INDEX] * len(prompt)
-    yield from _differences(before, prompt, labels, "reference", "plain transformers", tokenizer)
-    if begin < min(len(prompt), len(row.input_ids)):
+    differences = list(_differences(before, prompt, labels, "reference", "plain transformers", tokenizer))
+    yield from differences
+    if not differences and begin < min(len(prompt), len(row.input_ids)):
         yield Violation(row.id, 0, begin, "reference", f"trained from here, but the prompt has {len(prompt)} tokens")
 
 

@@ -111,7 +111,17 @@ def by_text(row: ParsedRow, template: ChatTemplate, controls: list[int]) -> Foun
 
 
 def by_opening(row: ParsedRow, template: ChatTemplate, controls: list[int]) -> Found:
-    """Check a row of a model's own template: each trained run follows the opening and ends in EOS."""
+    """Check a row of a model's own template: each trained run follows the opening and ends in EOS.
+
+    Its control tokens have to be those of the template, in an order in which it writes them.
+    """
+    before = ""
+    for i in controls:
+        control = row.tokenizer.token_bytes(row.ids[i]).decode()
+        if not template.may_follow(before, control):
+            where = f"after {before}" if before else "as the first control token"
+            yield "control", i, f"{row.piece(i)} is {where}, where the template does not write it"
+        before = control
     opening = encode_segments(template.opening, row.tokenizer)
     start = row.first_trained(0, len(row.ids))
     while start is not None:

@@ -16,7 +16,12 @@ def draw_tokens(
     """
     from textwrap import wrap
 
-    edges = {"target": ("#8a5a00", "-"), "control": ("#0072B2", "-"), "padding": ("#777777", "--")}
+    edges = {
+        "target": ("#8a5a00", "-"),
+        "control": ("#0072B2", "-"),
+        "added word": ("#0072B2", "-"),
+        "padding": ("#777777", "--"),
+    }
     character, gap = 6.02, 13.0  # points: a character of DejaVu Sans Mono at 10 points; between tiles
     pitch = 42 if any(losses for _, _, losses in tiles) else 27  # points between lines
     heading = wrap(title, int(width / 7.2))

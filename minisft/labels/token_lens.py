@@ -74,11 +74,13 @@ class Lens:
         return self.attention_mask is not None and not self.attention_mask[i]
 
     def kinds(self, i: int) -> tuple[str, ...]:
-        """Return the kinds of token `i`: padding or control, and target; or only prompt."""
-        is_control = self.row.input_ids[i] in self.tokenizer.control_ids
+        """Return the kinds of token `i`: padding, control or added word; and target or prompt."""
+        token_id = self.row.input_ids[i]
+        is_control = token_id in self.tokenizer.control_ids
         role = "padding" if self.is_padding(i) else "control" if is_control else ""
         training = "target" if self.is_trained(i) else "" if role else "prompt"
-        return tuple(filter(None, (role, training)))
+        word = "" if role or token_id not in self.tokenizer.added_words else "added word"
+        return tuple(filter(None, (role or word, training)))
 
     def loss(self, i: int) -> float | None:
         """Return the loss of token `i` in nats, or None if there is none."""
@@ -123,8 +125,6 @@ class Lens:
         box, kinds, loss = self._box_of[i], self.kinds(i), self.loss(i)
         text, size = visible(self.tokenizer.token_bytes(self.row.input_ids[i])), box.stop - box.start
         predicts = i + 1 < len(self.row.labels) and self.is_trained(i + 1)
-        if self.row.input_ids[i] in self.tokenizer.added_words:
-            kinds = (*kinds, "added word")
         return {
             "position": f"{i}",
             "id": f"{self.row.input_ids[i]}",

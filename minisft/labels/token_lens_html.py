@@ -26,6 +26,7 @@ KINDS = {
     "prompt": Kind("", "only read", "border-bottom:2px dotted #888;background:rgba(128,128,128,.15)"),
     "target": Kind("●", "trained", "border-bottom:3px solid #8a5a00;background:#f5b22e;color:#000;font-weight:bold"),
     "control": Kind("◆", "structure, not text", "border:3px double #2b87c8;border-radius:9px"),
+    "added word": Kind("◇", "one token that the vocabulary was extended by", "border:1px solid #2b87c8"),
     "padding": Kind("×", "not attended to", "border:1px dashed #888;font-style:italic"),
     "cut off": Kind("✂", "the row did not fit", "border:2px dashed #fff;background:#a3171f;color:#fff"),
     "folded": Kind("…", "", ""),

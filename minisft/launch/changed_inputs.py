@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from minisft.checksums import Digests
 from minisft.data import download
@@ -16,15 +18,24 @@ def changed_inputs(run: Run) -> str:
 
     Inputs that are gone are not compared: the run has its own copy of the rows.
     """
+    digests = Digests()
+    model = _present(download.find_model, run.config.model)
+    source = _present(download.find_data, run.config.data)
     # `OSError` is for a folder that cannot be read.
     with suppress(UserError, OSError):
-        model = download.find_model(run.config.model, _not_here).path
-        source = download.find_data(run.config.data, _not_here).path
-        if run.model_files and model_files(model, Digests()) != run.model_files:
+        if model and run.model_files and model_files(model, digests) != run.model_files:
             return f"the model {model} has changed"
-        if not made_from(run.folder, describe_rows(run.config, source, model, Digests())):
+    with suppress(UserError, OSError):
+        if source and not made_from(run, describe_rows(run.config, source, model, digests)):
             return f"the data {source} has changed"
     return ""
+
+
+def _present(find: Callable[..., download.Asset], name: str) -> Path | None:
+    """The path of an input; None if it is gone."""
+    with suppress(UserError, OSError):
+        return find(name, _not_here).path
+    return None
 
 
 def _not_here(remark: str) -> None:

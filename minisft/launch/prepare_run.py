@@ -107,8 +107,9 @@ def _existing(config: RunConfig, folder: Path, place: Place | None, restart: boo
         return None
     run = Run(folder, config.trust_remote_code, place=place).as_it_is()
     before = _settled(run.config)
-    if str(user_path(config.data).absolute()) == before.data:  # a relative path to data that is gone by now
-        config = replace(config, data=before.data)
+    for name in ("model", "data"):  # a relative path to an input that is gone by now
+        if str(user_path(getattr(config, name)).absolute()) == getattr(before, name):
+            config = replace(config, **{name: getattr(before, name)})
     if before != config:
         if run.status == "done" or something_to_lose(folder):
             raise UserError(

@@ -82,13 +82,13 @@ def write_data(config: RunConfig, source: Path, tokenizer: Tokenizer, folder: Pa
     return written
 
 
-def describe_rows(config: RunConfig, source: Path, model: Path, digests: Digests) -> dict[str, Any]:
-    """Return what the rows depend on: code, settings, data, and the tokenizer in `model`."""
+def describe_rows(config: RunConfig, source: Path, model: Path | None, digests: Digests) -> dict[str, Any]:
+    """Return what the rows depend on: code, settings, data, and the tokenizer in `model` if it is still there."""
     ledger = Ledger()  # its notes name files that are not read
     # The names of the rows contain the names of their files.
     files = [[file.name, digests.of(file.path)] for file in files_of(source, ledger)]
     # Any small file of a model may be part of its tokenizer: vocab.json, merges.txt, tokenizer.model, ...
-    files += [[file.name, digests.of(file)] for file in small_model_files(model)]
+    files += [[file.name, digests.of(file)] for file in (small_model_files(model) if model else ())]
     return {"code": code_digest(*CODE), "files": files, "notes": ledger.notes, **config.values_that_shape_rows()}
 
 
@@ -129,11 +129,16 @@ def made_by_this_code(run_folder: Path) -> bool:
     return made is not None and made.made_of.get("code") == code_digest(*CODE)
 
 
-def made_from(run_folder: Path, wanted: dict[str, Any]) -> bool:
-    """Return whether the rows of a run were made from the files that `wanted` names."""
-    made = read_json(run_folder / "data" / MADE_OF, MadeRows)
-    # Runs of earlier versions do not say it.
-    return made is None or not made.made_of or made.made_of.get("files") == wanted["files"]
+def made_from(run: Run, wanted: dict[str, Any]) -> bool:
+    """Return whether the rows of a run were made from the files that `wanted` names.
+
+    If these are only the data, because the model is gone, the run's model is taken for unchanged.
+    """
+    made = read_json(run.folder / "data" / MADE_OF, MadeRows)
+    if made is None or not made.made_of:  # runs of earlier versions do not say it
+        return True
+    small = [[Path(name).name, digest] for name, digest in run.model_files.items() if not name.endswith(WEIGHTS_SUFFIX)]
+    return made.made_of.get("files") in (wanted["files"], [*wanted["files"], *small])
 
 
 def training_rows_digest(run_folder: Path) -> str:

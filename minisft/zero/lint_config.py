@@ -249,7 +249,8 @@ def _sizes(config: Mapping[str, Any], parsed: Any, parameters: int | None) -> It
                 f"{verb} {size:,}, no less than the model's {parameters:,} parameters: once gathered they may "
                 "all stay, and stage 3 saves nothing while it computes",
             )
-    if not (values.gather_16bit_weights_on_model_save or values.stage3_gather_fp16_weights_on_model_save):
+    # DeepSpeed moves the value of the deprecated key to the one that replaces it.
+    if not values.gather_16bit_weights_on_model_save:
         message = "is not true: checkpoints will have no model.safetensors, only each rank's part"
         yield Finding("warning", f"{ZERO}.stage3_gather_16bit_weights_on_model_save", message)
 

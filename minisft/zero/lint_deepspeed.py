@@ -239,8 +239,9 @@ def _scheduler(engine: Any) -> Iterator[Finding]:
     elif name not in (*own, *of_torch):
         hint = suggest(str(name), own if wrapped else [*own, *of_torch], f"use one of {', '.join(own)}")
         yield Finding("error", "scheduler.type", f"DeepSpeed refuses {display_value(name)}{hint}")
-    elif params is None:
-        yield Finding("error", "scheduler.params", "is not given, which DeepSpeed refuses: write at least {}")
+    elif not isinstance(params, Mapping):
+        given = "is not given" if params is None else f"is {display_value(params)}"
+        yield Finding("error", "scheduler.params", f"{given}, which DeepSpeed refuses: write at least {{}}")
     else:
         engine._config.scheduler_params = params = dict(params)
         optimizer = optim.AdamW([_parameter()])

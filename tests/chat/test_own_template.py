@@ -12,7 +12,7 @@ from conftest import AT_LENGTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.chat.jinja_template import as_chat, has_one_prompt
+from minisft.chat.jinja_template import as_chat
 from minisft.chat.own_template import OwnTemplate
 from minisft.chat.registry import other_template, template_for
 from minisft.chat.template import RefusedConversation
@@ -20,6 +20,7 @@ from minisft.chat.tokenizers import HuggingFaceTokenizer, MistralCommonTokenizer
 from minisft.data.conversations import Conversation, Message, one_per_answer
 from minisft.data.ledger import Ledger
 from minisft.errors import UserError
+from minisft.labels import references
 from minisft.labels.check_dataset import check_conversations
 from minisft.labels.encode_dataset import encode_stream
 from minisft.labels.encode_row import IGNORE_INDEX, encode, encode_segments
@@ -246,6 +247,8 @@ def test_no_text_forges_a_token_and_no_invariant_breaks(tokenizers, name, conver
         return
     violations = check_row("c", row.input_ids, row.labels, template, tokenizer, conversation=conversation)
     assert [v for v in violations if row.trained or v.invariant != "targets"] == []
+    alone = check_row("c", row.input_ids, row.labels, template, tokenizer)
+    assert "control" not in {violation.invariant for violation in alone}
     control = [i for i in row.input_ids if i in tokenizer.control_ids]
     plain = [Message(m.role, "x", m.trained) for m in conversation.messages]
     innocent = encode(Conversation("c", tuple(plain)), template, tokenizer, 9999)
@@ -374,25 +377,43 @@ def test_an_answer_of_which_a_part_is_left_out_is_counted(tiny_model, tmp_path):
     assert len(list(rows)) == 1 and ledger.dropped["refused by the chat template"].rows == 1
 
 
-@pytest.mark.parametrize(
-    ("source", "one"),
-    [
-        (CHATML, True),
-        (MARKED, True),
-        (CHATML + "{% if add_generation_prompt %}{{ bos_token }}{% endif %}", True),
-        (PROMPT_BY_CONTENT, False),
-        ("{% set last = messages[-1]['content'] %}{% if add_generation_prompt %}{{ last }}{% endif %}", False),
-        (
-            "{% macro last() %}{{ messages[-1] }}{% endmacro %}{% if add_generation_prompt %}{{ last() }}{% endif %}",
-            False,
-        ),
-        ("{% for m in messages %}{% if loop.last and add_generation_prompt %}A{% endif %}{% endfor %}", False),
-        ("{{ 'A' if add_generation_prompt }}", False),
-        ("{% if x %}", False),
-    ],
-)
-def test_templates_whose_generation_prompt_is_certainly_one(source, one):
-    assert has_one_prompt(source) == one
+TURNS = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+ANSWERED = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+LAST_QUESTION = {  # each writes `/deep` of the last question as something else, in another way
+    "the last turn of the loop": TURNS + "{% if loop.last and '/deep' in m['content'] %}{{ ' (hm)' }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}" + ANSWERED,
+    "no next turn": TURNS + "{% if not loop.nextitem and '/deep' in m['content'] %}{{ ' (hm)' }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}" + ANSWERED,
+    "after the loop": "{% set n = namespace(deep=false) %}"
+    + TURNS
+    + "{% set n.deep = m['role'] == 'user' and '/deep' in m['content'] %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if n.deep %}{{ '(hm)' }}{% endif %}" + ANSWERED,
+    "before the loop": "{% if '/deep' in messages[-1]['content'] %}{{ '(hm)' }}{% endif %}"
+    + TURNS
+    + "{{ '<|im_end|>\n' }}{% endfor %}"
+    + ANSWERED,
+}
+
+
+@pytest.mark.parametrize("name", LAST_QUESTION)
+def test_a_last_question_that_is_written_differently_is_compared(tiny_model, tmp_path, name):
+    """An answer is trained after the prompt of inference or not at all, and what is not trained is counted."""
+    tokenizer = HuggingFaceTokenizer(save(LAST_QUESTION[name], tiny_model, tmp_path / "model"), "own")
+    template = template_for(tokenizer)
+    deep, plain = ("user", "the /deep cat"), ("user", "a mat")
+    for questions, trained in (([deep], 0), ([plain], 1), ([deep, plain], 1), ([plain, deep], 1), ([plain, plain], 2)):
+        conversation = talk(*[turn for question in questions for turn in (question, ("assistant", "sat on"))])
+        ledger = Ledger()
+        rows = list(encode_stream([conversation], template, tokenizer, max_length=999, ledger=ledger))
+        assert sum(len(spans(row)) for row in rows) == trained
+        assert bool(ledger.repaired or ledger.dropped) == (trained < len(questions))
+        for row in rows:
+            prompts = [
+                expected_prompt(tokenizer, conversation.messages[:i])
+                for i, message in enumerate(conversation.messages)
+                if message.role == "assistant"
+            ]
+            assert all(row.input_ids[:start] in prompts for start, _ in spans(row))
 
 
 @pytest.mark.parametrize("name", ["thinking", "chatml"])
@@ -429,6 +450,7 @@ BAD = {
     "no end": ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "could stop"),
     "raises": ("{{ raise_exception('never') }}", "the template refuses it: never"),
     "syntax": ("{% for %}", "the template refuses it"),
+    "depth": ("{{ 'a'" + "|trim" * 3000 + " }}" + CHATML, "the chat template of model .* maximum recursion depth"),
     "attributes": ("{{ messages.__class__.__mro__ }}", "the template refuses it"),
     "constant": ("{{ 'always this' + eos_token }}", "does not write an answer as it is"),
     "upper": (CHATML.replace("m['content']", "m['content'] | upper"), "does not write an answer as it is"),
@@ -562,6 +584,41 @@ def test_added_words_that_mark_a_later_turn_are_control_tokens(tiny_model, tmp_p
     assert [note.split()[0] for note in ledger.notes] == ["</think>"], "words of the template alone are not noted"
 
 
+BRANCHES = (  # every branch has a mark of its own, and none of them is special
+    "{% if tools %}{{ '<|tools|>' + tools | tojson }}{% endif %}{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+    "{% if m['reasoning_content'] %}{{ '<|hm|>' + m['reasoning_content'] + '<think>' }}{% endif %}{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ '<|call|>' + call['function']['name'] + "
+    "call['function']['arguments'] | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.attack("1")
+@pytest.mark.parametrize("word", ["tools", "system", "user", "assistant", "tool", "call", "hm"])
+def test_an_added_word_that_marks_any_branch_is_a_control_token(tiny_model, tmp_path, word):
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    hf = AutoTokenizer.from_pretrained(tiny_model)
+    words = [f"<|{word}|>", "<think>", "</think>", "<|none|>", "qu3s", "\n\n"]
+    hf.add_tokens([AddedToken(one, normalized=False) for one in words])
+    hf.chat_template = BRANCHES
+    hf.save_pretrained(tmp_path / "model")
+    tokenizer = HuggingFaceTokenizer(tmp_path / "model", "own")
+    assert set(tokenizer.added_words.values()) == {"<think>", "</think>", "<|none|>", "qu3s"}
+    template = template_for(tokenizer)
+    forged = f"x <|{word}|> y"
+    counts = []
+    for text in ("x", forged):
+        row = encode(talk(("user", text), ("assistant", text)), template, tokenizer, 999)
+        counts.append([i for i in row.input_ids if i in tokenizer.control_ids])
+    assert counts[0] == counts[1]
+    alone = {violation.invariant for violation in check_row("c", row.input_ids, row.labels, template, tokenizer)}
+    assert "control" not in alone
+    report = check_conversations([talk(("user", forged), ("assistant", forged))], template, tokenizer)
+    assert report.ok and report.invariants["reference"].checked == 1, report
+
+
 def test_a_noncharacter_in_a_text_is_refused(tokenizers):
     template = template_for(tokenizers["chatml"])
     for text in ("\ufdd2", "\ufdd299\ufdd2"):
@@ -661,11 +718,61 @@ def test_check_compares_the_prompts_with_plain_transformers(tokenizers, name, mo
     conversations = [ONE, TWO, forging]
     report = check_conversations(conversations, template_for(tokenizer), tokenizer, train_on="each")
     assert report.ok and report.invariants["reference"].checked == 5
-    real = tokenizer.hf.apply_chat_template
-    changed = {"input_ids": [5, *real([{"role": "user", "content": "x"}])["input_ids"]]}
-    monkeypatch.setattr(tokenizer.hf, "apply_chat_template", lambda *a, **k: changed)
+    real = references.render_as_transformers
+    monkeypatch.setattr(references, "render_as_transformers", lambda *a: "x" + real(*a))
     report = check_conversations(conversations, template_for(tokenizer), tokenizer, train_on="each")
     assert report.invariants["reference"].failed == 5
+
+
+@pytest.mark.attack("1")
+@pytest.mark.parametrize("name", ["chatml", "headers", "strict", "thinking", "marked", "dated"])
+def test_stray_control_tokens_of_rows_alone_are_found(tokenizers, name):
+    """One of any control token, anywhere in a question, and padding at the end."""
+    tokenizer = tokenizers[name]
+    template = template_for(tokenizer)
+    row = encode(TWO, template, tokenizer, 999)
+
+    def found(ids, labels):
+        return {violation.invariant for violation in check_row("c", ids, labels, template, tokenizer)}
+
+    assert "control" not in found(row.input_ids, row.labels)
+    question = tokenizer.encode("a mat", after="text")[1:]
+    begin = next(i for i in range(len(row.input_ids)) if row.input_ids[i : i + len(question)] == question)
+    for stray in sorted(tokenizer.control_ids):
+        for i in range(begin, begin + len(question)):
+            ids = [*row.input_ids[:i], stray, *row.input_ids[i:]]
+            assert "control" in found(ids, [*row.labels[:i], IGNORE_INDEX, *row.labels[i:]]), (stray, i)
+    padding = tokenizer.hf.convert_tokens_to_ids("<|system|>")
+    assert "control" in found([*row.input_ids, padding, padding], [*row.labels, IGNORE_INDEX, IGNORE_INDEX])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_reference_of_check_is_apply_chat_template(tokenizers, name):
+    """Rendered in another process, it is what transformers makes in this one, for texts that spell control tokens."""
+    tokenizer = tokenizers[name]
+    forging = talk(("user", "the <|im_end|> cat</s>"), ("assistant", "sat <s>on"), ("user", "\U000f0000<|end|>"))
+    for messages in (ONE.messages, forging.messages):
+        conversation = Conversation("c", (*messages[:1], replace(ONE.messages[1], trained=False), *messages[2:]))
+        conversation = replace(conversation, messages=(*conversation.messages, Message("user", "x"), ONE.messages[1]))
+        try:
+            made = references.transformers_prompt(conversation, template_for(tokenizer), tokenizer)
+        except RefusedConversation as refused:
+            assert name == "strict" and "alternate" in str(refused)
+            continue
+        assert made == expected_prompt(tokenizer, conversation.messages[:-1])
+
+
+@pytest.mark.attack("12")
+def test_the_reference_of_a_template_that_needs_too_much_is_a_violation(tokenizers, monkeypatch):
+    """A template may know that it is the reference that renders it: only then a message has marks."""
+    tokenizer = tokenizers["chatml"]
+    template = replace(
+        template_for(tokenizer), source="{% if '\U000f0000' in messages[0].content %}" + LOOP + "{% endif %}" + CHATML
+    )
+    monkeypatch.setattr("minisft.chat.render_process.MOST_SECONDS", 2)
+    report = check_conversations([talk(("user", "the </s> cat"), ("assistant", "sat on"))], template, tokenizer)
+    (violation,) = report.invariants["reference"].first
+    assert "plain transformers makes no prompt: the template refuses it: it takes more than 2 s" in violation.message
 
 
 def test_rows_alone_are_checked_by_the_opening_of_answers(tokenizers):

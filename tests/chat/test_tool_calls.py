@@ -16,6 +16,7 @@ from minisft.data.ledger import Ledger
 from minisft.labels.check_dataset import check_conversations
 from minisft.labels.encode_dataset import encode_stream
 from minisft.labels.encode_row import encode
+from minisft.labels.invariants import check_row
 
 END = "<|im_end|>\n"
 HERMES = (  # as Qwen 2.5: definitions in the system prompt, calls as JSON, results as a user's turn
@@ -57,11 +58,22 @@ TEXT = (  # as DeepSeek V3: arguments are joined to the text around them, and de
     "call['function']['arguments'] + '\n```' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+KEYS = (  # as Qwen 3 Coder: every key that a definition has is written between marks, and so are types and numbers
+    "{% macro keys(value) %}{% if value is mapping %}{% for key, one in value.items() %}{{ '<' + key + '>' }}"
+    "{{ keys(one) }}{{ '</' + key + '>' }}{% endfor %}{% elif value is string or value is number %}"
+    "{{ '<' ~ value ~ '>' }}{% elif value is iterable %}{% for one in value %}{{ keys(one) }}{% endfor %}{% endif %}"
+    "{% endmacro %}{% for tool in tools or [] %}{{ tool['function']['name'] + ': ' + tool['function']['description'] }}"
+    "{{ keys(tool['function']['parameters']) }}{% endfor %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% for call in m['tool_calls'] or [] %}"
+    "{{ call['function']['name'] }}{{ keys(call['function']['arguments']) }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TEMPLATES = {
     "hermes": (HERMES, "<|im_end|>"),
     "headers": (HEADERS, "<|eot_id|>"),
     "xml": (XML, "<|im_end|>"),
     "text": (TEXT, "<|im_end|>"),
+    "keys": (KEYS, "<|im_end|>"),
 }
 TOOLS = json.dumps(
     [
@@ -126,6 +138,7 @@ def test_calls_are_trained_and_results_are_not(tokenizers, name):
         ((start, _),) = spans(row)
         assert row.input_ids[:start] == expected_prompt(tokenizer, part.messages[:-1], json.loads(TOOLS))
     assert check_conversations([ROME], template, tokenizer, 9999).ok
+    assert not {"control"} & {one.invariant for one in check_row("c", row.input_ids, row.labels, template, tokenizer)}
 
 
 def test_a_template_that_shows_no_tools_says_so(tiny_model, tmp_path):
@@ -176,19 +189,22 @@ json_values = st.recursive(
 )
 
 
+# Without the `<` and `>` that a template may write around them.
+INNER = [name.strip("<>") for name in FORGED if name.startswith("<")]
+chosen = st.dictionaries(st.sampled_from(["city", "a b", *FORGED, *INNER]), json_values, max_size=3)
+
+
 @pytest.mark.attack("1")
 @settings(max_examples=60)
-@given(
-    arguments=st.dictionaries(st.sampled_from(["city", "a b", *FORGED]), json_values, max_size=3),
-    result=texts,
-    description=texts,
-)
+@given(arguments=chosen, properties=chosen, extra=chosen, result=texts, description=texts)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_no_string_of_a_call_forges_a_token(tokenizers, name, arguments, result, description):
+def test_no_string_of_a_call_forges_a_token(tokenizers, name, arguments, properties, extra, result, description):
     tokenizer = tokenizers[name]
     template = template_for(tokenizer)
     tools = json.loads(TOOLS)
     tools[0]["function"]["description"] = description
+    tools[0]["function"]["parameters"]["properties"] |= properties
+    tools[0]["function"]["parameters"] |= {key: value for key, value in extra.items() if key not in ("type",)}
     conversation = talk(arguments, result, tools=json.dumps(tools))
     try:
         row = encode(conversation, template, tokenizer, 9999)
@@ -198,6 +214,54 @@ def test_no_string_of_a_call_forges_a_token(tokenizers, name, arguments, result,
     control = [[i for i in one.input_ids if i in tokenizer.control_ids] for one in (row, innocent)]
     assert control[0] == control[1]
     assert check_conversations([conversation], template, tokenizer, 9999).rows == 1
+
+
+FORGING = {
+    "an argument": {"arguments": {"/s": "1"}},
+    "an argument's part": {"arguments": {"city": {"end_of_turn": 1}}},
+    "an argument in a list": {"arguments": {"city": [{"|im_end|": 1}]}},
+    "an argument's text": {"arguments": {"city": "|im_start|"}},
+    "an argument named as a type": {"arguments": {"type": "end_of_turn"}},
+    "a property": {"parameters": {"type": "object", "properties": {"s": {"type": "string"}}}},
+    "a property of a property": {"parameters": {"properties": {"city": {"properties": {"/s": {}}}}}},
+    "a property in a list": {"parameters": {"anyOf": [{"properties": {"/s": {}}}]}},
+    "a key that no schema has": {"parameters": {"type": "object", "|im_end|": {"type": "string"}}},
+    "a part of a default": {"parameters": {"properties": {"city": {"default": {"/s": 1}}}}},
+    "a type": {"parameters": {"properties": {"city": {"type": "/s"}}}},
+    "a list of types": {"parameters": {"properties": {"city": {"type": ["string", "/s"]}}}},
+    "a choice": {"parameters": {"properties": {"city": {"enum": ["/s"]}}}},
+}
+
+
+@pytest.mark.attack("1")
+@pytest.mark.parametrize("what", FORGING)
+def test_a_template_cannot_make_a_control_token_of_a_key(tokenizers, what):
+    """In training, in the prompt of inference, and counted."""
+    tokenizer = tokenizers["keys"]
+    template = template_for(tokenizer)
+    tools = json.loads(TOOLS)
+    tools[0]["function"] |= {key: value for key, value in FORGING[what].items() if key == "parameters"}
+    conversation = talk(FORGING[what].get("arguments", {"city": "Rome"}), tools=json.dumps(tools))
+    for use in (template.segments, template.prompt_segments):
+        with pytest.raises(RefusedConversation, match="makes a control token of a text"):
+            use(conversation)
+    ledger = Ledger()
+    assert not list(encode_stream([conversation], template, tokenizer, max_length=9999, ledger=ledger))
+    assert ledger.dropped["refused by the chat template"].rows == 1
+    assert check_conversations([ROME, conversation], template, tokenizer, 9999).rows == 1
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_keys_that_a_template_reads_by_name_keep_their_names(tokenizers, name):
+    """A property may be called as a key of schemas, and a schema may have all of these keys."""
+    tokenizer = tokenizers[name]
+    inner = {"type": ["string", "null"], "description": "d", "enum": ["a"], "default": "a", "format": "f"}
+    named = {"type": inner, "properties": inner, "required": {"type": "array", "items": inner}, "a-b": inner}
+    tools = json.loads(TOOLS)
+    tools[0]["function"]["parameters"]["properties"] = named
+    tools[0]["function"] |= {"strict": True, "return": {"type": "object", "properties": {"x": inner}}}
+    conversation = talk({"type": "a", "properties": {"required": 1}, "a-b": 2}, tools=json.dumps(tools))
+    assert len(spans(encode(conversation, template_for(tokenizer), tokenizer, 9999))) == 2
 
 
 @pytest.mark.attack("1")

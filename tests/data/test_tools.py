@@ -138,6 +138,13 @@ BAD = {
         messages(ASK, CALLS | {"tool_calls": [{"name": "f", "arguments": [1]}]}),
         "a tool call whose arguments are no object",
     ),
+    **{
+        f"arguments that are {value!r}": (
+            messages(ASK, CALLS | {"tool_calls": [{"name": "f", "arguments": value}]}),
+            "a tool call whose arguments are no object",
+        )
+        for value in (0, False, 0.0, True, "0", "false", '""', "[]", "null")
+    },
     "arguments that are broken": (
         messages(ASK, CALLS | {"tool_calls": [{"name": "f", "arguments": "{"}]}),
         "a tool call or definition that is not JSON",
@@ -177,6 +184,14 @@ def test_arguments_under_other_names_are_read(call):
     found, _, dropped = read(messages(ASK, CALLS | {"tool_calls": [call]}, RESULT, TELL))
     assert not dropped
     assert json.loads(found.messages[1].tool)["tool_calls"][0]["function"] == CALL["function"]
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], {}])
+def test_a_call_without_arguments_has_none(nothing):
+    call = {"name": "now", "arguments": nothing}
+    found, _, dropped = read(messages(ASK, CALLS | {"tool_calls": [call]}, RESULT, TELL))
+    assert not dropped
+    assert json.loads(found.messages[1].tool)["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
 
 
 @pytest.mark.attack("16")

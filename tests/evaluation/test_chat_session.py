@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import minisft, save_checkpoint
 
+from minisft.chat.template import RefusedConversation
 from minisft.chat.tokenizers import HuggingFaceTokenizer
 from minisft.errors import UserError
 from minisft.evaluation import chat_session
@@ -55,9 +56,29 @@ def test_the_oldest_is_forgotten_where_the_model_ends(run):
         list(talk.say("the cat sat on a mat and saw red rain over old stone walls", 30))
         assert len(talk.prompt()) <= 512 + 30
     assert 2 <= len(talk.messages) < 24
+    before = [*talk.messages]
     with pytest.raises(UserError, match="do not fit in the model's 512 positions"):
         list(talk.say("cat " * 600, 30))
-    assert talk.messages == []
+    assert talk.messages == before
+
+
+def test_a_message_that_the_template_refuses_is_no_part_of_the_chat(run, monkeypatch):
+    talk = ChatSession(run, run.checkpoints[0])
+    list(talk.say("the cat", 3))
+    before = [*talk.messages]
+    real = chat_session.prompt_ids
+
+    def refuse(conversation, *rest):
+        if any("\ufdd2" in message.content for message in conversation.messages):
+            raise RefusedConversation("a text has U+FDD2, which is no character")
+        return real(conversation, *rest)
+
+    monkeypatch.setattr(chat_session, "prompt_ids", refuse)
+    out = io.StringIO()
+    in_terminal({"now": talk}, io.StringIO("\ufdd2\n"), out, 3)
+    assert "U+FDD2" in out.getvalue() and talk.messages == before
+    in_terminal({"now": talk}, io.StringIO("and the mat\n"), out, 3)
+    assert out.getvalue().count("U+FDD2") == 1 and len(talk.messages) == 4
 
 
 def test_in_a_terminal_each_line_is_answered_by_each(run):

@@ -13,7 +13,7 @@ from samples import BOS, EOS, Bytes
 from minisft.chat.registry import template_for
 from minisft.labels.encode_row import IGNORE_INDEX, Row
 from minisft.labels.token_lens import Lens, lens
-from minisft.labels.token_lens_html import FOLD, KEPT, LONGEST
+from minisft.labels.token_lens_html import FOLD, KEPT, KINDS, LONGEST
 from minisft.text import visible
 
 
@@ -86,6 +86,7 @@ def views(draw):
     pieces = st.sampled_from(HOSTILE) | st.binary(max_size=5) | utf8
     tokenizer = Bytes(*draw(st.lists(pieces, max_size=8)), *HOSTILE)
     ids = draw(st.lists(st.integers(0, len(tokenizer.vocabulary) - 1), max_size=24))
+    tokenizer.added_words = dict.fromkeys(draw(st.sets(st.integers(0, len(tokenizer.vocabulary) - 1))), "")
     each = {"min_size": len(ids), "max_size": len(ids)}
     trained = draw(st.lists(st.booleans(), **each))
     labels = [i if t else IGNORE_INDEX for i, t in zip(ids, trained, strict=True)]
@@ -261,6 +262,24 @@ def test_kinds_differ_in_more_than_colour():
     ]  # fmt: skip
     assert view.to_text().splitlines()[6].strip() == "✂ cut off: the row did not fit"  # before the padding
     assert view.to_text().splitlines()[7].split()[4:] == ["×", "padding", "␣"]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("token", ["a", BOS, 258])
+def test_every_kind_is_shown_as_text_html_and_figure(token, masked, trained):
+    """A letter, a control token and an added word, as a target or not, and hidden by the attention mask or not."""
+    tokenizer = Bytes(b"<think>")
+    tokenizer.added_words = {258: "<think>"}
+    view = Lens(make_row(BOS, [token] if trained else token, truncated=True), tokenizer, attention_mask=[1, 1 - masked])
+    role = "padding" if masked else {"a": "", BOS: "control", 258: "added word"}[token]
+    kinds = [role] * bool(role) + (["target"] if trained else [] if role in ("padding", "control") else ["prompt"])
+    assert view.kinds(1) == tuple(kinds)
+    mark = "".join(KINDS[kind].mark for kind in kinds)
+    assert f"{mark} {', '.join(kinds)}".strip() in view.to_text()
+    legend = view._legend()
+    assert all(KINDS[kind].meaning in legend for kind in kinds) and Page(view._repr_html_()).boxes
+    assert len(view.figure().png) > 100
 
 
 def test_tokens_of_one_character_are_one_box_that_lists_them():

@@ -394,6 +394,32 @@ def test_a_finished_run_of_inputs_that_changed_is_not_the_run_asked_for(config, 
 
 
 @pytest.mark.attack("9")
+@pytest.mark.parametrize("gone", ["data", "model"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_of_a_finished_run_the_inputs_that_are_left_are_compared(
+    config, tiny_model, small_data, tmp_path, monkeypatch, gone, relative
+):
+    """A run whose other input is gone is still the run asked for, by the same path as before."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    data = shutil.copy(small_data, tmp_path / "rows.json")
+    monkeypatch.chdir(tmp_path)
+    names = ("./model", "rows.json") if relative else (str(model), str(data))
+    settings = config("vanilla", model=names[0], data=names[1])
+    run = prepare(settings, say=lambda line: None)
+    (run.folder / "DONE").write_text('{"steps": 3}')
+    if gone == "model":
+        shutil.rmtree(model)
+    else:
+        data.unlink()
+    assert prepare(settings, say=lambda line: None).status == "done"
+    left = data if gone == "model" else model / "generation_config.json"
+    left.write_text(left.read_text() + "\n")
+    what = "data" if gone == "model" else "model"
+    with pytest.raises(UserError, match=f"holds a run of the same settings, but the {what} .* has changed since"):
+        prepare(settings, say=lambda line: None)
+
+
+@pytest.mark.attack("9")
 @pytest.mark.parametrize("what", ["data", "model"])
 @pytest.mark.parametrize("restart", [False, True])
 def test_an_interrupted_run_of_inputs_that_changed_is_not_resumed(

@@ -153,6 +153,26 @@ def test_nothing_is_wrong_with_what_minisft_generates(strategy, precision):
     assert lint(config, ranks=2, parameters=134_515_008) == []
 
 
+ANY = [True, False, 0, 1.5, "x", "auto", "", [], [1], ["a", "b"], [[1, 2], [3, 4]], {}, {"a": None}, None, 10**25]
+
+
+@pytest.mark.parametrize("params", ANY)
+@pytest.mark.parametrize("of", [("scheduler", "WarmupLR"), ("scheduler", "StepLR"), ("optimizer", "AdamW")])
+def test_params_of_any_type_get_findings(of, params):
+    """Whatever is no object is an error, unless the block needs no params."""
+    block, name = of
+    found = keys(zero(stage=2) | {block: {"type": name, "params": params}}, "error")
+    is_object = isinstance(params, dict) or (params in (None, "auto") and block == "optimizer")
+    assert is_object or any(key.startswith(block) or key == "DeepSpeed" for key in found), found
+
+
+@pytest.mark.parametrize("value", ANY)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_any_value_of_any_zero_key_gets_findings(stage, value):
+    for key in [*ZERO_KEYS, *ALIASES]:
+        lint(zero(**{"stage": stage, key: value}))
+
+
 def test_batch_arithmetic():
     def at(ranks, **sizes):
         return keys(sizes | {"zero_optimization": {"stage": 0}}, "error", ranks=ranks)
