@@ -16,6 +16,7 @@ CALLED_BY_LIBRARIES = [
     *("readable", "__reduce_ex__", "protocol", "memo"),  # io, pickle, copy
     *("hf_quantizer", "_name_or_path", "use_muon"),  # attributes that transformers and DeepSpeed read
     "_compute_score_from_stats",  # sacreBLEU
+    *("hint", "solution"),  # learners
     *("kernelspec", "language_info", "nbformat_minor"),  # a notebook's metadata
     *("__signature__", "__annotations__", "list_commands"),  # typer makes the command line of them
     "_gguf_to_safetensors",  # `convert_gguf` calls it in a process of its own
