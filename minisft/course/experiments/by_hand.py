@@ -8,7 +8,7 @@ whose weights the caller provides (stage 3). Nothing here communicates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -52,9 +52,13 @@ def adamw(weights: Tensor, gradient: Tensor, averages: dict[str, Tensor], step: 
     `averages` holds Adam's two averages of these weights; it is empty at first. `step` counts from 1.
     """
     if weights.shape != gradient.shape:
-        raise ValueError(f"AdamW got {weights.numel()} weights and {gradient.numel()} gradients: is the padding missing?")
+        raise ValueError(
+            f"AdamW got {weights.numel()} weights and {gradient.numel()} gradients: is the padding missing?"
+        )
     if step < 1:
-        raise ValueError(f"AdamW got step {step}: the first step is 1, because the bias correction divides by 1 - beta^step")
+        raise ValueError(
+            f"AdamW got step {step}: the first step is 1, because the bias correction divides by 1 - beta^step"
+        )
     if not averages:
         averages |= {"average": torch.zeros_like(weights), "square": torch.zeros_like(weights)}
     average, square = averages["average"], averages["square"]
@@ -87,7 +91,9 @@ class Layer:
         self._require_whole(weights)
         inputs = [part.detach().requires_grad_() for part in (weights, x) if part is not None]
         with torch.enable_grad():
-            gradients = torch.autograd.grad(self.function(inputs[0], inputs[1] if x is not None else None), inputs, down)
+            gradients = torch.autograd.grad(
+                self.function(inputs[0], inputs[1] if x is not None else None), inputs, down
+            )
         return gradients[0], gradients[1] if x is not None else None
 
     def _require_whole(self, weights: Tensor) -> None:
@@ -128,6 +134,11 @@ class Model:
             gradient, down = self.layers[i].backward(parts[i], inputs.pop(), down)
             yield firsts[i], gradient
             del gradient
+
+
+def pytorch_adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    """Return PyTorch's optimizer with the same settings as `adamw`."""
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS, eps=EPSILON)
 
 
 @dataclass(frozen=True)

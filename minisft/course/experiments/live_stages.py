@@ -18,16 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft import processes
-from minisft.course.experiments.by_hand import (
-    BETAS,
-    CONTEXT,
-    EPSILON,
-    LEARNING_RATE,
-    RANKS,
-    WEIGHT_DECAY,
-    Task,
-    character_model,
-)
+from minisft.course.experiments.by_hand import CONTEXT, RANKS, Task, character_model, pytorch_adamw
 from minisft.course.experiments.shards import live_engine, work_on_ranks
 from minisft.files import read_text
 
@@ -72,7 +63,9 @@ def _trained(stage: int, task: Task, rank: int, ranks: int) -> dict[str, Any]:
     from minisft.zero.measured_memory import measure
 
     changes = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
-    engine = live_engine(stage, ranks, changes, _adamw, character_model(), gradient_clipping=0.0)
+    engine = live_engine(
+        stage, ranks, changes, lambda m: pytorch_adamw(m.parameters()), character_model(), gradient_clipping=0.0
+    )
     losses, held = [], {}
     for step in range(task.steps):
         rows = torch.tensor(task.data[step][rank])
@@ -88,13 +81,6 @@ def _trained(stage: int, task: Task, rank: int, ranks: int) -> dict[str, Any]:
     engine.destroy()
     by_step = [list(pair) for pair in zip(*(losses for losses, _ in reports), strict=True)]
     return {"losses": by_step, "weights": weights.tolist(), "bytes": [held for _, held in reports]}
-
-
-def _adamw(model: Any) -> Any:
-    import torch
-
-    settings = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "betas": BETAS, "eps": EPSILON}
-    return torch.optim.AdamW(model.parameters(), **settings)
 
 
 if __name__ == "__main__":

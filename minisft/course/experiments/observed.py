@@ -35,20 +35,29 @@ class Observed(TorchDispatchMode):
         self.model = _ObservedModel(model, self)
         self._weights, self._adamw = weights, adamw
         self._got: list[tuple[int, Tensor, Tensor]] = []  # which of the weights, their gradient, and a copy of it
-        self._unsent = 0  # elements of layers' gradients that were alive when AdamW was called first
+        self._large = Alive()  # tensors as large as all weights, made in this step
+        self._unsent = 0  # elements of gradients that were alive when AdamW was called first
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d" and (name := OPERATIONS.get(func._schema.name.partition("::")[2])):
             self.calls[name] += 1
             self.sent[name] += max(leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.numel() >= self.model.size and not self._is_weight(leaf):
+                self._large.add(leaf)
+        return result
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        pointer = tensor.untyped_storage().data_ptr()
+        return any(part.untyped_storage().data_ptr() == pointer for part in self._weights)
 
     def adamw(self, weights: Tensor, gradient: Tensor, averages: dict[str, Tensor], step: int) -> None:
         """Do a step of AdamW, and note what it was given."""
         places = [part.untyped_storage().data_ptr() for part in self._weights]
         pointer = weights.untyped_storage().data_ptr()
         place = places.index(pointer) if pointer in places else len(self._got)
-        self._unsent = self._unsent if self._got else self.gradients.elements
+        self._unsent = self._unsent if self._got else max(self.gradients.elements, self._large.elements)
         self._got.append((place, gradient, gradient.detach().clone()))
         self._adamw(weights, gradient, averages, step)
 

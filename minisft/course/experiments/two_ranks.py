@@ -1,6 +1,6 @@
 """Run functions of a notebook on two real processes, joined by gloo.
 
-    results = run([my_step], [task])          # what both ranks report, per function and task
+    train(my_step, task).losses               # by step and rank
 
 A function cannot be handed to another process as it is, so its source is: `run` writes it into a job
 together with the tasks, and starts this module with the job's folder. That process forks once; both
@@ -9,7 +9,6 @@ run every function on every task and write a line per result. A rank that raises
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import os
@@ -20,13 +19,15 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from minisft import processes
+from minisft.course.exercises import RaisedElsewhere
 from minisft.course.experiments.by_hand import RANKS, Task, adamw
 from minisft.errors import UserError
 from minisft.files import read_text
@@ -35,58 +36,102 @@ SECONDS = 90  # for all functions and tasks of a job
 WAITING = 15  # seconds that a rank waits for the other one in a collective operation
 
 
-class RaisedOnRank(Exception):
-    """What a function raised on a rank: the kind of exception, its message, and the line."""
+@dataclass(frozen=True)
+class Trained:
+    """What two ranks report of a task that they trained.
 
-    def __init__(self, kind: str, message: str, line: str = ""):
-        super().__init__(message)
-        self.kind, self.line = kind, line
+    `losses` are by step and rank; `weights` are all weights after the last step, flat, and `same`
+    says that both ranks hold the same ones. The rest is of the last step: the gradient that AdamW
+    received, the number and bytes of collective operations, the most layers that were whole at
+    the same time, and the bytes that each rank held.
+    """
+
+    losses: list[list[float]]
+    weights: list[float]
+    same: bool
+    gradient: list[float]
+    calls: dict[str, int]
+    sent: dict[str, int]
+    whole_layers: int
+    bytes: list[dict[str, int]]
+
+    @classmethod
+    def of_reports(cls, reports: Sequence[Mapping[str, Any]], sharded: bool) -> Trained:
+        first, sizes = reports[0], reports[0]["sizes"]
+        parts = first["weights"] if not sharded else _joined([r["weights"] for r in reports])
+        gradients = _joined([report["gradient"] for report in reports])
+        return cls(
+            losses=[list(pair) for pair in zip(*(report["losses"] for report in reports), strict=True)],
+            weights=[x for part, size in zip(parts, sizes, strict=True) for x in part[:size]],
+            same=sharded or all(report["weights"] == first["weights"] for report in reports),
+            gradient=[x for part, size in zip(gradients, sizes, strict=False) for x in part[:size]],
+            calls=first["calls"],
+            sent=first["sent"],
+            whole_layers=max(report["whole layers"] for report in reports),
+            bytes=[report["bytes"] for report in reports],
+        )
+
+
+def _joined(slices: Sequence[Sequence[list[float]]]) -> list[list[float]]:
+    """Concatenate the ranks' slices of each part."""
+    return [[x for part in parts for x in part] for parts in zip(*slices, strict=False)]
+
+
+def train(function: Callable[..., Any], task: Task, sharded: bool = False) -> Trained:
+    """Train `task` with a step function on two ranks. Raises `RaisedElsewhere` if a rank raised."""
+    [[result]] = run([function], [task], sharded)
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def run(functions: Sequence[Callable[..., Any]], tasks: Sequence[Task], sharded: bool = False) -> list[list[Any]]:
     """Run step functions on two ranks: one list per function, with an entry per task.
 
-    An entry is the list of both ranks' reports (`_report`), or the exception that a rank raised.
-    `sharded` functions get a list of slices, one per layer, in place of all weights.
+    An entry is `Trained`, or the exception that a rank raised, which then stands for the function's
+    other tasks, too. `sharded` functions get a list of slices, one per layer, in place of all weights.
     """
-    wanted = [(source_of(function), task) for function in functions for task in tasks]
-    missing = [key for key in dict.fromkeys((*key, sharded) for key in map(_hashed, wanted)) if key not in _known]
-    while missing:
-        entries = _run_job([json.loads(key[0]) for key in missing], sharded)
-        _known.update(zip(missing, entries, strict=False))
-        missing = missing[len(entries) :]
-    found = iter([_known[(*_hashed(key), sharded)] for key in wanted])
-    return [[next(found) for _ in tasks] for _ in functions]
+    sources = [json.dumps(source_of(function)) for function in functions]
+    texts = [json.dumps(asdict(task)) for task in tasks]
+    found: dict[tuple[str, str], Any] = {}
+    pairs = [(source, text) for source in dict.fromkeys(sources) for text in texts]
+    while missing := [pair for pair in pairs if pair not in found and (*pair, sharded) not in _trained]:
+        entries = _run_job([[json.loads(part) for part in pair] for pair in missing], sharded)
+        for pair, entry in zip(missing, entries, strict=False):
+            if isinstance(entry, Trained):
+                _trained[*pair, sharded] = entry
+            else:
+                found |= {(pair[0], text): entry for text in texts}
+    known = {pair: found.get(pair) or _trained[*pair, sharded] for pair in pairs}
+    return [[known[source, text] for text in texts] for source in sources]
 
 
-_known: dict[tuple[Any, ...], Any] = {}
-
-
-def _hashed(key: tuple[dict[str, str], Task]) -> tuple[str]:
-    return (json.dumps([key[0], asdict(key[1])]),)
+_trained: dict[tuple[str, str, bool], Trained] = {}  # the same function trains the same task once
 
 
 def _run_job(job: Sequence[Any], sharded: bool) -> list[Any]:
     """Run the pairs of source and task in order, up to the first that fails, in two new processes."""
+    errors = f"the two processes did not end within {SECONDS} seconds"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps({"sharded": sharded, "pairs": job}), encoding="utf-8")
         command = processes.python("-m", "minisft.course.experiments.two_ranks", name)
-        errors = f"the two processes did not end within {SECONDS} seconds"
-        try:
+        with suppress(subprocess.TimeoutExpired):  # what is missing is reported below
             errors = processes.run(command, {"OMP_NUM_THREADS": "1"}, timeout=SECONDS).stderr
-        except subprocess.TimeoutExpired:
-            pass
-        lines = [[json.loads(line) for line in (read_text(folder / f"rank{r}") or "").splitlines()] for r in range(RANKS)]
+        lines = [
+            [json.loads(line) for line in (read_text(folder / f"rank{r}") or "").splitlines()] for r in range(RANKS)
+        ]
     entries: list[Any] = []
     for pair in zip(*lines, strict=False):
         if any("raised" in report for report in pair):
             break
-        entries.append(list(pair))
+        entries.append(Trained.of_reports(pair, sharded))
     if len(entries) < len(job):
         failures = [report for rank in lines for report in rank if "raised" in report]
-        first = min(failures, key=lambda report: report["time"], default={"raised": ("RuntimeError", errors[-300:], "")})
-        entries.append(RaisedOnRank(*first["raised"]))
+        first = min(
+            failures, key=lambda report: report["time"], default={"raised": ("RuntimeError", errors[-300:], "")}
+        )
+        entries.append(RaisedElsewhere(*first["raised"]))
     return entries
 
 
@@ -96,8 +141,6 @@ def source_of(function: Callable[..., Any]) -> dict[str, str]:
     The source is preceded by the imports, functions and plain values that it uses. Raises `UserError`
     if the source is not known.
     """
-    if function.__code__.co_names == ("NotImplementedError",):
-        raise NotImplementedError
     pieces: dict[str, str] = {}
     _collect(function, pieces)
     return {"name": function.__name__, "source": "\n".join(pieces.values())}

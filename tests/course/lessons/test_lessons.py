@@ -13,7 +13,11 @@ ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 PLANTED = {number: HERE / f"planted_{module}.py" for number, module in MODULES.items()}
 LESSONS = {number: lesson_of(number) for number, file in PLANTED.items() if file.exists()}
-EXERCISES = [pytest.param(item, id=item.name) for lesson in LESSONS.values() for item in lesson.exercises]
+EXERCISES = [  # those that run elsewhere start several processes
+    pytest.param(item, id=item.name, marks=pytest.mark.distributed if item.run else ())
+    for lesson in LESSONS.values()
+    for item in lesson.exercises
+]
 
 
 def planted(item):
