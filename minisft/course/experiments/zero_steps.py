@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
 """One optimizer step of ZeRO-1, ZeRO-2 and ZeRO-3: the solutions of notebook 07.
 
 Every rank calls the function with its own data; `two_ranks` starts the ranks. Annotations are left
@@ -29,7 +29,7 @@ def zero1_step(weights, state, model, adamw):
 
 
 def zero2_step(weights, state, model, adamw):
-    """Take one step of ZeRO-2, on this rank: as ZeRO-1, but keep one slice of the gradient.
+    """Take one step of ZeRO-2, on this rank: keep one slice of the gradient, too.
 
     `model.backward(weights)` yields (first, gradient) of each layer, the last layer
     first: the gradient belongs to `weights[first : first + len(gradient)]`.

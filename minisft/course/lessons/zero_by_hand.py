@@ -15,7 +15,7 @@ from minisft.course.predictions import Choice, Number
 
 
 def all_reduce(parts: list) -> tuple[list, list]:
-    """Return (scattered, gathered), what each rank holds after each half of an all-reduce.
+    """Return (scattered, gathered): what each rank holds after the halves.
 
     `parts[r]` are the numbers of rank r, a list; all have the same length.
     Reduce-scatter: cut the places into one piece per rank (rounded up, so that the
