@@ -93,20 +93,19 @@ def run(functions: Sequence[Callable[..., Any]], tasks: Sequence[Task], sharded:
     """
     sources = [json.dumps(source_of(function)) for function in functions]
     texts = [json.dumps(asdict(task)) for task in tasks]
-    found: dict[tuple[str, str], Any] = {}
+    for key in [key for key, entry in _known.items() if getattr(entry, "kind", "") == "RuntimeError"]:
+        del _known[key]  # a rank that waited in vain may only have been slow
     pairs = [(source, text) for source in dict.fromkeys(sources) for text in texts]
-    while missing := [pair for pair in pairs if pair not in found and (*pair, sharded) not in _trained]:
+    while missing := [pair for pair in pairs if (*pair, sharded) not in _known]:
         entries = _run_job([[json.loads(part) for part in pair] for pair in missing], sharded)
-        for pair, entry in zip(missing, entries, strict=False):
-            if isinstance(entry, Trained):
-                _trained[*pair, sharded] = entry
-            else:
-                found |= {(pair[0], text): entry for text in texts}
-    known = {pair: found.get(pair) or _trained[*pair, sharded] for pair in pairs}
-    return [[known[source, text] for text in texts] for source in sources]
+        for (source, text), entry in zip(missing, entries, strict=False):
+            ended = texts if isinstance(entry, Exception) else [text]
+            for other in ended:
+                _known.setdefault((source, other, sharded), entry)
+    return [[_known[source, text, sharded] for text in texts] for source in sources]
 
 
-_trained: dict[tuple[str, str, bool], Trained] = {}  # the same function trains the same task once
+_known: dict[tuple[str, str, bool], Any] = {}  # the same function trains the same task once
 
 
 def _run_job(job: Sequence[Any], sharded: bool) -> list[Any]:
