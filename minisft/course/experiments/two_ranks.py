@@ -187,7 +187,8 @@ def main() -> None:
     import torch
 
     folder = Path(sys.argv[1])
-    rank = 0 if os.fork() else 1  # before any thread is started
+    parent, child = os.getpid(), os.fork()  # before any thread is started
+    rank = 0 if child else 1
     processes.end_with_parent()
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / "store"), RANKS)
@@ -196,13 +197,18 @@ def main() -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     code = 0
     with (folder / f"rank{rank}").open("w", encoding="utf-8") as stream:
-        for source, task in job["pairs"]:
+        for number, (source, task) in enumerate(job["pairs"]):
             report = _report_or_failure(source, task, job["sharded"], rank)
             stream.write(json.dumps(report) + "\n")
             stream.flush()
             if "raised" in report:
                 code = 1
                 break
+            store.add(f"done {number}", 1)
+            while store.add(f"done {number}", 0) < RANKS:  # or a call left over would meet one of the next pair
+                if os.waitpid(child, os.WNOHANG)[0] if child else os.getppid() != parent:
+                    os._exit(1)
+                time.sleep(0.001)
     if rank == 0 and not code:
         os.wait()
     os._exit(code)  # closing the connections ends the other rank's wait, too
