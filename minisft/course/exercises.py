@@ -17,7 +17,7 @@ import os
 import random
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,18 @@ class Case:
     name: str = ""  # empty for a random case
 
 
+# Calls each function on each case; returns one list per function, of results or exceptions raised.
+Run = Callable[[Sequence[Callable[..., Any]], Sequence[Case]], list[list[Any]]]
+
+
+class RaisedElsewhere(Exception):
+    """What a function raised in another process: the kind of exception, its message, and the line."""
+
+    def __init__(self, kind: str, message: str, line: str = ""):
+        super().__init__(message)
+        self.kind, self.line = kind, line
+
+
 @dataclass(frozen=True)
 class Mistake:
     """A plausible mistake: a function that makes it, and the sentence that a learner needs then."""
@@ -53,7 +65,8 @@ class Exercise:
     `cases` draws the cases, those made by hand (with a name) first; their expected results come
     from the package, from a library, or from paper, never from `answer`, the solution. `explain`
     may say more about wrong answers than the mistakes do: it receives the failed cases with what
-    was returned, and returns a sentence, or "" to leave it to the mistakes.
+    was returned, and returns a sentence, or "" to leave it to the mistakes. `run`
+    calls functions elsewhere than in this process.
     """
 
     name: str  # number of the notebook and a key: "02.labels"
@@ -66,6 +79,7 @@ class Exercise:
     tolerance: float = 0.0
     ordered: bool = True
     explain: Callable[[list[tuple[Case, Any]]], str] | None = None
+    run: Run | None = None
 
     def check(self, function: Callable[..., Any] | None) -> Shown | None:
         """Run `function` on all cases; tell not attempted, raised, wrong and right apart.
@@ -115,13 +129,17 @@ class Exercise:
             return Shown("Not attempted yet: write the function above, and run this cell again.")
         if not callable(function):
             return Shown(f"Give the function itself, without calling it, not {short(function)}.", ok=False)
+        not_attempted = Shown("Not attempted yet: replace the line that raises NotImplementedError.")
+        if hasattr(function, "__code__") and function.__code__.co_names == ("NotImplementedError",):
+            return not_attempted  # before the cases, which may take long to compute
         failed: list[tuple[Case, Any]] = []
         cases = self.all_cases()
-        for case in cases:
+        results = self._results([function], cases)
+        for i, case in enumerate(cases):
             try:
-                given = normalized(function(*copy.deepcopy(case.arguments)))
+                given = results(0, i)
             except NotImplementedError:
-                return Shown("Not attempted yet: replace the line that raises NotImplementedError.")
+                return not_attempted
             except Exception as error:
                 return Shown(_raised(error, function, case), ok=False)
             if not self._equal(given, case.expected):
@@ -140,20 +158,34 @@ class Exercise:
             return f"Not yet: your function returns nothing for {_called(case)}; does it end in `return`?"
         if self.explain and (sentence := self.explain(failed)):
             return f"Not yet: {sentence}"
-        for mistake in self.mistakes:
-            if all(self._makes(mistake, case, given) for case, given in failed):
+        results = self._results([mistake.answer for mistake in self.mistakes], [case for case, _ in failed])
+
+        def makes(mistake: int, i: int) -> bool:
+            """Whether the mistake gives the same answer to failed case `i`."""
+            try:
+                return self._equal(results(mistake, i), failed[i][1])
+            except Exception:  # a mistaken function may fail where the learner's does not
+                return False
+
+        for number, mistake in enumerate(self.mistakes):
+            if all(makes(number, i) for i in range(len(failed))):
                 return f"Not yet: {mistake.sentence} See {_called(case)}."
         difference = first_difference(given, normalized(case.expected), self.tolerance)
-        likely = next((m.sentence for m in self.mistakes if self._makes(m, case, given)), "")
+        likely = next((m.sentence for number, m in enumerate(self.mistakes) if makes(number, 0)), "")
         return f"Not yet: for {_called(case)}, {difference}.{f' {likely}' if likely else ''}"
 
-    def _makes(self, mistake: Mistake, case: Case, given: Any) -> bool:
-        """Whether the mistake gives the same answer to this case."""
-        try:
-            answer = normalized(mistake.answer(*copy.deepcopy(case.arguments)))
-        except Exception:  # a mistaken function may fail where the learner's does not
-            return False
-        return self._equal(answer, given)
+    def _results(self, functions: Sequence[Callable[..., Any]], cases: Sequence[Case]) -> Callable[[int, int], Any]:
+        """Return what gives the normalized result of function i for case j, or raises what it raised."""
+        elsewhere = self.run(functions, cases) if self.run else None
+
+        def result(i: int, j: int) -> Any:
+            if elsewhere is None:
+                return normalized(functions[i](*copy.deepcopy(cases[j].arguments)))
+            if isinstance(elsewhere[i][j], Exception):
+                raise elsewhere[i][j]
+            return normalized(elsewhere[i][j])
+
+        return result
 
 
 _hints_given: dict[str, int] = {}
@@ -179,5 +211,8 @@ def _raised(error: Exception, function: Callable[..., Any], case: Case) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     written = inspect.unwrap(function).__code__.co_filename if hasattr(function, "__code__") else ""
     line = next((f.line for f in reversed(frames) if f.filename == written and f.line), "")
+    kind = type(error).__name__
+    if isinstance(error, RaisedElsewhere):
+        kind, line = error.kind, error.line
     where = f" in the line `{line}`" if line else ""
-    return f"Your function raised {type(error).__name__}{where}: {one_line(error, 200)}, for {_called(case)}."
+    return f"Your function raised {kind}{where}: {one_line(error, 200)}, for {_called(case)}."

@@ -90,9 +90,10 @@ def live_engine(
     ranks: int,
     changes: Mapping[str, Any] | None = None,
     optimizer_of: Callable[[Any], Any] | None = None,
+    model: Any = None,
     **settings: Any,
 ) -> Any:
-    """Build a DeepSpeed engine of the tiny model in fp32, on every rank.
+    """Build a DeepSpeed engine in fp32, on every rank, of `model` or else of the tiny Llama.
 
     `changes` override keys of `zero_optimization`, `settings` override top-level keys.
     `optimizer_of` makes the model's optimizer; the default is AdamW with one param group.
@@ -105,10 +106,12 @@ def live_engine(
     from minisft.zero.state_memory import generated_config
 
     config = tiny_config()
-    settings = generated_config(Shapes.of_config(config), f"zero{stage}", ranks, "fp32") | settings
+    shapes = Shapes.of_model(model) if model else Shapes.of_config(config)
+    settings = generated_config(shapes, f"zero{stage}", ranks, "fp32") | settings
     settings["zero_optimization"] |= changes or {}
-    with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3):
-        model = LlamaForCausalLM(config)
+    if model is None:
+        with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3):
+            model = LlamaForCausalLM(config)
     optimizer = optimizer_of(model) if optimizer_of else torch.optim.AdamW(model.parameters(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine

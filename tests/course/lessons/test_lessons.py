@@ -13,7 +13,11 @@ ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 PLANTED = {number: HERE / f"planted_{module}.py" for number, module in MODULES.items()}
 LESSONS = {number: lesson_of(number) for number, file in PLANTED.items() if file.exists()}
-EXERCISES = [pytest.param(item, id=item.name) for lesson in LESSONS.values() for item in lesson.exercises]
+EXERCISES = [  # those that run elsewhere start several processes
+    pytest.param(item, id=item.name, marks=pytest.mark.distributed if item.run else ())
+    for lesson in LESSONS.values()
+    for item in lesson.exercises
+]
 
 
 def planted(item):
@@ -22,7 +26,11 @@ def planted(item):
     spec = importlib.util.spec_from_file_location(name.stem, name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.WRONG[item.name], module.RIGHT[item.name]
+    wrong, right = module.WRONG[item.name], module.RIGHT[item.name]
+    if item.run:  # one start of its processes for all answers: results are remembered
+        answers = [answer for answer, _ in wrong] + [m.answer for m in item.mistakes]
+        item.run([*answers, *right, item.answer], item.all_cases())
+    return wrong, right
 
 
 @pytest.mark.parametrize("item", EXERCISES)
@@ -44,6 +52,7 @@ def test_right_answers_pass_however_they_are_written(item):
 
 @pytest.mark.parametrize("item", EXERCISES)
 def test_every_mistake_is_recognized_by_what_it_returns(item):
+    planted(item)
     for mistake in item.mistakes:
         shown = item.check(mistake.answer)
         assert shown.ok is False and mistake.sentence in shown.text, shown.text
