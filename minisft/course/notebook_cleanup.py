@@ -10,6 +10,7 @@ from typing import Any
 
 # Terminal escape sequences: CSI (colors), OSC (titles, links), and any other ESC.
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b\n]*(?:\x07|\x1b\\)|\x1b")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 CELL_FILE = re.compile(
     r"(?<![^\s\"'<>()])[^\s\"'<>()]*/ipykernel_\d+/\d+\.py"
 )  # anchored at the path's start, so linear time
@@ -35,9 +36,9 @@ def clean_notebook(nb: Any, root: Path) -> None:
     nb.metadata.language_info = {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"}
     for cell in (cell for cell in nb.cells if cell.cell_type == "code"):
         cell.metadata.pop("execution", None)
-        cell.outputs = in_order(cell.outputs)
+        # Without a live kernel a widget is an unreadable line of text.
+        cell.outputs = in_order([output for output in cell.outputs if WIDGET not in output.get("data", {})])
         for output in cell.outputs:
-            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
             for part in (output, output.get("data", {})):
                 for key in [key for key in part if key in ("text", "evalue") or key.startswith("text/")]:
                     part[key] = neutral_text(str(part[key]), root).replace("\r", "")
