@@ -52,6 +52,12 @@ def remove_stale_locks(folder: Path | None) -> list[Path]:
     return stale
 
 
+def use_own_folder() -> None:
+    """Let this process build and load the operator in that folder, without waiting for stale locks."""
+    os.environ.update(build_environment())
+    remove_stale_locks(extensions_folder())
+
+
 def _open_files() -> set[str]:
     """Return the paths of the files that processes of this machine hold open, as far as we may inspect them."""
     import psutil
@@ -68,9 +74,8 @@ def main() -> None:
 
     Runs do without it if there is no compiler.
     """
-    os.environ.update(build_environment())
     skip_accelerator_search()
-    remove_stale_locks(extensions_folder())
+    use_own_folder()
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     try:

@@ -21,7 +21,6 @@ from minisft import processes
 from minisft.course.experiments.by_hand import CONTEXT, RANKS, Task, character_model, pytorch_adamw
 from minisft.course.experiments.shards import live_engine, work_on_ranks
 from minisft.files import read_text
-from minisft.launch.cpu_comm_op import build_environment
 
 STAGES = (1, 2, 3)
 
@@ -41,8 +40,10 @@ def _live_stages(task: str) -> dict[int, dict[str, Any]]:
         (folder / "task.json").write_text(task, encoding="utf-8")
         command = processes.python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS))
         command += ["--module", "minisft.course.experiments.live_stages", name]
-        variables = {"OMP_NUM_THREADS": "1"} | build_environment()
-        done = processes.run(command, variables, timeout=600)  # a first run may have to compile an operator
+        # A first run may have to compile an operator.
+        done = processes.run(command, {"OMP_NUM_THREADS": "1"}, timeout=600)
+            command, {"OMP_NUM_THREADS": "1"}, timeout=600
+        )  # a first run may have to compile an operator
         if done.returncode:
             raise RuntimeError(f"the DeepSpeed engines ended with {done.returncode}:\n{done.stderr[-2000:]}")
         reports = json.loads(read_text(folder / "reports.json") or "")

@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from minisft.launch import cpu_comm_op
 from minisft.system import skip_accelerator_search
 from minisft.text import say
 
@@ -35,6 +36,7 @@ def main() -> None:
 def work_on_ranks(work: Callable[[int, int], None]) -> None:
     """Join the other ranks of this command, call `work` with rank and number of ranks, and end the process."""
     skip_accelerator_search()
+    cpu_comm_op.use_own_folder()
     import deepspeed
     import torch
 
