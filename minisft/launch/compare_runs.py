@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
 from minisft.run.folder import Run, checkpoint_step
@@ -90,12 +91,18 @@ def verdict(runs: Sequence[Run]) -> str:
         return ""
     most = max(row["tokens_per_second"] for row in rows)
     least = min(row["tokens_per_second"] for row in rows)
-    fastest = [row["run"] for row in rows if row["tokens_per_second"] > (1 - NEAR) * most]
+    fastest = fastest_runs(runs)
     states = {row["run"]: row["model_state_bytes"] for row in rows}
     heaviest = max(states, key=states.__getitem__)
     share = min(states.values()) / states[heaviest]
+    speeds = (
+        f"Fastest here: {join_names(fastest)}, with {most:,.0f} tokens/s; the slowest made {least / most:.0%} of that."
+    )
+    if len(fastest) == len(rows):
+        speeds = "No run is measurably faster than the others: the speeds of their steps overlap."
     sentences = [
-        f"Fastest here: {join_names(fastest)}, with {most:,.0f} tokens/s; the slowest made {least / most:.0%} of that.",
+        speeds,
+        "Each was measured once, so another try may change the order.",
         f"Leanest: {join_names(least_state_memory(rows))}, with {share:.0%} of {heaviest}'s states per rank.",
     ]
     if any(run.on_gpu for run in runs):
@@ -108,6 +115,38 @@ def verdict(runs: Sequence[Run]) -> str:
             "the links between the GPUs decide."
         )
     return " ".join(sentences)
+
+
+def step_speeds(run: Run) -> list[float]:
+    """Return the tokens per second of each step after the warm-up."""
+    return [m["tokens"] / m["seconds"] for m in run.metrics if not m["warm_up"] and m["seconds"] > 0]
+
+
+def speed_quartiles(run: Run) -> tuple[float, float, float] | None:
+    """Return the quartiles of `step_speeds`; half of the steps lie between the first and the last.
+
+    None if fewer than two steps were measured.
+    """
+    speeds = step_speeds(run)
+    if len(speeds) < 2:
+        return None
+    low, middle, high = quantiles(speeds, n=4, method="inclusive")
+    return low, middle, high
+
+
+def fastest_runs(runs: Sequence[Run]) -> list[str]:
+    """Return the fastest run, and those that cannot be told from it, by name.
+
+    A run cannot be told from the fastest if their speeds differ by less than `NEAR`, or if the
+    quartiles of their steps overlap.
+    """
+    speeds = {one_line(run.name): (speed(run.metrics)["tokens_per_second"] or 0, speed_quartiles(run)) for run in runs}
+    most, best = max(speeds.values(), key=lambda one: one[0])
+    return [
+        name
+        for name, (rate, quartiles) in speeds.items()
+        if rate and (rate > (1 - NEAR) * most or (quartiles and best and quartiles[2] >= best[0]))
+    ]
 
 
 def data_difference(runs: Sequence[Run]) -> str:

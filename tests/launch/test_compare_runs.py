@@ -7,7 +7,16 @@ from conftest import minisft
 
 from minisft.course.figures.runs import comparison
 from minisft.files import write_json
-from minisft.launch.compare_runs import comparison_frames, comparison_table, data_difference, summary_rows, verdict
+from minisft.launch.compare_runs import (
+    comparison_frames,
+    comparison_table,
+    data_difference,
+    fastest_runs,
+    speed_quartiles,
+    step_speeds,
+    summary_rows,
+    verdict,
+)
 from minisft.run.config import RunConfig
 from minisft.run.folder import Run
 
@@ -76,6 +85,20 @@ def test_the_sentence_follows_the_numbers(make_run):
     assert "2 ranks share its cores" in said
     assert "cores" not in verdict([make_run("g", 10, 900, on_gpu=True), make_run("h", 20, 300, on_gpu=True)])
     assert verdict([slow]) == verdict([]) == ""
+
+
+def test_runs_whose_steps_overlap_in_speed_are_not_ranked(make_run):
+    a, b, c = make_run("a", 20, 900), make_run("b", 15, 900), make_run("c", 5, 900)
+    lines = [json.loads(line) for line in (b.folder / "metrics.jsonl").read_text().splitlines()]
+    for line, seconds in zip(lines, (1, 1, 4, 4, 20, 20), strict=True):
+        line["seconds"] = seconds
+    (b.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert step_speeds(b) == [25, 25, 5, 5]
+    assert speed_quartiles(b) == (5, 15, 25)
+    assert fastest_runs([a, b, c]) == ["a", "b"]
+    assert "Fastest here: a and b" in verdict([a, b, c])
+    assert "No run is measurably faster" in verdict([a, b])
+    assert "measured once" in verdict([a, b])
 
 
 def test_runs_of_different_rows_are_told_apart(make_run):

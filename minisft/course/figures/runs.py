@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from minisft.drawing import PALETTE, Picture, figure_of, in_figure, legend_below, picture_of, run_style, stacked_bars
-from minisft.launch.compare_runs import join_names, least_state_memory, model_states, summary_rows
+from minisft.launch.compare_runs import (
+    fastest_runs,
+    join_names,
+    least_state_memory,
+    model_states,
+    speed_quartiles,
+    step_speeds,
+    summary_rows,
+)
 from minisft.run.folder import Run
 from minisft.text import in_gigabytes
 from minisft.zero.measured_memory import OTHER
@@ -57,8 +65,8 @@ def loss_curves(runs: Sequence[Run]) -> Picture:
 
 
 def comparison(runs: Sequence[Run]) -> Picture:
-    """Draw runs side by side: loss by step and by time, tokens per second, and memory and traffic
-    per rank.
+    """Draw runs side by side: loss by step and by time, the speeds of their steps, and memory and
+    traffic of the rank with the most.
     """
     rows = {row["run"]: row for row in summary_rows(runs)}
     colors = {run.name: PALETTE[i % 7] for i, run in enumerate(runs)}
@@ -72,7 +80,6 @@ def comparison(runs: Sequence[Run]) -> Picture:
     by_step.set(xlabel="optimizer step", ylabel="loss (nats per trained token)")
     by_time.set(xlabel="seconds of training", ylabel="loss")
     panels = (
-        (speeds, "tokens_per_second", 1, "tokens/s"),
         (states, "model_state_bytes", 1e9, "GB of states per rank"),
         (peaks, "peak_bytes", 1e9, "GB per rank at its peak"),
         (traffic, "sent_bytes", 1e9, "GB sent per rank and step"),
@@ -84,18 +91,42 @@ def comparison(runs: Sequence[Run]) -> Picture:
         panel.invert_yaxis()
         panel.tick_params(axis="y", labelsize=8)
         for y, value in enumerate(values):
-            panel.text(value, y, f" {value:,.0f}" if size == 1 else f" {value:.2f}", va="center", fontsize=8)
+            panel.text(value, y, f" {value:.2f}", va="center", fontsize=8)
+    _draw_speeds(speeds, runs, list(colors.values()))
     legend_below(figure, by_step)
-    fastest = max(rows, key=lambda name: rows[name]["tokens_per_second"] or 0)
+    fastest = list(map(in_figure, fastest_runs(runs)))
+    was = "no strategy was measurably faster"
+    if 0 < len(fastest) < len(runs):
+        was = f"{join_names(fastest)} {'was' if len(fastest) == 1 else 'were'} the fastest"
     lightest = least_state_memory(list(rows.values()))
     least = f", and {join_names(list(map(in_figure, lightest)))} held the least between steps" if lightest else ""
-    figure.suptitle(f"On this machine {in_figure(fastest)} was the fastest{least}")
+    figure.suptitle(f"On this machine {was}{least}")
     each = "; ".join(
-        f"{name} {row['tokens_per_second'] or 0:,.0f} tokens/s, {in_gigabytes(row['model_state_bytes'])} of states, "
+        f"{name} {row['tokens_per_second'] or 0:,.0f} tokens/s{middle}, "
+        f"{in_gigabytes(row['model_state_bytes'])} of states, "
         f"{in_gigabytes(row['peak_bytes'])} at the peak, {in_gigabytes(row['sent_bytes'])} sent per step"
-        for name, row in rows.items()
+        for (name, row), middle in zip(rows.items(), map(_middle_half, runs), strict=True)
     )
     return picture_of(figure, f"Runs side by side: {each}.")
+
+
+def _middle_half(run: Run) -> str:
+    quartiles = speed_quartiles(run)
+    return f" (half of its steps between {quartiles[0]:,.0f} and {quartiles[2]:,.0f})" if quartiles else ""
+
+
+def _draw_speeds(axes: Any, runs: Sequence[Run], colors: Sequence[str]) -> None:
+    """Draw a dot for each step, and a bar between the quartiles of each run's steps."""
+    for y, (run, color) in enumerate(zip(runs, colors, strict=True)):
+        if quartiles := speed_quartiles(run):
+            low, middle, high = quartiles
+            axes.barh(y, high - low, left=low, height=0.5, color=color, alpha=0.5)
+            axes.plot([middle] * 2, [y - 0.25, y + 0.25], color=color, linewidth=3)
+        step_rates = step_speeds(run)
+        axes.plot(step_rates, [y] * len(step_rates), "o", color="black", markersize=3)
+    axes.set_yticks(range(len(runs)), [in_figure(run.name) for run in runs], fontsize=8)
+    axes.set(xlabel="tokens/s: steps (dots), quartiles (bar)", ylim=(len(runs) - 0.4, -0.6))
+    axes.set_xlim(left=0)
 
 
 def memory_bars(runs: Sequence[Run]) -> Picture:
