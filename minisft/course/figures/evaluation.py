@@ -147,9 +147,7 @@ def interval_widths(
     return picture_of(_widths(measured, line, points, title), alt)
 
 
-def _widths(
-    measured: Sequence[tuple[int, float]], line: Sequence[tuple[int, float]], points: float, title: str
-) -> Any:
+def _widths(measured: Sequence[tuple[int, float]], line: Sequence[tuple[int, float]], points: float, title: str) -> Any:
     """Draw measured points, and the line that they follow (none if nothing varies)."""
     figure, axes = figure_of(7.6, 3.6)
     axes.plot(*zip(*measured, strict=True), "o", color=PALETTE[0], alpha=0.6, label="samples of our answers (measured)")
