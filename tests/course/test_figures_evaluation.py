@@ -54,8 +54,8 @@ def test_more_answers_narrow_the_interval(monkeypatch):
     half_widths = {}
     real = evaluation.paired_bootstrap
 
-    def compared(outputs, *rest):
-        found = real(outputs, *rest)
+    def compared(outputs, *rest, **options):
+        found = real(outputs, *rest, **options)
         half_widths.setdefault(len(outputs), []).append(found.half_width)
         return found
 

@@ -131,9 +131,10 @@ def interval_widths(
     measured: list[tuple[int, float]] = []  # (number of questions, half the width in BLEU points)
     for size in [*(n for n in (4, 8, 16, 32, 64, 128, 256) if n < len(after)), len(after)]:
         for _ in range(draws if size < len(after) else 1):
-            rows = chance.sample(questions, size)
-            texts = [[answers[i]["output"] for i in rows] for answers in (before, after)]
-            found = paired_bootstrap(*texts, [after[i]["reference"] for i in rows], 300, tokenize)
+            rows = sorted(chance.sample(questions, size))
+            first, second = ([answers[i]["output"] for i in rows] for answers in (before, after))
+            references = [after[i]["reference"] for i in rows]
+            found = paired_bootstrap(first, second, references, tokenize=tokenize)
             measured.append((size, found.half_width))
     known = measured[-1][1]
     if not known:

@@ -108,11 +108,6 @@ LESSON = Lesson(
             options=("answers", "writes something else", "writes nothing"),
             lesson="A template that a model has never seen is not a question to it.",
         ),
-        "clipped": Number(
-            asks="how many of the seven words match the reference, when clipped",
-            stand_in=7,
-            lesson="A word counts at most as often as it occurs in the reference.",
-        ),
         "brevity": Number(
             asks="BLEU of an output that has 7 of the 10 words, all of them right",
             stand_in=70,

@@ -228,7 +228,7 @@ LESSON = Lesson(
             asks="which networks make the GPUs wait",
             stand_in=list(NETWORKS[:2]),
             options=NETWORKS,
-            lesson="Networks are rated in bits per second, and stage 3 sends the parameters' bytes three times per step.",
+            lesson="Networks are rated in bits per second, and stage 3 sends all parameters three times per step.",
         ),
         "main_memory": Number(
             asks="bytes of main memory per parameter with zero3-offload, over all ranks",
