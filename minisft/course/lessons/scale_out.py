@@ -214,9 +214,9 @@ LESSON = Lesson(
         ),
         "losses": Choice(
             asks="how far apart the losses on one host and on two are",
-            stand_in="below 1e-5",
-            options=("equal", "below 1e-5", "1e-5 or more"),
-            lesson="The same numbers are added in the same order, wherever the ranks run.",
+            stand_in="1e-5 to 1e-2",
+            options=("below 1e-5", "1e-5 to 1e-2", "above 1e-2"),
+            lesson="The same numbers are added, at most in another order, wherever the ranks run.",
         ),
         "resumed": Choice(
             asks="how a universal checkpoint of stage 3 resumes at stage 3",
