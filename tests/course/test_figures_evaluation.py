@@ -36,30 +36,40 @@ def test_titles():
     assert "the loss does not fall" in evaluation._message([summary("a", 1, 4, loss=(1.0, 2.0))])
 
 
+def test_runs_that_coincide_are_drawn_once(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda *args, **style: drawn.append(style["label"]))
+    picture = scores_over_steps([summary("vanilla", 1, 4), summary("zero2", 1, 3), summary("zero3", 1, 4)])
+    assert drawn == ["vanilla, zero3"] * 2 + ["zero2"] * 2
+    assert "vanilla, zero3 (equal scores) BLEU from 1.00 to 4.00" in picture.alt
+
+
 def test_more_answers_narrow_the_interval(monkeypatch):
     chance = random.Random(1)
     said = [" ".join(chance.choices(WORDS, k=12)) for _ in range(40)]
-    answers = [{"output": " ".join([*s.split()[:9], "cat"]), "reference": s} for s in said]
-    widths = {}
-    real = evaluation.corpus_scores
+    before, after = (
+        [{"output": " ".join([*s.split()[: kept - i % 4], "cat"]), "reference": s} for i, s in enumerate(said)]
+        for kept in (6, 9)
+    )
+    half_widths = {}
+    real = evaluation.paired_bootstrap
 
-    def scores(outputs, *rest):
-        found = real(outputs, *rest)
-        low, high = found["bleu_interval"]
-        widths.setdefault(len(outputs), []).append(high - low)
+    def compared(outputs, *rest, **options):
+        found = real(outputs, *rest, **options)
+        half_widths.setdefault(len(outputs), []).append(found.half_width)
         return found
 
-    monkeypatch.setattr(evaluation, "corpus_scores", scores)
-    alt = interval_widths(answers, draws=6).alt
-    assert "40 answers leave BLEU open by" in alt
-    mean = {size: sum(found) / len(found) for size, found in widths.items()}
+    monkeypatch.setattr(evaluation, "paired_bootstrap", compared)
+    alt = interval_widths(before, after, draws=6).alt
+    assert "40 answers: \N{PLUS-MINUS SIGN}" in alt
+    mean = {size: sum(found) / len(found) for size, found in half_widths.items()}
     assert list(mean) == [4, 8, 16, 32, 40]
     assert mean[40] < mean[16] < 1.3 * mean[4]
 
 
 def test_without_a_single_match_there_is_no_width():
     answers = [{"output": "dog", "reference": "the cat sat on the mat"}] * 5
-    assert "no run of words" in interval_widths(answers, draws=2).alt
+    assert "differ by 0 points on every sample" in interval_widths(answers, answers, draws=2).alt
 
 
 @pytest.mark.attack("15")

@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,15 @@ from sacrebleu.metrics import BLEU
 from minisft.course.figures.evaluation import interval_widths
 from minisft.errors import UserError
 from minisft.evaluation.bleu_breakdown import break_down_bleu
-from minisft.evaluation.metrics import MECAB, METRICS, corpus_scores, paired_bootstrap, tokenizer_for
+from minisft.evaluation.metrics import (
+    MECAB,
+    METRICS,
+    _metrics,
+    corpus_scores,
+    paired_bootstrap,
+    tokenizer_for,
+    two_sided_p,
+)
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", ",", ".", "&", "<", "red")
 words = st.lists(st.sampled_from(WORDS), max_size=14).map(" ".join)
@@ -87,13 +96,35 @@ def test_a_paired_bootstrap_tells_a_difference_from_chance():
     references = [f"the {word} cat sat on the mat number {i}" for i, word in enumerate(WORDS)]
     wrong = ["a dog ran off"] * len(references)
     alternating = [[(wrong, references)[(i + k) % 2][i] for i in range(len(references))] for k in (0, 1)]
-    assert paired_bootstrap(wrong, references, references) < 0.01
-    assert paired_bootstrap(*alternating, references) > 0.1
-    assert paired_bootstrap(references, references, references) == 1
+    found = paired_bootstrap(wrong, references, references)
+    assert found.p < 0.01 and 99 < found.interval[0] < found.difference < found.interval[1]
+    found = paired_bootstrap(*alternating, references)
+    assert found.p > 0.1 and found.interval[0] < 0 < found.interval[1]
+    assert paired_bootstrap(references, references, references).p == 1
     chairs, tables = (["the cat sat on a " + end] * 12 for end in ("chair", "table"))  # as good as each other
-    assert paired_bootstrap(chairs, tables, ["the cat sat on the mat today"] * 12) == 1
+    assert paired_bootstrap(chairs, tables, ["the cat sat on the mat today"] * 12).p == 1
     with pytest.raises(UserError, match="no answer to compare"):
         paired_bootstrap([], [], [])
+
+
+def test_a_paired_bootstrap_is_that_of_sacrebleu_but_two_sided():
+    """sacreBLEU counts the samples above the mean difference only; where all have one sign, that is one tail."""
+    from sacrebleu.significance import PairedTest
+
+    chance = random.Random(3)
+    references = [" ".join(chance.choices(WORDS, k=12)) for _ in range(12)]
+    outputs = [[" ".join(r.split()[: chance.randint(*kept)]) for r in references] for kept in ((5, 10), (6, 12))]
+    found = paired_bootstrap(*outputs, references)
+    systems = [("before", outputs[0]), ("after", outputs[1])]
+    theirs = PairedTest(systems, {"BLEU": _metrics()[0]()}, [references], test_type="bs")()[1]["BLEU"]
+    assert found.difference == pytest.approx(theirs[1].score - theirs[0].score, abs=1e-4)
+    assert theirs[1].p_value <= found.p <= 3 * theirs[1].p_value
+
+
+def test_a_p_value_counts_both_directions():
+    assert two_sided_p([1, 3, 5, 7], 3) == 3 / 5  # less their mean, 4, two of four are as far off as 3
+    assert two_sided_p([1, 3, 5, 7], -3) == 3 / 5
+    assert two_sided_p([1, 3, 5, 7], 4) == 1 / 5
 
 
 # --- scripts without blanks between words --------------------------------------------------------------------------
@@ -134,7 +165,7 @@ def test_perfect_answers_score_100_in_any_script_as_sacrebleu_computes_it(langua
     assert break_down_bleu(near, right).score == pytest.approx(
         BLEU(tokenize=tokenize).corpus_score([near], [[right]]).score
     )
-    assert paired_bootstrap([near] * 8, [right] * 8, [right] * 8, 50) < 0.1
+    assert paired_bootstrap([near] * 8, [right] * 8, [right] * 8, 50).p < 0.1
 
 
 @given(
@@ -165,7 +196,7 @@ def test_one_tokenizer_for_all_of_a_data_set():
     """Also where a part of it is in another script: draws of a part are scored as the whole."""
     right = [TEXTS["zh"][0]] * 6 + [TEXTS["en"][0]] * 2
     answers = [{"output": text, "reference": text} for text in right]
-    assert "BLEU is 100 for every sample of these 8 answers" in interval_widths(answers, draws=4).alt
+    assert "differ by 0 points on every sample of these 8 answers" in interval_widths(answers, answers, draws=4).alt
     assert corpus_scores(right[-1:], right[-1:], 0, "zh")["bleu_tokenizer"] == "zh"
 
 
