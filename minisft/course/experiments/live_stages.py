@@ -42,8 +42,6 @@ def _live_stages(task: str) -> dict[int, dict[str, Any]]:
         command += ["--module", "minisft.course.experiments.live_stages", name]
         # A first run may have to compile an operator.
         done = processes.run(command, {"OMP_NUM_THREADS": "1"}, timeout=600)
-            command, {"OMP_NUM_THREADS": "1"}, timeout=600
-        )  # a first run may have to compile an operator
         if done.returncode:
             raise RuntimeError(f"the DeepSpeed engines ended with {done.returncode}:\n{done.stderr[-2000:]}")
         reports = json.loads(read_text(folder / "reports.json") or "")
