@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from minisft.course.exercises import Case, Exercise, Mistake
 from minisft.course.lessons import Lesson
 from minisft.course.lessons.scale_out_hosts import HOSTS
-from minisft.course.predictions import Choice, Number, Several
+from minisft.course.predictions import Choice, Number, Order, Several
 from minisft.launch.hosts import Host, share_out
 from minisft.zero.communication import OPERATIONS, bytes_sent
 
@@ -236,6 +236,12 @@ LESSON = Lesson(
             unit="bytes",
             within=0.03,
             lesson="Offloaded gradients are kept in fp32 as well, which is 4 bytes more than the 16 of the paper.",
+        ),
+        "least": Order(
+            asks="the strategies from the least to the most GPU memory, for 7B on 8 GPUs",
+            stand_in=["zero3-offload", "zero2-offload", "zero3", "zero2"],
+            options=("zero2", "zero2-offload", "zero3", "zero3-offload"),
+            lesson="Stage 2 keeps whole parameters on each GPU; offloading the rest saves less than splitting them.",
         ),
         "gpus": Number(
             asks="the fewest GPUs of 80 GB for 70B without offloading, as a power of two",
