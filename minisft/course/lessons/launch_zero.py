@@ -278,10 +278,6 @@ RESUME = Exercise(
     ask_next="Why is it enough to look at names? What has to be true of the moment when a checkpoint gets its name?",
 )
 
-ERRORS = ("a lost connection", "out of memory", "no error")
-APART = ("exactly equal", "equal to six digits", "visibly different")
-OUTCOMES = ("it resumes", "it is refused", "it starts and crashes")
-
 LESSON = Lesson(
     objectives=(
         "read a launch command word by word, and build one that no name can break",
@@ -314,7 +310,7 @@ LESSON = Lesson(
             asks="the error in the log of the rank that was not killed",
             stand_in="out of memory",
             lesson="The other ranks report the lost connection: a consequence, which looks like a network problem.",
-            options=ERRORS,
+            options=("a lost connection", "out of memory", "no error"),
         ),
         "repeated": Number(
             asks="how many steps the resumed run computes again",
@@ -327,13 +323,13 @@ LESSON = Lesson(
             asks="how far the losses of the resumed run are from those of an undisturbed one",
             stand_in="equal to six digits",
             lesson="If everything that determines a step is restored, the losses are equal to the last digit.",
-            options=APART,
+            options=("exactly equal", "equal to six digits", "visibly different"),
         ),
         "four": Choice(
             asks="what happens if the run of two ranks is resumed with four",
             stand_in="it resumes",
             lesson="Optimizer states are stored as they were divided: another number of ranks cannot read them.",
-            options=OUTCOMES,
+            options=("it resumes", "it is refused", "it starts and crashes"),
         ),
         "spread": Number(
             asks="how many times faster the fastest step of a run is than its slowest, at most over the runs",
