@@ -7,6 +7,7 @@ import shutil
 import pytest
 from conftest import sharegpt_row, write_manifest
 
+from minisft.chat import render_process
 from minisft.data.conversations import clean
 from minisft.data.ledger import Ledger
 from minisft.data.splits import assign
@@ -60,8 +61,12 @@ def tomorrow(monkeypatch):
         def now(cls, tz=None):
             return cls(2031, 5, 3)
 
+    def rendered_here(renderer, template, request):  # another process would not see the later date
+        return {"text": render_process._rendered(template, dict(request))}
+
     def change():
         monkeypatch.setattr(chat_template_utils, "datetime", Later)
+        monkeypatch.setattr(render_process._Renderer, "reply", rendered_here)
         chat_template_utils._compile_jinja_template.cache_clear()
 
     yield change
