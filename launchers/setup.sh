@@ -71,6 +71,9 @@ make_environment() {
         say "Using the active environment $FOLDER (Python $version)"
     elif venv_works "$FOLDER"; then
         say "Using $FOLDER (Python $(python_version "$FOLDER/bin/python"))"
+    elif [[ -L "$FOLDER" ]]; then
+        # Making it anew would empty the folder that the link leads to.
+        die "$FOLDER is a link to an environment that does not work here: remove the link, or activate that environment"
     else
         find_python
         say "Making $FOLDER with $PYTHON (Python $(python_version "$PYTHON"))"

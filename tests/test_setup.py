@@ -342,3 +342,13 @@ def test_lab_opens_the_first_notebook_and_hands_jupyter_the_options(repository, 
     assert address.endswith("=/lab/tree/outputs/course/student/00_start_here.ipynb")
     assert edition == f"minisft notebooks --edition student --out {repository}/outputs/course/student"
     assert options == ["--no-browser", "--port", "1", "unset"], "a notebook may import what is beside it"
+
+
+def test_a_link_in_the_place_of_the_environment_is_not_emptied(repository, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "work").write_text("not an environment")
+    (repository / ".venv").symlink_to(elsewhere)
+    done = run(repository / "launchers" / "setup.sh", "--no-fetch", VIRTUAL_ENV="", CONDA_PREFIX="")
+    assert done.returncode == 2 and "is a link to an environment" in done.stderr
+    assert (elsewhere / "work").exists()
