@@ -145,16 +145,18 @@ class Exercise:
             if not self._equal(given, case.expected):
                 failed.append((case, given))
         if failed:
-            return Shown(self._what_is_wrong(failed), ok=False)
+            return Shown(self._what_is_wrong(failed, cases), ok=False)
         by_hand = sum(bool(case.name) for case in cases)
         return Shown(f"Right: {len(cases)} of {len(cases)} cases agree, {by_hand} of them made by hand.", ok=True)
 
     def _equal(self, given: Any, expected: Any) -> bool:
         return equal(given, normalized(expected), self.tolerance, self.ordered)
 
-    def _what_is_wrong(self, failed: list[tuple[Case, Any]]) -> str:
+    def _what_is_wrong(self, failed: list[tuple[Case, Any]], cases: Sequence[Case]) -> str:
         case, given = failed[0]
-        if all(value is None for _, value in failed):
+        answered = sum(c.expected is not None for c in cases)  # None may be a right answer to the others
+        may_be_none = len(failed) < answered < len(cases)
+        if all(value is None for _, value in failed) and not may_be_none:
             return f"Not yet: your function returns nothing for {_called(case)}; does it end in `return`?"
         if self.explain and (sentence := self.explain(failed)):
             return f"Not yet: {sentence}"
@@ -169,7 +171,7 @@ class Exercise:
 
         for number, mistake in enumerate(self.mistakes):
             if all(makes(number, i) for i in range(len(failed))):
-                return f"Not yet: {mistake.sentence} See {_called(case)}."
+                return f"Not yet: {mistake.sentence} Found with: {_found_with(case)}."
         difference = first_difference(given, normalized(case.expected), self.tolerance)
         likely = next((m.sentence for number, m in enumerate(self.mistakes) if makes(number, 0)), "")
         return f"Not yet: for {_called(case)}, {difference}.{f' {likely}' if likely else ''}"
@@ -204,7 +206,16 @@ def _head_and_body(function: Callable[..., Any]) -> tuple[str, str]:
 
 
 def _called(case: Case) -> str:
-    return case.name or f"the random case {one_line(', '.join(map(short, case.arguments)), 300)}"
+    return case.name or f"the random case {_shown(case.arguments)}"
+
+
+def _found_with(case: Case) -> str:
+    """The name of a case, and its arguments where the name does not contain them."""
+    return f"{case.name}: {_shown(case.arguments)}" if case.name else _called(case)
+
+
+def _shown(arguments: tuple[Any, ...]) -> str:
+    return one_line(", ".join(map(short, arguments)), 300)
 
 
 def _raised(error: Exception, function: Callable[..., Any], case: Case) -> str:

@@ -33,6 +33,7 @@ def _stop_cases(draw: random.Random) -> Iterator[Case]:
     yield Case(([5, 9, 2], [2, 9], 8), ([5], True), "a model with two stop tokens")
     yield Case(([5, 6, 2], [2], 3), ([5, 6], True), "a stop token that is the last allowed id")
     yield Case(([5, 6, 2], [2], 2), ([5, 6], False), "a stop token just after the limit")
+    yield Case(([5, 6], [2], 12), ([5, 6], False), "ids that run out before the limit, without a stop token")
     for _ in range(20):
         emitted = [draw.randint(0, 6) for _ in range(draw.randint(1, 10))]
         stop_ids = draw.sample(range(7), draw.randint(1, 2))
@@ -75,7 +76,15 @@ STOP = Exercise(
             lambda emitted, stop_ids, limit: reply_of(emitted, stop_ids, len(emitted)),
         ),
         Mistake(
-            "A reply that reached the limit did not stop by itself: it was cut off, and a report must say so.",
+            "`stopped` follows from the length, which is below the limit. But the ids ran out without a stop token, so "
+            "the reply did not stop by itself: only a stop token says so.",
+            lambda emitted, stop_ids, limit: (
+                reply_of(emitted, stop_ids, limit)[0],
+                len(reply_of(emitted, stop_ids, limit)[0]) < limit,
+            ),
+        ),
+        Mistake(
+            "A reply without a stop token did not stop by itself: it was cut off or ran out, and a report must say so.",
             lambda emitted, stop_ids, limit: (reply_of(emitted, stop_ids, limit)[0], True),
         ),
         Mistake(

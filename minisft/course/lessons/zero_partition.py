@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -101,7 +101,7 @@ def _length(sizes: list[int], ranks: int) -> int:
 
 
 def _owner_cases(draw: random.Random) -> Iterator[Case]:
-    yield Case(([4, 4], 2), [[0], [1]], "two tensors that end at the borders")
+    yield Case(([4, 4, 4], 3), [[0], [1], [2]], "three tensors that end at the borders, on 3 ranks")
     yield Case(([3, 2, 3], 2), [[0], [0, 1], [1]], "three tensors, of which the second crosses the border")
     yield Case(([1, 12, 1], 3), [[0], [0, 1, 2], [2]], "a tensor that three ranks share")
     yield Case(([3, 3], 2), [[0], [0, 1]], "two tensors of 3 elements, on 2 ranks")
@@ -117,6 +117,21 @@ def _end_counts(sizes: list[int], ranks: int) -> list[list[int]]:
     return [list(range((b - s) // length, b // length + 1)) for s, b in zip(sizes, ends, strict=True)]
 
 
+def _touching(begin_counts: bool, end_counts: bool) -> Callable[[list[int], int], list[list[int]]]:
+    """Tensors and slices compared with `<=` or `>=`, so that a border belongs to both of its sides."""
+
+    def owners_of(sizes: list[int], ranks: int) -> list[list[int]]:
+        length, ends = _length(sizes, ranks), np.cumsum(sizes).tolist()
+
+        def owns(rank: int, begin: int, end: int) -> bool:
+            return begin < (rank + 1) * length + begin_counts and rank * length < end + end_counts
+
+        return [[r for r in range(ranks) if owns(r, b - s, b)] for s, b in zip(sizes, ends, strict=True)]
+
+    return owners_of
+
+
+NEXT_AS_WELL = "A tensor that ends at a border is given to the next rank as well. Its last element is the one before."
 OWNERS_OF_TENSORS = Exercise(
     name="03.owners",
     answer=owners,
@@ -131,9 +146,17 @@ OWNERS_OF_TENSORS = Exercise(
             "Only the first and the last owner are listed. The ranks between them own a part of the tensor, too.",
             lambda sizes, ranks: [sorted({p[0], p[-1]}) for p in _by_element(sizes, _length(sizes, ranks))],
         ),
+        Mistake(NEXT_AS_WELL, _end_counts),
+        Mistake(NEXT_AS_WELL, _touching(False, True)),
         Mistake(
-            "A tensor that ends at a border is given to the next rank as well. Its last element is the one before.",
-            _end_counts,
+            "A tensor that begins at a border is given to the rank before as well. That rank's slice ends just before "
+            "it: compare with `<`.",
+            _touching(True, False),
+        ),
+        Mistake(
+            "Tensors that only touch a border have owners on both of its sides. A tensor that ends at the border has "
+            "no element in the next slice: compare with `<` and `>`.",
+            _touching(True, True),
         ),
         Mistake(
             "The slices are too short: their length has to be made even, so a border may lie further on.",
