@@ -5,9 +5,9 @@
     exercise("03.tokens").check(my_function)
     review("03")                # at the end of the notebook
 
-`reveal` ends its cell while nothing was predicted, so nothing below it in the cell is shown. The
-first prediction counts: after the reveal it can no longer be changed. What may be predicted, and
-what a wrong prediction says, is in the lesson of the notebook (`minisft.course.lessons`).
+`reveal` ends its cell while nothing was predicted, so nothing below it in the cell is shown. A
+prediction may be changed until the reveal, and not after it. What may be predicted, and what a
+wrong prediction says, is in the lesson of the notebook (`minisft.course.lessons`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minisft.course.predictions import Prediction
 from minisft.course.shown import Shown
 from minisft.course.values import normalized
 from minisft.errors import UserError
-from minisft.text import harmless, one_line
+from minisft.text import harmless
 
 STAND_INS = "MINISFT_STAND_INS"  # set where notebooks are executed with nobody to predict
 
@@ -59,11 +59,11 @@ def predict(name: str, answer: Any | EllipsisType = ...) -> Shown:
     is_stand_in = answer is ... and bool(os.environ.get(STAND_INS))
     answer = normalized(prediction.stand_in if is_stand_in else answer)
     if entry and entry.revealed:
-        return Shown(f"The first prediction counts, and it was {prediction.shown(entry.answer)}.")
+        return Shown(f"The prediction before the reveal counts, and it was {prediction.shown(entry.answer)}.")
     if answer is ... or answer is None:
         return Shown(f"Not predicted yet: replace the dots by {prediction.wants()}, and run this cell again.")
     if not prediction.accepts(answer):
-        return Shown(f"Not recorded: give {prediction.wants()}, not {one_line(repr(answer), 60)}.")
+        return Shown(f"Not recorded: {prediction.objection(answer)}.")
     _entries[name] = _Entry(answer, is_stand_in)
     maker = "The usual guess" if is_stand_in else "Your prediction"
     return Shown(f"{maker} is recorded: {prediction.shown(answer)}.")
@@ -78,7 +78,7 @@ def reveal(name: str, truth: Any) -> None:
 
     prediction, entry = _prediction(name), _entries.get(name)
     if entry is None:
-        raise PredictFirst(f"Predict first: run the cell above that begins with predict({name!r}, with your answer.")
+        raise PredictFirst(f'Predict first: put your answer into the cell `predict("{name}", ...)` above, and run it.')
     entry.truth, entry.revealed = normalized(truth), True
     distance = prediction.distance(entry.answer, entry.truth)
     predicted = f"{'Usual guess' if entry.stand_in else 'Predicted'}: {prediction.shown(entry.answer)}."

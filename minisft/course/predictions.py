@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from minisft.text import one_line
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -30,6 +32,10 @@ class Prediction:
 
     def accepts(self, answer: Any) -> bool:
         raise NotImplementedError
+
+    def objection(self, answer: Any) -> str:
+        """Say what to give in place of an answer that is not accepted."""
+        return f"give {self.wants()}, not {one_line(repr(answer), 60)}"
 
     def distance(self, answer: Any, truth: Any) -> str:
         """Say how far off the answer is; empty if it is right."""
@@ -73,10 +79,15 @@ class Interval(Number):
         return f"a range (low, high){f' in {self.unit}' if self.unit else ''}"
 
     def accepts(self, answer: Any) -> bool:
-        return isinstance(answer, list) and len(answer) == 2 and all(map(super().accepts, answer))
+        return self._is_pair(answer) and answer[0] <= answer[1]
+
+    def objection(self, answer: Any) -> str:
+        if self._is_pair(answer):  # the ends are swapped
+            return f"the low end comes first: give ({answer[1]}, {answer[0]})"
+        return super().objection(answer)
 
     def distance(self, answer: Any, truth: Any) -> str:
-        low, high = sorted(answer)
+        low, high = answer
         if low <= truth <= high:
             return ""
         return super().distance(low if truth < low else high, truth)
@@ -85,6 +96,9 @@ class Interval(Number):
         if not isinstance(answer, list):
             return super().shown(answer)
         return f"{super().shown(answer[0])} to {super().shown(answer[1])}"
+
+    def _is_pair(self, answer: Any) -> bool:
+        return isinstance(answer, list) and len(answer) == 2 and all(map(super().accepts, answer))
 
 
 @dataclass(frozen=True)

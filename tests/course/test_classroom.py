@@ -30,16 +30,17 @@ def test_nothing_is_revealed_before_a_prediction(capsys):
     assert "replace the dots by one number (bytes)" in repr(predict("03.half", ...))
     with pytest.raises(PredictFirst, match="Predict first") as caught:
         reveal("03.half", 16)
+    assert 'the cell `predict("03.half", ...)` above' in str(caught.value)
     assert "16" not in str(caught.value) and capsys.readouterr().out == ""
     assert caught.value._render_traceback_() == [str(caught.value)]  # no traceback in Jupyter
 
 
-def test_the_first_prediction_counts(capsys):
+def test_a_prediction_may_be_changed_until_the_reveal(capsys):
     predict("03.half", 12)
     predict("03.half", 14)  # still open
     reveal("03.half", 16)
     assert "Predicted: 14 bytes. True: 16 bytes (too small by 2 bytes)." in capsys.readouterr().out
-    assert "first prediction counts, and it was 14 bytes" in repr(predict("03.half", 16))
+    assert "prediction before the reveal counts, and it was 14 bytes" in repr(predict("03.half", 16))
     reveal("03.half", 16)  # running the cell again shows the same
     assert "14 bytes" in capsys.readouterr().out
 
@@ -50,7 +51,7 @@ def test_the_first_prediction_counts(capsys):
         ("half", 16, 16, "That is right."),
         ("half", 160, 16, "too large by a factor of 10"),
         ("time", (2, 5), 3.5, "That is right."),
-        ("time", (5, 2), 9.0, "too small by 4 s"),
+        ("time", (2, 5), 9.0, "too small by 4 s"),
         ("stage", "zero3", "zero1", "True: zero1 (another one)."),
         ("kept", {"a", "b"}, ["b", "c"], "not predicted: c; predicted in vain: a"),
         ("kept", ("b", "c"), ["c", "b"], "That is right."),
@@ -77,6 +78,12 @@ def test_an_answer_of_the_wrong_kind_is_not_recorded(name, answer):
     assert repr(predict(f"03.{name}", answer)).startswith("Not recorded: give ")
     with pytest.raises(PredictFirst):
         reveal(f"03.{name}", 1)
+
+
+def test_a_range_whose_ends_are_swapped_is_refused():
+    assert repr(predict("03.time", (80, 50))) == "Not recorded: the low end comes first: give (50, 80)."
+    with pytest.raises(PredictFirst):
+        reveal("03.time", 60)
 
 
 def test_stand_ins_are_used_where_nobody_predicts(monkeypatch, capsys):
