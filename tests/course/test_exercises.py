@@ -36,7 +36,11 @@ EXERCISE = Exercise(
         (..., None, "Not attempted"),
         ([2, 4], False, "Give the function itself"),
         (lambda numbers: None, False, "returns nothing for the numbers 1 and 2"),
-        (lambda numbers: [n * n for n in numbers], False, "That is the square. Found with: the numbers 1 and 2: [1, 2]"),
+        (
+            lambda numbers: [n * n for n in numbers],
+            False,
+            "That is the square. Found with: the numbers 1 and 2: [1, 2]",
+        ),
         (lambda numbers: numbers, False, "entry 0 is 1, and 2 is expected"),
         (lambda numbers: [2], False, "it has 1 entries, and 2 are expected"),
         (lambda numbers: 1 / 0, False, "raised ZeroDivisionError in the line"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from minisft.course.exercises import Case, Exercise, Mistake
 from minisft.course.lessons import Lesson

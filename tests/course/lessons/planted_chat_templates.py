@@ -61,6 +61,11 @@ def keeps_the_beginning(turns):
     return cleaned[:-1] if cleaned and cleaned[-1][0] == "user" else cleaned
 
 
+def blank_first(turns):
+    blanks = [i for i, (_, text) in enumerate(turns) if is_blank(text)]
+    return by_groups(turns[: blanks[0]] if blanks else turns)
+
+
 def without_blank_turns(turns):
     return by_groups([(role, text) for role, text in turns if not is_blank(text)])
 
@@ -274,6 +279,7 @@ WRONG = {
     "01.turns": [
         (keeps_the_beginning, "before the first question is kept"),
         (without_blank_turns, "reading goes on"),
+        (blank_first, "Rule 1 comes before rule 2"),
         (never_joined, "stay separate"),
         (lambda turns: [(r, t.replace("\n\n", "\n")) for r, t in by_groups(turns)], "have one line end between them"),
         (with_last_question, "stays without an answer"),

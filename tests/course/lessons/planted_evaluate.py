@@ -16,6 +16,11 @@ def stop_with_index(emitted, stop_ids, limit):
     return emitted[:end], bool(places)
 
 
+def below_the_limit(emitted, stop_ids, limit):
+    answer, _ = stop_with_index(emitted, stop_ids, limit)
+    return answer, len(answer) < limit
+
+
 def stop_with_arrays(emitted, stop_ids, limit):
     ids = np.array(emitted[:limit])
     is_stop = np.isin(ids, stop_ids)
@@ -198,6 +203,7 @@ WRONG = {
         (one_stop, "Only the first of the stop tokens"),
         (no_limit, "limit is ignored"),
         (always_stopped, "did not stop by itself"),
+        (below_the_limit, "ids ran out without a stop token"),
         (to_the_last, "ends at the last stop token"),
         (lambda emitted, stop_ids, limit: emitted.index(stop_ids[0]), "raised ValueError"),
     ],

@@ -113,6 +113,14 @@ def even(sizes, w):
     return 2 * math.ceil(sum(sizes) / (2 * w))
 
 
+def touching(sizes, w):
+    length, begin, out = even(sizes, w), 0, []
+    for size in sizes:
+        out.append([r for r in range(w) if begin <= (r + 1) * length and r * length <= begin + size])
+        begin += size
+    return out
+
+
 def one_owner(sizes, w):
     length, at, out = even(sizes, w), 0, []
     for size in sizes:
@@ -291,6 +299,7 @@ WRONG = {
         (border_twice, "given to the next rank as well"),
         (not_even, "slices are too short"),
         (from_zero, "begins at 0 again"),
+        (touching, "no element in the next slice"),
         (lambda sizes, w: [[*range(w)] for _ in sizes], "That is stage 3"),
         (lambda sizes, w: [], "0 entries"),
     ],
@@ -309,6 +318,10 @@ WRONG = {
         (leanest, "sends the most"),
         (from_one, "Stage 0 is left out"),
         (all_gpus, "all GPUs is added up"),
+        (lambda p, w, gpu: by_hand(p, w, gpu) or None, "`0 or None` is None"),
+        (lambda p, w, gpu: next((s for s in range(3) if by_hand(p, w, gpu) == s), None), "Stage 3 is never tried"),
+        (lambda p, w, gpu: next((s for s in range(4) if paper_formula(p, w, s) < gpu - 1.5e9), None), "exactly fit"),
+        (lambda p, w, gpu: None, "returns nothing"),
         (lambda p, w, gpu: str(by_hand(p, w, gpu)), "is expected"),
     ],
 }
