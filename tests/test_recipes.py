@@ -37,6 +37,9 @@ class LinesTemplate:
     def leaves_out(self, conversation):
         return []
 
+    def may_follow(self, before, control):
+        return True
+
     def fitted_to(self, tokenizer):
         return self
 
@@ -177,6 +180,7 @@ def test_a_metric(package):
 
 
 EXERCISE = '''
+from minisft.course.exercises import Case, Exercise, Mistake  # noqa: E402
 
 def count_eos(ids):
     """Return the number of EOS tokens (id 2) in `ids`."""

@@ -87,7 +87,7 @@ COMMAND = Exercise(
         'Begin with ["deepspeed", "--hostfile", "", "--num_accelerators", str(ranks)], and end with the folder itself.',
     ),
     minutes=5,
-    ask_next="What would subprocess.run(text, shell=True) do with the folder 'runs/a;echo b'?",
+    ask_next="What would a shell make of the command as one text, with the folder 'runs/a;echo b'?",
 )
 
 
