@@ -160,6 +160,9 @@ def _loss_cases(draw: random.Random) -> Iterator[Case]:
     yield Case((one, torch.tensor([[-100, -100, 1, 0]])), 2.5 * ln2, "two targets with the probabilities 1/4 and 1/8")
     two = torch.tensor([[-100, 0, 1, -100], [-100, -100, -100, 0]])
     yield Case((one.repeat(2, 1, 1), two), 2 * ln2, "a row with two targets and a row with one")
+    yield Case((one, torch.tensor([[2, 0, 1, 0]])), 2 * ln2, "a row whose first label is a token")
+    first = torch.tensor([[-100, 0, 1, -100], [0, -100, -100, 0]])
+    yield Case((one.repeat(2, 1, 1), first), 2 * ln2, "two rows, of which the second begins with a label")
     for _ in range(8):
         yield _random_loss(draw)
 
@@ -203,6 +206,10 @@ def _without_softmax(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     return -logits[:, :-1][is_target].gather(1, targets[is_target][:, None]).mean()
 
 
+def _across_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits.flatten(0, 1)[:-1], labels.flatten()[1:])
+
+
 _IN_THE_MEAN = (
     "The sum is divided by all positions. A position without a target is neither in the sum nor in the count: "
     "otherwise a batch with more padding has a lower loss."
@@ -221,6 +228,14 @@ LOSS = Exercise(
         Mistake(
             "The shift is the wrong way round: the output at a position is compared with the token before it.",
             lambda logits, labels: _mean(_losses(logits[:, 1:], labels[:, :-1]), labels[:, :-1]),
+        ),
+        Mistake(
+            "The first label of a row is counted, but nothing in the row predicts it: count the shifted labels.",
+            lambda logits, labels: _mean(_shifted_losses(logits, labels), labels),
+        ),
+        Mistake(
+            "The last output of one row predicts the first token of the next: shift each row, then flatten.",
+            _across_rows,
         ),
         Mistake(_IN_THE_MEAN, lambda logits, labels: _shifted_losses(logits, labels).mean()),
         Mistake(_IN_THE_MEAN, lambda logits, labels: _shifted_losses(logits, labels).sum() / labels.numel()),

@@ -232,8 +232,8 @@ PREDICTIONS: dict[str, Prediction] = {
 
 LESSON = Lesson(
     objectives=(
-        "compute what each rank holds at each stage of ZeRO, by the paper's formula and exactly",
-        "say which rank owns which part of a tensor, and what padding costs",
+        "compute what each rank holds at each stage of ZeRO, by the paper's formula and from the shapes",
+        "say which rank owns what, and what padding costs",
         "compute what each rank sends in a step, with gradient accumulation",
         "choose the lowest stage that fits, and say what its memory does not include",
     ),

@@ -315,6 +315,8 @@ WRONG = {
         (lambda z, y: loss_of(z[:, :-1], y[:, 1:], reduction="sum"), "divide it by their number"),
         (unmasked, "with the id 0"),
         (lambda z, y: torch.nn.functional.nll_loss(z[:, :-1].flatten(0, 1), y[:, 1:].flatten()), "log_softmax"),
+        (lambda z, y: loss_of(z.flatten(0, 1)[None, :-1], y.flatten()[None, 1:]), "first token of the next"),
+        (lambda z, y: loss_of(z[:, :-1], y[:, 1:], reduction="sum") / (y != -100).sum(), "nothing in the row predicts"),
         (lambda z, y: -with_cross_entropy(z, y), "is expected"),
     ],
     "02.test": [

@@ -26,6 +26,13 @@ def bos_per_exchange(turns):
     return [piece for i in range(0, len(turns), 2) for piece in pieces(turns[i : i + 2])]
 
 
+def without_marks(turns):
+    return [
+        (role, text.replace("[INST] ", "").replace(" [/INST]", ""), flag)
+        for role, text, flag in pieces(turns, space="")
+    ]
+
+
 def no_bos(turns):
     return pieces(turns)[1:]
 
@@ -110,7 +117,14 @@ WRONG = {
         (lambda t: pieces(t, bos=True), "BOS is trained"),
         (bos_per_exchange, "BOS appears before every question"),
         (lambda t: pieces(t, space=""), "The space between"),
-        (no_bos, "it has 3 entries, and 4 are expected"),
+        (no_bos, "BOS is missing"),
+        (lambda t: [p for p in pieces(t) if p[1] != "</s>"], "The row has no EOS"),
+        (
+            lambda t: [(r, x + "</s>" * (r == "assistant"), f) for r, x, f in pieces(t) if x != "</s>"],
+            "a piece of its own",
+        ),
+        (without_marks, "The marks are missing"),
+        (lambda t: [], "0 entries"),
     ],
     "00.sides": [
         (forgets_the_leak, "only remembers would score well"),
