@@ -29,6 +29,7 @@ from minisft.errors import UserError
 from minisft.files import is_same_file, read_text, user_path, written_whole
 from minisft.text import say
 
+ABOVE = re.compile(r"(?<![\w./])\.\./(?=(?:launchers|tests)/)")  # the folder above the notebooks
 CHECK = re.compile(r'exercise\("([\w.]+)"\)\.check\(')
 HEADING = re.compile("#{1,6} ")
 SECTION = re.compile("##? ")  # the title or a section: these begin a slide to the right
@@ -209,7 +210,7 @@ def _add_grading(nb: Any) -> None:
 
 def _pointing_to(text: str, root: str) -> str:
     """Rewrite paths that start at the folder above the notebooks, so that they start at `root`."""
-    return text.replace("../launchers/", f"{root}/launchers/")
+    return ABOVE.sub(lambda _: f"{root}/", text)
 
 
 def _notes(item: Exercise) -> str:

@@ -18,7 +18,7 @@ def root(tmp_path):
     answer = new_output("stream", text="the answer")
     stub = new_code_cell(exercise("02.labels").stub().rstrip(), metadata={"tags": ["exercise"]}, outputs=[answer])
     check = new_code_cell('exercise("02.labels").check(labels_of)', metadata={"tags": ["check"]})
-    train = new_code_cell("%%bash\n../launchers/run_zero.sh 1")
+    train = new_code_cell("%%bash\n../launchers/run_zero.sh 1 --data ../tests/x.json --out ../../y")
     cells = [new_markdown_cell("# Title"), stub, check, train]
     nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / "02_masking.ipynb")
     return tmp_path
@@ -29,7 +29,7 @@ def test_a_student_gets_no_output_and_no_solution(root, tmp_path):
     text, nb = path.read_text(), nbformat.read(path, as_version=4)
     assert "the answer" not in text and "SOLUTION" not in text and "your turn" in text
     assert nb.cells[1].metadata.nbgrader.solution and nb.cells[2].metadata.nbgrader.points == 1
-    assert "../../../launchers/run_zero.sh" in nb.cells[3].source  # found from where the edition is
+    assert "../../../launchers/run_zero.sh 1 --data ../../../tests/x.json --out ../../y" in nb.cells[3].source  # found from where the edition is
 
 
 def test_a_teacher_gets_solutions_and_notes(root, tmp_path):
