@@ -29,7 +29,9 @@ def test_a_student_gets_no_output_and_no_solution(root, tmp_path):
     text, nb = path.read_text(), nbformat.read(path, as_version=4)
     assert "the answer" not in text and "SOLUTION" not in text and "your turn" in text
     assert nb.cells[1].metadata.nbgrader.solution and nb.cells[2].metadata.nbgrader.points == 1
-    assert "../../../launchers/run_zero.sh 1 --data ../../../tests/x.json --out ../../y" in nb.cells[3].source  # found from where the edition is
+    assert (
+        "../../../launchers/run_zero.sh 1 --data ../../../tests/x.json --out ../../y" in nb.cells[3].source
+    )  # found from where the edition is
 
 
 def test_a_teacher_gets_solutions_and_notes(root, tmp_path):
