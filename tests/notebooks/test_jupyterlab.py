@@ -193,6 +193,7 @@ def test_a_notebook_runs_and_is_whole(lab, page, name):
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
     page.evaluate(f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: '{THEMES['dark']}'}})")
     wait_for(lambda: page.evaluate("document.body.dataset.jpThemeLight") == "false", 20)
+    page.wait_for_selector("#jupyterlab-splash", state="detached", timeout=20_000)
     assert page.evaluate(CONTRAST) >= 4.5, "the lens in the dark theme"
     picture(page, f"{name[:2]}-dark")
     assert page.outside == []
