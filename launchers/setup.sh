@@ -72,7 +72,7 @@ make_environment() {
     elif venv_works "$FOLDER"; then
         say "Using $FOLDER (Python $(python_version "$FOLDER/bin/python"))"
     elif [[ -L "$FOLDER" ]]; then
-        # Making it anew would empty the folder that the link leads to.
+        # Replacing it would empty the folder that the link leads to.
         die "$FOLDER is a link to an environment that does not work here: remove the link, or activate that environment"
     else
         find_python

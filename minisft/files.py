@@ -26,7 +26,9 @@ from minisft.text import one_line
 
 T = TypeVar("T")
 PRIVATE = 0o600
-WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"))
+_WEIGHTS_SUFFIXES = frozenset(
+    (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+)
 _STREAM = re.compile(r"/(?:dev/fd|proc/self/fd)/(\d+)")
 _STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 
@@ -141,7 +143,7 @@ def user_output(file: Path) -> Iterator[TextIO]:
 def _refuse_weights(output: Path) -> None:
     """Raise `UserError` if an output exists and has the name of weights, which are hard to make again."""
     suffixes = {Path(path).suffix.lower() for path in (output, os.path.realpath(output))}
-    if not WEIGHTS.isdisjoint(suffixes) and output.is_file():
+    if not _WEIGHTS_SUFFIXES.isdisjoint(suffixes) and output.is_file():
         raise UserError(f"the output {output} exists and may be a model's weights: give the name of another file")
 
 

@@ -52,6 +52,7 @@ def write_edition(root: Path, edition: str, out: Path, overwrite: bool = False) 
     if is_same_file(out, root / "notebooks"):
         raise UserError(f"{out} holds the source of the editions: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
+    above = os.path.relpath(root, out)
     written, kept = [], 0
     for source in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
         target = out / source.name
@@ -61,13 +62,13 @@ def write_edition(root: Path, edition: str, out: Path, overwrite: bool = False) 
             continue
         nb = EDITIONS[edition](parsed(read_text(source) or "", source))
         for cell in nb.cells:
-            cell.source = _pointing_to(cell.source, os.path.relpath(root, out))
+            cell.source = _pointing_to(cell.source, above)
         with written_whole(target) as stream:
             stream.write(nbformat.writes(nb).rstrip("\n") + "\n")
     for source in sorted((root / "notebooks").glob("*.md")):
         if overwrite or not (out / source.name).exists():
             with written_whole(out / source.name) as stream:
-                stream.write(_pointing_to(read_text(source) or "", os.path.relpath(root, out)))
+                stream.write(_pointing_to(read_text(source) or "", above))
     if kept:
         say(f"{kept} of {len(written)} notebooks exist and are kept, with the work in them (--overwrite replaces them)")
     return written
@@ -86,11 +87,8 @@ def student_edition(nb: Any) -> Any:
 def teacher_edition(nb: Any) -> Any:
     """Return a copy of notebook `nb` with the solutions, and notes on teaching it."""
     nb = student_edition(nb)
-    for cell in nb.cells:
-        if "exercise" in _tags(cell):
-            stub = cell
-        if name := _checked(cell):
-            stub.source = exercise(name).marked_source().rstrip()
+    for name, stub, _ in _exercises(nb):
+        stub.source = exercise(name).marked_source().rstrip()
     _add_notes(nb)
     return nb
 
@@ -131,7 +129,8 @@ def _add_notes(nb: Any) -> None:
         if name := _checked(cell):
             note_id = f"notes-{name.replace('.', '-')}"
             cells.append(new_markdown_cell(_notes(exercise(name)), id=note_id, metadata=tags))
-    if number := _number(nb):
+    for name, *_ in _exercises(nb)[:1]:
+        number = name.partition(".")[0]
         cells.insert(1, new_markdown_cell(_lesson_notes(number), id=f"notes-{number}", metadata=tags))
     nb.cells = cells
 
@@ -188,24 +187,27 @@ def _checked(cell: Any) -> str:
     return found[1] if found else ""
 
 
-def _number(nb: Any) -> str:
-    return next((name.partition(".")[0] for cell in nb.cells if (name := _checked(cell))), "")
-
-
-def _add_grading(nb: Any) -> None:
-    """Add nbgrader's metadata (schema version 3) to each stub and its check: one point each."""
-    stub = None
+def _exercises(nb: Any) -> list[tuple[str, Any, Any]]:
+    """The exercises of `nb`, as (name, cell of the stub, cell of its check)."""
+    found, stub = [], None
     for cell in nb.cells:
         if "exercise" in _tags(cell):
             stub = cell
         if stub is not None and (name := _checked(cell)):
-            common = {"schema_version": 3, "task": False}
-            grade_id = name.replace(".", "-")
-            answer = {"grade": False, "solution": True, "locked": False, "grade_id": grade_id}
-            grade = {"grade": True, "solution": False, "locked": True, "grade_id": f"{grade_id}-check"}
-            stub.metadata["nbgrader"] = common | answer
-            cell.metadata["nbgrader"] = common | grade | {"points": 1}
+            found.append((name, stub, cell))
             stub = None
+    return found
+
+
+def _add_grading(nb: Any) -> None:
+    """Add nbgrader's metadata (schema version 3) to each stub and its check: one point each."""
+    common = {"schema_version": 3, "task": False}
+    for name, stub, check in _exercises(nb):
+        grade_id = name.replace(".", "-")
+        answer = {"grade": False, "solution": True, "locked": False, "grade_id": grade_id}
+        grade = {"grade": True, "solution": False, "locked": True, "grade_id": f"{grade_id}-check", "points": 1}
+        stub.metadata["nbgrader"] = common | answer
+        check.metadata["nbgrader"] = common | grade
 
 
 def _pointing_to(text: str, root: str) -> str:

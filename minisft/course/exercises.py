@@ -113,8 +113,8 @@ class Exercise:
 
     def stub(self) -> str:
         """What the learner starts from: the signature and docstring of the solution."""
-        head, body = _head_and_body(self.answer)
-        return f"{head}    raise NotImplementedError  # your turn\n" if body else head
+        head, _ = _head_and_body(self.answer)
+        return f"{head}    raise NotImplementedError  # your turn\n"
 
     def marked_source(self) -> str:
         """The solution with nbgrader's marks around what the learner writes."""

@@ -39,7 +39,7 @@ class Prediction:
 
     def distance(self, answer: Any, truth: Any) -> str:
         """Say how far off the answer is; empty if it is right."""
-        return "" if answer == truth else "another answer"
+        return "" if answer == truth else "another one"
 
     def shown(self, answer: Any) -> str:
         return ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
@@ -112,9 +112,6 @@ class Choice(Prediction):
 
     def accepts(self, answer: Any) -> bool:
         return answer in self.options
-
-    def distance(self, answer: Any, truth: Any) -> str:
-        return "" if answer == truth else "another one"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from browser import BROWSER, needs_browser
 from conftest import at_length
+from jupyter_core.paths import jupyter_runtime_dir
 
 from minisft.course.editions import write_edition
 from minisft.processes import marked
@@ -97,7 +98,6 @@ def lab(tmp_path_factory):
     env.pop("PYTHONSAFEPATH", None)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--port=0", f"--ServerApp.root_dir={folder}"]
     command += [f"--IdentityProvider.token={TOKEN}", "--LabApp.expose_app_in_browser=True", "--allow-root"]
-    command += [f"--ServerApp.info_file={folder / 'info.json'}"]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -112,18 +112,9 @@ def lab(tmp_path_factory):
 def address(folder, server):
     """The server's address, as soon as it answers."""
     assert server.poll() is None, (folder / "log").read_text()[-2000:]
-    files = [*folder.glob("info.json"), *Path(jupyter_runtime()).glob(f"jpserver-{server.pid}.json")]
-    for file in files:
-        url = json.loads(file.read_text())["url"]
-        with urllib.request.urlopen(f"{url}api?token={TOKEN}", timeout=5):
-            return url
-    return None
-
-
-def jupyter_runtime():
-    from jupyter_core.paths import jupyter_runtime_dir
-
-    return jupyter_runtime_dir()
+    url = json.loads(Path(jupyter_runtime_dir(), f"jpserver-{server.pid}.json").read_text())["url"]
+    with urllib.request.urlopen(f"{url}api?token={TOKEN}", timeout=5):
+        return url
 
 
 def wait_for(condition, seconds):

@@ -96,7 +96,7 @@ TURNS = Exercise(
     cases=_turn_cases,
     mistakes=(
         Mistake(
-            "Rule 1 comes before rule 2: a blank answer before any question is removed, and reading goes on.",
+            "Rule 1 comes before rule 2: a blank answer before any question is removed, and reading continues.",
             lambda turns: _cleaned(_until_blank(turns)),
         ),
         Mistake(
@@ -105,7 +105,7 @@ TURNS = Exercise(
             lambda turns: _cleaned(turns, lead=False),
         ),
         Mistake(
-            "A blank turn is skipped, and reading goes on. What follows then answers another question.",
+            "A blank turn is skipped, and reading continues. What follows then answers another question.",
             lambda turns: _cleaned(turns, stop=False),
         ),
         Mistake(

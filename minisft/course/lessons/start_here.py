@@ -97,7 +97,7 @@ SIDES = Exercise(
             lambda rows, test_names: [[row_id for row_id, _ in rows], []],
         ),
         Mistake(
-            "Only the first part of a conversation is for testing, and the model trains on how it goes on.",
+            "Only the first part of a conversation is for testing, and the model trains on the rest of it.",
             _first_parts,
         ),
         Mistake(

@@ -122,7 +122,7 @@ SUMMED = (
 )
 OWN_ROWS = "The other ranks' gradients never arrive: each slice is stepped with the gradient of one rank's rows only."
 NOT_GATHERED = (
-    "The updated slices are not gathered: each rank goes on with old weights in the other's slice, and the models part."
+    "The updated slices are not gathered: each rank keeps old weights in the other's slice, and the models diverge."
 )
 STEP_STUCK = (
     "AdamW gets the same step number every time. Its bias correction then treats every step as the first one, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,11 +40,6 @@ def _stage_cases(draw: random.Random) -> Iterator[Case]:
         yield Case((parameters, ranks, gpu_bytes), fits[0] if fits else None)
 
 
-def _not_exactly_full(parameters: float, ranks: int, gpu_bytes: float) -> int | None:
-    fits = (stage for stage in STAGES if paper_formula(parameters, ranks, stage) < gpu_bytes - 1.5e9)
-    return next(fits, None)
-
-
 def _first(
     stages: tuple[int, ...], usable: Callable[[float, int], float], none: int | None = None
 ) -> Callable[..., Any]:
@@ -58,7 +54,10 @@ SMALLEST_STAGE = Exercise(
     answer=smallest_stage,
     cases=_stage_cases,
     mistakes=(
-        Mistake("States that fill the rest exactly fit: compare with `<=`.", _not_exactly_full),
+        Mistake(
+            "States that fill the rest exactly fit: compare with `<=`.",
+            _first(STAGES, lambda size, ranks: math.nextafter(size - 1.5e9, 0)),
+        ),
         Mistake(
             "Stage 3 is never tried: `range(3)` ends at 2, and `range(4)` gives 0 to 3.",
             _first(STAGES[:3], lambda size, ranks: size - 1.5e9),

@@ -278,7 +278,7 @@ QUESTION, ANSWER = ("[INST] TEXT [/INST]",), ("TEXT", "eos")
 WRONG = {
     "01.turns": [
         (keeps_the_beginning, "before the first question is kept"),
-        (without_blank_turns, "reading goes on"),
+        (without_blank_turns, "skipped, and reading continues"),
         (blank_first, "Rule 1 comes before rule 2"),
         (never_joined, "stay separate"),
         (lambda turns: [(r, t.replace("\n\n", "\n")) for r, t in by_groups(turns)], "have one line end between them"),
